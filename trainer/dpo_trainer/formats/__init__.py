@@ -1,0 +1,1 @@
+"""Reading and writing models on disk: Hugging Face folders, PEFT adapters, safetensors."""
