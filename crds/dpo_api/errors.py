@@ -1,0 +1,169 @@
+"""How a run can end: one table of outcomes, their exit codes, and the typed errors that lead to them.
+
+The trainer exits with an outcome's code and names it in its last words; the operator reads it to decide
+whether another attempt can help; the CLI exits with the same code. Nothing else maps errors to codes.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import ClassVar, Literal
+
+Retry = Literal["none", "permanent", "retryable", "infrastructure"]
+"""What another attempt could change.
+
+``none``: nothing to retry. ``permanent``: the same spec fails again, never retried. ``retryable``: may pass next
+time, charged to ``runPolicy.maxRestarts``. ``infrastructure``: the machine's doing, not the job's.
+"""
+
+
+class Outcome(Enum):
+    """One way for a run to end. Its name, which is also its value, is what last words and status carry."""
+
+    exit_code: int
+    retry: Retry
+    description: str
+
+    def __new__(cls, name: str, exit_code: int, retry: Retry, description: str) -> Outcome:
+        """Make the member whose value is ``name`` and whose other columns are attributes."""
+        member = object.__new__(cls)
+        member._value_ = name
+        member.exit_code = exit_code
+        member.retry = retry
+        member.description = description
+        return member
+
+    Succeeded = "Succeeded", 0, "none", "The run finished and its model was exported."
+    Internal = "Internal", 1, "retryable", "An error that this software did not foresee; the log holds its traceback."
+    InvalidSpec = "InvalidSpec", 2, "permanent", "The manifest asks for something impossible or not implemented."
+    InvalidData = "InvalidData", 3, "permanent", "The preference data cannot be used as the manifest says."
+    InvalidModel = "InvalidModel", 4, "permanent", "The model's or tokenizer's files are damaged, unknown or disagree."
+    NonFinite = "NonFinite", 5, "permanent", "A loss or a gradient became NaN or infinite."
+    OutOfMemory = "OutOfMemory", 6, "permanent", "The accelerator's or the machine's memory did not suffice."
+    NoSpace = "NoSpace", 7, "permanent", "A disk or a quota is full."
+    IncompatibleCheckpoint = (
+        "IncompatibleCheckpoint",
+        8,
+        "permanent",
+        "The run directory holds a checkpoint of another model, data set or spec.",
+    )
+    Fenced = "Fenced", 9, "permanent", "A later attempt owns the run directory; this one must not write to it."
+    AccessDenied = "AccessDenied", 10, "permanent", "Storage or another service refused the credentials."
+    NotFound = "NotFound", 11, "permanent", "A file, object, bucket, volume or model that the manifest names is absent."
+    PortInUse = "PortInUse", 12, "permanent", "The metrics or rendezvous port is taken by another process."
+    Usage = "Usage", 64, "permanent", "The command line cannot be understood."
+    StorageUnavailable = "StorageUnavailable", 74, "retryable", "Storage did not answer, or failed after all retries."
+    Communication = "Communication", 75, "retryable", "The processes of the run lost each other (NCCL, Gloo, rendezvous)."
+    Stopped = "Stopped", 143, "infrastructure", "The run was asked to stop, wrote a checkpoint and can be continued."
+
+    @classmethod
+    def of_exit_code(cls, code: int) -> Outcome | None:
+        """Return the outcome with this exit code, or None for a code that is not ours (137, 139, ...)."""
+        return next((outcome for outcome in cls if outcome.exit_code == code), None)
+
+
+class DPOError(Exception):
+    """A failure with a known outcome. Its message is one plain sentence for the person who wrote the manifest."""
+
+    outcome: ClassVar[Outcome] = Outcome.Internal
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of this error's outcome."""
+        return self.outcome.exit_code
+
+
+class InternalError(DPOError):
+    """See Outcome.Internal."""
+
+    outcome = Outcome.Internal
+
+
+class InvalidSpecError(DPOError):
+    """See Outcome.InvalidSpec."""
+
+    outcome = Outcome.InvalidSpec
+
+
+class InvalidDataError(DPOError):
+    """See Outcome.InvalidData."""
+
+    outcome = Outcome.InvalidData
+
+
+class InvalidModelError(DPOError):
+    """See Outcome.InvalidModel."""
+
+    outcome = Outcome.InvalidModel
+
+
+class NonFiniteError(DPOError):
+    """See Outcome.NonFinite."""
+
+    outcome = Outcome.NonFinite
+
+
+class OutOfMemoryError(DPOError):
+    """See Outcome.OutOfMemory. Not torch's class of that name: catch torch's and raise this."""
+
+    outcome = Outcome.OutOfMemory
+
+
+class NoSpaceError(DPOError):
+    """See Outcome.NoSpace."""
+
+    outcome = Outcome.NoSpace
+
+
+class IncompatibleCheckpointError(DPOError):
+    """See Outcome.IncompatibleCheckpoint."""
+
+    outcome = Outcome.IncompatibleCheckpoint
+
+
+class FencedError(DPOError):
+    """See Outcome.Fenced."""
+
+    outcome = Outcome.Fenced
+
+
+class AccessDeniedError(DPOError):
+    """See Outcome.AccessDenied."""
+
+    outcome = Outcome.AccessDenied
+
+
+class NotFoundError(DPOError):
+    """See Outcome.NotFound."""
+
+    outcome = Outcome.NotFound
+
+
+class PortInUseError(DPOError):
+    """See Outcome.PortInUse."""
+
+    outcome = Outcome.PortInUse
+
+
+class UsageError(DPOError):
+    """See Outcome.Usage."""
+
+    outcome = Outcome.Usage
+
+
+class StorageUnavailableError(DPOError):
+    """See Outcome.StorageUnavailable."""
+
+    outcome = Outcome.StorageUnavailable
+
+
+class CommunicationError(DPOError):
+    """See Outcome.Communication."""
+
+    outcome = Outcome.Communication
+
+
+class StoppedError(DPOError):
+    """See Outcome.Stopped."""
+
+    outcome = Outcome.Stopped

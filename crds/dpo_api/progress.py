@@ -1,0 +1,116 @@
+"""What a running trainer says about itself: progress while it lives, last words when it ends.
+
+Rank 0 appends one ``Progress`` as a JSON line to its events file and serves the newest at ``GET /status``;
+``LastWords`` goes to the termination message and outlives the pod. Both are strict JSON: no NaN, no infinity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.alias_generators import to_camel
+
+from dpo_api.errors import Outcome
+
+Phase = Literal["starting", "index", "reference", "validate", "train", "checkpoint", "export", "done", "failed"]
+
+LAST_WORDS_MAX_BYTES = 4096
+"""Kubernetes keeps this much of a container's termination message."""
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics that JSON can carry: NaN and the infinities are left out."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+class _Message(BaseModel):
+    # Extras are ignored, not forbidden: an operator must read what a newer trainer says.
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore")
+
+    @field_validator("metrics", mode="after", check_fields=False)
+    @classmethod
+    def _finite_metrics(cls, metrics: dict[str, float]) -> dict[str, float]:
+        return finite(metrics)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read one message. Raises pydantic's ValidationError for anything else."""
+        return cls.model_validate_json(text)
+
+    def to_json(self) -> str:
+        """Return one line of strict JSON; unset fields are left out."""
+        return json.dumps(self.model_dump(by_alias=True, exclude_none=True), ensure_ascii=False, allow_nan=False)
+
+
+class Progress(_Message):
+    """Where a run is at one moment."""
+
+    phase: Phase = Field(description="What the run is doing.")
+    step: int = Field(default=0, ge=0, description="Optimizer steps done.")
+    total: int = Field(default=0, ge=0, description="Optimizer steps planned; 0 while unknown.")
+    epoch: float = Field(default=0.0, ge=0, description="Epochs done, with a fraction.")
+    eta_seconds: float | None = Field(default=None, ge=0, description="Estimated seconds until the last step.")
+    tokens_per_second: float | None = Field(default=None, ge=0, description="Tokens trained a second, all processes.")
+    pairs_per_second: float | None = Field(default=None, ge=0, description="Pairs trained a second, all processes.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="Newest value of each metric, `train/loss`.")
+    done: int | None = Field(default=None, ge=0, description="Units of the phase that are done, e.g. reference pairs.")
+    of: int | None = Field(default=None, ge=0, description="Units of the phase in all.")
+    message: str = Field(default="", max_length=1024, description="One plain sentence, or nothing.")
+    last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
+    observed_at: float = Field(default=0.0, ge=0, description="When this was true, Unix seconds.")
+    attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
+
+    @field_validator("eta_seconds", "tokens_per_second", "pairs_per_second", mode="before")
+    @classmethod
+    def _unknown_if_not_finite(cls, value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class LastWords(_Message):
+    """How a run ended, in at most LAST_WORDS_MAX_BYTES of JSON."""
+
+    outcome: str = Field(description="Name of the outcome (dpo_api.errors.Outcome), e.g. `InvalidData`.")
+    message: str = Field(default="", description="One plain sentence that names the field or file, value and fix.")
+    step: int = Field(default=0, ge=0, description="Optimizer steps done.")
+    total: int = Field(default=0, ge=0, description="Optimizer steps planned; 0 when never known.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="Last value of each metric.")
+    run_dir: str | None = Field(default=None, description="URI of the run directory.")
+    model_uri: str | None = Field(default=None, description="URI of the exported model, when there is one.")
+    attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
+
+    @property
+    def known_outcome(self) -> Outcome:
+        """The outcome; Internal for a name that this version does not know."""
+        return next((outcome for outcome in Outcome if outcome.name == self.outcome), Outcome.Internal)
+
+    def to_json(self) -> str:
+        """Return strict JSON of at most LAST_WORDS_MAX_BYTES bytes: the message is cut, then metrics go."""
+        text = super().to_json()
+        if len(text.encode()) <= LAST_WORDS_MAX_BYTES:
+            return text
+        spare = self.model_copy(update={"message": _cut(self.message, 1536)})
+        text = _Message.to_json(spare)
+        if len(text.encode()) <= LAST_WORDS_MAX_BYTES:
+            return text
+        bare = {"run_dir": _fitting(self.run_dir), "model_uri": _fitting(self.model_uri), "metrics": {}}
+        return _Message.to_json(spare.model_copy(update=bare))
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """Return the text's longest prefix whose JSON form has at most max_bytes bytes, with an ellipsis if cut."""
+    if len(json.dumps(text, ensure_ascii=False).encode()) <= max_bytes:
+        return text
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = len(json.dumps(text[:middle], ensure_ascii=False).encode()) <= max_bytes - 3
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return text[:low] + "…"
+
+
+def _fitting(uri: str | None) -> str | None:
+    """A URI cut short would name something else: keep it whole or leave it out."""
+    return uri if uri is not None and len(json.dumps(uri, ensure_ascii=False).encode()) <= 1024 else None
