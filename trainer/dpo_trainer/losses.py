@@ -1,0 +1,178 @@
+"""The preference losses and the SFT term: one pure function a variant, per pair, never averaged here.
+
+Notation: P pairs; Δ = (log π − log π_ref)(chosen) − (log π − log π_ref)(rejected), each log-probability summed over the
+response (or its per-token mean with ``average_log_probs``); β the spec's ``dpo.beta``; g the reward gap
+``gt_reward_scale · (chosen reward − rejected reward)`` of the data; σ the logistic function; Bern(p) the Bernoulli law.
+
+Sources: DPO, Rafailov et al. 2023 (arXiv:2305.18290), eq. 7; IPO, Azar et al. 2023 (arXiv:2310.12036); reward-aware
+preference optimization (RPO), Nemotron-4 340B report (arXiv:2406.11704), whose distance is a choice of three here.
+
+Every mean of the run is over the *global* batch. So nothing in this module divides: each figure is a sum of numerators
+and a sum of denominators, which the caller adds up over packs, ranks and micro-batches and divides once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+class LossSettings(Protocol):
+    """What the losses read of a spec's ``dpo`` section; see dpo_api.spec for units, bounds and defaults."""
+
+    @property
+    def loss(self) -> str: ...  # noqa: D102
+    @property
+    def beta(self) -> float: ...  # noqa: D102
+    @property
+    def preference_weight(self) -> float: ...  # noqa: D102
+    @property
+    def sft_weight(self) -> float: ...  # noqa: D102
+    @property
+    def average_log_probs(self) -> bool: ...  # noqa: D102
+    @property
+    def sft_average_log_probs(self) -> bool | None: ...  # noqa: D102
+    @property
+    def gt_reward_scale(self) -> float: ...  # noqa: D102
+
+
+def dpo_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:  # noqa: ARG001
+    """−log σ(βΔ). delta, reward_gap (unused): [P]; returns [P]."""
+    return -logsigmoid(beta * delta)
+
+
+def ipo_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:  # noqa: ARG001
+    """(Δ − 1/(2β))². delta, reward_gap (unused): [P]; returns [P]. Token-summed as in NeMo, where TRL averages."""
+    return (delta - 1 / (2 * beta)).square()
+
+
+def rpo_sq_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:
+    """(βΔ − g)². delta, reward_gap: [P]; returns [P]."""
+    return (beta * delta - reward_gap).square()
+
+
+def rpo_bwd_kl_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:
+    """KL( Bern(σ(g)) ‖ Bern(σ(βΔ)) ). delta, reward_gap: [P]; returns [P]."""
+    return _bernoulli_kl(reward_gap, beta * delta)
+
+
+def rpo_fwd_kl_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:
+    """KL( Bern(σ(βΔ)) ‖ Bern(σ(g)) ). delta, reward_gap: [P]; returns [P]."""
+    return _bernoulli_kl(beta * delta, reward_gap)
+
+
+def _bernoulli_kl(p_logit: Tensor, q_logit: Tensor) -> Tensor:
+    """KL( Bern(σ(p)) ‖ Bern(σ(q)) ) of logits; [P], [P] -> [P].
+
+    Through log σ of both signs: probabilities themselves round to 0 or 1 beyond |logit| ≈ 17 in fp32, and their logs
+    to −∞; log σ stays finite (≈ −|logit|) and meets a factor that is then 0.
+    """
+    heads = p_logit.sigmoid() * (logsigmoid(p_logit) - logsigmoid(q_logit))
+    tails = (-p_logit).sigmoid() * (logsigmoid(-p_logit) - logsigmoid(-q_logit))
+    return heads + tails
+
+
+PREFERENCE_LOSSES: Mapping[str, Callable[[Tensor, float, Tensor], Tensor]] = {
+    "dpo": dpo_loss,
+    "ipo": ipo_loss,
+    "rpo_sq": rpo_sq_loss,
+    "rpo_bwd_kl": rpo_bwd_kl_loss,
+    "rpo_fwd_kl": rpo_fwd_kl_loss,
+}
+"""The value of ``spec.dpo.loss`` -> its function."""
+
+
+def preference_loss(loss: str, delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:
+    """The named variant, per pair. delta, reward_gap: [P]; returns [P]. KeyError for an unknown name."""
+    return PREFERENCE_LOSSES[loss](delta, beta, reward_gap)
+
+
+def initial_preference_loss(loss: str, beta: float, reward_gap: float = 0.0) -> float:
+    """What one pair costs while the policy still is the reference (Δ = 0), for the check of a run's first step.
+
+    dpo: ln 2. ipo: 1/(4β²). rpo_sq: g². rpo_bwd_kl: ln 2 − H(σ(g)). rpo_fwd_kl: KL(Bern(½) ‖ Bern(σ(g))).
+    """
+    gap = torch.tensor([reward_gap], dtype=torch.float64)
+    return float(preference_loss(loss, torch.zeros_like(gap), beta, gap))
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """Per-pair terms of P pairs; a filler pair is 0 in every field.
+
+    The loss is Σ ``total`` / Σ ``denominator`` over the global batch. Likewise each reported mean below, over the
+    denominator that its comment names. Only ``total`` carries gradient.
+    """
+
+    total: Tensor  #: [P]; numerators of the loss, the only field with a gradient
+    denominator: Tensor  #: [P] int64; 1 a pair, or its chosen tokens when SFT alone averages over tokens
+    real: Tensor  #: [P] bool; False for a filler pair
+    preference: Tensor | None  #: [P], unweighted, over pairs; None for SFT alone
+    sft: Tensor  #: [P], unweighted, over ``denominator``
+    chosen_reward: Tensor | None  #: [P], β·Σ_response(log π − log π_ref), over pairs; None for SFT alone
+    rejected_reward: Tensor | None  #: [P], the same of the rejected response
+
+
+def pair_losses(
+    policy_sums: Tensor,
+    policy_counts: Tensor,
+    reference_sums: Tensor | None,
+    rewards: Tensor,
+    settings: LossSettings,
+    real: Tensor | None = None,
+) -> PairLosses:
+    """Per-pair losses and rewards; column 0 is the chosen and column 1 the rejected response.
+
+    policy_sums: [P, 2], Σ log π over each response's tokens, with gradient. policy_counts: [P, 2] int64, response
+    tokens. reference_sums: [P, 2], Σ log π_ref, constants; None (and unread) for SFT alone. rewards: [P, 2], the data's
+    rewards or the spec's defaults. real: [P] bool, False for filler pairs (None: all real); a filler's inputs are never
+    looked at, so that not even a NaN among them reaches the loss or a gradient.
+
+    All results have the sums' dtype. ``sums_by_owner`` gives float64: of two sums near −2,000 that differ by 1, fp32
+    would keep 4 digits of the difference. The formulas themselves are safe in fp32 at |βΔ| = 1e4.
+    """
+    if real is None:
+        real = torch.ones(policy_sums.shape[0], dtype=torch.bool, device=policy_sums.device)
+    keep = real.unsqueeze(1)  # [P, 1]
+    policy = torch.where(keep, policy_sums, 0.0)
+    counts = torch.where(keep, policy_counts, 0)
+    lengths = counts.clamp(min=1)  # as in NeMo: an empty response divides by one token
+
+    sft, denominator = _sft_term(policy[:, 0], counts[:, 0], settings, real)
+    if settings.preference_weight == 0:
+        return PairLosses(settings.sft_weight * sft, denominator, real, None, sft.detach(), None, None)
+    if reference_sums is None:
+        raise ValueError("the preference loss needs the reference's log-probabilities")
+
+    gains = policy - torch.where(keep, reference_sums, 0.0)  # [P, 2]
+    implicit = settings.beta * gains.detach()  # [P, 2]; a reward is a figure to look at: no gradient
+    if settings.average_log_probs:
+        gains = gains / lengths
+    delta = gains[:, 0] - gains[:, 1]
+    known = torch.where(keep, rewards, 0.0).to(delta.dtype)
+    gap = settings.gt_reward_scale * (known[:, 0] - known[:, 1])
+    # A filler has Δ = 0, where the losses are finite but not zero.
+    preference = torch.where(real, preference_loss(settings.loss, delta, settings.beta, gap), 0.0)
+    total = settings.preference_weight * preference
+    if settings.sft_weight != 0:
+        total = total + settings.sft_weight * sft
+    return PairLosses(total, denominator, real, preference.detach(), sft.detach(), implicit[:, 0], implicit[:, 1])
+
+
+def _sft_term(chosen: Tensor, counts: Tensor, settings: LossSettings, real: Tensor) -> tuple[Tensor, Tensor]:
+    """−log π(chosen): numerators [P] with gradient, denominators [P] int64.
+
+    A sum a pair, or its per-token mean with ``sft_average_log_probs`` (left out: as ``average_log_probs``), over pairs.
+    SFT alone with the field left out: the sums over all chosen tokens of the global batch, so that every token weighs
+    the same.
+    """
+    per_token = settings.sft_average_log_probs
+    if per_token is None:
+        if settings.preference_weight == 0:
+            return -chosen, counts
+        per_token = settings.average_log_probs
+    values = chosen / counts.clamp(min=1) if per_token else chosen
+    return -values, real.to(torch.int64)
