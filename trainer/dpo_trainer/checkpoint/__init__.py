@@ -1,0 +1,1 @@
+"""Saving and resuming through Megatron-Core's dist_checkpointing."""

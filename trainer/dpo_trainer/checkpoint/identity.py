@@ -1,0 +1,48 @@
+"""What a checkpoint belongs to: resuming with another model, other data or another objective would be a different run."""
+
+from dpo_api.errors import IncompatibleCheckpointError
+from dpo_api.spec import DPOJobSpec
+
+Identity = dict[str, str]
+"""Name of the spec's field (or of what it leads to) -> a comparable text."""
+
+
+def identity_of(spec: DPOJobSpec, *, model: str, data: str) -> Identity:
+    """Everything that must stay the same for a resumed run to continue the interrupted one exactly.
+
+    ``model`` and ``data`` are the fingerprints of the start model's weights and of the training pairs. Not here, and so
+    free to change between attempts: processes, micro-batches, packing, intervals, logging, and the run's length
+    (``maxSteps``, ``epochs``), which moves the schedule: `validate` says so.
+    """
+    training = spec.training
+    fields: dict[str, object] = {
+        "model": model,
+        "data.train": data,
+        "dpo": spec.dpo.model_dump(mode="json", by_alias=True),
+        "lora": spec.lora.model_dump(mode="json", by_alias=True) if spec.lora else None,
+        "training.globalBatchSize": training.global_batch_size,
+        "training.seed": training.seed,
+        "training.dropLast": training.drop_last,
+        "training.precision": training.precision,
+        "training.limitTrainBatches": training.limit_train_batches,
+        "training.learningRate": training.learning_rate,
+        "training.weightDecay": training.weight_decay,
+        "training.gradientClip": training.gradient_clip,
+    }
+    return {name: str(value) for name, value in fields.items()}
+
+
+def check_identity(saved: Identity, now: Identity, uri: str) -> None:
+    """Raise IncompatibleCheckpointError that names each field whose value differs, with both values."""
+    differing = [name for name in now if name in saved and saved[name] != now[name]]
+    if not differing:
+        return
+    said = "; ".join(f"{name} was {_short(saved[name])}, now {_short(now[name])}" for name in differing)
+    raise IncompatibleCheckpointError(
+        f"{uri} belongs to another run: {said}. Undo the change, or give this run a directory of its own "
+        "(checkpoint.uri, or --output)."
+    )
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 120 else value[:117] + "…"

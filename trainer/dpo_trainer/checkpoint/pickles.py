@@ -1,0 +1,52 @@
+"""A look into a checkpoint's pickle before anything loads it.
+
+torch's distributed checkpoints keep their table of contents in `.metadata`, a pickle that torch reads without any
+restriction. A crafted one would run code. So it is first read by an unpickler that knows only the classes a good file
+needs; what passes holds no other, and loading it again is safe.
+"""
+
+import pickle
+from pathlib import Path
+
+from dpo_api.errors import IncompatibleCheckpointError
+
+_PLANNER = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+_METADATA = (
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "TensorProperties",
+    "_MEM_FORMAT_ENCODING",
+)
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+ALLOWED = frozenset(
+    {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set")}
+    | {("torch", name) for name in _DTYPES}
+    | {("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")}
+    | {("torch.distributed.checkpoint.metadata", name) for name in _METADATA}
+    | {("torch.distributed.checkpoint.planner", name) for name in _PLANNER}
+    | {("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreSavePlan", "MCoreMetadata")}
+)
+"""(module, name) of every global that a checkpoint written by torch 2.x or Megatron-Core needs."""
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def check_metadata(path: Path, uri: str) -> None:
+    """Raise IncompatibleCheckpointError unless the file is a checkpoint's table of contents and nothing more."""
+    try:
+        with path.open("rb") as file:
+            _Reader(file).load()
+    except FileNotFoundError:
+        raise IncompatibleCheckpointError(f"{uri} holds no .metadata: it is not a checkpoint of this software") from None
+    except Exception as error:
+        raise IncompatibleCheckpointError(f"{uri}/.metadata is damaged or unsafe to load: {error}") from error

@@ -1,0 +1,112 @@
+"""The process group of a run: who takes part, and the few things that all ranks decide together."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from dpo_trainer import bridge
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the run's processes, as torchrun's environment describes it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, *, tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_seconds: int = 1800) -> Self:
+        """Join the run's process group and Megatron-Core's groups; NCCL where a GPU is present, else Gloo.
+
+        Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a run of one process.
+        """
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }.items():
+            os.environ.setdefault(name, value)
+        rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(local_rank)
+        else:
+            bridge.install()
+        if not dist.is_initialized():
+            timeout = timedelta(seconds=timeout_seconds)
+            if size == 1:
+                # Nobody to meet: an in-memory store needs no port and no name resolution.
+                dist.init_process_group(
+                    "nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                )
+            else:
+                dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tensor,
+                pipeline_model_parallel_size=pipeline,
+                create_gloo_process_groups=gpu,
+            )
+        if gpu:
+            model_parallel_cuda_manual_seed(seed)
+        device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+        return cls(rank=rank, size=size, local_rank=local_rank, device=device)
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """This process's place among those that see different pairs."""
+        return int(parallel_state.get_data_parallel_rank())
+
+    @property
+    def data_size(self) -> int:
+        """How many processes see different pairs."""
+        return int(parallel_state.get_data_parallel_world_size())
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum float64 values of any shape over the data-parallel group; equal on all its ranks."""
+        total = values.to(self.device, torch.float64, copy=True)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return total.cpu()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: how ranks agree to stop at the same step."""
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def from_main[T](self, value: T | None) -> T:
+        """Rank 0's value, on every rank. Small and picklable; it never leaves the run's own processes."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        result = box[0]
+        assert result is not None  # noqa: S101 - rank 0 always passes one
+        return result
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.device.type == "cuda":
+            dist.barrier(device_ids=[self.local_rank])
+        else:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Tear the groups down, so that another run may start in this process."""
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,62 @@
+"""The trainer's commands: `launch` for people and pods, `agent` and `worker` for launch itself, `index` for a dry look."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dpo_trainer", description="Train one DPOJob.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command")
+
+    run = argparse.ArgumentParser(add_help=False)
+    run.add_argument("--spec", type=Path, required=True, help="the DPOJob as JSON")
+    run.add_argument("--run-dir", help="run directory, a folder or s3:// prefix (default: checkpoint.uri, or runs/<name>)")
+    run.add_argument("--attempt", type=int, help="number of this attempt (default: one more than the run directory's)")
+    run.add_argument("--events", type=Path, help="file to which progress is appended, one JSON object a line")
+    run.add_argument("--port", type=int, help="port of /metrics, /status and /healthz on rank 0 (default: none)")
+    run.add_argument("--host", default="", help="address that the port listens on (default: all)")
+
+    launch = commands.add_parser("launch", parents=[run], help="start the processes of this node and wait for them")
+    launch.add_argument("--processes", type=int, help="processes on this node (default: PET_NPROC_PER_NODE, the spec's, 1)")
+    launch.add_argument("--last-words", type=Path, help="file for the outcome (a pod's termination message)")
+    launch.add_argument("--grace-seconds", type=float, default=600.0, help="time to write a checkpoint when asked to stop")
+
+    worker = commands.add_parser("worker", parents=[run], help="one process of a run (started by launch)")
+    worker.add_argument("--results", type=Path, required=True, help="folder for this rank's result")
+
+    index = commands.add_parser("index", help="read and check all data, print what was found as JSON")
+    index.add_argument("--spec", type=Path, required=True, help="the DPOJob as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (dpo_api.errors.Outcome)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["agent"]:  # its arguments are torchrun's own
+        from dpo_trainer.launch import agent
+
+        return agent(words[1:])
+    parser = _parser()
+    arguments = parser.parse_args(words)
+    if arguments.version:
+        from dpo_api.version import VERSION
+
+        print(f"dpo-trainer {VERSION}")
+        return 0
+    if arguments.command == "launch":
+        from dpo_trainer.launch import launch
+
+        return launch(arguments)
+    if arguments.command == "worker":
+        from dpo_trainer.worker import work
+
+        return work(arguments)
+    if arguments.command == "index":
+        from dpo_trainer.indexing import print_index
+
+        return print_index(arguments.spec)
+    parser.print_help()
+    return 64

@@ -1,0 +1,176 @@
+"""Starts a node's processes through torchrun and turns their results into one exit code and one message.
+
+torchrun alone makes every worker's exit code 1, ends SIGTERM in a traceback and kills workers after 30 s. So it runs as
+our child, each rank leaves a result file, and this process, which imports neither torch nor Megatron, sums them up.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_api.errors import DPOError, Outcome
+from dpo_api.manifest import read_job
+from dpo_api.progress import LastWords
+
+CONSEQUENCES = (Outcome.Communication, Outcome.Stopped)
+"""Outcomes that one rank's failure causes in the others: they explain a run only where nothing else does."""
+
+MARGIN_SECONDS = 5.0
+"""Time kept back from the grace period for summing up after the workers are gone."""
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """How one rank ended."""
+
+    rank: int
+    outcome: str
+    message: str = ""
+    at: float = 0.0
+    step: int = 0
+    total: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    run_dir: str | None = None
+    model_uri: str | None = None
+    attempt: int = 1
+
+    def write(self, folder: Path) -> None:
+        """Leave the result where launch looks for it; complete or absent."""
+        path = folder / f"rank-{self.rank}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self)))
+        partial.rename(path)
+
+
+def follow_parent(parent_signal: int = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal when the parent dies, so that a killed launcher leaves no process behind."""
+    with suppress(OSError, AttributeError):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(parent_signal))
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Run this node's part of the job; returns the outcome's exit code."""
+    results = Path(tempfile.mkdtemp(prefix="dpo-results-"))
+    try:
+        words = _launch(arguments, results)
+    finally:
+        shutil.rmtree(results, ignore_errors=True)
+    if arguments.last_words is not None:
+        arguments.last_words.write_text(words.to_json())
+    outcome = words.known_outcome
+    if outcome is not Outcome.Succeeded:
+        print(f"{outcome.name}: {words.message}", file=sys.stderr, flush=True)
+    return outcome.exit_code
+
+
+def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
+    try:
+        job = read_job(arguments.spec)
+    except DPOError as error:
+        return LastWords(outcome=error.outcome.name, message=str(error))
+    processes = arguments.processes or _processes(os.environ, job.spec.resources.processes_per_node)
+    command = [sys.executable, "-m", "dpo_trainer", "agent", *_rendezvous(os.environ), f"--nproc-per-node={processes}"]
+    command += ["--max-restarts=0", "-m", "dpo_trainer", "worker", "--results", str(results)]
+    for name in ("spec", "run_dir", "attempt", "events", "port", "host"):
+        value = getattr(arguments, name)
+        if value is not None:
+            command += [f"--{name.replace('_', '-')}={value}"]
+    environment = dict(os.environ)
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(max(1.0, arguments.grace_seconds - MARGIN_SECONDS)))
+    # torchrun sets this to 1 with a warning when several processes share a node; an even share is what one wants.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    follow_parent()
+    asked = False
+    # A new session: a terminal's Ctrl-C goes to the foreground, and the foreground decides what it means.
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def forward(_signal: int, _frame: Any) -> None:
+        nonlocal asked
+        if not asked:
+            asked = True
+            child.terminate()
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return summarise(read_results(results), code, asked=asked)
+
+
+def _processes(environment: Mapping[str, str], of_spec: int | None) -> int:
+    """How many processes to start here: the cluster's word, then the spec's, else one."""
+    stated = environment.get("PET_NPROC_PER_NODE", "")
+    return int(stated) if stated.isdigit() else of_spec or 1
+
+
+def _rendezvous(environment: Mapping[str, str]) -> list[str]:
+    """torchrun's view of the other nodes: PyTorchJob's PET_* variables, or none."""
+    if int(environment.get("PET_NNODES", "1") or 1) > 1:
+        return []  # torchrun reads PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT itself
+    return ["--standalone"]
+
+
+def agent(argv: Sequence[str]) -> int:
+    """torchrun, without its tracebacks: the ranks' own results say what happened."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    follow_parent()
+    try:
+        torchrun(list(argv))
+    except ChildFailedError:
+        return 1
+    except SignalException:
+        return Outcome.Stopped.exit_code
+    return 0
+
+
+def read_results(folder: Path) -> list[RankResult]:
+    """The results that ranks of this node left, by rank."""
+    return sorted(
+        (RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")), key=lambda result: result.rank
+    )
+
+
+def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) -> LastWords:
+    """One node's results as last words: the first failure that is nobody's consequence explains the run."""
+    if not results:
+        if asked:
+            return LastWords(outcome=Outcome.Stopped.name, message="stopped before training began")
+        return LastWords(
+            outcome=Outcome.Internal.name,
+            message=f"the processes ended (code {agent_code}) without a word: killed, perhaps for lack of memory",
+        )
+    failures = [result for result in results if result.outcome != Outcome.Succeeded.name]
+    causes = [result for result in failures if result.outcome not in {outcome.name for outcome in CONSEQUENCES}]
+    lost = not causes and agent_code != 0 and not asked and all(r.outcome == Outcome.Communication.name for r in failures)
+    chosen = min(causes or failures or results, key=lambda result: (result.at, result.rank))
+    message = chosen.message
+    if lost and failures:
+        message = f"a process of this run ended without a word: killed, perhaps for lack of memory ({message})"
+    return LastWords(
+        outcome=chosen.outcome,
+        message=message,
+        step=chosen.step,
+        total=chosen.total,
+        metrics=chosen.metrics,
+        run_dir=chosen.run_dir,
+        model_uri=chosen.model_uri,
+        attempt=chosen.attempt,
+    )
+

@@ -1,0 +1,98 @@
+"""The run directory: one layout, in a local folder or under an S3 prefix, that an attempt owns while it is the newest.
+
+metrics.jsonl, spec.json, attempt, checkpoints/step-000100/, model/, export.json
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_api.errors import FencedError, InternalError, NotFoundError
+from dpo_store import Store
+
+MARKER = "complete.json"
+"""Written last into a checkpoint: a checkpoint without it does not exist."""
+
+_STEP = re.compile(r"/step-(\d{6,})/" + re.escape(MARKER) + "$")
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A complete checkpoint."""
+
+    step: int
+    uri: str
+
+
+@dataclass
+class RunDirectory:
+    """One run's files. ``attempt`` fences writes: a lower attempt than the directory's completes nothing."""
+
+    store: Store
+    uri: str
+    attempt: int = 0
+
+    def path(self, *parts: str) -> str:
+        """The URI of something inside."""
+        return "/".join([self.uri.rstrip("/"), *parts])
+
+    @property
+    def local(self) -> Path | None:
+        """The folder itself where the run directory is local."""
+        return self.store.local_path(self.uri)
+
+    def claim(self, attempt: int | None) -> int:
+        """Become the directory's newest attempt: the given number, or one more than the last.
+
+        Raises FencedError when a higher attempt already owns it.
+        """
+        last = self._last_attempt()
+        self.attempt = last + 1 if attempt is None else attempt
+        if self.attempt < last:
+            raise FencedError(self._fenced(last))
+        self.write_json("attempt", {"attempt": self.attempt})
+        return self.attempt
+
+    def check_fence(self) -> None:
+        """Raise FencedError when a later attempt has taken the directory over."""
+        last = self._last_attempt()
+        if last > self.attempt:
+            raise FencedError(self._fenced(last))
+
+    def _fenced(self, last: int) -> str:
+        return f"attempt {last} owns the run directory {self.uri}: attempt {self.attempt} must not write to it any more"
+
+    def _last_attempt(self) -> int:
+        found = self.read_json("attempt")
+        return int(found["attempt"]) if found else 0
+
+    def read_json(self, *parts: str) -> dict[str, Any] | None:
+        """An object inside, or None when there is none."""
+        try:
+            text = self.store.read(self.path(*parts))
+        except NotFoundError:
+            return None
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise InternalError(f"{self.path(*parts)} is damaged: {error}; delete it to go on") from None
+        if not isinstance(value, dict):
+            raise InternalError(f"{self.path(*parts)} is damaged: not a JSON object; delete it to go on")
+        return value
+
+    def write_json(self, *parts_and_value: Any) -> None:
+        """Write an object: path parts, then the value. Strict JSON: NaN is a bug here."""
+        *parts, value = parts_and_value
+        self.store.write(self.path(*parts), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+    def checkpoint_uri(self, step: int) -> str:
+        """Where the checkpoint of this step lies."""
+        return self.path("checkpoints", f"step-{step:06d}")
+
+    def checkpoints(self) -> list[SavedCheckpoint]:
+        """The complete checkpoints by step; half-written ones are not among them."""
+        found = (_STEP.search(info.uri) for info in self.store.list(self.path("checkpoints", "")))
+        steps = sorted(int(match.group(1)) for match in found if match)
+        return [SavedCheckpoint(step, self.checkpoint_uri(step)) for step in steps]
