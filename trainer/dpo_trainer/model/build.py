@@ -1,0 +1,203 @@
+"""A ModelConfig becomes Megatron-Core's GPTModel."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
+from dpo_api.errors import InvalidSpecError
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from dpo_trainer import bridge
+from dpo_trainer.model.attention import PackAttention
+from dpo_trainer.model.config import ModelConfig
+from dpo_trainer.model.linear import (
+    AdaptableColumnParallelLinear,
+    AdaptableRowParallelLinear,
+    transformer_engine_linears,
+)
+from dpo_trainer.model.norm import RMSNorm
+from dpo_trainer.model.rotary import inverse_frequencies
+
+Precision = Literal["bf16", "fp32"]
+Backend = Literal["auto", "local", "transformer_engine"]
+Recomputation = Literal["none", "selective", "full"]
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    precision: Precision = "fp32",
+    backend: Backend = "auto",
+    recomputation: Recomputation = "none",
+    sequence_parallel: bool = False,
+    deterministic: bool = False,
+) -> Any:
+    """Build this rank's part of the model, with uninitialised weights, on this process's device.
+
+    Needs ``parallel_state`` to be initialised: the tensor and pipeline sizes and this rank's place are read from it.
+    backend: whose linear layers and norms; "auto" takes Transformer Engine where a GPU and the library are present.
+    recomputation: "selective" recomputes attention in the backward pass, "full" every layer.
+    Returns a GPTModel whose attention reads a Pack; call it through dpo_trainer.model.forward. Raises InvalidSpecError
+    when the parallel sizes do not divide the model.
+    """
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    _check_divides(config, tensor, parallel_state.get_pipeline_model_parallel_world_size())
+    with bridge.construction():
+        transformer = transformer_config(
+            config,
+            precision=precision,
+            recomputation=recomputation,
+            sequence_parallel=sequence_parallel,
+            deterministic=deterministic,
+        )
+        model = GPTModel(
+            config=transformer,
+            transformer_layer_spec=block_spec(config, transformer, use_transformer_engine(backend)),
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=config.tied_embeddings,
+            # Our attention applies the rotary embedding itself, by the pack's position ids.
+            position_embedding_type="none",
+        )
+    model.dpo_config = config
+    model.register_buffer("rope_frequencies", inverse_frequencies(config).to(bridge.device()), persistent=False)
+    return model
+
+
+def transformer_config(
+    config: ModelConfig,
+    *,
+    precision: Precision,
+    recomputation: Recomputation = "none",
+    sequence_parallel: bool = False,
+    deterministic: bool = False,
+) -> Any:
+    """Megatron-Core's own configuration of the model, sized by ``parallel_state``."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    on_cpu = bridge.needed()
+    recompute: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[recomputation]
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
+        hidden_dropout=0.0,  # Megatron-Core's defaults are 0.1
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,  # the weights are loaded: drawing them first would cost their time and memory
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
+        variable_seq_lengths=True,  # packs differ in length
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths wants it, experts or not
+        calculate_per_token_loss=True,  # our loss function returns (sum, number of pairs): divided once, globally
+        deterministic_mode=deterministic,
+        **recompute,
+    )
+
+
+def use_transformer_engine(backend: Backend) -> bool:
+    """Whether ``backend`` means Transformer Engine here; InvalidSpecError when it is asked for and absent."""
+    if backend == "local":
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    possible = bool(HAVE_TE) and not bridge.needed()
+    if backend == "transformer_engine" and not possible:
+        missing = "Transformer Engine is not installed" if not HAVE_TE else "there is no GPU"
+        raise InvalidSpecError(f"spec.transformerEngine.enabled is true, but {missing}; leave it out to choose by itself")
+    return possible
+
+
+def block_spec(config: ModelConfig, transformer: Any, transformer_engine: bool) -> Any:
+    """The transformer block: Megatron-Core's layer around our attention and norms.
+
+    Norms stay separate from the linear layers with Transformer Engine too: an adapter needs the norm's output, and
+    state dicts keep the same names on both backends.
+    """
+    column: Any = AdaptableColumnParallelLinear
+    row: Any = AdaptableRowParallelLinear
+    norm: Any = RMSNorm
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        column, row = transformer_engine_linears()
+        norm = TENorm
+    windows = tuple(config.window_of(layer) for layer in range(config.num_layers))
+    attention = SelfAttentionSubmodules(
+        linear_qkv=column,
+        core_attention=partial(PackAttention, windows=windows),
+        linear_proj=row,
+        q_layernorm=norm if config.qk_norm else None,
+        k_layernorm=norm if config.qk_norm else None,
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+            # Checkpoints carry the names of fused norms on every backend, as Megatron-Core's own do.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(transformer), layer_norm=norm)
+
+
+def _check_divides(config: ModelConfig, tensor: int, pipeline: int) -> None:
+    groups, heads = config.num_query_groups, config.num_attention_heads
+    if heads % tensor or (groups % tensor and tensor % groups):
+        raise InvalidSpecError(
+            f"spec.parallelism.tensor is {tensor}, but the model has {heads} attention heads in {groups} key/value groups; "
+            "choose a size that divides the heads and divides, or is a multiple of, the groups"
+        )
+    for name, value in (("vocabulary", config.vocab_size), ("MLP width", config.ffn_hidden_size)):
+        if value % tensor:
+            raise InvalidSpecError(
+                f"spec.parallelism.tensor is {tensor}, which does not divide the model's {name} {value}; use a divisor"
+            )
+    if config.num_layers % pipeline:
+        raise InvalidSpecError(
+            f"spec.parallelism.pipeline is {pipeline}, which does not divide the model's {config.num_layers} layers; "
+            "use a divisor"
+        )

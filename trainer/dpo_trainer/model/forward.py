@@ -1,0 +1,78 @@
+"""The forward pass over a pack: hidden states of the rows that predict something, and nothing more."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from dpo_trainer.model.attention import PackContext
+from dpo_trainer.model.pack import Pack
+
+
+def unwrap(model: Any) -> Any:
+    """The GPTModel inside Megatron-Core's data-parallel and precision wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def hidden_rows(model: Any, pack: Pack) -> Tensor:
+    """Final hidden states (after the last norm) of the pack's rows, [R, H] in the model's dtype.
+
+    On a pipeline stage that is not the last, returns what the stage hands on, [S, 1, H]. ``model`` may be wrapped.
+    GPTModel would project all S rows onto the vocabulary; its ``output_processor`` hook takes the hidden states instead.
+    """
+    return _forward(model, pack, pack.rows)
+
+
+def head_weight(model: Any) -> Tensor:
+    """The LM head's weight, [V / tensor size, H]: this rank's rows of the vocabulary. The embedding's when tied."""
+    gpt = unwrap(model)
+    if gpt.share_embeddings_and_output_weights:
+        weight: Tensor = gpt.shared_embedding_or_output_weight()
+        return weight
+    weight = gpt.output_layer.weight
+    return weight
+
+
+def logits(model: Any, pack: Pack) -> Tensor:
+    """Logits of every token of the stream, [S, V / tensor size]: for tests and tiny models only."""
+    return _forward(model, pack, None) @ head_weight(model).t()
+
+
+def _forward(model: Any, pack: Pack, rows: Tensor | None) -> Tensor:
+    gpt = unwrap(model)
+
+    def take_rows(*, hidden_states: Tensor, **_unused: Any) -> Tensor:
+        """hidden_states: [S, 1, H], or [S / tensor size, 1, H] with sequence parallelism."""
+        if gpt.config.sequence_parallel:
+            # The head's gradient of the rows is this rank's share; summing it belongs to whoever computes the head.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=parallel_state.get_tensor_model_parallel_group()
+            )
+        hidden = hidden_states.squeeze(1)
+        return hidden if rows is None else hidden.index_select(0, rows)
+
+    context = PackContext(pack=pack, frequencies=gpt.rope_frequencies)
+    result: Tensor = model(
+        input_ids=pack.tokens[None],
+        position_ids=pack.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=context,
+        output_processor=take_rows,
+    )
+    return result
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """(all, trainable) parameters held by this rank."""
+    parameters = list(unwrap(model).parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def to_device(pack: Pack) -> Pack:
+    """The pack on this process's device."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return pack if pack.tokens.device == device else pack.to(device)

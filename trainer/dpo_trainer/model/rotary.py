@@ -1,0 +1,47 @@
+"""Rotary position embedding by the pack's own position ids (Su et al., RoFormer, 2021; half-split form).
+
+GPTModel's own rotary takes the stream's order and ignores position ids, so it is not used.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dpo_trainer.model.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """The rotation per position of each pair of channels, fp32 [head_dim / 2], radians per token."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # Llama 3.1: long waves are stretched, short ones kept, those between blended by how often they fit into the context.
+    wavelengths = 2 * math.pi / frequencies
+    stretched = frequencies / scaling.factor
+    fits = scaling.original_max_positions / wavelengths
+    keep = ((fits - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return (1 - keep) * stretched + keep * frequencies
+
+
+def rotation(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles, both fp32 [S, 1, head_dim / 2] (the 1 stands for the heads).
+
+    position_ids: [S]; frequencies: fp32 [head_dim / 2].
+    """
+    angles = position_ids.to(torch.float32)[:, None] * frequencies.to(position_ids.device)[None, :]
+    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn channel i with channel i + head_dim/2 by their angle, computed in fp32.
+
+    x: [S, heads, head_dim]; cosines, sines: fp32 [S, 1, head_dim / 2]. Returns x's shape and dtype.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+    return turned.to(x.dtype)
