@@ -53,7 +53,12 @@ class Outcome(Enum):
     PortInUse = "PortInUse", 12, "permanent", "The metrics or rendezvous port is taken by another process."
     Usage = "Usage", 64, "permanent", "The command line cannot be understood."
     StorageUnavailable = "StorageUnavailable", 74, "retryable", "Storage did not answer, or failed after all retries."
-    Communication = "Communication", 75, "retryable", "The processes of the run lost each other (NCCL, Gloo, rendezvous)."
+    Communication = (
+        "Communication",
+        75,
+        "retryable",
+        "The processes of the run lost each other (NCCL, Gloo, rendezvous).",
+    )
     Stopped = "Stopped", 143, "infrastructure", "The run was asked to stop, wrote a checkpoint and can be continued."
 
     @classmethod

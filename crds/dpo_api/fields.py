@@ -1,0 +1,147 @@
+"""The scalars and the base class that every section of the spec is made of.
+
+Numbers are strict but survive Go's JSON: 1.0 arrives from an API server as 1, and 2 may be written 2.0. Nothing is
+guessed from text: "5" is no number and "yes" no truth value. ``null`` means "not set", as it does to the API server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
+
+URI_PATTERN = (
+    r"^(s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/.*)?"
+    r"|pvc://[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?(/.*)?"
+    r"|file:///.*|[^:/]+(/.*)?|/.*)$"
+)
+"""s3://bucket/key, pvc://claim/path, file:///path or a path; any other scheme does not match."""
+
+DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+LABEL_KEY_PATTERN = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
+PERCENT_PATTERN = r"^(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)%$"
+
+SECONDS_MAX = 315_360_000  # ten years: a bound for every duration
+
+
+def whole(value: Any) -> Any:
+    """Take 2.0 for 2: YAML and Go's JSON do not tell them apart."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _quantity(value: Any) -> Any:
+    """Take a whole number for its text: a Kubernetes quantity may be either."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _count_or_percent(value: Any) -> Any:
+    value = whole(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise PydanticCustomError(
+            "count_or_percent", "Input should be a whole number or a percentage; write 10% instead of 0.1"
+        )
+    if isinstance(value, int) and value < 1:
+        raise PydanticCustomError("count_or_percent", "Input should be at least 1, or a percentage such as 10%")
+    if isinstance(value, str) and value.endswith("%") and value.strip("0.%") == "":
+        raise PydanticCustomError("count_or_percent", "Input should be above 0%")
+    return value
+
+
+Bool = Annotated[bool, Strict()]
+Int = Annotated[int, BeforeValidator(whole), Strict()]
+Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Text = Annotated[str, Strict()]
+Uri = Annotated[str, StringConstraints(strict=True, pattern=URI_PATTERN, min_length=1, max_length=1024)]
+DnsName = Annotated[str, StringConstraints(strict=True, pattern=DNS_SUBDOMAIN_PATTERN, min_length=1, max_length=253)]
+DnsLabel = Annotated[str, StringConstraints(strict=True, pattern=DNS_LABEL_PATTERN, min_length=1, max_length=63)]
+LabelKey = Annotated[str, StringConstraints(strict=True, pattern=LABEL_KEY_PATTERN, min_length=1, max_length=317)]
+LabelValue = Annotated[str, StringConstraints(strict=True, pattern=LABEL_VALUE_PATTERN, max_length=63)]
+AnnotationValue = Annotated[str, StringConstraints(strict=True, max_length=4096)]
+Quantity = Annotated[
+    str,
+    BeforeValidator(_quantity),
+    StringConstraints(strict=True, pattern=QUANTITY_PATTERN, min_length=1, max_length=32),
+    Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
+]
+CountOrPercent = Annotated[
+    int | Annotated[str, StringConstraints(pattern=PERCENT_PATTERN, max_length=16)],
+    BeforeValidator(_count_or_percent),
+    Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
+]
+OpenObject = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+"""An object of Kubernetes' own whose fields are not repeated here (a full pod schema would be 600 KB)."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What types cannot say about one section, once for the API server (CEL) and once for us."""
+
+    field: str
+    """The field to blame, in camelCase relative to the section; empty for the section itself."""
+    message: str
+    """One sentence: what is wrong and how to mend it."""
+    cel: str
+    """The rule as CEL, where ``self`` is the section."""
+    holds: Callable[[Any], bool]
+    """The same rule of the parsed section."""
+
+
+class Section(BaseModel):
+    """A part of the spec: camelCase in JSON, frozen, unknown fields refused, null taken as not set."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+    @model_validator(mode="after")
+    def _follow_rules(self) -> Self:
+        for rule in self.rules:
+            if not rule.holds(self):
+                raise PydanticCustomError("rule", "{message}", {"message": rule.message, "field": rule.field})
+        return self
+
+
+class SecretRef(Section):
+    """A Secret in the DPOJob's namespace."""
+
+    name: DnsName = Field(description="Name of the Secret, in the DPOJob's own namespace.")
+
+
+class SecretKeyRef(Section):
+    """One key of a Secret in the DPOJob's namespace."""
+
+    name: DnsName = Field(description="Name of the Secret, in the DPOJob's own namespace.")
+    key: str = Field(
+        pattern=r"^[-._a-zA-Z0-9]+$", min_length=1, max_length=253, description="Key inside the Secret's data."
+    )
+
+
+class ConfigMapRef(Section):
+    """A ConfigMap in the DPOJob's namespace."""
+
+    name: DnsName = Field(description="Name of the ConfigMap, in the DPOJob's own namespace.")
+
+
+def count(value: int | str, of: int) -> int:
+    """Resolve a count-or-percentage of ``of``: a count is itself, p % is max(1, floor(p / 100 * of)).
+
+    The percentage is exact decimal arithmetic: 10 % of 119 is 11, and 29 % of 100 is 29, not the 28 of floats.
+    """
+    if isinstance(value, int):
+        return value
+    digits, _, fraction = value.rstrip("%").partition(".")
+    scale = 10 ** len(fraction)
+    return max(1, (int(digits) * scale + int(fraction or 0)) * of // (100 * scale))

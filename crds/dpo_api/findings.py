@@ -1,0 +1,257 @@
+"""What is wrong, doubtful or worth knowing about a manifest: one finding a sentence, all of them at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from dpo_api.errors import InvalidSpecError
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to say about one field."""
+
+    level: Level
+    """error: nothing will run. warning: it runs, but probably not as meant. note: worth knowing."""
+    field: str
+    """Path in camelCase, such as ``spec.data.train[0].uri``; empty for the manifest as a whole."""
+    message: str
+    """What is wrong, with the value, and how to mend it."""
+    source: str = ""
+    """File (or file and job) that it is about; empty when there is only one."""
+    line: int | None = None
+    """Line of the field in the file, from 1, where known."""
+
+    def __str__(self) -> str:
+        """Return ``field: message``."""
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+
+class ManifestError(InvalidSpecError):
+    """A manifest cannot be used. ``findings`` holds everything that is wrong with it."""
+
+    def __init__(self, findings: Iterable[Finding]) -> None:
+        self.findings = tuple(findings)
+        super().__init__("; ".join(_with_place(finding) for finding in self.findings))
+
+
+def _with_place(finding: Finding) -> str:
+    place = finding.source + (f":{finding.line}" if finding.line else "")
+    return f"{place}: {finding}" if place else str(finding)
+
+
+Path = tuple[str | int, ...]
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """Write a path as users do: ("spec", "data", "train", 0) is spec.data.train[0]."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text
+
+
+def shown(value: Any) -> str:
+    """Write a value into a message: short, one line, as it would stand in JSON."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def findings_of(
+    error: ValidationError,
+    model: type[BaseModel],
+    *,
+    prefix: Path = (),
+    source: str = "",
+    lines: Mapping[Path, int] | None = None,
+) -> list[Finding]:
+    """Turn pydantic's errors into findings: camelCase paths, the value, the fix, and the line where known.
+
+    ``model`` is the class that was validated, ``prefix`` its place in the document.
+    """
+    details = error.errors(include_url=False)
+    locations = [_location(detail["loc"]) for detail in details]
+    found: dict[tuple[str, str], Finding] = {}
+    for detail, location in zip(details, locations, strict=True):
+        kind = detail["type"]
+        # A list whose only item is wrong is also reported as too short: that is an echo.
+        if kind == "too_short" and any(len(o) > len(location) and o[: len(location)] == location for o in locations):
+            continue
+        path = prefix + location
+        if kind == "rule":
+            blamed = detail["ctx"]["field"]
+            path += tuple(blamed.split(".")) if blamed else ()
+        finding = Finding("error", dotted(path), _sentence(detail, model), source, _line(path, lines))
+        found.setdefault((finding.field, finding.message), finding)
+    return sorted(found.values(), key=lambda finding: finding.line or 0)
+
+
+def _location(loc: tuple[int | str, ...]) -> Path:
+    """Drop what pydantic adds for its own unions and mappings' keys."""
+    return tuple(part for part in loc if not (isinstance(part, str) and ("[" in part or part in _UNION_TAGS)))
+
+
+_UNION_TAGS = {"int", "str", "constrained-str"}
+
+
+def _line(path: Path, lines: Mapping[Path, int] | None) -> int | None:
+    """Return the line of the field, or of the nearest thing around it that is in the file."""
+    if lines is None:
+        return None
+    for length in range(len(path), -1, -1):
+        if path[:length] in lines:
+            return lines[path[:length]]
+    return None
+
+
+def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR0911 - one case a line
+    kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
+    match kind:
+        case "extra_forbidden":
+            return _unknown_field(detail["loc"], model)
+        case "missing":
+            return "must be set"
+        case "literal_error":
+            return _not_one_of(value, context["expected"])
+        case "string_pattern_mismatch":
+            return f"{shown(value)} is not valid here; {_form(context['pattern'])}"
+        case "rule":
+            return str(context["message"])
+        case "count_or_percent":
+            return f"{shown(value)}: {detail['msg'].removeprefix('Input ')}"
+        case "finite_number":
+            return f"{value} is not a finite number"
+    wanted = _TYPES.get(kind)
+    if wanted:
+        hint = ""
+        if isinstance(value, str) and kind.startswith(("int", "float", "bool")):
+            hint = _unquoted(value, kind)
+        return f"{shown(value)} is not {wanted}{hint}"
+    return f"{shown(value)}: {detail['msg'][0].lower()}{detail['msg'][1:]}".replace("input should be", "should be")
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text; put it in quotes",
+    "model_type": "a mapping of fields",
+    "model_attributes_type": "a mapping of fields",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+    "list_type": "a list",
+}
+
+
+def _unquoted(value: str, kind: str) -> str:
+    """Say so when only the quotes are wrong."""
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return ""
+    right = isinstance(parsed, bool) if kind.startswith("bool") else isinstance(parsed, int | float)
+    return "; remove the quotes" if right else ""
+
+
+def _not_one_of(value: Any, expected: str) -> str:
+    choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
+    near = difflib.get_close_matches(str(value), choices, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{shown(value)} is not one of {', '.join(choices)}{hint}"
+
+
+def _unknown_field(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    section = _section_at(model, loc[:-1])
+    name = str(loc[-1])
+    if section is None:
+        return "unknown field"
+    known = [field.alias or attribute for attribute, field in section.model_fields.items()]
+    if name in section.model_fields:
+        return f"unknown field; did you mean {section.model_fields[name].alias}?"
+    folded = {alias.lower().replace("_", ""): alias for alias in known}
+    near = difflib.get_close_matches(name.lower().replace("_", ""), folded, 1, 0.6)
+    if near:
+        return f"unknown field; did you mean {folded[near[0]]}?"
+    elsewhere = _paths_named(model, name)
+    if elsewhere:
+        return f"unknown field here; did you mean {' or '.join(elsewhere[:2])}?"
+    return f"unknown field; known here: {', '.join(known)}"
+
+
+def _section_at(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
+    """Follow a path of aliases to the section class that stands there."""
+    section: type[BaseModel] | None = model
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        if section is None:
+            return None
+        by_alias = {field.alias or attribute: field for attribute, field in section.model_fields.items()}
+        section = section_class(by_alias[part].annotation) if part in by_alias else None
+    return section
+
+
+def section_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the model class inside an annotation such as ``Lora | None`` or ``tuple[DataSource, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = section_class(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _paths_named(model: type[BaseModel], name: str, prefix: str = "") -> list[str]:
+    """List the places elsewhere in the tree that have a field of this name."""
+    paths: list[str] = []
+    for attribute, field in model.model_fields.items():
+        alias = field.alias or attribute
+        path = f"{prefix}.{alias}" if prefix else alias
+        if alias == name:
+            paths.append(path)
+        inner = section_class(field.annotation)
+        if inner is not None:
+            paths += _paths_named(inner, name, path)
+    return paths
+
+
+def _form(pattern: str) -> str:
+    from dpo_api import fields
+
+    forms = {
+        fields.URI_PATTERN: "write s3://bucket/key, pvc://claim/path or a path",
+        fields.PERCENT_PATTERN: "write a whole number without quotes, or a percentage from above 0% to 100%",
+        fields.QUANTITY_PATTERN: "write a quantity such as 500m, 32 or 256Gi",
+        fields.DNS_SUBDOMAIN_PATTERN: "use lower-case letters, digits, - and .",
+        fields.DNS_LABEL_PATTERN: "use lower-case letters, digits and -",
+        fields.LABEL_KEY_PATTERN: "write a label key such as example.com/name",
+        fields.LABEL_VALUE_PATTERN: "use letters, digits, -, _ and .",
+    }
+    return forms.get(pattern, f"it must match {pattern}")
+
+
+def placed(findings: Iterable[Finding], source: str, lines: Mapping[Path, int]) -> list[Finding]:
+    """Add file and line to findings that were made from a parsed spec."""
+    by_field = {dotted(path): line for path, line in lines.items()}
+
+    def line(field: str) -> int | None:
+        while field and field not in by_field:
+            cut = max(field.rfind("."), field.rfind("["))
+            field = field[:cut] if cut > 0 else ""
+        return by_field.get(field)
+
+    return [replace(finding, source=source, line=line(finding.field)) for finding in findings]

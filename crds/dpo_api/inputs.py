@@ -1,0 +1,273 @@
+"""Sections that say what a run reads: storage, the start model, the tokenizer and the preference data."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, StringConstraints
+
+from dpo_api.fields import (
+    Bool,
+    ConfigMapRef,
+    DnsName,
+    Float,
+    Int,
+    Quantity,
+    Rule,
+    SecretRef,
+    Section,
+    Text,
+    Uri,
+)
+
+Column = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=128)]
+SourceName = Annotated[
+    str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$", max_length=63)
+]
+
+URI_FORMS = "s3://bucket/key, pvc://claim/path, or a path of the machine itself (for `dpo run`)"
+
+
+def _one_of(*names: str) -> str:
+    """Return the CEL sum that counts which of the named optional fields are set."""
+    return " + ".join(f"(has(self.{name}) ? 1 : 0)" for name in names)
+
+
+class CABundle(Section):
+    """Certificates to trust beside the system's own."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "",
+            "set exactly one of configMapRef, secretRef and path",
+            f"{_one_of('configMapRef', 'secretRef', 'path')} == 1",
+            lambda s: sum(source is not None for source in (s.config_map_ref, s.secret_ref, s.path)) == 1,
+        ),
+    )
+
+    config_map_ref: ConfigMapRef | None = Field(default=None, description="A ConfigMap that holds the certificates.")
+    secret_ref: SecretRef | None = Field(default=None, description="A Secret that holds the certificates.")
+    key: str = Field(
+        default="ca.crt",
+        pattern=r"^[-._a-zA-Z0-9]+$",
+        max_length=253,
+        description="Key of the ConfigMap or Secret whose value is PEM.",
+    )
+    path: Text | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="A PEM file on the machine of `dpo run`, or inside the trainer's image.",
+    )
+
+
+class StorageAccess(Section):
+    """How to reach an S3 endpoint. What is not set here is taken from `spec.storage`."""
+
+    endpoint: Text | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$",
+        max_length=512,
+        description="Base URL of the S3 service, such as https://s3.example.com. Not set: AWS's own, by region.",
+    )
+    region: Text | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9-]+$",
+        max_length=64,
+        description="Region that requests are signed for. Not set: as boto3 finds it, else us-east-1.",
+    )
+    force_path_style: Bool | None = Field(
+        default=None,
+        description="Write the bucket into the path, not into the host name, as most S3 services other than AWS"
+        " want it. Not set: true when `endpoint` is set.",
+    )
+    credentials_secret_ref: SecretRef | None = Field(
+        default=None,
+        description="Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if there is one,"
+        " AWS_SESSION_TOKEN. Not set: the pod's own identity (`serviceAccountName`). `dpo run` uses boto3's usual"
+        " chain: environment, ~/.aws, instance identity.",
+    )
+    ca_bundle: CABundle | None = Field(default=None, description="Certificate authority of a private endpoint.")
+
+
+class StorageCache(Section):
+    """Where downloaded models and token files are kept."""
+
+    size: Quantity | None = Field(
+        default=None,
+        description="Most space that the cache takes, as a quantity such as 500Gi. Not set: what the volume has.",
+    )
+    claim: DnsName | None = Field(
+        default=None,
+        description="PersistentVolumeClaim that holds the cache, so that later attempts and other jobs find it."
+        " Not set: the pod's scratch volume. `dpo run` uses $DPO_CACHE_DIR.",
+    )
+
+
+class Storage(StorageAccess):
+    """How S3 is reached unless a source or output says otherwise, and what is kept near the processes."""
+
+    cache: StorageCache = Field(default=StorageCache(), description="Local copies: one download a node.")
+
+
+class HuggingFaceSource(Section):
+    """A folder in Hugging Face's form."""
+
+    uri: Uri = Field(description=f"Folder with config.json, *.safetensors and the tokenizer's files: {URI_FORMS}.")
+    storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
+
+
+class NemoSource(Section):
+    """A NeMo 1.x archive."""
+
+    uri: Uri = Field(description=f"A .nemo file, or the folder it was unpacked to: {URI_FORMS}.")
+    storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
+
+
+class MegatronSource(Section):
+    """A Megatron-Core distributed checkpoint."""
+
+    uri: Uri = Field(description=f"Folder of the checkpoint, or of its iterations: {URI_FORMS}.")
+    storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
+    iteration: Int | None = Field(
+        default=None, ge=0, le=2_000_000_000, description="Which iteration to start from. Not set: the newest."
+    )
+    architecture_uri: Uri | None = Field(
+        default=None,
+        alias="architectureURI",
+        description="A config.json in Hugging Face's form that describes the model, where the checkpoint itself does"
+        " not.",
+    )
+
+
+class Model(Section):
+    """The start model, which is also the reference model: exactly one source."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "",
+            "set exactly one of huggingFace, nemo and megatron",
+            f"{_one_of('huggingFace', 'nemo', 'megatron')} == 1",
+            lambda s: sum(source is not None for source in (s.hugging_face, s.nemo, s.megatron)) == 1,
+        ),
+    )
+
+    hugging_face: HuggingFaceSource | None = Field(default=None, description="A model folder in Hugging Face's form.")
+    nemo: NemoSource | None = Field(default=None, description="A NeMo 1.x .nemo archive.")
+    megatron: MegatronSource | None = Field(default=None, description="A Megatron-Core distributed checkpoint.")
+
+
+class Tokenizer(Section):
+    """A tokenizer other than the model's own."""
+
+    uri: Uri = Field(description=f"Folder with tokenizer.json or tokenizer.model, or one of these files: {URI_FORMS}.")
+    storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
+
+
+class DataSource(Section):
+    """Preference data: one JSON object a line, plain, .gz or .zst."""
+
+    uri: Uri = Field(
+        description=f"One object, a prefix that ends in /, or a pattern with *: {URI_FORMS}. Files are read in the"
+        " order of their names."
+    )
+    name: SourceName | None = Field(
+        default=None,
+        description="Name of the source in metrics and messages. Not set: its position, such as `train-0`.",
+    )
+    weight: Float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="How often an epoch shows this source's pairs, relative to once. Default 1: each pair once.",
+    )
+    storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
+
+
+class Columns(Section):
+    """Names of the keys of a record, where they are not the usual ones."""
+
+    prompt: Column | None = Field(default=None, description="Key of the prompt. Not set: `prompt`.")
+    chosen: Column | None = Field(
+        default=None, description="Key of the preferred response. Not set: `chosen_response`, else `chosen`."
+    )
+    rejected: Column | None = Field(
+        default=None, description="Key of the other response. Not set: `rejected_response`, else `rejected`."
+    )
+    chosen_reward: Column | None = Field(
+        default=None, description="Key of the preferred response's reward. Not set: `chosen_reward`."
+    )
+    rejected_reward: Column | None = Field(
+        default=None, description="Key of the other response's reward. Not set: `rejected_reward`."
+    )
+
+
+def _names_differ(sources: tuple[DataSource, ...]) -> bool:
+    names = [source.name for source in sources if source.name is not None]
+    return len(names) == len(set(names))
+
+
+def _names_differ_cel(field: str) -> str:
+    return (
+        f"!has(self.{field}) || self.{field}.all(a, !has(a.name) ||"
+        f" self.{field}.exists_one(b, has(b.name) && b.name == a.name))"
+    )
+
+
+class Data(Section):
+    """The pairs to learn from and to validate on, and how records become tokens."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "train",
+            "two sources have the same name; give each its own",
+            _names_differ_cel("train"),
+            lambda s: _names_differ(s.train),
+        ),
+        Rule(
+            "validation",
+            "two sources have the same name; give each its own",
+            _names_differ_cel("validation"),
+            lambda s: _names_differ(s.validation),
+        ),
+    )
+
+    train: tuple[DataSource, ...] = Field(min_length=1, max_length=64, description="Sources of the training pairs.")
+    validation: tuple[DataSource, ...] = Field(
+        default=(),
+        max_length=64,
+        description="Sources of the validation pairs; each is also reported on its own, under its name. Not set: no"
+        " validation.",
+    )
+    max_length: Int = Field(
+        default=4096,
+        ge=2,
+        le=1_048_576,
+        description="Most tokens of a prompt with the longer of its responses. Default 4096.",
+    )
+    over_length: Literal["drop", "truncate", "error"] = Field(
+        default="drop",
+        description="What to do with a pair above `maxLength`: `drop` it and count it; `truncate` its responses at"
+        " their end, never the prompt; or end the run with an `error`. Default drop.",
+    )
+    columns: Columns = Field(default=Columns(), description="Names of a record's keys, where they are unusual.")
+    on_invalid: Literal["error", "skip"] = Field(
+        default="error",
+        description="What to do with a record that cannot be used (broken JSON, missing key, empty response): end the"
+        " run with an `error` that lists the first five as file:line, or `skip` and count them. Default error.",
+    )
+    boundary: Literal["strict", "separate"] = Field(
+        default="strict",
+        description="How prompt and response meet: `strict` tokenises them together, and the prompt's tokens must be"
+        " a prefix of the whole; `separate` tokenises the response on its own. Default strict.",
+    )
+    add_bos: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether a prompt starts with the begin-of-text token: `auto` does what the tokenizer itself does."
+        " There are never two. Default auto.",
+    )
+    append_eos: Bool = Field(
+        default=False,
+        description="Append the end-of-text token to each response that is a plain string. Default false: the text"
+        " itself carries its end token.",
+    )

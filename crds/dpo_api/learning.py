@@ -1,0 +1,268 @@
+"""Sections that say what is learnt and how: the loss, the adapter, the optimizer and the schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, Strict
+
+from dpo_api.fields import Bool, CountOrPercent, Float, Int, Rule, Section, whole
+
+Reward = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+Beta = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=0, lt=1)]
+LayerIndex = Annotated[int, BeforeValidator(whole), Strict(), Field(ge=0, le=4095)]
+LoraModule = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", "attention", "mlp", "all"]
+LossName = Literal["dpo", "ipo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"]
+
+
+class Dpo(Section):
+    """The loss. Delta is log-prob(policy) - log-prob(reference) of the chosen response minus that of the rejected."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "preferenceWeight",
+            "preferenceWeight and sftWeight are both 0, so nothing would be learnt; set one above 0",
+            "!(has(self.preferenceWeight) && self.preferenceWeight == 0.0)"
+            " || (has(self.sftWeight) && self.sftWeight > 0.0)",
+            lambda s: s.preference_weight > 0 or s.sft_weight > 0,
+        ),
+    )
+
+    loss: LossName = Field(
+        default="dpo",
+        description="Preference loss: `dpo` -log sigmoid(beta Delta); `ipo` (Delta - 1/(2 beta))^2; `rpo_sq` squared"
+        " distance of beta Delta from the reward gap; `rpo_bwd_kl` and `rpo_fwd_kl` Bernoulli divergence from it,"
+        " backward and forward. Default dpo.",
+    )
+    beta: Float = Field(
+        default=0.1,
+        gt=0,
+        le=1000,
+        description="Weight of the distance from the reference model (NeMo's ref_policy_kl_penalty): the higher, the"
+        " closer the model stays. 0.1 to 1.0 is usual. Default 0.1.",
+    )
+    preference_weight: Float = Field(
+        default=1.0,
+        ge=0,
+        le=1000,
+        description="Weight of the preference loss. 0 is fine-tuning on the chosen responses alone, without a"
+        " reference. Default 1.",
+    )
+    sft_weight: Float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Weight of the mean negative log-prob of the chosen response. Default 0: not used.",
+    )
+    average_log_probs: Bool = Field(
+        default=False,
+        description="Average a response's log-probs over its tokens instead of summing them, in the preference loss."
+        " Default false.",
+    )
+    sft_average_log_probs: Bool | None = Field(
+        default=None,
+        description="The same for the term of `sftWeight`. Not set: as `averageLogProbs`; with `preferenceWeight: 0`"
+        " true, averaged over the tokens of the whole batch.",
+    )
+    gt_reward_scale: Float = Field(
+        default=1.0,
+        ge=0,
+        le=1000,
+        description="Factor of the reward gap, chosen minus rejected, in the rpo losses. Default 1.",
+    )
+    default_chosen_reward: Reward = Field(
+        default=1.0, description="Reward of the chosen response where a record has none. Default 1."
+    )
+    default_rejected_reward: Reward = Field(
+        default=0.0, description="Reward of the rejected response where a record has none. Default 0."
+    )
+
+
+class Lora(Section):
+    """A low-rank adapter beside frozen weights. The reference model is the same weights without it."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "rowInit",
+            "columnInit and rowInit are both zero, so the adapter could never learn; leave columnInit at xavier",
+            "!(has(self.columnInit) && self.columnInit == 'zero') || (has(self.rowInit) && self.rowInit != 'zero')",
+            lambda s: s.column_init != "zero" or s.row_init != "zero",
+        ),
+        Rule(
+            "layers",
+            "layers names a layer twice",
+            "!has(self.layers) || self.layers.all(a, self.layers.exists_one(b, a == b))",
+            lambda s: s.layers is None or len(s.layers) == len(set(s.layers)),
+        ),
+    )
+
+    rank: Int = Field(
+        default=32, ge=1, le=4096, description="Inner dimension of the adapter (adapter_dim). Default 32."
+    )
+    alpha: Float | None = Field(
+        default=None,
+        gt=0,
+        le=1_000_000,
+        description="Scale: the adapter's output is multiplied by alpha / rank. Not set: rank, a factor of 1.",
+    )
+    dropout: Float = Field(
+        default=0.0, ge=0, lt=1, description="Share of values dropped while training, 0 to below 1. Default 0."
+    )
+    dropout_position: Literal["pre", "post"] = Field(
+        default="pre",
+        description="Drop the adapter's input (`pre`, as PEFT does) or its output (`post`, as NeMo does). Default pre.",
+    )
+    target_modules: tuple[LoraModule, ...] = Field(
+        default=("attention_qkv",),
+        min_length=1,
+        max_length=7,
+        description="Linear layers that get an adapter: attention_qkv, attention_dense, mlp_fc1, mlp_fc2; `attention`"
+        " and `mlp` stand for two each, `all` for the four. Default [attention_qkv].",
+    )
+    layers: tuple[LayerIndex, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="Transformer layers that get adapters, counted from 0 (NeMo's layer_selection counts from 1)."
+        " Not set: all.",
+    )
+    column_init: Literal["xavier", "kaiming", "normal", "zero"] = Field(
+        default="xavier", description="Initial values of the first matrix (input to rank). Default xavier."
+    )
+    row_init: Literal["zero", "xavier", "kaiming", "normal"] = Field(
+        default="zero",
+        description="Initial values of the second matrix (rank to output). Default zero: the first step's policy is"
+        " the reference.",
+    )
+
+
+class Packing(Section):
+    """Several pairs in one row of tokens, so that no time goes into padding."""
+
+    enabled: Bool = Field(default=True, description="Pack pairs. false: one pair a pack. Default true.")
+    max_tokens: Int | None = Field(
+        default=None,
+        ge=4,
+        le=4_194_304,
+        description="Most tokens in a pack: what one forward pass holds in memory. Not set: twice `data.maxLength`,"
+        " the least that holds any pair.",
+    )
+
+
+class Schedule(Section):
+    """Learning rate by step: linear warm-up, cosine decay, then constant at the minimum."""
+
+    warmup_steps: Int = Field(
+        default=10, ge=0, le=100_000_000, description="Steps from rate 0 to `learningRate`. 0: no warm-up. Default 10."
+    )
+    constant_steps: Int | None = Field(
+        default=None,
+        ge=0,
+        le=100_000_000,
+        description="Steps at the end with `minLearningRate`. Not set: a tenth of all steps, at most 1000.",
+    )
+    min_learning_rate: Float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Rate at the end of the decay. Not set: a tenth of `learningRate`.",
+    )
+
+
+class Training(Section):
+    """Batches, steps, optimizer, validation and numerical precision."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "schedule.minLearningRate",
+            "schedule.minLearningRate is above learningRate; the rate decays towards it, so set it below",
+            "!(has(self.schedule) && has(self.schedule.minLearningRate)) || self.schedule.minLearningRate <="
+            " (has(self.learningRate) ? self.learningRate : 0.000009)",
+            lambda s: s.schedule.min_learning_rate is None or s.schedule.min_learning_rate <= s.learning_rate,
+        ),
+    )
+
+    global_batch_size: Int = Field(
+        default=64,
+        ge=1,
+        le=1_048_576,
+        description="Pairs per optimizer step, over all processes. It need not be a multiple of anything. 256 to 512"
+        " is recommended. Default 64.",
+    )
+    micro_batch_size: Int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="Most pairs in one forward pass of a process. Not set: as many as `packing.maxTokens` holds.",
+    )
+    packing: Packing = Field(default=Packing(), description="Several pairs in one row of tokens.")
+    prefix_sharing: Bool = Field(
+        default=True,
+        description="Compute a pair's prompt once for both responses; the results are the same. Default true.",
+    )
+    epochs: Int = Field(
+        default=1, ge=1, le=1000, description="Passes over the training pairs. More than 3 rarely help. Default 1."
+    )
+    max_steps: Int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000_000,
+        description="Optimizer steps in all, however many epochs that takes or leaves unfinished. Not set: by `epochs`.",
+    )
+    drop_last: Bool = Field(
+        default=True,
+        description="Leave out the pairs that do not fill an epoch's last batch (others each epoch). false: a smaller"
+        " last batch. Default true.",
+    )
+    learning_rate: Float = Field(
+        default=9e-6, gt=0, le=1, description="Highest learning rate, after the warm-up. Default 9e-6."
+    )
+    schedule: Schedule = Field(default=Schedule(), description="Learning rate by step.")
+    weight_decay: Float = Field(default=0.1, ge=0, le=10, description="Decoupled weight decay of Adam. Default 0.1.")
+    betas: tuple[Beta, ...] = Field(
+        default=(0.9, 0.98),
+        min_length=2,
+        max_length=2,
+        description="Decay rates of Adam's two moments, each from 0 to below 1. Default [0.9, 0.98].",
+    )
+    eps: Float = Field(default=1e-8, gt=0, le=1, description="Adam's term against division by zero. Default 1e-8.")
+    gradient_clip: Float = Field(
+        default=1.0, ge=0, le=1_000_000, description="Highest norm of the whole gradient. 0: no clipping. Default 1."
+    )
+    validation_interval: CountOrPercent = Field(
+        default="10%",
+        description="Steps between validations, or a percentage of an epoch's steps (at least one step). Default 10%.",
+    )
+    validate_at_start: Bool = Field(default=True, description="Validate before the first step too. Default true.")
+    limit_train_batches: CountOrPercent | None = Field(
+        default=None,
+        description="Global batches of an epoch that are used, or a percentage of them. Not set: all.",
+    )
+    limit_validation_batches: CountOrPercent | None = Field(
+        default=None,
+        description="Batches of each validation source that are used, or a percentage of them. Not set: all.",
+    )
+    seed: Int = Field(
+        default=1234,
+        ge=0,
+        le=2_147_483_647,
+        description="Decides the order of pairs, adapters' initial values and dropout. Default 1234.",
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16",
+        description="Precision of weights in computation. bf16 keeps fp32 master weights, optimizer state, gradients"
+        " and log-probs. Default bf16.",
+    )
+    activation_recomputation: Literal["none", "selective", "full"] = Field(
+        default="none", description="Recompute activations in the backward pass to save memory. Default none."
+    )
+    max_run_seconds: Int | None = Field(
+        default=None,
+        ge=1,
+        le=315_360_000,
+        description="Seconds after which a run writes a checkpoint and stops, to be continued later. Not set: no limit.",
+    )
+    deterministic: Bool = Field(
+        default=False,
+        description="Use only kernels that give the same bits each time; slower. Default false.",
+    )

@@ -1,0 +1,149 @@
+"""The spec of a DPOJob: one class that the operator, the CLI and the trainer read alike.
+
+Sections live beside this module by topic and are re-exported here; import them from here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, StringConstraints
+
+from dpo_api.fields import ConfigMapRef, DnsName, OpenObject, Rule, SecretKeyRef, SecretRef, Section, Text, count
+from dpo_api.inputs import (
+    CABundle,
+    Columns,
+    Data,
+    DataSource,
+    HuggingFaceSource,
+    MegatronSource,
+    Model,
+    NemoSource,
+    Storage,
+    StorageAccess,
+    StorageCache,
+    Tokenizer,
+)
+from dpo_api.learning import Dpo, Lora, LoraModule, LossName, Packing, Schedule, Training
+from dpo_api.pods import EnvVar, PodSecurity, PodTemplate, Toleration, VolumeMount
+from dpo_api.running import (
+    Checkpoint,
+    Logging,
+    Mlflow,
+    Output,
+    OutputFormat,
+    Parallelism,
+    Reference,
+    Resources,
+    RunPolicy,
+    TensorBoard,
+    TransformerEngine,
+    Wandb,
+)
+
+__all__ = [
+    "CABundle",
+    "Checkpoint",
+    "Columns",
+    "ConfigMapRef",
+    "DPOJobSpec",
+    "Data",
+    "DataSource",
+    "Dpo",
+    "EnvVar",
+    "HuggingFaceSource",
+    "Logging",
+    "Lora",
+    "LoraModule",
+    "LossName",
+    "MegatronSource",
+    "Mlflow",
+    "Model",
+    "NemoSource",
+    "OpenObject",
+    "Output",
+    "OutputFormat",
+    "Packing",
+    "Parallelism",
+    "PodSecurity",
+    "PodTemplate",
+    "Reference",
+    "Resources",
+    "RunPolicy",
+    "Schedule",
+    "SecretKeyRef",
+    "SecretRef",
+    "Section",
+    "Storage",
+    "StorageAccess",
+    "StorageCache",
+    "TensorBoard",
+    "Tokenizer",
+    "Toleration",
+    "Training",
+    "TransformerEngine",
+    "VolumeMount",
+    "Wandb",
+    "count",
+]
+
+
+class DPOJobSpec(Section):
+    """What to train, on what, how and where."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "output.formats",
+            "output.formats names peft, the adapter alone, but lora is not set; set lora or leave peft out",
+            "has(self.lora) || !(has(self.output) && has(self.output.formats)"
+            " && self.output.formats.exists(f, f == 'peft'))",
+            lambda s: s.lora is not None or "peft" not in s.output.formats,
+        ),
+        Rule(
+            "parallelism.sequence",
+            "parallelism.sequence shares work among tensor-parallel processes; set parallelism.tensor above 1",
+            "!(has(self.parallelism) && has(self.parallelism.sequence) && self.parallelism.sequence)"
+            " || (has(self.parallelism.tensor) && self.parallelism.tensor > 1)",
+            lambda s: not s.parallelism.sequence or s.parallelism.tensor > 1,
+        ),
+    )
+
+    image: Annotated[str, StringConstraints(strict=True, pattern=r"^[^\s]+$", min_length=1, max_length=512)] | None = (
+        Field(
+            default=None, description="Image of the trainer. Not set: the operator's, fixed when the job is accepted."
+        )
+    )
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
+        default=None, description="When to pull the image. Not set: Kubernetes' default."
+    )
+    service_account_name: DnsName | None = Field(
+        default=None,
+        description="Service account whose identity the pods show to the cloud's storage (IRSA, workload identity)."
+        " It gets no token of the cluster's API. Not set: `default`.",
+    )
+    model: Model = Field(description="The start model, which is also the reference: exactly one source.")
+    tokenizer: Tokenizer | None = Field(default=None, description="Another tokenizer than the model's own.")
+    chat_template: Text | None = Field(
+        default=None,
+        min_length=1,
+        max_length=65_536,
+        description="Jinja template that renders message lists. Not set: the tokenizer's own.",
+    )
+    data: Data = Field(description="Preference data for training and validation.")
+    dpo: Dpo = Field(default=Dpo(), description="The loss.")
+    lora: Lora | None = Field(default=None, description="Train an adapter. Not set: all parameters are trained.")
+    training: Training = Field(default=Training(), description="Batches, steps, optimizer, validation, precision.")
+    parallelism: Parallelism = Field(default=Parallelism(), description="How one model is spread over processes.")
+    resources: Resources = Field(default=Resources(), description="Nodes and what each one gives.")
+    reference: Reference = Field(default=Reference(), description="Where the reference's log-probs are kept.")
+    checkpoint: Checkpoint = Field(default=Checkpoint(), description="The run directory and what is saved in it.")
+    output: Output = Field(default=Output(), description="The aligned model.")
+    storage: Storage = Field(default=Storage(), description="How S3 is reached, and the local cache.")
+    run_policy: RunPolicy = Field(
+        default=RunPolicy(), description="Life cycle on a cluster; the only section that may change after creation."
+    )
+    logging: Logging = Field(default=Logging(), description="Where metrics go besides metrics.jsonl and Prometheus.")
+    transformer_engine: TransformerEngine = Field(
+        default=TransformerEngine(), description="NVIDIA's kernels, on GPUs that have them."
+    )
+    pod_template: PodTemplate = Field(default=PodTemplate(), description="Fields laid over the trainer's pods.")
