@@ -7,7 +7,7 @@ whether another attempt can help; the CLI exits with the same code. Nothing else
 from __future__ import annotations
 
 from enum import Enum
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 Retry = Literal["none", "permanent", "retryable", "infrastructure"]
 """What another attempt could change.
@@ -24,7 +24,7 @@ class Outcome(Enum):
     retry: Retry
     description: str
 
-    def __new__(cls, name: str, exit_code: int, retry: Retry, description: str) -> Outcome:
+    def __new__(cls, name: str, exit_code: int, retry: Retry, description: str) -> Self:
         """Make the member whose value is ``name`` and whose other columns are attributes."""
         member = object.__new__(cls)
         member._value_ = name
@@ -57,7 +57,7 @@ class Outcome(Enum):
         "Communication",
         75,
         "retryable",
-        "The processes of the run lost each other (NCCL, Gloo, rendezvous).",
+        "The processes lost each other (NCCL, Gloo, rendezvous).",
     )
     Stopped = "Stopped", 143, "infrastructure", "The run was asked to stop, wrote a checkpoint and can be continued."
 

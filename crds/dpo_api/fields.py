@@ -143,5 +143,5 @@ def count(value: int | str, of: int) -> int:
     if isinstance(value, int):
         return value
     digits, _, fraction = value.rstrip("%").partition(".")
-    scale = 10 ** len(fraction)
+    scale: int = 10 ** len(fraction)
     return max(1, (int(digits) * scale + int(fraction or 0)) * of // (100 * scale))

@@ -96,9 +96,7 @@ class Lora(Section):
         ),
     )
 
-    rank: Int = Field(
-        default=32, ge=1, le=4096, description="Inner dimension of the adapter (adapter_dim). Default 32."
-    )
+    rank: Int = Field(default=32, ge=1, le=4096, description="Inner dimension (NeMo's adapter_dim). Default 32.")
     alpha: Float | None = Field(
         default=None,
         gt=0,
@@ -207,7 +205,7 @@ class Training(Section):
         default=None,
         ge=1,
         le=100_000_000,
-        description="Optimizer steps in all, however many epochs that takes or leaves unfinished. Not set: by `epochs`.",
+        description="Optimizer steps in all, however many epochs that takes. Not set: by `epochs`.",
     )
     drop_last: Bool = Field(
         default=True,
@@ -260,7 +258,7 @@ class Training(Section):
         default=None,
         ge=1,
         le=315_360_000,
-        description="Seconds after which a run writes a checkpoint and stops, to be continued later. Not set: no limit.",
+        description="Seconds after which a run writes a checkpoint and stops, to be continued. Not set: no limit.",
     )
     deterministic: Bool = Field(
         default=False,

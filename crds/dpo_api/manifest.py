@@ -40,8 +40,17 @@ NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
 # ObjectMeta has more fields, which mean nothing to us but stand in what `kubectl get -o yaml` prints.
 _OTHER_METADATA = frozenset(
-    "creationTimestamp deletionGracePeriodSeconds deletionTimestamp finalizers generateName managedFields"
-    " ownerReferences resourceVersion selfLink".split()
+    {
+        "creationTimestamp",
+        "deletionGracePeriodSeconds",
+        "deletionTimestamp",
+        "finalizers",
+        "generateName",
+        "managedFields",
+        "ownerReferences",
+        "resourceVersion",
+        "selfLink",
+    }
 )
 
 
@@ -254,7 +263,7 @@ def _value(node: yaml.Node, loader: _Loader, path: FieldPath, lines: dict[FieldP
         if not math.isfinite(number):
             raise yaml.MarkedYAMLError(problem=f"{node.value} is no finite number", problem_mark=node.start_mark)
         return number
-    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node)
 
 
 def _mapping(node: yaml.MappingNode, loader: _Loader, path: FieldPath, lines: dict[FieldPath, int]) -> dict[str, Any]:

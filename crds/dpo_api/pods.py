@@ -19,8 +19,8 @@ from dpo_api.fields import (
     LabelValue,
     OpenObject,
     Rule,
-    Section,
     SecretRef,
+    Section,
     Text,
 )
 

@@ -95,7 +95,7 @@ class LastWords(_Message):
         text = _Message.to_json(spare)
         if len(text.encode()) <= LAST_WORDS_MAX_BYTES:
             return text
-        bare = {"run_dir": _fitting(self.run_dir), "model_uri": _fitting(self.model_uri), "metrics": {}}
+        bare: dict[str, Any] = {"run_dir": _fitting(self.run_dir), "model_uri": _fitting(self.model_uri), "metrics": {}}
         return _Message.to_json(spare.model_copy(update=bare))
 
 

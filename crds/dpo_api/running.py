@@ -16,7 +16,6 @@ from dpo_api.fields import (
     Rule,
     SecretKeyRef,
     Section,
-    Text,
     Uri,
 )
 from dpo_api.inputs import URI_FORMS, StorageAccess
@@ -42,16 +41,14 @@ class Parallelism(Section):
     )
     distributed_optimizer: Bool = Field(
         default=True,
-        description="Spread master weights and optimizer state over data-parallel processes. Default true.",
+        description="Spread optimizer state over data-parallel processes. Default true.",
     )
 
 
 class Resources(Section):
     """Nodes and what each one gives."""
 
-    nodes: Int = Field(
-        default=1, ge=1, le=1024, description="Pods, one a node. `dpo run` uses this machine. Default 1."
-    )
+    nodes: Int = Field(default=1, ge=1, le=1024, description="Pods, one a node; `dpo run`: this machine. Default 1.")
     gpus_per_node: Int | None = Field(
         default=None,
         ge=0,
@@ -188,9 +185,7 @@ class RunPolicy(Section):
         description="Seconds after the end when the DPOJob is deleted; the run directory stays. Not set: never.",
     )
     queue_name: DnsName | None = Field(default=None, description="Kueue LocalQueue. Not set: not queued.")
-    priority_class: DnsName | None = Field(
-        default=None, description="Kueue WorkloadPriorityClass of the first attempt."
-    )
+    priority_class: DnsName | None = Field(default=None, description="Kueue WorkloadPriorityClass of the job.")
     restart_priority_class: DnsName | None = Field(
         default=None,
         description="Kueue WorkloadPriorityClass of later attempts, which queue again. Not set: `priorityClass`.",
@@ -269,7 +264,7 @@ class TransformerEngine(Section):
 
     enabled: Bool | None = Field(
         default=None,
-        description="Use its linear layers and norms. Not set: where it is installed and a GPU is present.",
+        description="Use its linear layers and norms. Not set: where it and a GPU are present.",
     )
     attention: Bool = Field(
         default=False, description="Use its attention instead of ours, which shares prompts. Default false."

@@ -109,9 +109,7 @@ class DPOJobSpec(Section):
     )
 
     image: Annotated[str, StringConstraints(strict=True, pattern=r"^[^\s]+$", min_length=1, max_length=512)] | None = (
-        Field(
-            default=None, description="Image of the trainer. Not set: the operator's, fixed when the job is accepted."
-        )
+        Field(default=None, description="Image of the trainer. Not set: the operator's at the time of acceptance.")
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
         default=None, description="When to pull the image. Not set: Kubernetes' default."
