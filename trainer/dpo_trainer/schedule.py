@@ -37,8 +37,8 @@ def learning_rate(
         raise ValueError(f"the minimum rate {min_learning_rate} must lie between 0 and the maximum {max_learning_rate}")
     if warmup_steps > 0 and step <= warmup_steps:
         if constant_steps > 0:
-            return max_learning_rate * step / warmup_steps
-        return max_learning_rate * (step + 1) / (warmup_steps + 1)
+            return max_learning_rate * (step / warmup_steps)
+        return max_learning_rate * ((step + 1) / (warmup_steps + 1))
     decay_steps = total_steps - warmup_steps - constant_steps
     if decay_steps <= 0 or step > warmup_steps + decay_steps:
         return min_learning_rate

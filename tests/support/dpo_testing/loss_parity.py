@@ -1,0 +1,174 @@
+"""The checks that hold a losses module to the papers; the module is an argument, so that mutants take the same test."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dpo_testing import papers
+from dpo_testing.papers import PairOfResponses, Settings
+
+VARIANTS = ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
+
+
+def settings_grid() -> Iterator[Settings]:
+    """Each variant alone, averaged, and with each form of the SFT term; SFT alone in its three forms."""
+    for loss in VARIANTS:
+        for average in (False, True):
+            yield Settings(loss=loss, average_log_probs=average)
+        yield Settings(loss=loss, preference_weight=0.6, sft_weight=0.8)
+        yield Settings(loss=loss, sft_weight=0.8, average_log_probs=True)
+        yield Settings(loss=loss, sft_weight=0.8, sft_average_log_probs=True)
+        yield Settings(loss=loss, sft_weight=0.8, average_log_probs=True, sft_average_log_probs=False)
+    for sft_average in (None, False, True):
+        yield Settings(preference_weight=0.0, sft_weight=0.7, sft_average_log_probs=sft_average)
+
+
+def _columns(pairs: Sequence[PairOfResponses], name: str) -> Tensor:
+    """[P, 2]: sums of ``chosen<name>`` and ``rejected<name>``, built so that gradients reach the tokens."""
+    return torch.stack(
+        [torch.stack((getattr(p, f"chosen{name}").sum(), getattr(p, f"rejected{name}").sum())) for p in pairs]
+    )
+
+
+def inputs(pairs: Sequence[PairOfResponses]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The trainer's arguments for these pairs: policy sums, counts, reference sums, rewards; [P, 2] each."""
+    counts = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs])
+    given = torch.tensor([[p.chosen_reward, p.rejected_reward] for p in pairs], dtype=torch.float64)
+    return _columns(pairs, ""), counts, _columns(pairs, "_reference"), given
+
+
+def _agree(name: str, ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(
+        ours.double(), theirs, rtol=1e-10, atol=1e-12, msg=lambda text: f"{name}: trainer against paper: {text}"
+    )
+
+
+def check_losses(losses: ModuleType) -> None:
+    """Values and token gradients of every setting, rewards, detachment, fillers; AssertionError at a difference."""
+    for settings in settings_grid():
+        check_setting(losses, settings)
+    check_detached(losses)
+    check_filler(losses)
+    check_empty_response(losses)
+    check_extreme(losses)
+
+
+def check_setting(losses: ModuleType, settings: Settings) -> None:
+    """One setting against the papers: the batch loss, its gradient at every token, the reported figures."""
+    pairs = papers.some_pairs()
+    tokens = [tensor for pair in pairs for tensor in (pair.chosen, pair.rejected)]
+    expected = papers.batch_loss(settings, pairs)
+    expected_gradients = torch.autograd.grad(expected, tokens, allow_unused=True, materialize_grads=True)
+    result = losses.pair_losses(*inputs(pairs), settings)
+    loss = result.total.sum() / result.denominator.sum()
+    label = f"{settings}"
+    _agree(label, loss.detach(), expected.detach())
+    assert loss.requires_grad, "the loss has no gradient"
+    gradients = torch.autograd.grad(loss, tokens, allow_unused=True, materialize_grads=True)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        _agree(f"gradient of {label}", ours, theirs)
+    assert result.real.all()
+    _agree(f"sft of {label}", result.sft.sum() / result.denominator.sum(), papers.sft(settings, pairs).detach())
+    if settings.preference_weight == 0:
+        assert result.preference is None
+        assert result.chosen_reward is None
+        assert result.rejected_reward is None
+        return
+    each = torch.stack([papers.preference(settings, pair) for pair in pairs]).detach()
+    _agree(f"preference of {label}", result.preference, each)
+    for ours, theirs in zip(
+        (result.chosen_reward, result.rejected_reward), papers.rewards(settings, pairs), strict=True
+    ):
+        _agree(f"reward of {label}", ours, theirs)
+
+
+def check_detached(losses: ModuleType) -> None:
+    """Reported figures carry no gradient; SFT alone needs no reference."""
+    pairs = papers.some_pairs()
+    policy, counts, reference, given = inputs(pairs)
+    result = losses.pair_losses(policy, counts, reference, given, Settings(sft_weight=0.5))
+    for name in ("preference", "sft", "chosen_reward", "rejected_reward"):
+        assert not getattr(result, name).requires_grad, f"{name} carries a gradient"
+    alone = losses.pair_losses(policy, counts, None, given, Settings(preference_weight=0.0, sft_weight=1.0))
+    assert not alone.sft.requires_grad
+    try:
+        losses.pair_losses(policy, counts, None, given, Settings())
+    except ValueError:
+        return
+    raise AssertionError("a preference loss without reference log-probabilities went through")
+
+
+def check_filler(losses: ModuleType) -> None:
+    """A filler pair, whatever it holds, changes nothing: not the loss, not a gradient, not a figure."""
+    real = torch.tensor([True, False, True, True])
+    for settings in (
+        *(Settings(loss=loss, sft_weight=0.5) for loss in VARIANTS),
+        Settings(preference_weight=0.0, sft_weight=1.0),
+        Settings(preference_weight=0.0, sft_weight=1.0, sft_average_log_probs=True),
+    ):
+        arguments = [tensor.detach().clone() for tensor in inputs(papers.some_pairs())]
+        without = losses.pair_losses(*(tensor[real] for tensor in arguments), settings)
+        for spoiled in (arguments[0], arguments[2], arguments[3]):
+            spoiled[1] = torch.nan
+        policy = arguments[0].requires_grad_()
+        result = losses.pair_losses(*arguments, settings, real)
+        (gradient,) = torch.autograd.grad(result.total.sum(), policy)
+        assert bool(gradient.isfinite().all()), "a filler made a gradient NaN"
+        assert not gradient[1].any(), "a filler has a gradient"
+        assert int(result.denominator.sum()) == int(without.denominator.sum()), "a filler counts in the denominator"
+        for name in ("total", "sft", "preference", "chosen_reward", "rejected_reward"):
+            figure = getattr(result, name)
+            if figure is not None:
+                assert figure[1].item() == 0, f"a filler has {name} {figure[1]}"
+                _agree(f"{name} beside a filler", figure[real].detach(), getattr(without, name).detach())
+
+
+def check_empty_response(losses: ModuleType) -> None:
+    """A response without tokens divides by one token, not by zero."""
+    pairs = papers.some_pairs(lengths=((3, 0), (0, 2)))
+    for settings in (Settings(average_log_probs=True, sft_weight=1.0), Settings(loss="ipo", average_log_probs=True)):
+        result = losses.pair_losses(*inputs(pairs), settings)
+        _agree("empty response", (result.total.sum() / 2).detach(), papers.batch_loss(settings, pairs).detach())
+
+
+def check_extreme(losses: ModuleType) -> None:
+    """In fp32, at |βΔ| and |g| up to 1e4: finite values and gradients, and equal to the limits known in closed form."""
+    extremes = (-1e4, -50.0, 0.0, 50.0, 1e4)
+    grid = torch.tensor([(x, gap) for x in extremes for gap in extremes])
+    x, gap = grid[:, 0].clone().requires_grad_(), grid[:, 1]
+    for loss in VARIANTS:
+        value = losses.preference_loss(loss, x / 0.5, 0.5, gap)
+        assert value.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        assert bool(value.isfinite().all()), f"{loss} is not finite"
+        assert bool(gradient.isfinite().all()), f"{loss}'s gradient is not finite"
+    exact = torch.clamp(-x.detach(), min=0)  # −log σ(x) → max(−x, 0)
+    far = x.detach().abs() >= 50
+    torch.testing.assert_close(losses.preference_loss("dpo", x / 0.5, 0.5, gap).detach()[far], exact[far])
+    same = x.detach() == gap
+    for loss in ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"):
+        value = losses.preference_loss(loss, x / 0.5, 0.5, gap).detach()
+        assert not value[same].any(), f"{loss} is not zero where model and data agree"
+        assert bool((value[~same] >= 0).all()), f"{loss} is negative"
+
+
+def closed_form_first_step(settings: Settings, gap: float) -> float:
+    """Preference loss while policy = reference, derived by hand; ``gap`` is the raw reward difference."""
+    g = settings.gt_reward_scale * gap
+    p = torch.distributions.Bernoulli(logits=torch.tensor(g, dtype=torch.float64))
+    ln2 = float(torch.log(torch.tensor(2.0, dtype=torch.float64)))
+    return {
+        "dpo": ln2,
+        "ipo": 1 / (4 * settings.beta**2),
+        "rpo_sq": g * g,
+        "rpo_bwd_kl": ln2 - float(p.entropy()),
+        "rpo_fwd_kl": -ln2 - 0.5 * float(p.probs.log() + (1 - p.probs).log()),
+    }[settings.loss]
+
+
+def variants_of(settings: Settings) -> list[Settings]:
+    """The same settings with each preference loss."""
+    return [replace(settings, loss=loss) for loss in VARIANTS]

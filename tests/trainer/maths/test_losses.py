@@ -1,0 +1,79 @@
+"""The losses against the papers, and the checks themselves against wrong losses."""
+
+import pytest
+import torch
+
+from dpo_testing import loss_parity, papers
+from dpo_testing.papers import Settings
+from dpo_trainer import losses
+from dpo_trainer.logprobs import sums_by_owner
+
+
+@pytest.mark.parametrize("settings", list(loss_parity.settings_grid()), ids=str)
+def test_value_gradient_and_rewards_match_the_papers(settings: Settings) -> None:
+    loss_parity.check_setting(losses, settings)
+
+
+def test_figures_are_detached_and_sft_alone_needs_no_reference() -> None:
+    loss_parity.check_detached(losses)
+
+
+def test_filler_pairs_weigh_nothing() -> None:
+    loss_parity.check_filler(losses)
+
+
+def test_empty_response_is_no_division_by_zero() -> None:
+    loss_parity.check_empty_response(losses)
+
+
+def test_fp32_is_safe_at_extreme_arguments() -> None:
+    loss_parity.check_extreme(losses)
+
+
+@pytest.mark.parametrize("settings", loss_parity.variants_of(Settings()), ids=lambda settings: settings.loss)
+def test_first_step_has_its_closed_form(settings: Settings) -> None:
+    gap = 0.75
+    expected = loss_parity.closed_form_first_step(settings, gap)
+    ours = losses.initial_preference_loss(settings.loss, settings.beta, settings.gt_reward_scale * gap)
+    assert ours == pytest.approx(expected, rel=1e-12)
+    sums = torch.tensor([[-12.0, -31.0]], dtype=torch.float64)
+    result = losses.pair_losses(sums, torch.tensor([[3, 8]]), sums, torch.tensor([[1.0, 0.25]]), settings)
+    assert float(result.total) == pytest.approx(expected, rel=1e-12)
+
+
+def test_both_branches_receive_gradient_through_token_sums() -> None:
+    """From tokens in fp32 through sums_by_owner to the loss: each response's tokens move in its own direction."""
+    pairs = papers.some_pairs()
+    tokens = torch.cat([t for p in pairs for t in (p.chosen, p.rejected)]).detach().float().requires_grad_()
+    owners = torch.cat(
+        [torch.full((len(t),), 2 * i + k) for i, p in enumerate(pairs) for k, t in enumerate((p.chosen, p.rejected))]
+    )
+    sums, counts = sums_by_owner(tokens, owners, 2 * len(pairs))
+    _, _, reference, given = loss_parity.inputs(pairs)
+    result = losses.pair_losses(sums.view(-1, 2), counts.view(-1, 2), reference, given, Settings())
+    (gradient,) = torch.autograd.grad(result.total.sum(), tokens)
+    assert gradient.dtype == torch.float32
+    assert bool((gradient[owners % 2 == 0] < 0).all())
+    assert bool((gradient[owners % 2 == 1] > 0).all())
+
+
+def test_small_differences_of_long_responses_survive() -> None:
+    """Two sums near −2,000: their difference is right to 1e-6, where fp32 sums would be off by 1e-4."""
+    generator = torch.Generator().manual_seed(5)
+    policy = -torch.rand(4000, generator=generator)
+    reference = policy.double() + 1e-4 * torch.rand(4000, generator=generator, dtype=torch.float64)
+    owners = torch.arange(4000) % 2
+    sums, counts = sums_by_owner(policy, owners, 2)
+    reference_sums = torch.stack((reference[0::2].sum(), reference[1::2].sum()))
+    settings = Settings(beta=1.0)
+    result = losses.pair_losses(
+        sums.view(1, 2), counts.view(1, 2), reference_sums.view(1, 2), torch.zeros(1, 2), settings
+    )
+    assert result.chosen_reward is not None
+    exact = (policy.double() - reference)[0::2].sum()
+    assert float(result.chosen_reward) == pytest.approx(float(exact), abs=1e-6)
+
+
+def test_unknown_variant_is_a_key_error() -> None:
+    with pytest.raises(KeyError):
+        losses.preference_loss("hinge", torch.zeros(1), 0.1, torch.zeros(1))

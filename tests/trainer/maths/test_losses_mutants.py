@@ -1,0 +1,130 @@
+"""Wrong losses are caught: every sign, factor and detachment of losses.py is changed in turn, and a check must fail.
+
+The text is edited in memory and executed; nothing on disk changes. A mutant that survives means that the
+checks of test_losses.py prove less than they say.
+"""
+
+import ast
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dpo_testing import loss_parity
+from dpo_trainer import losses
+
+SOURCE = Path(losses.__file__).read_text(encoding="utf-8")
+
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+}
+
+EDITS = {
+    "the rejected branch is detached": ("gains[:, 0] - gains[:, 1]", "gains[:, 0] - gains[:, 1].detach()"),
+    "the chosen branch is detached": ("gains[:, 0] - gains[:, 1]", "gains[:, 0].detach() - gains[:, 1]"),
+    "the gradient is halved": (
+        "total = settings.preference_weight * preference",
+        "total = settings.preference_weight * (0.5 * preference + 0.5 * preference.detach())",
+    ),
+    "the loss is halved": ("return -logsigmoid(beta * delta)", "return -0.5 * logsigmoid(beta * delta)"),
+    "the rewards keep their gradient": ("gains.detach()", "gains"),
+    "the rewards lose β": ("settings.beta * gains.detach()", "gains.detach()"),
+    "the rewards are exchanged": ("implicit[:, 0], implicit[:, 1]", "implicit[:, 1], implicit[:, 0]"),
+    "both rewards are the chosen's": ("implicit[:, 0], implicit[:, 1]", "implicit[:, 0], implicit[:, 0]"),
+    "SFT trains on the rejected response": ("_sft_term(policy[:, 0]", "_sft_term(policy[:, 1]"),
+    "SFT divides by the rejected response's length": ("counts[:, 0], settings", "counts[:, 1], settings"),
+    "SFT's gradient is lost": ("settings.sft_weight * sft\n", "settings.sft_weight * sft.detach()\n"),
+    "the preference's gradient is lost": (
+        "total = settings.preference_weight * preference\n",
+        "total = settings.preference_weight * preference.detach()\n",
+    ),
+    "SFT follows the wrong default": (
+        "per_token = settings.average_log_probs",
+        "per_token = not settings.average_log_probs",
+    ),
+    "SFT alone averages over pairs": ("return -chosen, counts", "return -chosen, real.to(torch.int64)"),
+    "the KLs are exchanged": (
+        "return _bernoulli_kl(reward_gap, beta * delta)",
+        "return _bernoulli_kl(beta * delta, reward_gap)",
+    ),
+    "every variant trains as dpo": ("return PREFERENCE_LOSSES[loss](", "return PREFERENCE_LOSSES['dpo']("),
+    "the reward scale is ignored": ("gap = settings.gt_reward_scale * ", "gap = 1.0 * "),
+    "a filler weighs as a pair": ("real.to(torch.int64)", "torch.ones_like(counts)"),
+    "a filler's loss counts": ("preference = torch.where(real, ", "preference = torch.where(real | True, "),
+    "a filler's NaN is multiplied, not masked": (
+        "policy = torch.where(keep, policy_sums, 0.0)",
+        "policy = policy_sums * keep",
+    ),
+    "the probabilities' logs are taken": (
+        "return -logsigmoid(beta * delta)",
+        "return -torch.log(torch.sigmoid(beta * delta))",
+    ),
+    "the KL is of probabilities": (
+        "heads = p_logit.sigmoid() * (logsigmoid(p_logit) - logsigmoid(q_logit))",
+        "heads = p_logit.sigmoid() * (logsigmoid(p_logit) - torch.log(torch.sigmoid(q_logit)))",
+    ),
+    "an empty response divides by zero": ("lengths = counts.clamp(min=1)", "lengths = counts"),
+    "SFT of an empty response divides by zero": ("chosen / counts.clamp(min=1)", "chosen / counts"),
+}
+
+
+def module_of(source: str) -> ModuleType:
+    module = ModuleType("mutated_losses")
+    exec(compile(source, "losses.py (mutated)", "exec"), module.__dict__)  # noqa: S102
+    return module
+
+
+def arithmetic_mutants() -> Iterator[tuple[str, str]]:
+    """Every binary operator turned into its opposite and every minus sign dropped, one at a time."""
+    tree = ast.parse(SOURCE)
+    nodes = list(ast.walk(tree))
+    annotations = {id(inner) for node in nodes for inner in _annotations(node)}
+    for index, node in enumerate(nodes):
+        if id(node) in annotations:
+            continue
+        mutant = copy.deepcopy(tree)
+        twin = list(ast.walk(mutant))[index]
+        if isinstance(twin, ast.BinOp) and type(twin.op) in OPERATORS:
+            before = ast.unparse(twin)
+            twin.op = OPERATORS[type(twin.op)]()
+            yield f"line {twin.lineno}: {before} -> {ast.unparse(twin)}", ast.unparse(mutant)
+        elif isinstance(twin, ast.UnaryOp) and isinstance(twin.op, ast.USub):
+            before = ast.unparse(twin)
+            twin.op = ast.UAdd()
+            yield f"line {twin.lineno}: {before} -> {ast.unparse(twin)}", ast.unparse(mutant)
+
+
+def _annotations(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.FunctionDef) and node.returns is not None:
+        yield from ast.walk(node.returns)
+    if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+        yield from ast.walk(node.annotation)
+
+
+def assert_caught(mutated: str) -> None:
+    try:
+        loss_parity.check_losses(module_of(mutated))
+    except AssertionError:
+        return
+    pytest.fail("the checks let this mutant through")
+
+
+def test_the_module_itself_passes() -> None:
+    loss_parity.check_losses(module_of(SOURCE))
+
+
+@pytest.mark.parametrize("mutated", [pytest.param(text, id=name) for name, text in arithmetic_mutants()])
+def test_changed_arithmetic_is_caught(mutated: str) -> None:
+    assert_caught(mutated)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edit_is_caught(name: str) -> None:
+    old, new = EDITS[name]
+    assert SOURCE.count(old) >= 1, f"losses.py no longer holds {old!r}: bring this table up to date"
+    assert_caught(SOURCE.replace(old, new, 1))

@@ -1,0 +1,86 @@
+"""Metrics as numerators and denominators, so that they can be added up over packs and ranks and divided once.
+
+One fixed row a metric: a rank adds its packs' tables, one all-reduce adds the ranks', ``means`` divides. A metric that
+a run does not have (rewards, for SFT alone) has denominator 0 and is left out, not reported as 0.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_trainer.losses import PairLosses
+
+ROWS = (
+    "loss",
+    "sft_loss",
+    "preference_loss",
+    "acc",
+    "rewards_chosen",
+    "rewards_rejected",
+    "rewards_all",
+    "rewards_all_square",
+)
+"""The rows of a table of sums, [len(ROWS), 2] float64: numerator, denominator."""
+
+
+def metric_sums(losses: PairLosses) -> Tensor:
+    """The table of one pack, [len(ROWS), 2] float64, without gradient; filler pairs count nowhere.
+
+    ========================  ===========================================  =======================================
+    row                       numerator                                    denominator
+    ========================  ===========================================  =======================================
+    loss                      Σ ``total``                                  pairs (SFT alone: see losses._sft_term)
+    sft_loss                  Σ −log π(chosen), unweighted                 the loss's
+    preference_loss           Σ preference loss, unweighted                pairs
+    acc                       pairs with chosen reward > rejected reward   pairs
+    rewards_chosen            Σ chosen reward                              pairs
+    rewards_rejected          Σ rejected reward                            pairs
+    rewards_all               Σ reward of both responses                   responses (2 a pair)
+    rewards_all_square        Σ square of those                            responses
+    ========================  ===========================================  =======================================
+    """
+    zero = torch.zeros((), dtype=torch.float64, device=losses.total.device)
+    pairs = losses.real.sum().double()
+    per_loss = losses.denominator.sum().double()
+    table = dict.fromkeys(ROWS, (zero, zero))
+    table["loss"] = (losses.total.detach().double().sum(), per_loss)
+    table["sft_loss"] = (losses.sft.double().sum(), per_loss)
+    if losses.preference is not None:
+        table["preference_loss"] = (losses.preference.double().sum(), pairs)
+    if losses.chosen_reward is not None and losses.rejected_reward is not None:
+        chosen, rejected = losses.chosen_reward.double(), losses.rejected_reward.double()
+        table["acc"] = ((chosen > rejected).double().sum(), pairs)  # a filler's rewards are equal: 0 and 0
+        table["rewards_chosen"] = (chosen.sum(), pairs)
+        table["rewards_rejected"] = (rejected.sum(), pairs)
+        table["rewards_all"] = (chosen.sum() + rejected.sum(), 2 * pairs)
+        table["rewards_all_square"] = (chosen.square().sum() + rejected.square().sum(), 2 * pairs)
+    return torch.stack([torch.stack(table[row]) for row in ROWS])
+
+
+def empty_sums(device: torch.device | str = "cpu") -> Tensor:
+    """The table of no pair at all, [len(ROWS), 2] float64: what ranks start from."""
+    return torch.zeros(len(ROWS), 2, dtype=torch.float64, device=device)
+
+
+def means(table: Tensor | Sequence[Sequence[float]]) -> dict[str, float]:
+    """Divide the global sums: the metrics by their names without the ``train/`` or ``val/`` group.
+
+    Each row's mean under its own name, rewards with ``_mean``; ``rewards_margin`` = chosen mean − rejected mean;
+    ``rewards_all_std``: sample standard deviation (divisor 2N − 1, as torch.std and NeMo) of all 2N rewards. Rows
+    without a denominator are left out. NaN and infinities pass through: whoever writes them decides.
+    """
+    rows = table.tolist() if isinstance(table, Tensor) else table
+    sums = {row: (float(top), float(bottom)) for row, (top, bottom) in zip(ROWS, rows, strict=True) if bottom > 0}
+    result = {row: top / bottom for row, (top, bottom) in sums.items() if not row.startswith("rewards")}
+    if "rewards_all" not in sums:
+        return result
+    for row in ("rewards_chosen", "rewards_rejected", "rewards_all"):
+        result[f"{row}_mean"] = sums[row][0] / sums[row][1]
+    result["rewards_margin"] = result["rewards_chosen_mean"] - result["rewards_rejected_mean"]
+    total, count = sums["rewards_all"]
+    variance = (sums["rewards_all_square"][0] - total * total / count) / (count - 1)
+    # Rounding can take a variance of 0 below it; max(nan, 0) would hide a NaN.
+    result["rewards_all_std"] = math.sqrt(variance) if variance > 0 else variance * 0.0
+    return result
