@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Build the Go programs that the tests run, each pinned by hack/tools/<name>/{go.mod,go.sum}.
+#
+#   hack/build-tools.sh [NAME...]          build the named tools (all by default); print the path of each binary
+#   hack/build-tools.sh --path NAME        print where NAME's binary lies once built; build nothing
+#
+# A tool folder holds go.mod, go.sum and tools.go; the first line of tools.go that reads `import _ "PACKAGE"` names the
+# program, and a file `ldflags`, if present, is added to the linker flags.
+# Binaries go to ${DPO_TOOLS_DIR:-~/.cache/dpo-operator/tools}/NAME-<hash of the folder>/NAME, so a changed pin builds
+# anew and an unchanged one is a no-op. Two builders at once are safe: a binary appears by rename.
+# Exit codes: 0 built or already there; 2 unknown tool; 3 Go is missing or too old to build; 1 the build failed.
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+cache="${DPO_TOOLS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/dpo-operator/tools}"
+
+binary_path() { # NAME -> path of its binary
+  local name=$1 folder="$here/tools/$1" hash
+  if [[ ! -f "$folder/go.mod" ]]; then
+    echo "build-tools: no tool named '$name' (there are: $(tool_names | tr '\n' ' '))" >&2
+    exit 2
+  fi
+  hash="$(cd "$folder" && cat -- go.mod go.sum tools.go $(ls ldflags 2>/dev/null) | sha256sum | cut -c1-16)"
+  echo "$cache/$name-$hash/$name"
+}
+
+tool_names() { for mod in "$here"/tools/*/go.mod; do basename "$(dirname "$mod")"; done; }
+
+build() { # NAME
+  local name=$1 folder="$here/tools/$1" target package scratch ldflags='-s -w'
+  target="$(binary_path "$name")"
+  if [[ ! -x "$target" ]]; then
+    if ! command -v go >/dev/null; then
+      echo "build-tools: Go is not installed, so '$name' cannot be built; install Go ($(sed -n 's/^go /needs >= /p' "$folder/go.mod")) from your distribution" >&2
+      exit 3
+    fi
+    package="$(sed -n 's/^import _ "\(.*\)"$/\1/p' "$folder/tools.go" | head -n 1)"
+    if [[ -f "$folder/ldflags" ]]; then ldflags+=" $(tr '\n' ' ' <"$folder/ldflags")"; fi
+    mkdir -p "$(dirname "$target")"
+    scratch="$target.$$"
+    echo "build-tools: building $package (once)" >&2
+    (cd "$folder" && CGO_ENABLED=0 go build -mod=readonly -trimpath -ldflags "$ldflags" -o "$scratch" "$package") ||
+      { rm -f "$scratch"; echo "build-tools: '$name' did not build" >&2; exit 1; }
+    mv -f "$scratch" "$target"
+  fi
+  echo "$target"
+}
+
+if [[ "${1:-}" == --path ]]; then
+  binary_path "${2:?usage: hack/build-tools.sh --path NAME}"
+  exit 0
+fi
+names=("$@")
+if [[ ${#names[@]} -eq 0 ]]; then mapfile -t names < <(tool_names); fi
+for name in "${names[@]}"; do build "$name"; done

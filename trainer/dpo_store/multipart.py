@@ -1,0 +1,107 @@
+"""Files to S3: one request if small, in parts if large; complete or absent, never half."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dpo_api.errors import DPOError, NotFoundError
+from dpo_store.errors import ObjectChangedError, from_os_error
+from dpo_store.options import MIB
+from dpo_store.retry import Patience
+from dpo_store.uris import Location
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PART: Final = 16 * MIB
+"""Bytes of a part, unless the file needs larger ones; smaller files go in one request."""
+_MOST_PARTS: Final = 10_000
+_TOGETHER: Final = 4
+
+NewPatience = Callable[[str], Patience]
+
+
+def content_md5(data: bytes) -> str:
+    """Return the Content-MD5 header, with which every S3 server checks what arrives."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def part_size(size: int) -> int:
+    """Return the bytes of a part of a file of this size: S3 allows 10,000 parts."""
+    return max(PART, -(-size // _MOST_PARTS))
+
+
+def upload(client: S3Client, source: Path, location: Location, patience: NewPatience) -> None:
+    """Store a file. Holds at most four parts in memory: 64 MiB for files up to 160 GB."""
+    try:
+        size = source.stat().st_size
+        if size <= PART:
+            data = source.read_bytes()
+            digest = content_md5(data)
+            patience(str(location)).run(
+                lambda: client.put_object(Bucket=location.root, Key=location.path, Body=data, ContentMD5=digest)
+            )
+        else:
+            _in_parts(client, source, size, location, patience)
+    except OSError as error:
+        raise from_os_error(error, str(source)) from error
+
+
+def _in_parts(client: S3Client, source: Path, size: int, location: Location, patience: NewPatience) -> None:
+    where: dict[str, Any] = {"Bucket": location.root, "Key": location.path}
+    uri = str(location)
+    # A retried request may open a second upload that nobody completes; S3's lifecycle rules remove those.
+    upload_id = patience(uri).run(lambda: client.create_multipart_upload(**where))["UploadId"]
+    where["UploadId"] = upload_id
+    step = part_size(size)
+
+    def send(number: int) -> dict[str, Any]:
+        start = (number - 1) * step
+        with source.open("rb") as file:
+            file.seek(start)
+            data = file.read(step)
+        if len(data) != min(step, size - start):
+            raise ObjectChangedError(f"{source}: became shorter while it was being uploaded")
+        digest = content_md5(data)
+        answer = patience(uri).run(lambda: client.upload_part(**where, PartNumber=number, Body=data, ContentMD5=digest))
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    try:
+        with ThreadPoolExecutor(max_workers=_TOGETHER, thread_name_prefix="dpo-store") as pool:
+            try:
+                parts = list(pool.map(send, range(1, -(-size // step) + 1)))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        _complete(client, where, parts, size, patience(uri))
+    except BaseException:
+        # Parts of an abandoned upload cost money until someone removes them.
+        with contextlib.suppress(Exception):
+            client.abort_multipart_upload(**where)
+        raise
+
+
+def _complete(client: S3Client, where: dict[str, Any], parts: list[Any], size: int, patience: Patience) -> None:
+    """Join the parts. A first try whose answer was lost has removed the upload: then the object itself is the proof."""
+
+    def attempt() -> None:
+        try:
+            client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+        except Exception as error:
+            code = getattr(error, "response", {}).get("Error", {}).get("Code")
+            if code != "NoSuchUpload" or patience.failures == 0:
+                raise
+            head = client.head_object(Bucket=where["Bucket"], Key=where["Key"])
+            if head["ContentLength"] != size:
+                raise
+
+    try:
+        patience.run(attempt)
+    except NotFoundError as error:
+        raise DPOError(str(error)) from error
