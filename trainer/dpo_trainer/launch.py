@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_api.errors import DPOError, Outcome
-from dpo_api.manifest import read_job
+from dpo_api.manifest import load_manifest
 from dpo_api.progress import LastWords
 
 CONSEQUENCES = (Outcome.Communication, Outcome.Stopped)
@@ -77,7 +77,7 @@ def launch(arguments: argparse.Namespace) -> int:
 
 def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
     try:
-        job = read_job(arguments.spec)
+        job = load_manifest(arguments.spec)
     except DPOError as error:
         return LastWords(outcome=error.outcome.name, message=str(error))
     processes = arguments.processes or _processes(os.environ, job.spec.resources.processes_per_node)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_api.errors import FencedError, InternalError, NotFoundError
-from dpo_store import Store
+from dpo_store import Store, local_path_of
 
 MARKER = "complete.json"
 """Written last into a checkpoint: a checkpoint without it does not exist."""
@@ -41,7 +41,7 @@ class RunDirectory:
     @property
     def local(self) -> Path | None:
         """The folder itself where the run directory is local."""
-        return self.store.local_path(self.uri)
+        return local_path_of(self.uri)
 
     def claim(self, attempt: int | None) -> int:
         """Become the directory's newest attempt: the given number, or one more than the last.

@@ -16,6 +16,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 
 from dpo_api.errors import IncompatibleCheckpointError
+from dpo_store import local_path_of
 from dpo_trainer import bridge
 from dpo_trainer.checkpoint.identity import Identity
 from dpo_trainer.checkpoint.pickles import check_metadata
@@ -97,7 +98,7 @@ def load(run: RunDirectory, world: World, sharded: Sharded, saved: SavedCheckpoi
 @contextmanager
 def _writable(run: RunDirectory, world: World, uri: str) -> Iterator[Path]:
     """A folder to save into: the place itself, or one scratch folder a node that is uploaded afterwards."""
-    local = run.store.local_path(uri)
+    local = local_path_of(uri)
     if local is not None:
         if world.is_main:
             local.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def _writable(run: RunDirectory, world: World, uri: str) -> Iterator[Path]:
 
 @contextmanager
 def _readable(run: RunDirectory, world: World, uri: str) -> Iterator[Path]:
-    local = run.store.local_path(uri)
+    local = local_path_of(uri)
     if local is not None:
         yield local
         return
@@ -136,5 +137,5 @@ def _scratch(world: World) -> Iterator[Path]:
 
 
 def _publish(run: RunDirectory, world: World, folder: Path, uri: str) -> None:
-    if run.store.local_path(uri) is None and world.local_rank == 0:
+    if local_path_of(uri) is None and world.local_rank == 0:
         run.store.upload_tree(folder, uri + "/")

@@ -1,0 +1,71 @@
+# `make help` lists what one can do here.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+# megatron-core needs Python 3.12: python3.12 on the PATH, else pyenv's.
+PYTHON ?= $(shell command -v python3.12 || { prefix=$$(pyenv prefix 3.12 2>/dev/null) && echo "$$prefix/bin/python3.12"; })
+STAMP := $(VENV)/.installed
+EXTRAS := operator,trainer,quickstart,wandb,dev
+# One thread a test process; two processes share two cores better than threads do.
+JOBS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(STAMP) ## create .venv with everything, at the versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.12 is needed (megatron-core); found neither python3.12 nor pyenv's" >&2; exit 1; }
+	@echo "setup: installing into $(VENV) (torch and its CUDA libraries are about 5 GB; minutes the first time)"
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+.PHONY: quickstart
+quickstart: setup ## make a small world and align its model over S3, on this machine
+	@OMP_NUM_THREADS= $(BIN)/python examples/quickstart/quickstart.py
+
+.PHONY: tools
+tools: ## build the servers that the tests use (a real S3 server), once
+	@hack/build-tools.sh
+
+.PHONY: test
+test: setup tools lint ## everything that must hold: lint, types, import contracts, generated files, tests
+	@echo "test: about 12 minutes on 2 cores"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: setup ## ruff, strict types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: generate
+generate: setup ## rewrite what is generated from dpo_api: the CRD and its reference page
+	$(BIN)/python -m dpo_api.crd > crds/dpojobs.yaml
+	$(BIN)/python -m dpo_api.docs > docs/api.md
+
+.PHONY: bench
+bench: setup ## run the benchmarks; each prints a ratio against a peer
+	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+
+.PHONY: lock
+lock: setup ## rewrite constraints.txt (needs uv)
+	@mkdir -p build && PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock.sh
+
+.PHONY: format
+format: setup ## let ruff rewrite the code's form
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format --quiet .
+
+.PHONY: clean
+clean: ## remove what was built here, .venv included
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

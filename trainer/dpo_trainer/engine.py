@@ -1,0 +1,176 @@
+"""The model, its optimizer, and one global batch at a time through both.
+
+Megatron-Core's schedule runs the packs forward and backward, its DistributedDataParallel sums gradients in fp32 over the
+ranks, and ``finalize_model_grads`` divides them once by the global batch's denominator (pairs; for SFT alone, tokens).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from dpo_api.errors import NonFiniteError
+from dpo_api.spec import DPOJobSpec
+from dpo_trainer import bridge
+from dpo_trainer.distributed import World
+from dpo_trainer.logprobs import response_log_probs, sums_by_owner
+from dpo_trainer.losses import pair_losses
+from dpo_trainer.metrics.sums import empty_sums, means, metric_sums
+from dpo_trainer.model.forward import head_weight, hidden_rows
+from dpo_trainer.model.pack import Pack
+
+Consume = Callable[[Pack, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(pack, sums [P, 2] with gradient, counts [P, 2]) -> (numerator of the loss, its denominator), both scalars."""
+
+PairValues = Callable[[Tensor], Tensor]
+"""Dataset indices [P] (-1: filler) -> [P, 2] float64, one column a response."""
+
+
+class Engine:
+    """The policy under training. With ``trainable=False`` only forward passes, no gradient buffers, no optimizer."""
+
+    def __init__(self, model: Any, spec: DPOJobSpec, world: World) -> None:
+        self.model = model
+        self.spec = spec
+        self.world = world
+        self.optimizer: Any = None
+        self._wrapped: Any = model
+        self._forward_backward = get_forward_backward_func()
+
+    def prepare_training(self) -> None:
+        """Allocate gradient buffers and the optimizer's fp32 masters and moments for the trainable parameters."""
+        training, bf16 = self.spec.training, self.spec.training.precision == "bf16"
+        distributed = self.spec.parallelism.distributed_optimizer
+        config = self.model.config
+        with bridge.construction():
+            self._wrapped = DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
+                self.model,
+            )
+            self._wrapped.broadcast_params()
+            self.optimizer = get_megatron_optimizer(
+                OptimizerConfig(
+                    optimizer="adam",
+                    lr=training.learning_rate,
+                    weight_decay=training.weight_decay,
+                    adam_beta1=training.betas[0],
+                    adam_beta2=training.betas[1],
+                    adam_eps=training.eps,
+                    clip_grad=training.gradient_clip,
+                    bf16=bf16,
+                    params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                    use_distributed_optimizer=distributed,
+                ),
+                [self._wrapped],
+                use_gloo_process_groups=self.world.device.type == "cuda",
+            )
+        config.finalize_model_grads_func = finalize_model_grads
+
+    def train_step(
+        self, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues, *, rate: float, seed: int
+    ) -> dict[str, float]:
+        """One optimizer step over this rank's packs of a global batch; returns the global batch's means.
+
+        reference: Σ log π_ref; None for SFT alone. rate: the learning rate of this update. seed: of LoRA's dropout.
+        Adds ``grad_norm``, the norm of the whole gradient before clipping. Raises NonFiniteError on all ranks when the
+        loss or the norm is not finite; no weight has moved then.
+        """
+        torch.manual_seed(seed)
+        self._wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        table = self._losses(self._wrapped, packs, reference, rewards, forward_only=False)
+        result = means(table)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not (math.isfinite(result["loss"]) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"the loss is {result['loss']} and the gradient's norm {norm}: lower training.learningRate, or look for "
+                "damaged weights or extreme rewards; the last checkpoint is from before this step"
+            )
+        self._update(norm, rate)
+        return {**result, "grad_norm": norm}
+
+    def _update(self, norm: float, rate: float) -> None:
+        """Clip by the known norm, set the rate, and let Adam move the masters."""
+        training = self.spec.training
+        if training.gradient_clip > 0:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), training.gradient_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            # Megatron-Core's scheduler, which is not used here, is what applies its own "no decay for norms and biases".
+            group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
+        self.optimizer.step_with_ready_grads()
+
+    def evaluate(self, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues) -> Tensor:
+        """The metrics' sums over this rank's packs and all other ranks', without gradient: see metrics.sums."""
+        with torch.no_grad():
+            return self._losses(self.model, packs, reference, rewards, forward_only=True)
+
+    def log_prob_sums(
+        self, packs: Sequence[Pack], *, adapters: AbstractContextManager[None] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(dataset indices [P], Σ log π [P, 2] float64) of each of this rank's packs, without gradient, on the CPU."""
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def consume(pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+            found.append((pack.pairs.cpu(), sums.detach().cpu()))
+            return sums.sum(), counts.sum().int()
+
+        with torch.no_grad(), adapters or nullcontext():
+            self._run(self.model, packs, consume, forward_only=True)
+        return found
+
+    def _losses(
+        self,
+        model: Any,
+        packs: Sequence[Pack],
+        reference: PairValues | None,
+        rewards: PairValues,
+        *,
+        forward_only: bool,
+    ) -> Tensor:
+        """Run the packs through the loss; the global sums of the metrics, [rows, 2] float64 on the CPU."""
+        table = empty_sums(self.world.device)
+
+        def consume(pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+            of_reference = reference(pack.pairs).to(sums.device) if reference is not None else None
+            losses = pair_losses(
+                sums, counts, of_reference, rewards(pack.pairs).to(sums.device), self.spec.dpo, pack.pairs >= 0
+            )
+            table.add_(metric_sums(losses))
+            return losses.total.sum(), losses.denominator.sum().int()
+
+        self._run(model, packs, consume, forward_only=forward_only)
+        return self.world.sum_over_data(table)
+
+    def _run(self, model: Any, packs: Sequence[Pack], consume: Consume, *, forward_only: bool) -> None:
+        """Megatron-Core's schedule over the packs: forward, loss, backward, and at the end the gradients' reduction."""
+
+        def loss_of(pack: Pack, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            log_probs = response_log_probs(rows, head_weight(model), pack.labels)
+            sums, counts = sums_by_owner(log_probs, pack.owners, 2 * len(pack.pairs))
+            numerator, denominator = consume(pack, sums.view(-1, 2), counts.view(-1, 2))
+            return numerator, denominator, {}
+
+        def forward_step(iterator: Iterator[Pack], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            pack = next(iterator).to(self.world.device)
+            return hidden_rows(chunk, pack), partial(loss_of, pack)
+
+        self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter(packs),
+            model=model,
+            num_microbatches=len(packs),
+            seq_length=max(pack.length for pack in packs),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
