@@ -156,6 +156,21 @@ _TYPES = {
 }
 
 
+HUGGING_FACE_MODULES = {
+    "q_proj": "attention_qkv",
+    "k_proj": "attention_qkv",
+    "v_proj": "attention_qkv",
+    "qkv_proj": "attention_qkv",
+    "o_proj": "attention_dense",
+    "gate_proj": "mlp_fc1",
+    "up_proj": "mlp_fc1",
+    "gate_up_proj": "mlp_fc1",
+    "down_proj": "mlp_fc2",
+    "all-linear": "all",
+}
+"""What users of PEFT call the modules that NeMo names otherwise."""
+
+
 def _unquoted(value: str, kind: str) -> str:
     """Say so when only the quotes are wrong."""
     try:
@@ -168,6 +183,9 @@ def _unquoted(value: str, kind: str) -> str:
 
 def _not_one_of(value: Any, expected: str) -> str:
     choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
+    ours = HUGGING_FACE_MODULES.get(str(value))
+    if ours in choices:
+        return f"{shown(value)} is Hugging Face's name; here {ours} holds it"
     near = difflib.get_close_matches(str(value), choices, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{shown(value)} is not one of {', '.join(choices)}{hint}"

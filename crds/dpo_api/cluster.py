@@ -1,0 +1,73 @@
+"""What a spec needs on a cluster and not on one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dpo_api.findings import Finding
+from dpo_api.spec import DPOJobSpec, Section, StorageAccess
+
+
+def uris(section: Section, prefix: str = "spec") -> Iterator[tuple[str, str, StorageAccess | None]]:
+    """Yield (field, URI, access override) for every storage URI of a spec, in the order of its fields."""
+    for attribute, field in type(section).model_fields.items():
+        value = getattr(section, attribute)
+        name = f"{prefix}.{field.alias or attribute}"
+        if attribute in {"uri", "cache_uri", "architecture_uri"} and isinstance(value, str):
+            yield name, value, getattr(section, "storage", None)
+        elif isinstance(value, Section):
+            yield from uris(value, name)
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                if isinstance(item, Section):
+                    yield from uris(item, f"{name}[{index}]")
+
+
+def check(spec: DPOJobSpec) -> Iterator[Finding]:
+    """Yield what keeps a spec from running on a cluster, or makes it doubtful."""
+    yield from _required(spec)
+    yield from _reachable(spec)
+    policy = spec.run_policy
+    if policy.queue_name is None:
+        for name, value in (
+            ("priorityClass", policy.priority_class),
+            ("restartPriorityClass", policy.restart_priority_class),
+        ):
+            if value is not None:
+                yield Finding("warning", f"spec.runPolicy.{name}", "has no effect without queueName")
+    deadline, limit = policy.active_deadline_seconds, spec.training.max_run_seconds
+    if deadline is not None and limit is not None and limit >= deadline:
+        text = f"{limit} s never comes before runPolicy.activeDeadlineSeconds {deadline} s; set it lower"
+        yield Finding("warning", "spec.training.maxRunSeconds", text)
+    wandb = spec.logging.wandb
+    if wandb is not None and wandb.mode == "online" and wandb.api_key_secret_ref is None:
+        text = "must be set for mode online on a cluster: the name and key of a Secret with the API key"
+        yield Finding("error", "spec.logging.wandb.apiKeySecretRef", text)
+
+
+def _required(spec: DPOJobSpec) -> Iterator[Finding]:
+    if spec.checkpoint.uri is None:
+        text = "must be set on a cluster: the run directory, such as s3://runs/my-job/"
+        yield Finding("error", "spec.checkpoint.uri", text)
+    if spec.resources.gpus_per_node is None:
+        text = "must be set on a cluster: the GPUs of each pod, or 0 to train on CPU"
+        yield Finding("error", "spec.resources.gpusPerNode", text)
+
+
+def _reachable(spec: DPOJobSpec) -> Iterator[Finding]:
+    mounts = [mount.mount_path.rstrip("/") + "/" for mount in spec.pod_template.volume_mounts]
+    anonymous = False
+    for field, uri, access in uris(spec):
+        if uri.startswith("s3://"):
+            secret = (access and access.credentials_secret_ref) or spec.storage.credentials_secret_ref
+            anonymous = anonymous or secret is None
+        elif access is not None:
+            place = field.rpartition(".")[0]
+            yield Finding("warning", f"{place}.storage", f"has no effect, because {uri} is not in S3")
+        path = uri.removeprefix("file://")
+        if "://" not in path and not any(path.startswith(mount) for mount in mounts):
+            text = f"{uri} is a path that pods do not see; use s3:// or pvc://, or mount it by podTemplate.volumes"
+            yield Finding("error", field, text)
+    if anonymous and spec.service_account_name is None:
+        text = "neither it nor serviceAccountName is set, so the pods have no credentials for S3"
+        yield Finding("warning", "spec.storage.credentialsSecretRef", text)

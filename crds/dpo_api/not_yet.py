@@ -1,0 +1,62 @@
+"""Fields that have their place in the API but no implementation yet. They are refused by name, never ignored.
+
+Implementing one means deleting its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dpo_api.findings import Finding
+from dpo_api.spec import DPOJobSpec
+
+
+@dataclass(frozen=True)
+class NotYet:
+    """One value that this version does not implement."""
+
+    field: str
+    """Path in camelCase; ``[]`` stands for each item of a list."""
+    asks: Callable[[DPOJobSpec], bool]
+    """Whether a spec asks for it."""
+    instead: str
+    """What to write instead."""
+
+
+NOT_YET: tuple[NotYet, ...] = (
+    NotYet(
+        "spec.model.nemo",
+        lambda s: s.model.nemo is not None,
+        "convert the archive to a Hugging Face folder and use model.huggingFace",
+    ),
+    NotYet(
+        "spec.model.megatron",
+        lambda s: s.model.megatron is not None,
+        "export the checkpoint to a Hugging Face folder and use model.huggingFace",
+    ),
+    NotYet("spec.parallelism.tensor", lambda s: s.parallelism.tensor > 1, "use 1"),
+    NotYet("spec.parallelism.pipeline", lambda s: s.parallelism.pipeline > 1, "use 1"),
+    NotYet("spec.parallelism.context", lambda s: s.parallelism.context > 1, "use 1"),
+    NotYet("spec.parallelism.sequence", lambda s: s.parallelism.sequence, "use false"),
+    NotYet(
+        "spec.training.activationRecomputation",
+        lambda s: s.training.activation_recomputation != "none",
+        "use none, and a smaller training.packing.maxTokens to save memory",
+    ),
+    NotYet("spec.data.train[].weight", lambda s: any(d.weight != 1 for d in s.data.train), "leave it out"),
+    NotYet("spec.data.validation[].weight", lambda s: any(d.weight != 1 for d in s.data.validation), "leave it out"),
+    NotYet("spec.checkpoint.async", lambda s: s.checkpoint.async_save, "use false"),
+    NotYet("spec.checkpoint.monitor", lambda s: s.checkpoint.monitor is not None, "leave it out"),
+    NotYet("spec.output.formats", lambda s: "megatron" in s.output.formats, "leave megatron out and use huggingFace"),
+    NotYet("spec.logging.mlflow", lambda s: s.logging.mlflow is not None, "use logging.wandb or logging.tensorboard"),
+    NotYet("spec.transformerEngine.fp8", lambda s: s.transformer_engine.fp8 is not None, "leave it out"),
+    NotYet("spec.transformerEngine.attention", lambda s: s.transformer_engine.attention, "use false"),
+)
+
+
+def refused(spec: DPOJobSpec) -> Iterator[Finding]:
+    """Yield an error for each thing that the spec asks for and this version cannot do."""
+    for entry in NOT_YET:
+        if entry.asks(spec):
+            yield Finding("error", entry.field, f"is not implemented in this version; {entry.instead}")

@@ -1,0 +1,165 @@
+"""What a spec amounts to once the number of pairs is known: one frozen object that everything reads.
+
+Steps, intervals and the schedule are arithmetic on the spec and the number of pairs alone, never on the number of
+processes, so that a run may continue on other hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpo_api.errors import InvalidDataError
+from dpo_api.fields import count
+from dpo_api.findings import Finding
+from dpo_api.spec import DPOJobSpec, Training
+
+CONSTANT_STEPS_MAX = 1000
+"""Most steps at the minimum rate when ``constantSteps`` is left out: NeMo's fixed value."""
+
+
+@dataclass(frozen=True)
+class RatePlan:
+    """The learning rate's schedule in steps: W warm-up, D decay, C constant; W + D + C = all steps if D > 0."""
+
+    warmup_steps: int
+    constant_steps: int
+    decay_steps: int
+    learning_rate: float
+    min_learning_rate: float
+    warnings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Derived values of one run."""
+
+    train_pairs: int
+    """Usable training pairs."""
+    global_batch_size: int
+    """Pairs a step: the spec's, or all pairs where there are fewer."""
+    steps_per_epoch: int
+    """Optimizer steps of a whole epoch, after ``dropLast`` and ``limitTrainBatches``."""
+    total_steps: int
+    """Optimizer steps of the run (M)."""
+    epochs: int
+    """Epochs begun, the last one perhaps unfinished."""
+    dropped_per_epoch: int
+    """Pairs that a whole epoch does not show, for ``dropLast`` or ``limitTrainBatches``; others each epoch."""
+    validation_every: int
+    """Steps between validations; at least 1, also without validation data."""
+    validate_at_start: bool
+    """Whether there is a validation before the first step."""
+    checkpoint_every: int
+    """Steps between checkpoints."""
+    warmup_steps: int
+    constant_steps: int
+    decay_steps: int
+    learning_rate: float
+    min_learning_rate: float
+    validation_pairs: tuple[int, ...]
+    """Usable pairs of each validation source."""
+    validation_batches: tuple[int, ...]
+    """Batches of each validation source; the last one may be smaller, none is dropped."""
+    pack_max_tokens: int
+    """Token budget of a pack."""
+    pack_max_pairs: int | None
+    """Most pairs in a pack; None where only the budget bounds."""
+    sft_only: bool
+    """The preference weight is 0: no reference, no rejected forward pass, no reward metrics."""
+    sft_average_log_probs: bool
+    """Whether the SFT term averages over tokens."""
+    warnings: tuple[Finding, ...]
+    """What the user should know about these values."""
+
+    def validates_after(self, step: int) -> bool:
+        """Whether a validation follows optimizer step ``step``, counted from 1; step 0 is the start."""
+        if not any(self.validation_batches):
+            return False
+        if step == 0:
+            return self.validate_at_start
+        return step % self.validation_every == 0 or step == self.total_steps
+
+    def checkpoints_after(self, step: int) -> bool:
+        """Whether a checkpoint follows optimizer step ``step``, counted from 1."""
+        return step > 0 and (step % self.checkpoint_every == 0 or step == self.total_steps)
+
+
+def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int] = ()) -> Plan:
+    """Derive a run's values. ``validation_pairs`` has one number for each source of ``data.validation``.
+
+    Raises InvalidDataError when there is no training pair.
+    """
+    if train_pairs < 1:
+        raise InvalidDataError("spec.data.train: no usable pair is left, so there is nothing to train on")
+    training = spec.training
+    warnings: list[Finding] = []
+    batch = min(training.global_batch_size, train_pairs)
+    if batch < training.global_batch_size:
+        text = (
+            f"{train_pairs} pairs are fewer than one global batch of {training.global_batch_size}; each step uses all"
+            f" {train_pairs}, set globalBatchSize: {train_pairs} or less to silence this"
+        )
+        warnings.append(Finding("warning", "spec.training.globalBatchSize", text))
+    batches = train_pairs // batch if training.drop_last else -(-train_pairs // batch)
+    steps_per_epoch = _limited(batches, training.limit_train_batches)
+    total = training.max_steps or training.epochs * steps_per_epoch
+    rates = plan_rates(training, total)
+    sft_only = spec.dpo.preference_weight == 0
+    average = spec.dpo.sft_average_log_probs
+    return Plan(
+        train_pairs=train_pairs,
+        global_batch_size=batch,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        epochs=-(-total // steps_per_epoch),
+        dropped_per_epoch=train_pairs - min(train_pairs, steps_per_epoch * batch),
+        validation_every=count(training.validation_interval, steps_per_epoch),
+        validate_at_start=training.validate_at_start,
+        checkpoint_every=spec.checkpoint.every_steps,
+        warmup_steps=rates.warmup_steps,
+        constant_steps=rates.constant_steps,
+        decay_steps=rates.decay_steps,
+        learning_rate=rates.learning_rate,
+        min_learning_rate=rates.min_learning_rate,
+        validation_pairs=tuple(validation_pairs),
+        validation_batches=tuple(
+            _limited(-(-pairs // batch), training.limit_validation_batches) for pairs in validation_pairs
+        ),
+        pack_max_tokens=training.packing.max_tokens or 2 * spec.data.max_length,
+        pack_max_pairs=training.micro_batch_size if training.packing.enabled else 1,
+        sft_only=sft_only,
+        sft_average_log_probs=average if average is not None else sft_only or spec.dpo.average_log_probs,
+        warnings=(*warnings, *rates.warnings),
+    )
+
+
+def _limited(batches: int, limit: int | str | None) -> int:
+    """Return ``batches``, or fewer by a count or a percentage; at least 1 unless there are none."""
+    return batches if limit is None else min(batches, count(limit, batches))
+
+
+def plan_rates(training: Training, total_steps: int) -> RatePlan:
+    """Derive the schedule of ``total_steps`` steps (M), with a warning where it leaves no room to decay."""
+    schedule, peak = training.schedule, training.learning_rate
+    lowest = schedule.min_learning_rate if schedule.min_learning_rate is not None else peak / 10
+    usual = min(CONSTANT_STEPS_MAX, total_steps // 10)
+    warmup = schedule.warmup_steps
+    constant = schedule.constant_steps if schedule.constant_steps is not None else usual
+    decay = total_steps - warmup - constant
+    warnings: list[Finding] = []
+    if warmup >= total_steps:
+        fix = max(0, min(10, total_steps // 10))
+        text = (
+            f"{total_steps} steps end within the warm-up of {warmup}: the rate would never stay at {peak:g};"
+            f" set warmupSteps: {fix}"
+        )
+        warnings.append(Finding("warning", "spec.training.schedule.warmupSteps", text))
+    elif decay <= 0:
+        room = f"{total_steps} steps are {'fewer than' if decay < 0 else 'no more than'}"
+        text = (
+            f"{room} warm-up {warmup} + constant {constant}: the rate would fall from {peak:g} to {lowest:g} at step"
+            f" {warmup + 1}; set constantSteps: {min(usual, total_steps - warmup - 1)}"
+        )
+        warnings.append(Finding("warning", "spec.training.schedule", text))
+    return RatePlan(warmup, constant, max(0, decay), peak, lowest, tuple(warnings))

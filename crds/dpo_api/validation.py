@@ -1,0 +1,334 @@
+"""Whether a spec makes sense as a whole: every impossible or doubtful combination, all at once.
+
+Types and single sections are checked when a manifest is read; here sections meet each other, the model and the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dpo_api import cluster
+from dpo_api.errors import DPOError
+from dpo_api.fields import count
+from dpo_api.findings import Finding, Level
+from dpo_api.not_yet import refused
+from dpo_api.plan import make_plan, plan_rates
+from dpo_api.spec import DPOJobSpec
+
+__all__ = ["Finding", "Level", "ModelFacts", "check", "errors"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What validation needs to know of a model, as its configuration says."""
+
+    layers: int
+    heads: int
+    """Attention (query) heads."""
+    kv_heads: int
+    """Key-value heads; equal to ``heads`` without grouping."""
+    hidden: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    """Positions that the model was made for; 0 when it does not say."""
+    family: str
+    """Architecture name, such as ``llama``."""
+
+
+def check(
+    spec: DPOJobSpec,
+    model: ModelFacts | None = None,
+    train_pairs: int | None = None,
+    *,
+    validation_pairs: Sequence[int] | None = None,
+    on_cluster: bool = False,
+) -> list[Finding]:
+    """Return everything there is to say about a spec: errors first, then warnings, then notes.
+
+    What is not known (None) is not checked. ``on_cluster`` adds what only a cluster needs.
+    """
+    found: list[Finding] = list(refused(spec))
+    for rule in SPEC_RULES:
+        found += rule(spec)
+    if model is not None:
+        for model_rule in MODEL_RULES:
+            found += model_rule(spec, model)
+    found += _steps(spec, train_pairs, validation_pairs)
+    if on_cluster:
+        found += cluster.check(spec)
+    order = {"error": 0, "warning": 1, "note": 2}
+    return sorted(dict.fromkeys(found), key=lambda finding: order[finding.level])
+
+
+def errors(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the findings that keep a job from running."""
+    return [finding for finding in findings if finding.level == "error"]
+
+
+def _error(field: str, message: str) -> Finding:
+    return Finding("error", f"spec.{field}", message)
+
+
+def _warning(field: str, message: str) -> Finding:
+    return Finding("warning", f"spec.{field}", message)
+
+
+def _note(field: str, message: str) -> Finding:
+    return Finding("note", f"spec.{field}", message)
+
+
+def _steps(spec: DPOJobSpec, train_pairs: int | None, validation_pairs: Sequence[int] | None) -> Iterator[Finding]:
+    """Say what the number of steps means for schedule and intervals, as far as it is known."""
+    training = spec.training
+    if train_pairs is None:
+        if training.max_steps is not None:
+            yield from plan_rates(training, training.max_steps).warnings
+        total, per_epoch = training.max_steps, None
+    else:
+        try:
+            plan = make_plan(spec, train_pairs, validation_pairs or ())
+        except DPOError as error:
+            field, _, message = str(error).partition(": ")
+            yield Finding("error", field, message)
+            return
+        yield from plan.warnings
+        total, per_epoch = plan.total_steps, plan.steps_per_epoch
+    interval = training.validation_interval
+    if total is not None and spec.data.validation and (per_epoch is not None or isinstance(interval, int)):
+        every = count(interval, per_epoch or 1)
+        if every > total:
+            yield _note(
+                "training.validationInterval", f"{every} steps are more than the run's {total}; only its end validates"
+            )
+    for index, pairs in enumerate(validation_pairs or ()):
+        if pairs == 0:
+            yield _error(f"data.validation[{index}]", "no usable pair is left; remove the source or mend its data")
+
+
+def _parallelism(spec: DPOJobSpec) -> Iterator[Finding]:
+    sizes, resources = spec.parallelism, spec.resources
+    processes = resources.processes_per_node
+    gpus = resources.gpus_per_node
+    if gpus and processes and processes > gpus:
+        yield _error(
+            "resources.processesPerNode", f"{processes} processes cannot share {gpus} GPUs; use {gpus} or leave it out"
+        )
+    elif gpus and processes and processes < gpus:
+        yield _warning(
+            "resources.processesPerNode", f"{processes} processes leave {gpus - processes} of {gpus} GPUs idle"
+        )
+    local = processes or gpus or (1 if gpus == 0 else None)
+    if local is None:
+        return
+    world, model_size = local * resources.nodes, sizes.tensor * sizes.pipeline * sizes.context
+    if world % model_size:
+        yield _error(
+            "parallelism",
+            f"tensor {sizes.tensor} x pipeline {sizes.pipeline} x context {sizes.context} = {model_size} does not"
+            f" divide the {world} processes ({resources.nodes} nodes x {local}); change one of them",
+        )
+    elif sizes.tensor > local:
+        yield _warning(
+            "parallelism.tensor",
+            f"{sizes.tensor} is more than a node's {local} processes, so each layer waits for the"
+            " network between nodes; use pipeline across nodes",
+        )
+
+
+def _loss(spec: DPOJobSpec) -> Iterator[Finding]:
+    dpo = spec.dpo
+    rewards = {"gt_reward_scale", "default_chosen_reward", "default_rejected_reward"}
+    if dpo.preference_weight == 0:
+        yield from _unused(spec, {"loss", "beta", "average_log_probs"} | rewards, "because preferenceWeight is 0")
+        if spec.reference.cache_uri is not None:
+            yield _warning("reference.cacheURI", "has no effect, because dpo.preferenceWeight is 0")
+        return
+    if dpo.loss.startswith("rpo"):
+        yield from _rewards(spec)
+    else:
+        yield from _unused(spec, rewards, f"with loss {dpo.loss}; rpo_sq, rpo_bwd_kl and rpo_fwd_kl use rewards")
+    if dpo.loss == "ipo" and not dpo.average_log_probs:
+        yield _note(
+            "dpo.averageLogProbs",
+            "ipo sums log-probs over tokens, as NeMo-Aligner does; TRL averages them: for its results set true",
+        )
+    if dpo.sft_weight == 0:
+        yield from _unused(spec, {"sft_average_log_probs"}, "because sftWeight is 0")
+    if dpo.beta > 5 or dpo.beta < 0.001:
+        yield _warning("dpo.beta", f"{dpo.beta:g} is far from the usual 0.01 to 5; 0.1 is a good start")
+
+
+def _unused(spec: DPOJobSpec, attributes: set[str], why: str) -> Iterator[Finding]:
+    for name in sorted(attributes & spec.dpo.model_fields_set):
+        yield _warning(f"dpo.{_alias(spec.dpo, name)}", f"has no effect, {why}")
+
+
+def _rewards(spec: DPOJobSpec) -> Iterator[Finding]:
+    dpo = spec.dpo
+    chosen, rejected = dpo.default_chosen_reward, dpo.default_rejected_reward
+    if dpo.gt_reward_scale == 0:
+        yield _warning("dpo.gtRewardScale", "0 makes every reward gap 0: both responses should become equally likely")
+    elif chosen <= rejected:
+        text = f"{chosen:g} is not above defaultRejectedReward {rejected:g}: records without rewards would teach"
+        yield _warning("dpo.defaultChosenReward", f"{text} nothing or the opposite; set it higher")
+    else:
+        text = f"{dpo.loss} learns each record's reward gap; records without chosen_reward and rejected_reward get"
+        yield _note("dpo.loss", f"{text} {chosen:g} and {rejected:g}")
+
+
+def _alias(section: object, attribute: str) -> str:
+    field = type(section).model_fields[attribute]  # type: ignore[attr-defined]
+    return str(field.alias or attribute)
+
+
+def _lora(spec: DPOJobSpec) -> Iterator[Finding]:
+    lora = spec.lora
+    if lora is None:
+        return
+    attention, mlp = ("attention_qkv", "attention_dense"), ("mlp_fc1", "mlp_fc2")
+    whole = {"attention": attention, "mlp": mlp, "all": (*attention, *mlp, "attention", "mlp")}
+    for group, parts in whole.items():
+        doubled = [part for part in parts if part in lora.target_modules]
+        if group in lora.target_modules and doubled:
+            yield _warning("lora.targetModules", f"{group} already holds {', '.join(doubled)}; name it once")
+    if lora.row_init != "zero":
+        yield _warning(
+            "lora.rowInit", f"{lora.row_init} starts from a policy that is not the reference; zero is the usual value"
+        )
+
+
+def _batches(spec: DPOJobSpec) -> Iterator[Finding]:
+    training, data = spec.training, spec.data
+    packing = training.packing
+    if packing.max_tokens is not None and not packing.enabled:
+        yield _warning("training.packing.maxTokens", "has no effect, because packing.enabled is false")
+    elif packing.max_tokens is not None and packing.max_tokens < 2 * data.max_length:
+        yield _error(
+            "training.packing.maxTokens",
+            f"{packing.max_tokens} cannot hold every pair, which may have 2 x data.maxLength {data.max_length};"
+            f" set it to {2 * data.max_length} or more, or maxLength to {max(2, packing.max_tokens // 2)} or less",
+        )
+    micro = training.micro_batch_size
+    if micro is not None and micro > 1 and not packing.enabled:
+        yield _warning("training.microBatchSize", f"{micro} has no effect, because packing.enabled is false")
+    elif micro is not None and micro > training.global_batch_size:
+        yield _warning(
+            "training.microBatchSize",
+            f"{micro} is above globalBatchSize {training.global_batch_size} and bounds nothing",
+        )
+    if training.epochs > 3 and training.max_steps is None:
+        yield _warning("training.epochs", f"{training.epochs} epochs overfit as a rule; no gain was seen beyond 3")
+    if training.max_steps is not None and "epochs" in training.model_fields_set:
+        yield _note("training.epochs", f"maxSteps {training.max_steps} decides how long the run is, not epochs")
+    highest = 1e-3 if spec.lora is not None else 1e-4
+    if training.learning_rate > highest and spec.dpo.preference_weight > 0:
+        usual = "1e-6 to 1e-4 with lora" if spec.lora is not None else "5e-7 to 1e-5"
+        yield _warning("training.learningRate", f"{training.learning_rate:g} is far above what DPO bears, {usual}")
+
+
+def _validation_data(spec: DPOJobSpec) -> Iterator[Finding]:
+    data, training = spec.data, spec.training
+    if not data.validation:
+        names = sorted(
+            training.model_fields_set & {"validation_interval", "limit_validation_batches", "validate_at_start"}
+        )
+        for name in names:
+            yield _warning(f"training.{_alias(training, name)}", "has no effect, because data.validation is empty")
+    train = {source.uri: index for index, source in enumerate(data.train)}
+    for index, source in enumerate(data.validation):
+        if source.uri in train:
+            yield _warning(
+                f"data.validation[{index}].uri",
+                f"{source.uri} is also data.train[{train[source.uri]}]: accuracy on pairs that were learnt says little;"
+                " hold some back",
+            )
+
+
+def _uris(spec: DPOJobSpec) -> Iterator[Finding]:
+    """Nothing that is written may lie over something that is read."""
+    source = spec.model.hugging_face or spec.model.nemo or spec.model.megatron
+    inputs = {"model": source.uri} if source is not None else {}
+    inputs |= {f"data.train[{i}]": s.uri for i, s in enumerate(spec.data.train)}
+    inputs |= {f"data.validation[{i}]": s.uri for i, s in enumerate(spec.data.validation)}
+    for field, uri in (("checkpoint.uri", spec.checkpoint.uri), ("output.uri", spec.output.uri)):
+        for name, read in inputs.items():
+            if uri is not None and uri.rstrip("/") == read.rstrip("/"):
+                yield _error(field, f"{uri} is also {name}, which would be overwritten; choose another folder")
+    run, model = spec.checkpoint.uri, spec.output.uri
+    if run is not None and model is not None:
+        inside = model.rstrip("/").removeprefix(run.rstrip("/"))
+        if inside != model.rstrip("/") and (inside == "" or inside.startswith("/checkpoints")):
+            yield _error("output.uri", f"{model} is where the run keeps its checkpoints; use {run.rstrip('/')}/model")
+
+
+def _transformer_engine(spec: DPOJobSpec) -> Iterator[Finding]:
+    engine = spec.transformer_engine
+    if engine.enabled and spec.resources.gpus_per_node == 0:
+        yield _error(
+            "transformerEngine.enabled", "true needs GPUs, but resources.gpusPerNode is 0; leave one of them out"
+        )
+    if engine.enabled is False:
+        for name in sorted(engine.model_fields_set - {"enabled"}):
+            yield _warning(f"transformerEngine.{_alias(engine, name)}", "has no effect, because enabled is false")
+
+
+def _divides(spec: DPOJobSpec, model: ModelFacts) -> Iterator[Finding]:
+    tensor, pipeline = spec.parallelism.tensor, spec.parallelism.pipeline
+    usable = [t for t in range(1, model.heads + 1) if model.heads % t == 0 and model.kv_heads % t == 0]
+    for heads, name in ((model.heads, "attention heads"), (model.kv_heads, "key-value heads")):
+        if heads % tensor:
+            yield _error(
+                "parallelism.tensor", f"{tensor} does not divide the model's {heads} {name}; use {_or(usable)}"
+            )
+            break
+    if model.ffn % tensor and model.heads % tensor == 0:
+        yield _error("parallelism.tensor", f"{tensor} does not divide the model's feed-forward size {model.ffn}")
+    if model.layers % pipeline:
+        stages = [p for p in range(1, model.layers + 1) if model.layers % p == 0]
+        yield _error(
+            "parallelism.pipeline", f"{pipeline} does not divide the model's {model.layers} layers; use {_or(stages)}"
+        )
+
+
+def _or(numbers: Sequence[int]) -> str:
+    words = [str(number) for number in numbers]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _fits_model(spec: DPOJobSpec, model: ModelFacts) -> Iterator[Finding]:
+    if model.max_positions and spec.data.max_length > model.max_positions:
+        yield _error(
+            "data.maxLength",
+            f"{spec.data.max_length} is above the {model.max_positions} positions of the model;"
+            f" set it to {model.max_positions} or less",
+        )
+    lora = spec.lora
+    if lora is None:
+        return
+    beyond = [layer for layer in lora.layers or () if layer >= model.layers]
+    if beyond:
+        yield _error(
+            "lora.layers",
+            f"{beyond[0]} names no layer: the model has {model.layers}, counted from 0 to {model.layers - 1}",
+        )
+    if lora.rank >= model.hidden:
+        yield _warning(
+            "lora.rank", f"{lora.rank} is no less than the model's hidden size {model.hidden}: no longer low rank"
+        )
+
+
+SPEC_RULES: tuple[Callable[[DPOJobSpec], Iterator[Finding]], ...] = (
+    _parallelism,
+    _loss,
+    _lora,
+    _batches,
+    _validation_data,
+    _uris,
+    _transformer_engine,
+)
+"""Rules that need the spec alone."""
+
+MODEL_RULES: tuple[Callable[[DPOJobSpec, ModelFacts], Iterator[Finding]], ...] = (_divides, _fits_model)
+"""Rules that need to know the model."""
