@@ -37,6 +37,9 @@ build() { # NAME
     package="$(sed -n 's/^import _ "\(.*\)"$/\1/p' "$folder/tools.go" | head -n 1)"
     if [[ -f "$folder/ldflags" ]]; then ldflags+=" $(tr '\n' ' ' <"$folder/ldflags")"; fi
     mkdir -p "$(dirname "$target")"
+    # One builder at a time: the others find the binary when their turn comes.
+    if command -v flock >/dev/null; then exec 9>"$(dirname "$target")/.lock" && flock 9; fi
+    if [[ -x "$target" ]]; then echo "$target" && return; fi
     scratch="$target.$$"
     echo "build-tools: building $package (once)" >&2
     (cd "$folder" && CGO_ENABLED=0 go build -mod=readonly -trimpath -ldflags "$ldflags" -o "$scratch" "$package") ||

@@ -21,6 +21,10 @@ class ObjectChangedError(InvalidDataError):
     """The object is no longer the one that was listed: it was overwritten, truncated or deleted during the read."""
 
 
+class BadCredentialsError(AccessDeniedError):
+    """The storage does not accept the credentials at all, whatever they ask for."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """What one foreign error means: our class, whether to try again, and the sentence after the address."""
@@ -39,11 +43,12 @@ _CLOCK: Final = "this machine's clock differs from the storage's"
 _FULL: Final = "the storage is full or over its quota"
 
 _bad = {
-    code: Rule(AccessDeniedError, retry=False, text=f"{text}; {_KEYS}")
+    code: Rule(BadCredentialsError, retry=False, text=f"{text}; {_KEYS}")
     for code, text in {
         "InvalidAccessKeyId": "the storage does not know this access key",
         "SignatureDoesNotMatch": "the storage rejects the signature: the secret key is wrong",
         "InvalidToken": "the storage rejects the session token",
+        "XAdminUserNotFound": "the storage does not know this access key",  # versitygw
         "InvalidClientTokenId": "the storage does not know this access key",
         "UnrecognizedClientException": "the storage does not know this access key",
         "ExpiredToken": "the credentials have expired",

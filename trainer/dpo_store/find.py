@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from dpo_api.errors import DPOError, NotFoundError
 from dpo_store import uris
+from dpo_store.errors import BadCredentialsError
 from dpo_store.local import LocalBackend
 from dpo_store.options import ObjectInfo
 from dpo_store.uris import Location
@@ -68,12 +69,14 @@ def _matching(backend: LocalBackend | S3Backend, location: Location) -> list[Obj
     )
 
 
-def _not_found(backend: LocalBackend | S3Backend, location: Location, subject: str | None = None) -> NotFoundError:
+def _not_found(backend: LocalBackend | S3Backend, location: Location, subject: str | None = None) -> DPOError:
     """Say what is missing and name the nearest thing that exists."""
     what = subject or str(location)
     kind = "nothing found" if what.endswith("/") or subject else "does not exist"
     try:
         near = _nearest(backend, location)
+    except BadCredentialsError as error:  # some servers answer "not found" to a HEAD by an unknown user
+        return error
     except DPOError as error:  # the search for a hint must not hide the missing object, but a missing bucket says more
         if isinstance(error, NotFoundError):
             near = _nearest_bucket(backend, location)

@@ -46,16 +46,23 @@ def _split(blocks: Iterator[bytes], name: str, max_line: int) -> Iterator[bytes]
     pieces: list[bytes] = []
     held = 0
     number = 1
+
+    def check(length: int, ahead: int = 0) -> None:
+        if length > max_line:
+            raise InvalidDataError(
+                f"{name}:{number + ahead}: the line is longer than {max_line:,} bytes; write one JSON object a line"
+            )
+
     for block in blocks:
         first, *rest = block.split(b"\n")
         held += len(first)
-        if held > max_line:
-            raise InvalidDataError(
-                f"{name}:{number}: the line is longer than {max_line:,} bytes; write one JSON object a line"
-            )
+        check(held)
         pieces.append(first)
         if not rest:
             continue
+        if len(block) > max_line:
+            for ahead, line in enumerate(rest, start=1):
+                check(len(line), ahead)
         yield b"".join(pieces)
         yield from rest[:-1]
         number += len(rest)

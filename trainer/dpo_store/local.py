@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins  # `list` is a method here
 import contextlib
 import os
 import secrets
@@ -51,7 +52,7 @@ class LocalBackend:
                 found = (base / name).stat()
                 yield ObjectInfo(str(location.at(prefix + name)), found.st_size, _etag(found))
 
-    def children(self, location: Location) -> list[str]:
+    def children(self, location: Location) -> builtins.list[str]:
         """Return the names in a folder, sorted, those of folders with ``/`` at the end; empty if it is absent."""
         base = self.path(location)
         with _translated(str(location)):

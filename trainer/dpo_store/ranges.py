@@ -61,7 +61,7 @@ def fetch(
 
 def _open(client: S3Client, location: Location, info: ObjectInfo, start: int, stop: int) -> Any:
     """Send the request and return its body, having compared the answer's headers with ``info``."""
-    condition = {"IfMatch": info.etag} if info.etag else {}
+    condition: dict[str, Any] = {"IfMatch": info.etag} if info.etag else {}
     answer: Any = client.get_object(
         Bucket=location.root, Key=location.path, Range=f"bytes={start}-{stop - 1}", **condition
     )

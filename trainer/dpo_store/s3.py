@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import builtins  # `list` is a method here
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from dpo_api.errors import AccessDeniedError, InvalidSpecError, NotFoundError, StorageUnavailableError
 from dpo_store import multipart, ranges, retry
@@ -44,14 +45,14 @@ class S3Backend:
         from botocore.exceptions import BotoCoreError
 
         options = self._options
-        style = {None: "auto", True: "path", False: "virtual"}[options.force_path_style]
+        styles: dict[bool | None, Literal["auto", "path", "virtual"]] = {None: "auto", True: "path", False: "virtual"}
         config = Config(
             retries={"total_max_attempts": 1, "mode": "standard"},
             connect_timeout=self._policy.connect_timeout,
             read_timeout=self._policy.read_timeout,
             max_pool_connections=32,
             tcp_keepalive=True,
-            s3={"addressing_style": style},
+            s3={"addressing_style": styles[options.force_path_style]},
             # Newer boto3 adds CRC headers and trailers that many S3-compatible servers reject.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
@@ -135,7 +136,7 @@ class S3Backend:
         for page in self._pages(location):
             yield from (str(location.at(entry["Key"])) for entry in page.get("Contents", ()))
 
-    def children(self, location: Location) -> list[str]:
+    def children(self, location: Location) -> builtins.list[str]:
         """Return the names in a folder, sorted, those of folders with ``/`` at the end."""
         names: set[str] = set()
         for page in self._pages(location, Delimiter="/"):
@@ -156,7 +157,7 @@ class S3Backend:
                 return
             more["ContinuationToken"] = page["NextContinuationToken"]
 
-    def buckets(self) -> list[str]:
+    def buckets(self) -> builtins.list[str]:
         """Return the names of the buckets that the credentials may list."""
         answer = self._run("s3://", self.client.list_buckets)
         return [bucket["Name"] for bucket in answer.get("Buckets", ()) if "Name" in bucket]
@@ -177,7 +178,7 @@ class S3Backend:
         start: int,
         stop: int,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> list[bytes]:
+    ) -> builtins.list[bytes]:
         """Return the bytes [start, stop) in blocks, with retries; see :mod:`dpo_store.ranges`."""
         return ranges.fetch(
             self.client, location, info, start, stop,

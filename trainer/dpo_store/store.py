@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins  # `list` is a method here
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,7 @@ class Store:
         location = uris.as_folder(uris.parse(folder))
         return self._backend(location).list(location)
 
-    def children(self, folder: str) -> list[str]:
+    def children(self, folder: str) -> builtins.list[str]:
         """Return the names directly in a folder, sorted, those of folders with ``/`` at the end; [] if it is absent."""
         location = uris.as_folder(uris.parse(folder))
         return self._backend(location).children(location)
@@ -157,11 +158,11 @@ class Store:
         info = self.stat(source) if isinstance(source, str) else source
         trees.download(self.stream(info), info, Path(path))
 
-    def upload_tree(self, folder: str | Path, uri: str) -> list[str]:
+    def upload_tree(self, folder: str | Path, uri: str) -> builtins.list[str]:
         """Copy every file below a local folder to below an address; return the relative names, sorted."""
         return trees.upload_tree(self, Path(folder), uri)
 
-    def download_tree(self, uri: str, folder: str | Path) -> list[str]:
+    def download_tree(self, uri: str, folder: str | Path) -> builtins.list[str]:
         """Copy every object below an address into a local folder; return the relative names, sorted.
 
         Raises NotFoundError if there is none, NoSpaceError before the first byte if they do not fit.

@@ -1,0 +1,161 @@
+"""A real S3 server for tests: versitygw over a folder, on a free loopback port, with random credentials."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from dpo_store import StorageOptions
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_REPOSITORY: Final = Path(__file__).resolve().parents[3]
+_START_SECONDS: Final = 20.0
+
+
+class ToolMissingError(RuntimeError):
+    """A program of the tests can't be built here because Go is missing."""
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server. ``folder/<bucket>/<key>`` are its objects' files."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    folder: Path
+
+    def environment(self, *, endpoint: str | None = None) -> dict[str, str]:
+        """Return what boto3 reads to reach this server, and nothing of this machine's own configuration."""
+        return {
+            "AWS_ENDPOINT_URL": endpoint or self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            **no_aws(),
+        }
+
+    def options(self, *, endpoint: str | None = None) -> StorageOptions:
+        """Return options that name this server (or a proxy in front of it)."""
+        return StorageOptions(endpoint=endpoint or self.endpoint)
+
+    def client(self) -> S3Client:
+        """Return a plain boto3 client with this server's credentials, to look behind the store's back."""
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+        )
+
+    def make_bucket(self, name: str) -> None:
+        """Create a bucket."""
+        self.client().create_bucket(Bucket=name)
+
+
+def no_aws() -> dict[str, str]:
+    """Return an environment in which boto3 finds no configuration file, no instance role and no proxy."""
+    return {
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+
+
+def tool(name: str) -> Path:
+    """Return the path of a Go tool of hack/tools, built if it was not yet. Raises ToolMissingError without Go."""
+    done = subprocess.run(
+        [str(_REPOSITORY / "hack" / "build-tools.sh"), name], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 3:
+        raise ToolMissingError(done.stderr.strip())
+    if done.returncode != 0:
+        raise RuntimeError(f"hack/build-tools.sh {name} failed:\n{done.stderr}")
+    return Path(done.stdout.strip())
+
+
+def free_port() -> int:
+    """Return a loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """Run versitygw until the block ends; its folder is removed afterwards."""
+    binary = tool("versitygw")
+    base = Path(tempfile.mkdtemp(prefix="dpo-s3-"))
+    try:
+        for name in ("objects", "metadata"):
+            (base / name).mkdir()
+        access, secret = "AK" + secrets.token_hex(9).upper(), secrets.token_urlsafe(30)
+        process, port = _start(binary, base, access, secret)
+        try:
+            yield S3Server(f"http://127.0.0.1:{port}", access, secret, base / "objects")
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def _start(binary: Path, base: Path, access: str, secret: str) -> tuple[subprocess.Popen[bytes], int]:
+    # Another process may take the port between our look and the server's start: then try another.
+    for _ in range(5):
+        port = free_port()
+        with (base / "log").open("ab") as log:
+            process = subprocess.Popen(
+                # Metadata in a second folder: not every file system of a test machine has extended attributes.
+                # Files put there by hand have no stored ETag, so name one.
+                [str(binary), "--port", f"127.0.0.1:{port}", "--quiet", "--keep-alive",
+                 "posix", "--sidecar", str(base / "metadata"), "--default-etag", '"by-hand"', str(base / "objects")],
+                env={"PATH": os.environ.get("PATH", ""), "ROOT_ACCESS_KEY": access, "ROOT_SECRET_KEY": secret},
+                stdout=log,
+                stderr=log,
+            )  # fmt: skip
+        if _ready(process, port):
+            return process, port
+        process.kill()
+        process.wait()
+    raise RuntimeError(f"versitygw did not start:\n{(base / 'log').read_text(errors='replace')[-2000:]}")
+
+
+def _ready(process: subprocess.Popen[bytes], port: int) -> bool:
+    deadline = time.monotonic() + _START_SECONDS
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            opener.open(f"http://127.0.0.1:{port}/", timeout=2).close()
+        except urllib.error.HTTPError as answer:
+            answer.close()
+            return True  # "access denied" comes from a server that works
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from dpo_store import RetryPolicy, Store, Timing, open_store
+from dpo_testing.faults import FaultProxy, fault_proxy
+from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
+
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Pauses:
+    """Sleeps that take no time, written down."""
+
+    taken: list[float] = field(default_factory=list)
+
+    def timing(self) -> Timing:
+        return Timing(sleep=self.taken.append, random=lambda: 0.5)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[S3Server]:
+    try:
+        with s3_server() as running:
+            yield running
+    except ToolMissingError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def proxy_of_server(server: S3Server) -> Iterator[FaultProxy]:
+    with fault_proxy(server.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(proxy_of_server: FaultProxy) -> Iterator[FaultProxy]:
+    proxy_of_server.clear()
+    yield proxy_of_server
+    proxy_of_server.clear()
+
+
+@pytest.fixture
+def pauses() -> Pauses:
+    return Pauses()
+
+
+@pytest.fixture
+def credentials(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_SESSION_TOKEN", "DPO_PVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def bucket(server: S3Server) -> str:
+    """A new bucket for each test."""
+    name = f"bucket-{next(_numbers)}"
+    server.make_bucket(name)
+    return name
+
+
+@pytest.fixture
+def store(server: S3Server, credentials: None) -> Store:
+    """A store straight at the server."""
+    return open_store(server.options())
+
+
+@pytest.fixture
+def flaky(server: S3Server, proxy: FaultProxy, credentials: None, pauses: Pauses) -> Store:
+    """A store behind the fault proxy, impatient and without real pauses."""
+    policy = RetryPolicy(attempts=4, read_timeout=1.0, connect_timeout=2.0, slow_window=0.5, slow_bytes=65536)
+    return open_store(server.options(endpoint=proxy.endpoint), retry=policy, timing=pauses.timing())
