@@ -8,6 +8,7 @@ need. Both do nothing where a GPU is present, so the same code path runs there u
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -147,7 +148,7 @@ def _bridge_random_state() -> None:
 
 def _bridge_clipping() -> None:
     """Gradient clipping asserts ``grad.type() == 'torch.cuda.FloatTensor'``; once a step, so the mode may answer."""
-    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.optimizer import clip_grads
 
     original = clip_grads.clip_grad_by_total_norm_fp32
 
@@ -156,5 +157,7 @@ def _bridge_clipping() -> None:
         with _CudaMeansCPU():
             return original(*args, **kwargs)
 
-    clip_grads.clip_grad_by_total_norm_fp32 = clip
-    optimizer.clip_grad_by_total_norm_fp32 = clip
+    # Modules that were imported before this hold the function under its own name.
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("megatron.core", "dpo_trainer")) and vars(module).get(original.__name__) is original:
+            setattr(module, original.__name__, clip)

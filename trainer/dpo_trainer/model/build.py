@@ -1,5 +1,6 @@
 """A ModelConfig becomes Megatron-Core's GPTModel."""
 
+import logging
 from functools import partial
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ def build_model(
     Returns a GPTModel whose attention reads a Pack; call it through dpo_trainer.model.forward. Raises InvalidSpecError
     when the parallel sizes do not divide the model.
     """
+    # GPTModel says at every construction that HybridModel will follow it; a user can do nothing about that.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     _check_divides(config, tensor, parallel_state.get_pipeline_model_parallel_world_size())
     with bridge.construction():
@@ -172,7 +175,7 @@ def block_spec(config: ModelConfig, transformer: Any, transformer_engine: bool) 
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=partial(MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
             # Checkpoints carry the names of fused norms on every backend, as Megatron-Core's own do.
             sharded_state_dict_keys_map={

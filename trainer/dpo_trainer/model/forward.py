@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -48,7 +47,7 @@ def _forward(model: Any, pack: Pack, rows: Tensor | None) -> Tensor:
     def take_rows(*, hidden_states: Tensor, **_unused: Any) -> Tensor:
         """hidden_states: [S, 1, H], or [S / tensor size, 1, H] with sequence parallelism."""
         if gpt.config.sequence_parallel:
-            # The head's gradient of the rows is this rank's share; summing it belongs to whoever computes the head.
+            # Each rank computes the whole gradient of the rows (logprobs sums it), so backward only takes its part.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=parallel_state.get_tensor_model_parallel_group()
             )
@@ -70,9 +69,3 @@ def count_parameters(model: Any) -> tuple[int, int]:
     """(all, trainable) parameters held by this rank."""
     parameters = list(unwrap(model).parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-
-def to_device(pack: Pack) -> Pack:
-    """The pack on this process's device."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return pack if pack.tokens.device == device else pack.to(device)

@@ -1,0 +1,173 @@
+"""Writing a Hugging Face model folder that transformers loads."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from dpo_api.errors import InvalidSpecError, NoSpaceError, NotFoundError
+from dpo_store import join_uri
+from megatron.core import parallel_state
+from torch import Tensor
+
+from dpo_trainer.formats.huggingface import INDEX, SINGLE, Checkpoint, Value, read_json, stage_slots
+from dpo_trainer.formats.layout import Slot, dissolve, target, whole
+from dpo_trainer.formats.safetensors_reader import DTYPES, RangeStore, bytes_of, header_of
+from dpo_trainer.model.config import ModelConfig
+from dpo_trainer.model.forward import unwrap
+
+# Copied byte for byte: a newer transformers would rewrite them into forms that older ones cannot read.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+OTHER_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def export(
+    model: Any,
+    store: RangeStore,
+    source: str,
+    out_dir: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: str | None = None,
+    value_of: Value | None = None,
+) -> list[str]:
+    """Write the model as a Hugging Face folder; return the names of the files, weights last.
+
+    source: the folder that the model was loaded from: its config, tokenizer and chat template are copied byte for byte
+    (config.json changes its dtype only). dtype: of the written weights; None means each tensor's own in the source.
+    tokenizer: a folder to take the tokenizer's files from instead. value_of: see ``Value``; identity by default.
+    Every rank of a tensor-parallel group must call this; only its first writes. Weights are written one at a time, so
+    the memory is that of the largest parameter. Raises NoSpaceError when the disk is full.
+    """
+    gpt = unwrap(model)
+    config: ModelConfig = gpt.dpo_config
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        raise InvalidSpecError("spec.parallelism.pipeline above 1 cannot export a Hugging Face folder yet; use 1")
+    dtype_of = _dtype_of(store, source, dtype)
+    stage = stage_slots(gpt)
+    plan = [(n, s, dtype_of(n)) for slot in stage for n, s in zip(slot.sources, slot.shapes, strict=True)]
+    shards = plan_shards(plan, max_shard_bytes)
+    weights = tensors_of(gpt, stage, value_of or (lambda _name, parameter: parameter))
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        for _ in weights:  # take part in the gathering
+            pass
+        return []
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        names = copy_companions(store, source, out_dir, tokenizer)
+        write_config(store, source, out_dir, config, dtype)
+        return ["config.json", *names, *write_shards(out_dir, shards, weights)]
+    except OSError as error:
+        raise NoSpaceError(f"{out_dir}: writing the exported model failed: {error.strerror}; free some space") from error
+
+
+def tensors_of(gpt: Any, stage: Sequence[Slot], value_of: Value) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's tensors of this pipeline stage, whole, in the model's order. A collective over tensor ranks."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    with torch.no_grad():
+        for slot in stage:
+            part = value_of(slot.parameter, target(gpt, slot)).detach()
+            parts = [part]
+            if size > 1 and slot.kind != "copy":
+                parts = [torch.empty_like(part) for _ in range(size)]
+                dist.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+            yield from zip(slot.sources, dissolve(slot, whole(slot.kind, parts), gpt.dpo_config), strict=True)
+
+
+Planned = tuple[str, tuple[int, ...], torch.dtype]
+
+
+def plan_shards(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
+    """Cut tensors (name, shape, dtype) into files of at most ``limit`` bytes; a larger tensor gets its own."""
+    shards: list[list[Planned]] = [[]]
+    used = 0
+    for entry in plan:
+        size = torch.Size(entry[1]).numel() * entry[2].itemsize
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(entry)
+        used += size
+    return shards
+
+
+def write_shards(out_dir: Path, shards: list[list[Planned]], weights: Iterator[tuple[str, Tensor]]) -> list[str]:
+    """Write the planned files from a stream of tensors in the same order, and the index if there are several."""
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    total = 0
+    for name, shard in zip(names, shards, strict=True):
+        with (out_dir / name).open("wb") as file:
+            file.write(header_of(shard, {"format": "pt"}))
+            for (planned, shape, dtype), (given, tensor) in zip(shard, weights, strict=False):
+                if planned != given or shape != tuple(tensor.shape):
+                    raise RuntimeError(f"export planned {planned} {shape} and was given {given} {tuple(tensor.shape)}")
+                for block in bytes_of(tensor.to(dtype)):
+                    file.write(block)
+                    total += len(block)
+    if count == 1:
+        return names
+    weight_map = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return [*names, INDEX]
+
+
+def copy_companions(store: RangeStore, source: str, out_dir: Path, tokenizer: str | None) -> list[str]:
+    """Copy the files that are neither weights nor config; return the names of those that exist."""
+    copied: list[str] = []
+    for folder, names in ((tokenizer or source, TOKENIZER_FILES), (source, OTHER_FILES)):
+        for name in names:
+            try:
+                data = store.read(join_uri(folder, name))
+            except NotFoundError:
+                continue
+            (out_dir / name).write_bytes(data)
+            copied.append(name)
+    return copied
+
+
+def write_config(
+    store: RangeStore, source: str, out_dir: Path, config: ModelConfig, dtype: torch.dtype | None
+) -> None:
+    """Write config.json: the source's bytes, unless the dtype changes.
+
+    A rewritten file carries the rope settings under the keys of transformers < 5 and ≥ 5.
+    """
+    uri = join_uri(source, "config.json")
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is None or name == config.dtype:
+        (out_dir / "config.json").write_bytes(store.read(uri))
+        return
+    raw = read_json(store, uri)
+    for key in ("dtype", "torch_dtype"):
+        raw[key] = name
+    raw["rope_theta"] = config.rope_theta
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    rope.pop("rope_theta", None)
+    raw["rope_scaling"] = {"rope_type": kind, **rope} if config.rope_scaling else None
+    raw["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": kind, **rope}
+    (out_dir / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def _dtype_of(store: RangeStore, source: str, dtype: torch.dtype | None) -> Callable[[str], torch.dtype]:
+    if dtype is not None:
+        return lambda _name: dtype
+    checkpoint = Checkpoint.open(store, source)
+    return lambda name: DTYPES[checkpoint.file_of(name).tensors[name].dtype]

@@ -1,0 +1,217 @@
+"""Hugging Face model folders: config.json and safetensors in, the same out. Weights are never unpickled."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dpo_api.errors import InvalidModelError, NotFoundError
+from dpo_store import base_name, join_uri
+from megatron.core import parallel_state
+from torch import Tensor
+
+from dpo_trainer.formats.layout import Slot, assemble, slots, target
+from dpo_trainer.formats.safetensors_reader import WEIGHT_DTYPES, RangeStore, SafetensorsFile
+from dpo_trainer.model.config import ModelConfig
+from dpo_trainer.model.forward import unwrap
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_config(store: RangeStore, folder: str) -> ModelConfig:
+    """Read the folder's config.json. Raises NotFoundError without one, InvalidModelError naming what is unsupported."""
+    return ModelConfig.from_hugging_face(read_json(store, join_uri(folder, "config.json")), join_uri(folder, "config.json"))
+
+
+def read_json(store: RangeStore, uri: str) -> dict[str, Any]:
+    """Read a JSON object; InvalidModelError if it is none."""
+    try:
+        value = json.loads(store.read(uri))
+    except ValueError as error:
+        raise InvalidModelError(f"{uri}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise InvalidModelError(f"{uri}: must hold a JSON object; copy the file again")
+    return value
+
+
+@dataclass
+class Checkpoint:
+    """The safetensors files of a folder and which tensor lies where. Headers are read when first needed."""
+
+    store: RangeStore
+    folder: str
+    weight_map: dict[str, str]  #: tensor → file name
+    files: dict[str, SafetensorsFile]
+
+    @classmethod
+    def open(cls, store: RangeStore, folder: str) -> "Checkpoint":
+        """Find the folder's weights: those of its index, or else its single file."""
+        index = join_uri(folder, INDEX)
+        try:
+            entries = read_json(store, index).get("weight_map")
+        except NotFoundError:
+            return cls._open_single(store, folder)
+        if not isinstance(entries, dict) or not all(isinstance(v, str) and base_name(v) == v for v in entries.values()):
+            raise InvalidModelError(f"{index}: weight_map must map tensors to file names beside it; copy the file again")
+        return cls(store, folder, entries, {})
+
+    @classmethod
+    def _open_single(cls, store: RangeStore, folder: str) -> "Checkpoint":
+        uri = join_uri(folder, SINGLE)
+        try:
+            file = SafetensorsFile(store, uri)
+        except NotFoundError:
+            for name in _PICKLED:
+                if _exists(store, join_uri(folder, name)):
+                    raise InvalidModelError(
+                        f"{join_uri(folder, name)}: pickled weights can run code and are not read; "
+                        "save the model again with safe_serialization=True"
+                    ) from None
+            raise NotFoundError(f"{folder}: holds neither {SINGLE} nor {INDEX}; is it a Hugging Face model folder?") from None
+        return cls(store, folder, dict.fromkeys(file.tensors, SINGLE), {SINGLE: file})
+
+    def file_of(self, tensor: str) -> SafetensorsFile:
+        """The file that holds a tensor, its header checked."""
+        name = self.weight_map[tensor]
+        if name not in self.files:
+            try:
+                self.files[name] = SafetensorsFile(self.store, join_uri(self.folder, name))
+            except NotFoundError:
+                raise InvalidModelError(
+                    f"{join_uri(self.folder, name)}: {INDEX} names this file, but it is missing; copy it there"
+                ) from None
+        file = self.files[name]
+        if tensor not in file.tensors:
+            raise InvalidModelError(f"{file.uri}: {INDEX} puts tensor {tensor} here, but the file does not hold it")
+        return file
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise InvalidModelError naming any tensor that is missing, unexpected, mis-shaped or quantised."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for slot in slots(config, range(config.num_layers), first=True, last=True):
+            expected.update(zip(slot.sources, slot.shapes, strict=True))
+        missing = sorted(expected.keys() - self.weight_map.keys())
+        if missing:
+            raise InvalidModelError(
+                f"{self.folder}: tensor {missing[0]} is missing{_and_more(missing)}; config.json and the weights disagree"
+            )
+        ignored = {"lm_head.weight"} if config.tied_embeddings else set()
+        extra = sorted(
+            name for name in self.weight_map.keys() - expected.keys() - ignored if not name.endswith("rotary_emb.inv_freq")
+        )
+        if extra:
+            raise InvalidModelError(
+                f"{self.folder}: tensor {extra[0]} is unexpected{_and_more(extra)}; config.json and the weights disagree"
+            )
+        for name, shape in expected.items():
+            file = self.file_of(name)
+            info = file.tensors[name]
+            if info.dtype not in WEIGHT_DTYPES:
+                kinds = ", ".join(WEIGHT_DTYPES)
+                raise InvalidModelError(
+                    f"{file.uri}: tensor {name} has dtype {info.dtype}; trainable weights are {kinds}: use the original model"
+                )
+            if info.shape != shape:
+                raise InvalidModelError(
+                    f"{file.uri}: tensor {name} has shape {list(info.shape)}, config.json means {list(shape)}; "
+                    "the weights and config.json must come from the same model"
+                )
+
+
+def load_weights(model: Any, store: RangeStore, folder: str) -> str:
+    """Fill this rank's part of ``model`` from the folder; return the model's content key (see ``model_fingerprint``).
+
+    Reads only the rows that this rank needs, one tensor at a time: memory is the largest parameter and its sources.
+    The key costs nothing more when this process reads the whole model (tensor and pipeline size 1); else the files are
+    read once more. Raises InvalidModelError naming the file and tensor for anything damaged or disagreeing.
+    """
+    gpt = unwrap(model)
+    config: ModelConfig = gpt.dpo_config
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    checkpoint = Checkpoint.open(store, folder)
+    checkpoint.check(config)
+    digests: dict[str, str] = {}
+
+    def read(name: str, rows: tuple[int, int] | None) -> Tensor:
+        file = checkpoint.file_of(name)
+        shape = file.tensors[name].shape
+        digest = hashlib.sha256()
+        tensor = file.read(name, rows, digest.update)
+        if rows in (None, (0, shape[0])):
+            digests[name] = _tensor_key(name, file, digest.hexdigest())
+        return tensor
+
+    with torch.no_grad():
+        for slot in stage_slots(gpt):
+            target(gpt, slot).copy_(assemble(slot, config, read, rank, size))
+    if size == 1 and parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return _combine(config, digests)
+    return model_fingerprint(store, folder)
+
+
+def model_fingerprint(store: RangeStore, folder: str) -> str:
+    """sha256 of the model's content: its architecture, and every used tensor's name, dtype, shape and bytes.
+
+    How the tensors are spread over files does not matter, nor do dates or ETags. Reads every weight once (about 1 s a
+    GB); memory is one tensor.
+    """
+    config = read_config(store, folder)
+    checkpoint = Checkpoint.open(store, folder)
+    checkpoint.check(config)
+    digests: dict[str, str] = {}
+    for slot in slots(config, range(config.num_layers), first=True, last=True):
+        for name in slot.sources:
+            file = checkpoint.file_of(name)
+            digest = hashlib.sha256()
+            file.read(name, None, digest.update)
+            digests[name] = _tensor_key(name, file, digest.hexdigest())
+    return _combine(config, digests)
+
+
+def stage_slots(gpt: Any) -> list[Slot]:
+    """The slots of this process's pipeline stage."""
+    layers = [layer.layer_number - 1 for layer in gpt.decoder.layers]
+    span = range(layers[0], layers[-1] + 1) if layers else range(0)
+    return list(slots(gpt.dpo_config, span, first=gpt.pre_process, last=gpt.post_process))
+
+
+def check_tokenizer(config: ModelConfig, largest_id: int, where: str) -> None:
+    """Raise InvalidModelError when the tokenizer at ``where`` can produce ids that the model has no embedding for.
+
+    A smaller tokenizer is fine: models pad their vocabulary.
+    """
+    if largest_id >= config.vocab_size:
+        raise InvalidModelError(
+            f"{where}: the tokenizer's largest id is {largest_id}, but the model's vocab_size is {config.vocab_size}; "
+            "use the model's own tokenizer"
+        )
+
+
+Value = Callable[[str, Tensor], Tensor]
+"""(parameter name, parameter) → the value to write; lets LoRA merge and fp32 masters take the parameter's place."""
+
+
+def _tensor_key(name: str, file: SafetensorsFile, digest: str) -> str:
+    info = file.tensors[name]
+    return f"{name} {info.dtype} {list(info.shape)} {digest}"
+
+
+def _combine(config: ModelConfig, digests: dict[str, str]) -> str:
+    lines = [config.fingerprint, *(digests[name] for name in sorted(digests))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _exists(store: RangeStore, uri: str) -> bool:
+    try:
+        store.stat(uri)
+    except NotFoundError:
+        return False
+    return True
