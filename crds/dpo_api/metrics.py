@@ -1,0 +1,96 @@
+"""The one table of metrics: their names in Prometheus and in metrics.jsonl, what they mean and their unit.
+
+The trainer exports exactly these from rank 0; dashboards, alerts, reports and docs use no other names. Prometheus
+names hold base units and ratios from 0 to 1; a step is a value, never a label. Rewards are beta times the policy's
+log-prob minus the reference's, summed over the response.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["gauge", "counter"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One series."""
+
+    name: str
+    """Name in Prometheus; counters end in ``_total``."""
+    kind: Kind
+    help: str
+    """One sentence: meaning and unit."""
+    key: str | None = None
+    """Key in metrics.jsonl and in Progress.metrics; None where the series has none there."""
+    labels: tuple[str, ...] = ()
+    """Label names with few values; every series also has the scrape's own labels."""
+
+
+_SHARED: tuple[tuple[str, str, str], ...] = (
+    ("loss", "loss", "Loss that is minimised, per pair, mean over the {batch}."),
+    ("preference_loss", "preference_loss", "Preference loss before its weight, mean over the {batch}."),
+    ("sft_loss", "sft_loss", "Negative log-prob of the chosen response before its weight, mean over the {batch}."),
+    ("reward_accuracy_ratio", "acc", "Share of pairs whose chosen reward exceeds the rejected one, over the {batch}."),
+    ("reward_chosen", "rewards_chosen_mean", "Mean reward of the chosen responses over the {batch}."),
+    ("reward_rejected", "rewards_rejected_mean", "Mean reward of the rejected responses over the {batch}."),
+    ("reward_margin", "rewards_margin", "Mean chosen reward minus mean rejected reward over the {batch}."),
+    ("reward_mean", "rewards_all_mean", "Mean reward of all responses over the {batch}."),
+    ("reward_stddev", "rewards_all_std", "Standard deviation of all responses' rewards over the {batch}."),
+)
+
+
+def _shared(group: Literal["train", "val"], batch: str) -> tuple[Metric, ...]:
+    return tuple(
+        Metric(f"dpo_{group}_{name}", "gauge", text.format(batch=batch), f"{group}/{key}")
+        for name, key, text in _SHARED
+    )
+
+
+TRAIN: tuple[Metric, ...] = (
+    *_shared("train", "step's global batch"),
+    Metric("dpo_train_grad_norm", "gauge", "Norm of the whole gradient before clipping.", "train/grad_norm"),
+    Metric("dpo_train_learning_rate", "gauge", "Learning rate of the last step.", "train/lr"),
+    Metric("dpo_train_step_duration_seconds", "gauge", "Duration of the last step in seconds.", "train/step_time"),
+    Metric("dpo_train_epoch", "gauge", "Epochs done, with a fraction.", "train/epoch"),
+    Metric("dpo_train_steps_total", "counter", "Optimizer steps done in this run, earlier attempts included.", "step"),
+    Metric("dpo_train_samples_total", "counter", "Pairs trained on, repetitions counted.", "train/consumed_samples"),
+    Metric("dpo_train_tokens_total", "counter", "Tokens computed in training by this attempt, all processes."),
+    Metric("dpo_train_planned_steps", "gauge", "Optimizer steps that the run will have."),
+    Metric("dpo_train_last_step_timestamp_seconds", "gauge", "Unix time of the last optimizer step."),
+)
+"""Training, one value a step."""
+
+VAL: tuple[Metric, ...] = (
+    *_shared("val", "validation pairs"),
+    Metric(
+        "dpo_val_step_duration_seconds",
+        "gauge",
+        "Duration of the last validation in seconds.",
+        "val/validation_step_time",
+    ),
+    Metric("dpo_val_last_run_timestamp_seconds", "gauge", "Unix time of the last validation's end."),
+)
+"""Validation, one value each time."""
+
+RUN: tuple[Metric, ...] = (
+    Metric("dpo_data_wait_seconds_total", "counter", "Seconds that steps waited for data."),
+    Metric("dpo_data_pairs", "gauge", "Usable training pairs."),
+    Metric("dpo_data_dropped_pairs", "gauge", "Training records left out, by reason.", labels=("reason",)),
+    Metric("dpo_checkpoint_last_success_timestamp_seconds", "gauge", "Unix time of the newest complete checkpoint."),
+    Metric("dpo_checkpoint_last_step", "gauge", "Step of the newest complete checkpoint."),
+    Metric("dpo_trainer_info", "gauge", "Always 1; its labels describe the run.", labels=("version", "job", "attempt")),
+)
+"""The run itself."""
+
+METRICS: tuple[Metric, ...] = (*TRAIN, *VAL, *RUN)
+"""Everything that rank 0 exports."""
+
+BY_KEY: dict[str, Metric] = {metric.key: metric for metric in METRICS if metric.key is not None}
+"""The series of each metrics.jsonl key."""
+
+JSONL_ONLY: dict[str, str] = {
+    "val/<name>/<metric>": "The same metric over one validation source, where there are several.",
+}
+"""Keys of metrics.jsonl that have no series in Prometheus."""
