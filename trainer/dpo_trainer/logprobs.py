@@ -128,7 +128,10 @@ class _ResponseLogProbs(torch.autograd.Function):
         rows, weight, labels, log_mass = ctx.saved_tensors
         need_rows, need_weight = ctx.needs_input_grad[:2]
         rows_grad = torch.empty_like(rows) if need_rows else None
-        weight_grad = torch.zeros_like(weight, dtype=log_mass.dtype) if need_weight else None
+        # One chunk needs no sum over chunks: its GEMM rounds once, at the end, by itself.
+        single = ctx.chunk >= rows.shape[0] > 0
+        sum_dtype = weight.dtype if single else log_mass.dtype
+        weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
         for start in range(0, rows.shape[0] if need_rows or need_weight else 0, ctx.chunk):
             part = slice(start, start + ctx.chunk)
             slope = _logits(rows[part], weight, log_mass.dtype)  # [C, V / T], in place from here on
@@ -161,5 +164,8 @@ def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
     """total [V, H] += slopeᵀ [V, C] · rows [C, H], where total is fp32 and the operands may be bf16."""
     if slope.dtype == total.dtype:
         total.addmm_(slope.t(), rows)
-    else:
-        total.add_(slope.t() @ rows)
+        return
+    # The product exists in bf16 before it is added: in blocks of the vocabulary, or it would be a second [V, H].
+    block = max(1, CHUNK_BYTES // (2 * total.shape[1]))
+    for start in range(0, total.shape[0], block):
+        total[start : start + block].add_(slope[:, start : start + block].t() @ rows)

@@ -111,7 +111,7 @@ class PairLosses:
     denominator: Tensor  #: [P] int64; 1 a pair, or its chosen tokens when SFT alone averages over tokens
     real: Tensor  #: [P] bool; False for a filler pair
     preference: Tensor | None  #: [P], unweighted, over pairs; None for SFT alone
-    sft: Tensor  #: [P], unweighted, over ``denominator``
+    sft: Tensor | None  #: [P], unweighted, over ``denominator``; None when ``sft_weight`` is 0
     chosen_reward: Tensor | None  #: [P], β·Σ_response(log π − log π_ref), over pairs; None for SFT alone
     rejected_reward: Tensor | None  #: [P], the same of the rejected response
 
@@ -159,7 +159,8 @@ def pair_losses(
     total = settings.preference_weight * preference
     if settings.sft_weight != 0:
         total = total + settings.sft_weight * sft
-    return PairLosses(total, denominator, real, preference.detach(), sft.detach(), implicit[:, 0], implicit[:, 1])
+    reported = sft.detach() if settings.sft_weight != 0 else None
+    return PairLosses(total, denominator, real, preference.detach(), reported, implicit[:, 0], implicit[:, 1])
 
 
 def _sft_term(chosen: Tensor, counts: Tensor, settings: LossSettings, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,10 @@ def check_setting(losses: ModuleType, settings: Settings) -> None:
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         _agree(f"gradient of {label}", ours, theirs)
     assert result.real.all()
-    _agree(f"sft of {label}", result.sft.sum() / result.denominator.sum(), papers.sft(settings, pairs).detach())
+    if settings.sft_weight == 0:
+        assert result.sft is None, "an SFT term that does not exist is reported"
+    else:
+        _agree(f"sft of {label}", result.sft.sum() / result.denominator.sum(), papers.sft(settings, pairs).detach())
     if settings.preference_weight == 0:
         assert result.preference is None
         assert result.chosen_reward is None

@@ -1,7 +1,7 @@
 """Metrics as numerators and denominators, so that they can be added up over packs and ranks and divided once.
 
 One fixed row a metric: a rank adds its packs' tables, one all-reduce adds the ranks', ``means`` divides. A metric that
-a run does not have (rewards, for SFT alone) has denominator 0 and is left out, not reported as 0.
+a run does not have (rewards, for SFT alone; sft_loss, at weight 0) has denominator 0 and is left out, not called 0.
 """
 
 import math
@@ -46,7 +46,8 @@ def metric_sums(losses: PairLosses) -> Tensor:
     per_loss = losses.denominator.sum().double()
     table = dict.fromkeys(ROWS, (zero, zero))
     table["loss"] = (losses.total.detach().double().sum(), per_loss)
-    table["sft_loss"] = (losses.sft.double().sum(), per_loss)
+    if losses.sft is not None:
+        table["sft_loss"] = (losses.sft.double().sum(), per_loss)
     if losses.preference is not None:
         table["preference_loss"] = (losses.preference.double().sum(), pairs)
     if losses.chosen_reward is not None and losses.rejected_reward is not None:
