@@ -46,7 +46,7 @@ class _Stream:
         return start
 
     def predict(self, response: TokenIds, first_row: int, next_row: int, owner: int) -> None:
-        """response[0] is predicted from ``first_row``, response[j ≥ 1] from next_row + j − 1: the row of response[j−1]."""
+        """response[0] is predicted from ``first_row``; response[j ≥ 1] from response[j−1]'s row, next_row + j − 1."""
         rows = np.arange(next_row - 1, next_row - 1 + len(response), dtype=np.int64)
         rows[0] = first_row
         self.rows.append(rows)

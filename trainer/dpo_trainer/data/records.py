@@ -1,0 +1,268 @@
+"""One line of a preference file → one record, or the reason why it cannot be used.
+
+A record's three texts are either all strings or all message lists; the forms found in public data sets are brought to
+these two here, so that nothing later has to ask again:
+
+- strings: ``prompt``, ``chosen_response`` | ``chosen``, ``rejected_response`` | ``rejected``;
+- message lists, with the prompt as a list or a string (one user message), the responses as lists or strings (one
+  assistant message), and the prompt repeated at the start of the responses or not;
+- whole conversations without a prompt: split at the last common message.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NoReturn
+
+from dpo_api.spec import Columns
+
+Message = dict[str, Any]
+Messages = list[Message]
+
+
+class Reason(StrEnum):
+    """Why a line is not used; the values are the keys of ``stats["dropped"]`` and of the metrics."""
+
+    BROKEN_JSON = "brokenJson"
+    NOT_AN_OBJECT = "notAnObject"
+    MISSING_KEY = "missingKey"
+    WRONG_TYPE = "wrongType"
+    BAD_MESSAGE = "badMessage"
+    BAD_REWARD = "badReward"
+    BAD_TEXT = "badText"
+    EMPTY_RESPONSE = "emptyResponse"
+    EMPTY_PROMPT = "emptyPrompt"
+    NO_COMMON_PROMPT = "noCommonPrompt"
+    TEMPLATE = "template"
+    NOT_A_PREFIX = "promptNotPrefix"
+    OVER_LENGTH = "overLength"
+    NO_ROOM = "noRoomForResponse"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A line that cannot be used. ``message`` is a clause that follows ``file:line: ``."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One preference pair as text. ``prompt``, ``chosen`` and ``rejected`` are all str or all message lists.
+
+    ``rejected`` is None where it is not needed (SFT alone). A reward that the line does not give is None.
+    """
+
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages | None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+
+
+_USUAL = {
+    "prompt": ("prompt",),
+    "chosen": ("chosen_response", "chosen"),
+    "rejected": ("rejected_response", "rejected"),
+    "chosen_reward": ("chosen_reward",),
+    "rejected_reward": ("rejected_reward",),
+}
+_KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
+
+
+class _UnusableError(Exception):
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.problem = Problem(reason, message)
+
+
+def parse_record(line: bytes, columns: Columns, *, rejected_needed: bool = True) -> Record | Problem:
+    """Read one line (UTF-8 JSON, a BOM at its start is skipped).
+
+    ``rejected_needed=False`` is SFT alone: the rejected response is neither asked for nor looked at.
+    """
+    try:
+        return _parse(line, columns, rejected_needed)
+    except _UnusableError as error:
+        return error.problem
+
+
+def _parse(line: bytes, columns: Columns, rejected_needed: bool) -> Record:
+    row = _load(line)
+    chosen_reward = _reward(row, "chosen_reward", columns.chosen_reward)
+    rejected_reward = _reward(row, "rejected_reward", columns.rejected_reward) if rejected_needed else None
+    chosen = _text(row, "chosen", columns.chosen)
+    rejected = _text(row, "rejected", columns.rejected) if rejected_needed else None
+    prompt = _prompt(row, columns.prompt)
+    if isinstance(chosen, list) or isinstance(rejected, list) or isinstance(prompt, list):
+        prompt, chosen, rejected = _as_messages(prompt, chosen, rejected)
+    elif prompt is None:
+        _missing(row, "prompt", columns.prompt)
+    for side, response in (("chosen", chosen), ("rejected", rejected)):
+        if response is not None and _is_empty(response):
+            raise _UnusableError(Reason.EMPTY_RESPONSE, f"the {side} response is empty")
+    return Record(prompt, chosen, rejected, chosen_reward, rejected_reward)
+
+
+def _load(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8-sig")  # drops a BOM
+        row = json.loads(text, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise _UnusableError(Reason.BROKEN_JSON, f"not UTF-8 (byte {error.start + 1} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise _UnusableError(Reason.BROKEN_JSON, f"broken JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise _UnusableError(Reason.BROKEN_JSON, "broken JSON: nested too deeply") from error
+    except ValueError as error:  # a number of more digits than Python converts
+        raise _UnusableError(Reason.BROKEN_JSON, f"broken JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise _UnusableError(Reason.NOT_AN_OBJECT, f"the line is {_kind(row)}, expected a JSON object")
+    try:
+        if "\\u" in text:  # JSON's "\ud800" is half a character: fine ASCII on the line, but no text
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _UnusableError(Reason.BAD_TEXT, "holds half of a surrogate pair (a lone \\ud800–\\udfff)") from error
+    return row
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _UnusableError(Reason.BROKEN_JSON, f"broken JSON: {name} is not a JSON number")
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+
+
+def _find(row: Mapping[str, Any], role: str, name: str | None) -> tuple[str, Any]:
+    """The key under which the role stands and its value; a null counts as absent (then the value is None)."""
+    names = (name,) if name else _USUAL[role]
+    return next(((key, row[key]) for key in names if row.get(key) is not None), (names[0], None))
+
+
+def _missing(row: Mapping[str, Any], role: str, name: str | None) -> NoReturn:
+    wanted = " or ".join(f'"{key}"' for key in ((name,) if name else _USUAL[role]))
+    keys = ", ".join(f'"{key}"' for key in list(row)[:8]) or "none"
+    raise _UnusableError(
+        Reason.MISSING_KEY, f"no {wanted} (keys here: {keys}); spec.data.columns.{_camel(role)} names it"
+    )
+
+
+def _camel(role: str) -> str:
+    head, _, tail = role.partition("_")
+    return head + tail.capitalize()
+
+
+def _reward(row: Mapping[str, Any], role: str, name: str | None) -> float | None:
+    key, value = _find(row, role, name)
+    if value is None:
+        if name:
+            _missing(row, role, name)
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _UnusableError(Reason.BAD_REWARD, f'"{key}" is {_kind(value)}, expected a number')
+    if not math.isfinite(value):
+        raise _UnusableError(Reason.BAD_REWARD, f'"{key}" is too large for a number')
+    return float(value)
+
+
+def _prompt(row: Mapping[str, Any], name: str | None) -> str | Messages | None:
+    """None when the usual key is absent: whole conversations need no prompt. A key that was asked for must be there."""
+    return _text(row, "prompt", name) if name or _find(row, "prompt", None)[1] is not None else None
+
+
+def _text(row: Mapping[str, Any], role: str, name: str | None) -> str | Messages:
+    key, value = _find(row, role, name)
+    if value is None:
+        _missing(row, role, name)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return [_message(key, number, message) for number, message in enumerate(value)]
+    raise _UnusableError(Reason.WRONG_TYPE, f'"{key}" is {_kind(value)}, expected a string or a list of messages')
+
+
+def _message(key: str, number: int, message: object) -> Message:
+    where = f'"{key}"[{number}]'
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        hint = ' (keys "from" and "value" are not read)' if isinstance(message, dict) and "from" in message else ""
+        raise _UnusableError(Reason.BAD_MESSAGE, f'{where} is not a message with a "role" and a "content"{hint}')
+    content = message.get("content")
+    if isinstance(content, list):
+        content = _join_parts(where, content)
+    if content is None and message.get("tool_calls"):
+        return message
+    if not isinstance(content, str):
+        raise _UnusableError(Reason.BAD_MESSAGE, f'{where} has {_kind(content)} as "content", expected a string')
+    return {**message, "content": content}
+
+
+def _join_parts(where: str, parts: list[Any]) -> str:
+    """Content as a list of parts: their texts, joined. A part that is no text (an image) cannot be trained on."""
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise _UnusableError(Reason.BAD_MESSAGE, f"{where} holds a part that is not text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _is_empty(response: str | Messages) -> bool:
+    if isinstance(response, str):
+        return not response
+    return not any(message.get("content") or message.get("tool_calls") for message in response)
+
+
+def _as_messages(
+    prompt: str | Messages | None, chosen: str | Messages, rejected: str | Messages | None
+) -> tuple[Messages, Messages, Messages | None]:
+    """Bring every mixture of strings and lists to three message lists."""
+    if rejected is not None and isinstance(chosen, list) is not isinstance(rejected, list):
+        raise _UnusableError(Reason.WRONG_TYPE, "one response is a string and the other a list of messages")
+    sides = [_response(side) for side in (chosen, rejected) if side is not None]
+    if prompt is None or (isinstance(prompt, str) and _is_conversation(sides)):
+        # A string beside whole conversations repeats their first user message (UltraFeedback's form): they say more.
+        prompt, sides = _split(sides)
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    else:
+        size, start = len(prompt), prompt
+        if size and all(side[:size] == start for side in sides):
+            sides = [side[size:] for side in sides]
+    if not prompt:
+        raise _UnusableError(Reason.EMPTY_PROMPT, "the prompt holds no message")
+    for side in sides:
+        if side and side[0]["role"] in ("user", "system"):
+            raise _UnusableError(
+                Reason.NO_COMMON_PROMPT,
+                f'a response begins with a message of role "{side[0]["role"]}", not "assistant"',
+            )
+    return prompt, sides[0], sides[1] if len(sides) > 1 else None
+
+
+def _response(side: str | Messages) -> Messages:
+    if isinstance(side, list):
+        return side
+    return [{"role": "assistant", "content": side}] if side else []
+
+
+def _is_conversation(sides: list[Messages]) -> bool:
+    return all(side and side[0]["role"] != "assistant" for side in sides)
+
+
+def _split(sides: list[Messages]) -> tuple[Messages, list[Messages]]:
+    """Split at the last message that both conversations share; each keeps at least its last message as the response."""
+    most = max(min(len(side) for side in sides) - 1, 0)
+    common = most
+    if len(sides) > 1:
+        pairs = zip(sides[0][:most], sides[1][:most], strict=True)
+        common = next((number for number, (left, right) in enumerate(pairs) if left != right), most)
+    if common == 0:
+        raise _UnusableError(
+            Reason.NO_COMMON_PROMPT, "there is no prompt, and the conversations share no first message"
+        )
+    return sides[0][:common], [side[common:] for side in sides]
