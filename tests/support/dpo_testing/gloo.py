@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
@@ -17,7 +17,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> None
     function: of an importable module, since the processes are spawned. Raises what the first failing rank raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (ranks, str(Path(folder) / "store"), function, arguments), nprocs=ranks, join=True)
+        spawn(_enter, (ranks, str(Path(folder) / "store"), function, arguments), nprocs=ranks, join=True)
 
 
 def _enter(rank: int, ranks: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -54,7 +54,8 @@ def preference(settings: Settings, pair: PairOfResponses) -> Tensor:
     data = Bernoulli(probs=torch.tensor(1 / (1 + math.exp(-gap)), dtype=torch.float64))
     match settings.loss:
         case "dpo":  # Rafailov et al.: negative log-likelihood of the preference
-            return -model.log_prob(torch.tensor(1.0, dtype=torch.float64))
+            likelihood: Tensor = model.log_prob(torch.tensor(1.0, dtype=torch.float64))
+            return -likelihood
         case "ipo":  # Azar et al.: regression of h onto τ⁻¹/2, h the difference of log ratios, τ = β
             return torch.pow((winner - loser) - (1 / beta) / 2, 2)
         case "rpo_sq":  # Nemotron-4: squared distance of implicit and given reward difference

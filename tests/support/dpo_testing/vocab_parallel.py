@@ -29,8 +29,14 @@ def numbers(rows: int, hidden: int, vocabulary: int) -> tuple[Tensor, Tensor, Te
     return features, weight, labels, torch.randn(rows, generator=generator, dtype=torch.float64)
 
 
-def check_rank(rank: int, chunk: int) -> None:
-    """Compare this rank's slice with the whole; AssertionError at a difference."""
+def check_rank(rank: int) -> None:
+    """Compare this rank's slice with the whole, chunked in three ways; AssertionError at a difference."""
+    for chunk in (1, 7, 13):
+        check_chunk(rank, chunk)
+
+
+def check_chunk(rank: int, chunk: int) -> None:
+    """Compare this rank's slice with the whole for one size of chunks."""
     rows, weight, labels, upstream = numbers(rows=13, hidden=6, vocabulary=20)
     expected, expected_rows_grad, expected_weight_grad = whole(rows, weight, labels, upstream)
     group = dist.group.WORLD

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,9 +60,8 @@ def test_large_logits_do_not_overflow() -> None:
     assert bool(weight_grad.isfinite().all())
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 13])
-def test_vocabulary_split_over_two_ranks(chunk: int) -> None:
-    run_ranks(2, vocab_parallel.check_rank, chunk)
+def test_vocabulary_split_over_two_ranks() -> None:
+    run_ranks(2, vocab_parallel.check_rank)
 
 
 def test_frozen_weight_and_frozen_rows() -> None:
@@ -174,17 +174,10 @@ def test_no_tensor_holds_all_rows_by_all_words() -> None:
 
 def test_peak_memory_is_under_a_third_of_the_naive_form() -> None:
     flags = ["--vocabulary=32000", "--hidden=64", "--rows=1024"]
-    out = subprocess.run(
-        [sys.executable, str(BENCHMARK), *flags], check=True, capture_output=True, text=True, env=_env()
-    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    out = subprocess.run([sys.executable, str(BENCHMARK), *flags], check=True, capture_output=True, text=True, env=env)
     result = json.loads(out.stdout.splitlines()[-1])
     assert result["memory_ratio"] > 3, out.stdout
-
-
-def _env() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def test_sums_by_owner() -> None:

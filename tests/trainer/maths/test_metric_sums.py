@@ -16,9 +16,10 @@ def metrics_of(settings: Settings, splits: list[list[int]]) -> dict[str, float]:
     arguments = [tensor.detach() for tensor in loss_parity.inputs(papers.some_pairs())]
     table = empty_sums()
     for pack in splits:
-        chosen = [tensor[[max(index, 0) for index in pack]] for tensor in arguments]
+        rows = [max(index, 0) for index in pack]
+        policy, counts, reference, given = (tensor[rows] for tensor in arguments)
         real = torch.tensor([index >= 0 for index in pack])
-        table += metric_sums(losses.pair_losses(*chosen, settings, real))
+        table += metric_sums(losses.pair_losses(policy, counts, reference, given, settings, real))
     return means(table)
 
 
