@@ -92,11 +92,29 @@ class Rule:
     holds: Callable[[Any], bool]
     """The same rule of the parsed section."""
 
+    def to_schema(self) -> dict[str, str]:
+        """Return the rule as an entry of x-kubernetes-validations."""
+        path = {"fieldPath": f".{self.field}"} if self.field else {}
+        return {"rule": self.cel, "message": self.message, **path}
+
+
+def _add_rules(schema: dict[str, Any], section: type[BaseModel]) -> None:
+    """Put the section's rules into its JSON schema, in the form the API server evaluates."""
+    rules = section.rules if issubclass(section, Section) else ()
+    if rules:
+        schema["x-kubernetes-validations"] = [rule.to_schema() for rule in rules]
+
 
 class Section(BaseModel):
     """A part of the spec: camelCase in JSON, frozen, unknown fields refused, null taken as not set."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        frozen=True,
+        extra="forbid",
+        json_schema_extra=_add_rules,
+    )
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     @model_validator(mode="before")
@@ -133,6 +151,12 @@ class ConfigMapRef(Section):
     """A ConfigMap in the DPOJob's namespace."""
 
     name: DnsName = Field(description="Name of the ConfigMap, in the DPOJob's own namespace.")
+
+
+def number(value: float) -> str:
+    """Write a number as people do: 9e-6, not 9e-06; 1, not 1.0."""
+    mantissa, sign, exponent = f"{value:g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if sign else mantissa
 
 
 def count(value: int | str, of: int) -> int:

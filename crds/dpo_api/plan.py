@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpo_api.errors import InvalidDataError
-from dpo_api.fields import count
+from dpo_api.fields import count, number
 from dpo_api.findings import Finding
 from dpo_api.spec import DPOJobSpec, Training
 
@@ -151,15 +151,14 @@ def plan_rates(training: Training, total_steps: int) -> RatePlan:
     if warmup >= total_steps:
         fix = max(0, min(10, total_steps // 10))
         text = (
-            f"{total_steps} steps end within the warm-up of {warmup}: the rate would never stay at {peak:g};"
+            f"{total_steps} steps end within the warm-up of {warmup}: the rate would never stay at {number(peak)};"
             f" set warmupSteps: {fix}"
         )
         warnings.append(Finding("warning", "spec.training.schedule.warmupSteps", text))
     elif decay <= 0:
         room = f"{total_steps} steps are {'fewer than' if decay < 0 else 'no more than'}"
-        text = (
-            f"{room} warm-up {warmup} + constant {constant}: the rate would fall from {peak:g} to {lowest:g} at step"
-            f" {warmup + 1}; set constantSteps: {min(usual, total_steps - warmup - 1)}"
-        )
+        fall = f"the rate would fall from {number(peak)} to {number(lowest)} at step {warmup + 1}"
+        fix = min(usual, total_steps - warmup - 1)
+        text = f"{room} warm-up {warmup} + constant {constant}: {fall}; set constantSteps: {fix}"
         warnings.append(Finding("warning", "spec.training.schedule", text))
     return RatePlan(warmup, constant, max(0, decay), peak, lowest, tuple(warnings))

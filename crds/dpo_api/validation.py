@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dpo_api import cluster
 from dpo_api.errors import DPOError
-from dpo_api.fields import count
+from dpo_api.fields import count, number
 from dpo_api.findings import Finding, Level
 from dpo_api.not_yet import refused
 from dpo_api.plan import make_plan, plan_rates
@@ -157,12 +157,12 @@ def _loss(spec: DPOJobSpec) -> Iterator[Finding]:
     if dpo.sft_weight == 0:
         yield from _unused(spec, {"sft_average_log_probs"}, "because sftWeight is 0")
     if dpo.beta > 5 or dpo.beta < 0.001:
-        yield _warning("dpo.beta", f"{dpo.beta:g} is far from the usual 0.01 to 5; 0.1 is a good start")
+        yield _warning("dpo.beta", f"{number(dpo.beta)} is far from the usual 0.01 to 5; 0.1 is a good start")
 
 
 def _unused(spec: DPOJobSpec, attributes: set[str], why: str) -> Iterator[Finding]:
     for name in sorted(attributes & spec.dpo.model_fields_set):
-        yield _warning(f"dpo.{_alias(spec.dpo, name)}", f"has no effect, {why}")
+        yield _warning(f"dpo.{_alias(spec.dpo, name)}", f"has no effect {why}")
 
 
 def _rewards(spec: DPOJobSpec) -> Iterator[Finding]:
@@ -171,11 +171,11 @@ def _rewards(spec: DPOJobSpec) -> Iterator[Finding]:
     if dpo.gt_reward_scale == 0:
         yield _warning("dpo.gtRewardScale", "0 makes every reward gap 0: both responses should become equally likely")
     elif chosen <= rejected:
-        text = f"{chosen:g} is not above defaultRejectedReward {rejected:g}: records without rewards would teach"
-        yield _warning("dpo.defaultChosenReward", f"{text} nothing or the opposite; set it higher")
+        text = f"{number(chosen)} is not above defaultRejectedReward {number(rejected)}: records without rewards would"
+        yield _warning("dpo.defaultChosenReward", f"{text} teach nothing or the opposite; set it higher")
     else:
         text = f"{dpo.loss} learns each record's reward gap; records without chosen_reward and rejected_reward get"
-        yield _note("dpo.loss", f"{text} {chosen:g} and {rejected:g}")
+        yield _note("dpo.loss", f"{text} {number(chosen)} and {number(rejected)}")
 
 
 def _alias(section: object, attribute: str) -> str:
@@ -225,16 +225,16 @@ def _batches(spec: DPOJobSpec) -> Iterator[Finding]:
     highest = 1e-3 if spec.lora is not None else 1e-4
     if training.learning_rate > highest and spec.dpo.preference_weight > 0:
         usual = "1e-6 to 1e-4 with lora" if spec.lora is not None else "5e-7 to 1e-5"
-        yield _warning("training.learningRate", f"{training.learning_rate:g} is far above what DPO bears, {usual}")
+        yield _warning(
+            "training.learningRate", f"{number(training.learning_rate)} is far above what DPO bears, {usual}"
+        )
 
 
 def _validation_data(spec: DPOJobSpec) -> Iterator[Finding]:
     data, training = spec.data, spec.training
     if not data.validation:
-        names = sorted(
-            training.model_fields_set & {"validation_interval", "limit_validation_batches", "validate_at_start"}
-        )
-        for name in names:
+        unused = {"validation_interval", "limit_validation_batches", "validate_at_start"}
+        for name in sorted(unused & training.model_fields_set):
             yield _warning(f"training.{_alias(training, name)}", "has no effect, because data.validation is empty")
     train = {source.uri: index for index, source in enumerate(data.train)}
     for index, source in enumerate(data.validation):

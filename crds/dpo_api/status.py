@@ -1,0 +1,221 @@
+"""The status of a DPOJob: what `kubectl get`, `describe` and `wait` show, written by the operator alone.
+
+Unknown fields are ignored here, so that every version reads what any other wrote.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic.alias_generators import to_camel
+
+from dpo_api.progress import Phase
+
+MESSAGE_MAX = 4096
+
+Time = Annotated[
+    str,
+    StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$", max_length=40),
+    Field(json_schema_extra={"format": "date-time"}),
+]
+"""A moment as RFC 3339 in UTC."""
+
+Message = Annotated[str, StringConstraints(max_length=MESSAGE_MAX)]
+Name = Annotated[str, StringConstraints(max_length=253)]
+Reason = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", min_length=1, max_length=256)
+]
+
+
+class ConditionType(Enum):
+    """The types of conditions. Each member's value is the type; ``description`` says what True means."""
+
+    description: str
+
+    def __new__(cls, name: str, description: str) -> ConditionType:  # noqa: PYI034 - Self is no Enum to mypy
+        """Make the member whose value is ``name``."""
+        member = object.__new__(cls)
+        member._value_ = name
+        member.description = description
+        return member
+
+    Accepted = "Accepted", "The spec is possible; its image and values are fixed. False names field, value and fix."
+    Progressing = "Progressing", "The job moves towards its end: queued, starting, running or restarting."
+    Suspended = "Suspended", "The job holds no nodes, because runPolicy.suspend is true."
+    Finished = "Finished", "The job has ended, well or not. Wait for this one to see either end."
+    Succeeded = "Succeeded", "The run finished and its model was exported."
+    Failed = "Failed", "The job ended without a model; the message says why."
+    ProgressAvailable = "ProgressAvailable", "The trainer answers the operator's questions about its progress."
+    ReferenceConsistent = (
+        "ReferenceConsistent",
+        "The first step's loss is what policy = reference gives (ln 2 for dpo). False: the reference or data is wrong.",
+    )
+    Finite = "Finite", "Losses and gradients are finite."
+    Learning = "Learning", "Accuracy and margin have risen above chance."
+    TrainingStalled = "TrainingStalled", "No optimizer step for too long."
+
+
+State = Literal[
+    "Pending",
+    "Rejected",
+    "Queued",
+    "Starting",
+    "Running",
+    "Checkpointing",
+    "Restarting",
+    "Suspended",
+    "Succeeded",
+    "Failed",
+]
+
+STATES: dict[State, str] = {
+    "Pending": "Not looked at yet.",
+    "Rejected": "The spec cannot run; the condition Accepted says why.",
+    "Queued": "Waits for its queue to admit it.",
+    "Starting": "Pods are being created, scheduled, or load the model.",
+    "Running": "Trains.",
+    "Checkpointing": "Writes a checkpoint because it was asked to stop.",
+    "Restarting": "An attempt has ended and the next one is on its way.",
+    "Suspended": "Holds no nodes, because runPolicy.suspend is true.",
+    "Succeeded": "The model is exported.",
+    "Failed": "Ended without a model.",
+}
+"""The one word of the column STATE, a summary of the conditions."""
+
+
+class StatusSection(BaseModel):
+    """A part of the status: camelCase in JSON, frozen, unknown fields ignored."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore")
+
+
+class Condition(StatusSection):
+    """One observed fact, in the form that Kubernetes gives conditions."""
+
+    type: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9]*$", min_length=1, max_length=316)] = Field(
+        description="What the condition is about."
+    )
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    observed_generation: int | None = Field(
+        default=None, ge=0, description="Generation of the spec that the condition was observed for."
+    )
+    last_transition_time: Time = Field(description="When the status last changed.")
+    reason: Reason = Field(description="One word in CamelCase for machines.")
+    message: Annotated[str, StringConstraints(max_length=32_768)] = Field(description="One sentence for people.")
+
+
+class PodRecord(StatusSection):
+    """How one pod of an attempt ended, or is."""
+
+    name: Name = Field(description="Name of the pod.")
+    node: Name | None = Field(default=None, description="Node that it ran on.")
+    exit_code: int | None = Field(default=None, ge=0, le=255, description="Exit code of the trainer.")
+    reason: Annotated[str, StringConstraints(max_length=256)] | None = Field(
+        default=None, description="Kubernetes' reason, such as OOMKilled or Evicted."
+    )
+
+
+class Attempt(StatusSection):
+    """One try: a PyTorchJob of its own."""
+
+    number: int = Field(ge=1, le=1_000_000, description="Number of the attempt, from 1.")
+    child: Name = Field(description="Name of the attempt's PyTorchJob.")
+    start_time: Time | None = Field(default=None, description="When its PyTorchJob was created.")
+    running_time: Time | None = Field(default=None, description="When all of its pods ran.")
+    end_time: Time | None = Field(default=None, description="When its last pod ended.")
+    from_step: int | None = Field(default=None, ge=0, description="Step of the checkpoint that it continued from.")
+    last_step: int | None = Field(default=None, ge=0, description="Last step that was seen.")
+    result: Literal["Succeeded", "Failed", "Stopped"] | None = Field(default=None, description="How it ended.")
+    failure_class: Literal["infrastructure", "retryable", "permanent"] | None = Field(
+        default=None, description="Whether another attempt could help, and whether it is charged to maxRestarts."
+    )
+    reason: Reason | None = Field(default=None, description="Cause in one word, such as NodeLost or InvalidData.")
+    message: Message | None = Field(default=None, description="Cause in one sentence.")
+    pods: tuple[PodRecord, ...] = Field(
+        default=(), max_length=64, description="Its pods, the ones that failed first; at most 64."
+    )
+
+
+class StatusProgress(StatusSection):
+    """What the trainer last said about itself."""
+
+    phase: Phase = Field(description="What the run is doing.")
+    step: int = Field(default=0, ge=0, description="Optimizer steps done.")
+    total: int = Field(default=0, ge=0, description="Optimizer steps planned; 0 while unknown.")
+    epoch: float | None = Field(default=None, ge=0, description="Epochs done, with a fraction.")
+    eta_seconds: int | None = Field(default=None, ge=0, description="Estimated seconds until the last step.")
+    tokens_per_second: float | None = Field(default=None, ge=0, description="Tokens trained a second.")
+    done: int | None = Field(default=None, ge=0, description="Units of the phase that are done.")
+    of: int | None = Field(default=None, ge=0, description="Units of the phase in all.")
+    message: Message | None = Field(default=None, description="One sentence, or nothing.")
+    metrics: dict[str, float] = Field(
+        default={}, max_length=128, description="Newest value of each metric, by its key in metrics.jsonl."
+    )
+    last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
+    observed_at: Time | None = Field(default=None, description="When this was true.")
+
+
+class Summary(StatusSection):
+    """The columns of `kubectl get`, written as they are shown."""
+
+    step: Annotated[str, StringConstraints(max_length=32)] | None = Field(
+        default=None, description="Steps done and planned, such as 412/1190."
+    )
+    accuracy: Annotated[str, StringConstraints(max_length=16)] | None = Field(
+        default=None, description="Newest accuracy: of validation once there is one, else of training."
+    )
+    margin: Annotated[str, StringConstraints(max_length=16)] | None = Field(
+        default=None, description="Reward margin from the same place as the accuracy."
+    )
+    loss: Annotated[str, StringConstraints(max_length=16)] | None = Field(
+        default=None, description="Newest training loss."
+    )
+    eta: Annotated[str, StringConstraints(max_length=32)] | None = Field(
+        default=None, description="Time left, such as 3h12m."
+    )
+
+
+class DPOJobStatus(StatusSection):
+    """What has become of a DPOJob."""
+
+    observed_generation: int | None = Field(default=None, ge=0, description="Generation of the spec seen last.")
+    state: State | None = Field(default=None, description="One word for the conditions below: " + ", ".join(STATES))
+    message: Message | None = Field(default=None, description="One sentence about the state.")
+    conditions: tuple[Condition, ...] = Field(
+        default=(),
+        max_length=32,
+        description="Observed facts: " + ", ".join(kind.value for kind in ConditionType) + ".",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    summary: Summary = Field(default=Summary(), description="The columns of kubectl get.")
+    progress: StatusProgress | None = Field(default=None, description="What the trainer last said about itself.")
+    attempts: tuple[Attempt, ...] = Field(
+        default=(),
+        max_length=128,
+        description="Attempts, oldest first; of many, the first and the newest.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["number"]},
+    )
+    attempt: int | None = Field(default=None, ge=0, description="Number of the current or last attempt.")
+    restarts: int | None = Field(default=None, ge=0, description="Attempts after the first.")
+    charged_restarts: int | None = Field(default=None, ge=0, description="Restarts charged to runPolicy.maxRestarts.")
+    nodes: int | None = Field(default=None, ge=0, description="Nodes of an attempt.")
+    image: Annotated[str, StringConstraints(max_length=512)] | None = Field(
+        default=None, description="Trainer image, fixed at acceptance."
+    )
+    config_map: Name | None = Field(default=None, description="ConfigMap with the spec as accepted; never changed.")
+    run_directory: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
+        default=None, description="URI of the run directory."
+    )
+    model_uri: Annotated[str, StringConstraints(max_length=1100)] | None = Field(
+        default=None, alias="modelURI", description="URI of the exported model."
+    )
+    final_metrics: dict[str, float] = Field(
+        default={}, max_length=128, description="Last value of each metric when the run ended."
+    )
+    start_time: Time | None = Field(default=None, description="When the first attempt was created.")
+    admitted_seconds: int | None = Field(
+        default=None, ge=0, description="Seconds of admitted time so far, counted against activeDeadlineSeconds."
+    )
+    completion_time: Time | None = Field(default=None, description="When the job ended.")
