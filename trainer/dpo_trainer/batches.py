@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_api.spec import DPOJobSpec
+from dpo_api.plan import Plan
+from dpo_api.spec import Dpo, DPOJobSpec
 from dpo_trainer.data.collate import make_pack
 from dpo_trainer.data.index import PairIndex
-from dpo_trainer.data.packing import deal, pack_batch, pair_cost
+from dpo_trainer.data.packing import deal, pack_batch
 from dpo_trainer.distributed import World
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.reference import Pairs, ReferenceTable
@@ -22,12 +23,16 @@ class DataSet:
 
     name: str
     index: PairIndex
+    settings: Dpo
     reference: ReferenceTable | None = None  #: None for SFT alone
 
     def rewards(self, pairs: Tensor) -> Tensor:
-        """[P, 2] float64 rewards of the data; a filler's are 0."""
-        found = torch.from_numpy(self.index.rewards[pairs.clamp(min=0).cpu().numpy()].astype(np.float64))
-        return torch.where((pairs >= 0).unsqueeze(1).cpu(), found, 0.0)
+        """[P, 2] float64 rewards, the data's own or the spec's defaults; a filler's are 0."""
+        ids = pairs.cpu()
+        found = self.index.rewards(
+            ids.clamp(min=0).numpy(), self.settings.default_chosen_reward, self.settings.default_rejected_reward
+        )
+        return torch.where((ids >= 0).unsqueeze(1), torch.from_numpy(found).double(), 0.0)
 
     def reference_sums(self, pairs: Tensor) -> Tensor:
         """[P, 2] float64 reference sums; a filler's are 0."""
@@ -46,23 +51,19 @@ class Packer:
     pad_to_multiple: int = 1
 
     @classmethod
-    def of(cls, spec: DPOJobSpec) -> "Packer":
+    def of(cls, spec: DPOJobSpec, plan: Plan) -> "Packer":
         """The packer that a spec asks for."""
-        packing = spec.training.packing
         return cls(
-            max_tokens=packing.max_tokens or 2 * spec.data.max_length,
-            max_pairs=spec.training.micro_batch_size if packing.enabled else 1,
+            max_tokens=plan.pack_max_tokens,
+            max_pairs=plan.pack_max_pairs,
             share=spec.training.prefix_sharing,
-            with_rejected=spec.dpo.preference_weight > 0,
+            with_rejected=not plan.sft_only,
         )
 
     def packs(self, data: DataSet, pairs: Pairs | Sequence[int], world: World) -> tuple[list[Pack], int]:
         """This rank's packs of these pairs, and the tokens of all ranks' packs together."""
         ids = np.asarray(pairs, dtype=np.int64)
-        lengths = data.index.lengths[ids]  # [n, 3]: prompt, chosen, rejected
-        costs = [
-            pair_cost(int(p), int(c), int(r) if self.with_rejected else 0, share=self.share) for p, c, r in lengths
-        ]
+        costs = data.index.costs(ids, share=self.share, with_rejected=self.with_rejected)
         packs = pack_batch(costs, self.max_tokens, self.max_pairs, ranks=world.data_size)
         sizes = [sum(costs[position] for position in pack) for pack in packs]
         hand = deal(packs, sizes, world.data_size)[world.data_rank]

@@ -83,6 +83,12 @@ class World:
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         return total.cpu()
 
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values on every rank; shape and dtype must agree."""
+        box = values.to(self.device)
+        dist.broadcast(box, src=0)
+        return box.cpu()
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank: how ranks agree to stop at the same step."""
         value = torch.tensor([float(flag)], device=self.device)

@@ -1,0 +1,54 @@
+"""The aligned model leaves: a Hugging Face folder, and with LoRA the adapter as a PEFT folder."""
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_api.spec import DPOJobSpec
+from dpo_store import Store, local_path_of
+from dpo_trainer.distributed import World
+from dpo_trainer.formats.export import export
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Place = tuple[Store, str]
+"""A folder and the store that reaches it."""
+
+
+def export_model(model: Any, spec: DPOJobSpec, world: World, source: Place, target: Place) -> None:
+    """Write the result from rank 0 to ``target``; with LoRA merged (unless ``output.merge`` is false) and as an adapter.
+
+    An interrupted export is written again from the last checkpoint: only export.json says that it is whole.
+    """
+    if not world.is_main:
+        return
+    store, uri = target
+    folder = local_path_of(uri)
+    scratch = tempfile.TemporaryDirectory(prefix="dpo-export-") if folder is None else nullcontext(str(folder))
+    with scratch as name:
+        path = Path(name)
+        path.mkdir(parents=True, exist_ok=True)
+        write_formats(model, spec, source, path)
+        if folder is None:
+            store.upload_tree(path, uri + "/")
+
+
+def write_formats(model: Any, spec: DPOJobSpec, source: Place, folder: Path) -> None:
+    """Write what the spec asks for into a local folder."""
+    store, base = source
+    lora = spec.lora
+    if lora is None or spec.output.merge:
+        export(
+            model,
+            store,
+            base,
+            folder,
+            dtype=_DTYPES[spec.output.dtype] if spec.output.dtype else None,
+            tokenizer=spec.tokenizer.uri if spec.tokenizer else None,
+            value_of=merged_value(model) if lora is not None else None,
+        )
+    if lora is not None:
+        export_adapter(model, lora, base, folder / "adapter")

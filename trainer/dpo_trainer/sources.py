@@ -1,0 +1,35 @@
+"""Where a spec's inputs lie, and how they become what training needs: stores, tokenizer, indices."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from dpo_api.errors import InvalidSpecError
+from dpo_api.spec import DPOJobSpec, StorageAccess
+from dpo_store import StorageOptions, Store, open_store
+from dpo_trainer.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer
+
+
+def store_for(spec: DPOJobSpec, access: StorageAccess | None = None) -> Store:
+    """The store of one source or output: its own access settings first, then spec.storage's."""
+    return open_store(StorageOptions.of(access, spec.storage, ca_bundle=os.environ.get("DPO_CA_BUNDLE")))
+
+
+def model_source(spec: DPOJobSpec) -> tuple[Store, str]:
+    """The start model's store and folder."""
+    source = spec.model.hugging_face
+    if source is None:
+        raise InvalidSpecError("spec.model: only huggingFace is implemented so far; convert the model to that form")
+    return store_for(spec, source.storage), source.uri
+
+
+def open_tokenizer(spec: DPOJobSpec) -> Tokenizer:
+    """Fetch the tokenizer's files into a folder of this process and load them."""
+    if spec.tokenizer is not None:
+        store, uri = store_for(spec, spec.tokenizer.storage), spec.tokenizer.uri
+    else:
+        store, uri = model_source(spec)
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    with tempfile.TemporaryDirectory(prefix=f"dpo-tokenizer-{name}-") as folder:
+        return load_tokenizer(fetch_tokenizer(store, uri, Path(folder)), chat_template=spec.chat_template)

@@ -1,0 +1,44 @@
+"""Requests to stop: a signal to any process, or the time limit. All ranks act on them at the same step."""
+
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_api.errors import StoppedError
+from dpo_trainer.distributed import World
+
+
+@dataclass
+class StopRequest:
+    """Whether this process was asked to stop, and why."""
+
+    limit_seconds: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    signalled: bool = False
+
+    def listen(self) -> None:
+        """Turn SIGTERM and SIGINT into a request. The handler only sets a flag: Python runs it between bytecodes."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, _signal: int, _frame: Any) -> None:
+        self.signalled = True
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process should stop, or None."""
+        if self.signalled:
+            return "asked to stop"
+        if self.limit_seconds is not None and time.monotonic() - self.started >= self.limit_seconds:
+            return f"training.maxRunSeconds ({self.limit_seconds:g} s) is used up"
+        return None
+
+    def agreed(self, world: World) -> bool:
+        """Whether any rank was asked to; the same answer on all ranks. A collective."""
+        return world.any(self.reason is not None)
+
+    def leave_before_training(self, world: World, phase: str) -> None:
+        """Raise StoppedError on all ranks when asked to stop before there is anything to save. A collective."""
+        if self.agreed(world):
+            raise StoppedError(f"{self.reason or 'asked to stop'} during {phase}; the same command starts again from there")

@@ -1,0 +1,80 @@
+"""One process of a run: does the work, and leaves a result that says how it ended."""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from dpo_api.errors import DPOError, Outcome
+from dpo_api.manifest import load_manifest
+from dpo_trainer.distributed import World
+from dpo_trainer.launch import RankResult, follow_parent
+from dpo_trainer.run import Run, RunOptions
+from dpo_trainer.stopping import StopRequest
+
+_OUTCOME_OF_ERRNO = {errno.ENOSPC: Outcome.NoSpace, errno.EDQUOT: Outcome.NoSpace, errno.EACCES: Outcome.AccessDenied}
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL error", "Broken pipe")
+"""What Gloo and NCCL say, in a plain RuntimeError, when another process is gone."""
+
+
+def explain(error: BaseException) -> tuple[Outcome, str]:
+    """The outcome and the one sentence for whatever ended this process."""
+    if isinstance(error, DPOError):
+        return error.outcome, str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return Outcome.OutOfMemory, (
+            f"out of memory: {error}. Lower training.packing.maxTokens or data.maxLength, use LoRA, or more processes"
+        )
+    if isinstance(error, OSError) and error.errno in _OUTCOME_OF_ERRNO:
+        return _OUTCOME_OF_ERRNO[error.errno], f"{error.strerror}: {error.filename or 'a file'}"
+    distributed = isinstance(error, dist.DistError)
+    if distributed or (isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER)):
+        return Outcome.Communication, f"lost contact with another process ({_first_line(error)})"
+    return Outcome.Internal, f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Run this process's part; returns the outcome's exit code, or leaves at once after a failure."""
+    follow_parent()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    rank = int(os.environ.get("RANK", "0"))
+    run: Run | None = None
+    try:
+        job = load_manifest(arguments.spec)
+        stop = StopRequest(limit_seconds=job.spec.training.max_run_seconds)
+        stop.listen()
+        parallel = job.spec.parallelism
+        world = World.join(tensor=parallel.tensor, pipeline=parallel.pipeline, seed=job.spec.training.seed)
+        run = Run(job, world, stop, RunOptions.of(arguments))
+        run.execute()
+        result = run.result(rank, Outcome.Succeeded, "")
+    except BaseException as error:  # noqa: BLE001 - whatever it is becomes this rank's result
+        outcome, message = explain(error)
+        if outcome is Outcome.Internal:
+            traceback.print_exc()
+        if run is not None:
+            run.failed(outcome, message)
+            result = run.result(rank, outcome, message)
+        else:
+            result = RankResult(rank=rank, outcome=outcome.name, message=message, at=time.time())
+    result.write(arguments.results)
+    code = Outcome[result.outcome].exit_code
+    if code != 0:
+        # Other ranks may wait in a collective for this one: tearing the groups down would wait for them in turn.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    world.leave()
+    return code
