@@ -31,7 +31,9 @@ _LITERAL_MODULES = (
     "megatron.core.tensor_parallel.data",
     "megatron.core.utils",
 )
-_FACTORIES = frozenset({"arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros", "zeros_like"})
+_FACTORIES = frozenset(
+    {"arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros", "zeros_like"}
+)
 
 _installed = False
 
@@ -57,8 +59,8 @@ def install() -> bool:
     if _installed:
         return True
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
-    torch.cuda.current_stream = lambda *_a, **_k: _NullStream()  # type: ignore[assignment]
-    torch.cuda.synchronize = lambda *_a, **_k: None  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda *_a, **_k: _NullStream()  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *_a, **_k: None
     on_cpu = _TorchOnCPU()
     for name in _LITERAL_MODULES:
         importlib.import_module(name).torch = on_cpu  # type: ignore[attr-defined]
@@ -150,7 +152,8 @@ def _bridge_clipping() -> None:
     """Gradient clipping asserts ``grad.type() == 'torch.cuda.FloatTensor'``; once a step, so the mode may answer."""
     from megatron.core.optimizer import clip_grads
 
-    original = clip_grads.clip_grad_by_total_norm_fp32
+    original: Any = clip_grads.clip_grad_by_total_norm_fp32
+    name: str = original.__name__
 
     @functools.wraps(original)
     def clip(*args: Any, **kwargs: Any) -> Any:
@@ -158,6 +161,6 @@ def _bridge_clipping() -> None:
             return original(*args, **kwargs)
 
     # Modules that were imported before this hold the function under its own name.
-    for name, module in list(sys.modules.items()):
-        if name.startswith(("megatron.core", "dpo_trainer")) and vars(module).get(original.__name__) is original:
-            setattr(module, original.__name__, clip)
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith(("megatron.core", "dpo_trainer")) and vars(module).get(name) is original:
+            setattr(module, name, clip)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dpo_store import Store, open_store
 from megatron.core import parallel_state
 from torch import Tensor
 
-from dpo_trainer import bridge
+from dpo_store import Store, open_store
+from dpo_trainer.distributed import World
 from dpo_trainer.formats.huggingface import load_weights, read_config
 from dpo_trainer.model.build import build_model
 from dpo_trainer.model.pack import Pack, Segment
@@ -45,7 +45,7 @@ _LLAMA3_ROPE = {
 #: name → (transformers' configuration class, what differs from the common shape)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
-    "llama3": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama3": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 16}),
     "llama-linear": (
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}, "head_dim": 16},
@@ -84,7 +84,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * draw)
             else:
-                scale = 1.0 if "embed" in name else 1.7
+                scale = 1.2 if "embed" in name or "lm_head" in name else 1.0
                 parameter.copy_(draw * scale / parameter.shape[-1] ** 0.5)
 
 
@@ -123,9 +123,7 @@ def load_model(folder: Path, **kwargs: Any) -> Any:
 @contextmanager
 def single_process() -> Iterator[None]:
     """Megatron-Core's parallel state for a world of one; torn down at the end."""
-    bridge.install()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    World.join()
     try:
         yield
     finally:

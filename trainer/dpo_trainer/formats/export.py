@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dpo_api.errors import InvalidSpecError, NoSpaceError, NotFoundError
-from dpo_store import join_uri
 from megatron.core import parallel_state
 from torch import Tensor
 
+from dpo_api.errors import InvalidSpecError, NoSpaceError, NotFoundError
+from dpo_store import join_uri
 from dpo_trainer.formats.huggingface import INDEX, SINGLE, Checkpoint, Value, read_json, stage_slots
 from dpo_trainer.formats.layout import Slot, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, RangeStore, bytes_of, header_of
@@ -72,7 +72,9 @@ def export(
         write_config(store, source, out_dir, config, dtype)
         return ["config.json", *names, *write_shards(out_dir, shards, weights)]
     except OSError as error:
-        raise NoSpaceError(f"{out_dir}: writing the exported model failed: {error.strerror}; free some space") from error
+        raise NoSpaceError(
+            f"{out_dir}: writing the exported model failed: {error.strerror}; free some space"
+        ) from error
 
 
 def tensors_of(gpt: Any, stage: Sequence[Slot], value_of: Value) -> Iterator[tuple[str, Tensor]]:
@@ -141,9 +143,7 @@ def copy_companions(store: RangeStore, source: str, out_dir: Path, tokenizer: st
     return copied
 
 
-def write_config(
-    store: RangeStore, source: str, out_dir: Path, config: ModelConfig, dtype: torch.dtype | None
-) -> None:
+def write_config(store: RangeStore, source: str, out_dir: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
     """Write config.json: the source's bytes, unless the dtype changes.
 
     A rewritten file carries the rope settings under the keys of transformers < 5 and ≥ 5.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_store import base_name, join_uri
 from megatron.core import parallel_state
 from torch import Tensor
 
+from dpo_api.errors import InvalidModelError, NotFoundError
+from dpo_store import base_name, join_uri
 from dpo_trainer.formats.layout import Slot, assemble, slots, target
 from dpo_trainer.formats.safetensors_reader import WEIGHT_DTYPES, RangeStore, SafetensorsFile
 from dpo_trainer.model.config import ModelConfig
@@ -24,7 +24,9 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 def read_config(store: RangeStore, folder: str) -> ModelConfig:
     """Read the folder's config.json. Raises NotFoundError without one, InvalidModelError naming what is unsupported."""
-    return ModelConfig.from_hugging_face(read_json(store, join_uri(folder, "config.json")), join_uri(folder, "config.json"))
+    return ModelConfig.from_hugging_face(
+        read_json(store, join_uri(folder, "config.json")), join_uri(folder, "config.json")
+    )
 
 
 def read_json(store: RangeStore, uri: str) -> dict[str, Any]:
@@ -56,7 +58,9 @@ class Checkpoint:
         except NotFoundError:
             return cls._open_single(store, folder)
         if not isinstance(entries, dict) or not all(isinstance(v, str) and base_name(v) == v for v in entries.values()):
-            raise InvalidModelError(f"{index}: weight_map must map tensors to file names beside it; copy the file again")
+            raise InvalidModelError(
+                f"{index}: weight_map must map tensors to file names beside it; copy the file again"
+            )
         return cls(store, folder, entries, {})
 
     @classmethod
@@ -71,7 +75,9 @@ class Checkpoint:
                         f"{join_uri(folder, name)}: pickled weights can run code and are not read; "
                         "save the model again with safe_serialization=True"
                     ) from None
-            raise NotFoundError(f"{folder}: holds neither {SINGLE} nor {INDEX}; is it a Hugging Face model folder?") from None
+            raise NotFoundError(
+                f"{folder}: holds neither {SINGLE} nor {INDEX}; is it a Hugging Face model folder?"
+            ) from None
         return cls(store, folder, dict.fromkeys(file.tensors, SINGLE), {SINGLE: file})
 
     def file_of(self, tensor: str) -> SafetensorsFile:
@@ -97,15 +103,19 @@ class Checkpoint:
         missing = sorted(expected.keys() - self.weight_map.keys())
         if missing:
             raise InvalidModelError(
-                f"{self.folder}: tensor {missing[0]} is missing{_and_more(missing)}; config.json and the weights disagree"
+                f"{self.folder}: tensor {missing[0]} is missing{_and_more(missing)}; "
+                "config.json and the weights disagree"
             )
         ignored = {"lm_head.weight"} if config.tied_embeddings else set()
         extra = sorted(
-            name for name in self.weight_map.keys() - expected.keys() - ignored if not name.endswith("rotary_emb.inv_freq")
+            name
+            for name in self.weight_map.keys() - expected.keys() - ignored
+            if not name.endswith("rotary_emb.inv_freq")
         )
         if extra:
             raise InvalidModelError(
-                f"{self.folder}: tensor {extra[0]} is unexpected{_and_more(extra)}; config.json and the weights disagree"
+                f"{self.folder}: tensor {extra[0]} is unexpected{_and_more(extra)}; "
+                "config.json and the weights disagree"
             )
         for name, shape in expected.items():
             file = self.file_of(name)
@@ -113,7 +123,8 @@ class Checkpoint:
             if info.dtype not in WEIGHT_DTYPES:
                 kinds = ", ".join(WEIGHT_DTYPES)
                 raise InvalidModelError(
-                    f"{file.uri}: tensor {name} has dtype {info.dtype}; trainable weights are {kinds}: use the original model"
+                    f"{file.uri}: tensor {name} has dtype {info.dtype}; "
+                    f"trainable weights are {kinds}: use the original model"
                 )
             if info.shape != shape:
                 raise InvalidModelError(

@@ -35,7 +35,9 @@ def slots(config: ModelConfig, layers: range, *, first: bool, last: bool) -> Ite
     q, kv = config.num_attention_heads * d, config.num_query_groups * d
     # With tied weights Megatron-Core keeps a copy of the embedding for the head on the last of several stages.
     if first:
-        yield Slot("rows", "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ((config.vocab_size, h),))
+        yield Slot(
+            "rows", "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ((config.vocab_size, h),)
+        )
     for local, layer in enumerate(layers):
         ours, theirs = f"decoder.layers.{local}", f"model.layers.{layer}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
@@ -48,7 +50,10 @@ def slots(config: ModelConfig, layers: range, *, first: bool, last: bool) -> Ite
         if config.qk_norm:
             for part in "qk":
                 yield Slot(
-                    "copy", f"{ours}.self_attention.{part}_layernorm.weight", (f"{attention}.{part}_norm.weight",), ((d,),)
+                    "copy",
+                    f"{ours}.self_attention.{part}_layernorm.weight",
+                    (f"{attention}.{part}_norm.weight",),
+                    ((d,),),
                 )
         yield Slot("columns", f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), ((h, q),))
         norm = f"{theirs}.post_attention_layernorm.weight"

@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
-from dpo_api.errors import InvalidModelError
 from torch import Tensor
+
+from dpo_api.errors import InvalidModelError
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -96,7 +97,9 @@ class SafetensorsFile:
         if length > _HEADER_LIMIT:
             raise self._fail(f"its first 8 bytes give a header of {length:,} bytes, the limit is {_HEADER_LIMIT:,}")
         if 8 + length > self.size:
-            raise self._fail(f"it is truncated: its header alone takes {8 + length:,} bytes, the file has {self.size:,}")
+            raise self._fail(
+                f"it is truncated: its header alone takes {8 + length:,} bytes, the file has {self.size:,}"
+            )
         if 8 + length > len(first):
             first += self.store.read(self.uri, len(first), 8 + length - len(first), self.etag)
         return first[8 : 8 + length]
@@ -178,7 +181,7 @@ class SafetensorsFile:
                 pass
 
 
-def _counts(value: object) -> bool:
+def _counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 

@@ -21,8 +21,8 @@ from dpo_trainer.model.rotary import rotate, rotation
 class Piece:
     """Tokens [start, end) of the stream, handled by one attention call.
 
-    ``keys_from``: None for a causal call over the piece itself; else the index of the piece that holds the parent, whose
-    tokens [parent_start, parent_end) are attended wholly. ``padding``: belongs to no segment, gets zeros.
+    ``keys_from``: None for a causal call over the piece itself; else the index of the piece that holds the parent,
+    whose tokens [parent_start, parent_end) are attended wholly. ``padding``: belongs to no segment, gets zeros.
     """
 
     start: int
@@ -67,7 +67,7 @@ def pieces_of(segments: tuple[Segment, ...], size: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackContext(PackedSeqParams):  # type: ignore[misc]
     """A pack on its way through Megatron-Core, which hands ``packed_seq_params`` to every layer's attention.
 
@@ -75,8 +75,8 @@ class PackContext(PackedSeqParams):  # type: ignore[misc]
     Megatron-Core's own, so nothing but PackAttention interprets it.
     """
 
-    pack: Pack | None = None
-    frequencies: Tensor | None = None  # fp32 [head_dim / 2]
+    pack: Pack
+    frequencies: Tensor  # fp32 [head_dim / 2]
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,14 +85,11 @@ class PackContext(PackedSeqParams):  # type: ignore[misc]
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
         """The pack's attention calls."""
-        assert self.pack is not None
         return pieces_of(self.pack.segments, self.pack.length)
 
     @cached_property
     def rotation(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of every token's position."""
-        assert self.pack is not None
-        assert self.frequencies is not None
         return rotation(self.pack.position_ids, self.frequencies)
 
     def mask(self, index: int, window: int | None) -> Tensor | None:
@@ -109,7 +106,6 @@ class PackContext(PackedSeqParams):  # type: ignore[misc]
         return found
 
     def _make_mask(self, piece: Piece, window: int | None) -> Tensor:
-        assert self.pack is not None
         positions = self.pack.position_ids
         own = positions[piece.start : piece.end]
         keys = torch.cat((positions[piece.parent_start : piece.parent_end], own))
@@ -130,8 +126,8 @@ class PackAttention(torch.nn.Module):
         self,
         config: Any,
         layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
+        attn_mask_type: Any,  # noqa: ARG002 - the pack's segments say what is causal
+        attention_type: str,  # noqa: ARG002 - always self-attention here
         windows: tuple[int | None, ...] = (),
         softmax_scale: float | None = None,
         **_unused: Any,
@@ -147,7 +143,7 @@ class PackAttention(torch.nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | None,  # noqa: ARG002 - the pack's segments are the mask
         /,
         *,
         packed_seq_params: PackContext,
@@ -163,9 +159,9 @@ class PackAttention(torch.nn.Module):
         pieces = context.pieces
         lengths = [piece.length for piece in pieces]
         # split's backward is one concatenation; slicing's would write a whole zero stream for every piece.
-        queries = rotate(query.squeeze(1), cosines, sines).split(lengths)
-        keys = rotate(key.squeeze(1), cosines, sines).split(lengths)
-        values = value.squeeze(1).split(lengths)
+        queries = torch.split(rotate(query.squeeze(1), cosines, sines), lengths)
+        keys = torch.split(rotate(key.squeeze(1), cosines, sines), lengths)
+        values = torch.split(value.squeeze(1), lengths)
         heads = query.shape[2] * query.shape[3]
         outputs: list[Tensor] = []
         for index, piece in enumerate(pieces):
@@ -182,7 +178,10 @@ class PackAttention(torch.nn.Module):
         return torch.cat(outputs).unsqueeze(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """query: [L, heads, d]; key, value: [K, groups, d]; mask: bool [L, K] or None for causal. Returns [L, heads · d]."""
+        """One call: query [L, heads, d]; key, value [K, groups, d]; mask bool [L, K], None for causal.
+
+        Returns [L, heads · d].
+        """
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],  # [1, heads, L, d]
             key.transpose(0, 1)[None],

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
-from dpo_api.errors import InvalidSpecError
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -18,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from dpo_api.errors import InvalidSpecError
 from dpo_trainer import bridge
 from dpo_trainer.model.attention import PackAttention
 from dpo_trainer.model.config import ModelConfig
@@ -90,11 +90,11 @@ def transformer_config(
     """Megatron-Core's own configuration of the model, sized by ``parallel_state``."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     on_cpu = bridge.needed()
-    recompute: dict[str, Any] = {
+    choices: dict[Recomputation, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[recomputation]
+    }
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -124,10 +124,10 @@ def transformer_config(
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         sequence_parallel=sequence_parallel,
         variable_seq_lengths=True,  # packs differ in length
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths wants it, experts or not
+        moe_token_dispatcher_type="alltoall",  # noqa: S106 - not a password; variable_seq_lengths wants it, experts or not
         calculate_per_token_loss=True,  # our loss function returns (sum, number of pairs): divided once, globally
         deterministic_mode=deterministic,
-        **recompute,
+        **choices[recomputation],
     )
 
 
@@ -140,7 +140,9 @@ def use_transformer_engine(backend: Backend) -> bool:
     possible = bool(HAVE_TE) and not bridge.needed()
     if backend == "transformer_engine" and not possible:
         missing = "Transformer Engine is not installed" if not HAVE_TE else "there is no GPU"
-        raise InvalidSpecError(f"spec.transformerEngine.enabled is true, but {missing}; leave it out to choose by itself")
+        raise InvalidSpecError(
+            f"spec.transformerEngine.enabled is true, but {missing}; leave it out to choose by itself"
+        )
     return possible
 
 
@@ -191,8 +193,8 @@ def _check_divides(config: ModelConfig, tensor: int, pipeline: int) -> None:
     groups, heads = config.num_query_groups, config.num_attention_heads
     if heads % tensor or (groups % tensor and tensor % groups):
         raise InvalidSpecError(
-            f"spec.parallelism.tensor is {tensor}, but the model has {heads} attention heads in {groups} key/value groups; "
-            "choose a size that divides the heads and divides, or is a multiple of, the groups"
+            f"spec.parallelism.tensor is {tensor}, but the model has {heads} attention heads in {groups} key/value "
+            "groups; choose a size that divides the heads and divides, or is a multiple of, the groups"
         )
     for name, value in (("vocabulary", config.vocab_size), ("MLP width", config.ffn_hidden_size)):
         if value % tensor:

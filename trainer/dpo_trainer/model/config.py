@@ -25,8 +25,8 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_int
 class RopeScaling:
     """How rotary frequencies were stretched for long contexts.
 
-    ``linear`` divides every frequency by ``factor`` (position interpolation). ``llama3`` divides those with a wavelength
-    above ``original_max_positions / low_freq_factor`` tokens, keeps those below
+    ``linear`` divides every frequency by ``factor`` (position interpolation). ``llama3`` divides those with a
+    wavelength above ``original_max_positions / low_freq_factor`` tokens, keeps those below
     ``original_max_positions / high_freq_factor`` and blends in between.
     """
 
@@ -77,7 +77,8 @@ class ModelConfig:
     def from_hugging_face(cls, raw: Mapping[str, Any], where: str) -> "ModelConfig":
         """Read the parsed config.json found at ``where``.
 
-        Raises InvalidModelError naming the key, its value and the fix for everything that this trainer cannot reproduce.
+        Raises InvalidModelError naming the key, its value and the fix for everything that this trainer cannot
+        reproduce.
         """
         return _Reader(raw, where).read()
 
@@ -165,13 +166,17 @@ class _Reader:
     def _refuse_unsupported(self, family: Family) -> None:
         architectures = self.raw.get("architectures") or []
         if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
-            raise self.fail("architectures", architectures, "only …ForCausalLM models generate text; use the base model")
+            raise self.fail(
+                "architectures", architectures, "only …ForCausalLM models generate text; use the base model"
+            )
         for key in _EXPERT_KEYS:
             if self.raw.get(key):
                 raise self.fail(key, self.raw[key], "mixture-of-experts models are not supported; use a dense model")
         if self.raw.get("quantization_config"):
             method = self.raw["quantization_config"]
-            raise self.fail("quantization_config", method, "quantised weights cannot be trained; use the original model")
+            raise self.fail(
+                "quantization_config", method, "quantised weights cannot be trained; use the original model"
+            )
         act = self.raw.get("hidden_act", "silu")
         if act not in ("silu", "swish"):
             raise self.fail("hidden_act", act, "only silu is supported")
@@ -204,7 +209,9 @@ class _Reader:
                 self.number(rope, "factor"),
                 self.number(rope, "low_freq_factor"),
                 self.number(rope, "high_freq_factor"),
-                int(self.number(rope, "original_max_position_embeddings", self.integer("max_position_embeddings", 8192))),
+                int(
+                    self.number(rope, "original_max_position_embeddings", self.integer("max_position_embeddings", 8192))
+                ),
             )
         fix = "supported are default, linear and llama3; remove it if no text exceeds the model's original context"
         raise self.fail(f"{key}.rope_type", kind, fix)
@@ -227,7 +234,9 @@ class _Reader:
         else:
             known = {"full_attention": False, "sliding_attention": True}
             if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
-                raise self.fail("layer_types", types, f"it must name full_attention or sliding_attention {layers} times")
+                raise self.fail(
+                    "layer_types", types, f"it must name full_attention or sliding_attention {layers} times"
+                )
             windowed = tuple(known[kind] for kind in types)
         return (self.integer("sliding_window"), windowed) if any(windowed) else (None, ())
 

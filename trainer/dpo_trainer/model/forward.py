@@ -21,7 +21,8 @@ def hidden_rows(model: Any, pack: Pack) -> Tensor:
     """Final hidden states (after the last norm) of the pack's rows, [R, H] in the model's dtype.
 
     On a pipeline stage that is not the last, returns what the stage hands on, [S, 1, H]. ``model`` may be wrapped.
-    GPTModel would project all S rows onto the vocabulary; its ``output_processor`` hook takes the hidden states instead.
+    GPTModel would project all S rows onto the vocabulary; its ``output_processor`` hook takes the hidden states
+    instead.
     """
     return _forward(model, pack, pack.rows)
 
@@ -29,10 +30,9 @@ def hidden_rows(model: Any, pack: Pack) -> Tensor:
 def head_weight(model: Any) -> Tensor:
     """The LM head's weight, [V / tensor size, H]: this rank's rows of the vocabulary. The embedding's when tied."""
     gpt = unwrap(model)
-    if gpt.share_embeddings_and_output_weights:
-        weight: Tensor = gpt.shared_embedding_or_output_weight()
-        return weight
-    weight = gpt.output_layer.weight
+    weight: Tensor = (
+        gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+    )
     return weight
 
 

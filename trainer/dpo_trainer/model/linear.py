@@ -6,18 +6,18 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor, nn
 
 
-class _Adaptable(nn.Module):
+class _Adaptable:
     """Mixed into a parallel linear layer: y = Wx, plus the adapter's output when one is attached and enabled.
 
-    The adapter is the submodule ``adapter``: the base weight keeps its name in every state dict, and the checkpoint of a
-    model without adapters is the same as that of plain Megatron-Core layers.
+    The adapter is the submodule ``adapter``: the base weight keeps its name in every state dict, and the checkpoint
+    of a model without adapters is the same as that of plain Megatron-Core layers.
     """
 
-    adapter: nn.Module | None = None
+    adapter: Any = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return (output, bias) as Megatron-Core's linear layers do."""
-        output, bias = super().forward(x, *args, **kwargs)
+        output, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self.adapter is not None and self.adapter.enabled:
             output = output + self.adapter(x)
         return output, bias
@@ -27,7 +27,7 @@ class _Adaptable(nn.Module):
     ) -> dict[str, Any]:
         """The base's entries, and the adapter's with their own sharding."""
         # The base reads state_dict(), which holds the adapter's tensors too: without their own axes.
-        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        entries: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         own = f"{prefix}adapter."
         entries = {name: entry for name, entry in entries.items() if not name.startswith(own)}
         if self.adapter is not None:

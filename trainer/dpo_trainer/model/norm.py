@@ -12,8 +12,8 @@ from dpo_trainer import bridge
 class RMSNorm(torch.nn.Module):
     """x · weight / √(mean(x²) + eps) over the last axis.
 
-    Megatron-Core's own wrapper around torch refuses sequence parallelism; this one marks its weight, so that Megatron-Core
-    sums the weight's gradient over the tensor-parallel ranks that each see a part of the sequence.
+    Megatron-Core's own wrapper around torch refuses sequence parallelism; this one marks its weight, so that
+    Megatron-Core sums the weight's gradient over the tensor-parallel ranks that each see a part of the sequence.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_unused: Any) -> None:

@@ -1,8 +1,8 @@
 """The one batch form: a token stream with the bounds of its segments.
 
-A pack is one stream of S tokens. Linear layers, norms and the MLP run once over the stream; attention reads the segments,
-and rotary embedding and sliding windows read the position ids. Packing many pairs, sharing a pair's prompt and running
-an unpacked batch are the same code with other segments.
+A pack is one stream of S tokens. Linear layers, norms and the MLP run once over the stream; attention reads the
+segments, and rotary embedding and sliding windows read the position ids. Packing many pairs, sharing a pair's prompt
+and running an unpacked batch are the same code with other segments.
 """
 
 from dataclasses import dataclass, replace
@@ -33,8 +33,8 @@ class Segment:
 class Pack:
     """A stream of S tokens holding P pairs with R response tokens.
 
-    Tokens after the last segment are padding: they belong to no segment, attention gives zero for them and nothing reads
-    their hidden states.
+    Tokens after the last segment are padding: they belong to no segment, attention gives zero for them and nothing
+    reads their hidden states.
     """
 
     tokens: Tensor  #: [S] int64, vocabulary ids

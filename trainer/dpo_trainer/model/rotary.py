@@ -20,7 +20,8 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # Llama 3.1: long waves are stretched, short ones kept, those between blended by how often they fit into the context.
+    # Llama 3.1: long waves are stretched, short ones kept, those between blended by how often they fit into the
+    # context.
     wavelengths = 2 * math.pi / frequencies
     stretched = frequencies / scaling.factor
     fits = scaling.original_max_positions / wavelengths
