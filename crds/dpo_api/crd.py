@@ -10,12 +10,14 @@ version's defaults are.
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
+from dpo_api.fields import PATTERN_HINTS
 from dpo_api.manifest import GROUP, KIND, NAME_MAX, VERSION
 from dpo_api.spec import DPOJobSpec
 from dpo_api.status import DPOJobStatus
@@ -79,17 +81,22 @@ def _rewrite(schema: Schema, definitions: dict[str, Schema], where: str) -> Sche
             out[key] = {name: _rewrite(child, definitions, f"{where}.{name}") for name, child in value.items()}
         elif key == "items":
             out[key] = _rewrite(value, definitions, f"{where}[]")
-        elif key == "patternProperties":  # a map whose keys have a form
-            (pattern_schema,) = value.values()
-            out["additionalProperties"] = _rewrite(pattern_schema, definitions, f"{where}.*")
-        elif key == "additionalProperties":
-            if isinstance(value, dict):
-                out[key] = _rewrite(value, definitions, f"{where}.*")
-            elif value and "x-kubernetes-preserve-unknown-fields" not in schema:
-                raise ValueError(f"{where}: an open object must say x-kubernetes-preserve-unknown-fields")
+        elif key in {"additionalProperties", "patternProperties"}:
+            values = _map_values(value if key == "additionalProperties" else next(iter(value.values())), schema, where)
+            if values is not None:
+                out["additionalProperties"] = _rewrite(values, definitions, f"{where}.*")
         elif key not in DROPPED:
             out |= _keyword(key, value, where)
     return _finished(out, where)
+
+
+def _map_values(values: Schema | bool, schema: Schema, where: str) -> Schema | None:
+    """Return the schema of a map's values; None where unknown fields are refused or nothing is said of them."""
+    if isinstance(values, dict):
+        return values
+    if values and "x-kubernetes-preserve-unknown-fields" not in schema:
+        raise ValueError(f"{where}: an open object must say x-kubernetes-preserve-unknown-fields")
+    return None
 
 
 def _keyword(key: str, value: Any, where: str) -> Schema:
@@ -125,6 +132,11 @@ def _finished(schema: Schema, where: str) -> Schema:
         schema.pop("minLength", None)  # bounds of text only; the pattern says it
     elif schema.get("type") == "integer":
         schema["format"] = "int64"
+    elif schema.get("pattern") in PATTERN_HINTS:
+        # As a rule the refusal says what to write; as a pattern it would print a regular expression.
+        pattern = schema.pop("pattern")
+        rule = f"self.matches({json.dumps(pattern)})"
+        schema["x-kubernetes-validations"] = [{"rule": rule, "message": PATTERN_HINTS[pattern]}]
     if schema.get("type") == "string" and not ("enum" in schema or "maxLength" in schema):
         raise ValueError(f"{where}: text needs maxLength or enum")
     if schema.get("type") == "array" and "maxItems" not in schema:

@@ -28,6 +28,32 @@ LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
 PERCENT_PATTERN = r"^(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)%$"
 
+ENDPOINT_PATTERN = r"^https?://[^\s/@]+(/[^\s@]*)?$"
+HTTP_URL_PATTERN = r"^https?://[^\s@]+$"
+IMAGE_PATTERN = r"^[^\s]+$"
+SOURCE_NAME_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$"
+DATA_KEY_PATTERN = r"^[-._a-zA-Z0-9]+$"
+MOUNT_PATH_PATTERN = r"^/[^:]*$"
+ENV_NAME_PATTERN = r"^[-._a-zA-Z][-._a-zA-Z0-9]*$"
+
+PATTERN_HINTS = {
+    URI_PATTERN: "write s3://bucket/key, pvc://claim/path or a path",
+    PERCENT_PATTERN: "write a whole number without quotes, or a percentage from above 0% to 100%",
+    QUANTITY_PATTERN: "write a quantity such as 500m, 32 or 256Gi",
+    DNS_SUBDOMAIN_PATTERN: "use lower-case letters, digits, - and ., beginning and ending with a letter or digit",
+    DNS_LABEL_PATTERN: "use lower-case letters, digits and -, beginning and ending with a letter or digit",
+    LABEL_KEY_PATTERN: "write a label key such as example.com/name",
+    LABEL_VALUE_PATTERN: "use letters, digits, -, _ and ., beginning and ending with a letter or digit",
+    ENDPOINT_PATTERN: "write a URL without user name, such as https://s3.example.com",
+    HTTP_URL_PATTERN: "write a URL without user name, such as https://host.example.com",
+    IMAGE_PATTERN: "an image name has no spaces",
+    SOURCE_NAME_PATTERN: "use letters, digits, -, _ and ., beginning and ending with a letter or digit",
+    DATA_KEY_PATTERN: "use letters, digits, -, _ and .",
+    MOUNT_PATH_PATTERN: "write an absolute path without a colon",
+    ENV_NAME_PATTERN: "use letters, digits, -, _ and ., not beginning with a digit",
+}
+"""What to tell a user whose text does not match."""
+
 SECONDS_MAX = 315_360_000  # ten years: a bound for every duration
 
 
@@ -71,7 +97,7 @@ Quantity = Annotated[
     Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
 ]
 CountOrPercent = Annotated[
-    int | Annotated[str, StringConstraints(pattern=PERCENT_PATTERN, max_length=16)],
+    Annotated[int, Field(ge=1)] | Annotated[str, StringConstraints(pattern=PERCENT_PATTERN, max_length=16)],
     BeforeValidator(_count_or_percent),
     Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
 ]
@@ -143,7 +169,7 @@ class SecretKeyRef(Section):
 
     name: DnsName = Field(description="Name of the Secret, in the DPOJob's own namespace.")
     key: str = Field(
-        pattern=r"^[-._a-zA-Z0-9]+$", min_length=1, max_length=253, description="Key inside the Secret's data."
+        pattern=DATA_KEY_PATTERN, min_length=1, max_length=253, description="Key inside the Secret's data."
     )
 
 

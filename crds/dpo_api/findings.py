@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dpo_api.errors import InvalidSpecError
+from dpo_api.fields import PATTERN_HINTS
 
 Level = Literal["error", "warning", "note"]
 
@@ -123,7 +124,7 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR
         case "literal_error":
             return _not_one_of(value, context["expected"])
         case "string_pattern_mismatch":
-            return f"{shown(value)} is not valid here; {_form(context['pattern'])}"
+            return f"{shown(value)} is not valid here; {_hint(context['pattern'])}"
         case "rule":
             return str(context["message"])
         case "count_or_percent":
@@ -247,19 +248,8 @@ def _paths_named(model: type[BaseModel], name: str, prefix: str = "") -> list[st
     return paths
 
 
-def _form(pattern: str) -> str:
-    from dpo_api import fields
-
-    forms = {
-        fields.URI_PATTERN: "write s3://bucket/key, pvc://claim/path or a path",
-        fields.PERCENT_PATTERN: "write a whole number without quotes, or a percentage from above 0% to 100%",
-        fields.QUANTITY_PATTERN: "write a quantity such as 500m, 32 or 256Gi",
-        fields.DNS_SUBDOMAIN_PATTERN: "use lower-case letters, digits, - and .",
-        fields.DNS_LABEL_PATTERN: "use lower-case letters, digits and -",
-        fields.LABEL_KEY_PATTERN: "write a label key such as example.com/name",
-        fields.LABEL_VALUE_PATTERN: "use letters, digits, -, _ and .",
-    }
-    return forms.get(pattern, f"it must match {pattern}")
+def _hint(pattern: str) -> str:
+    return PATTERN_HINTS.get(pattern, f"it must match {pattern}")
 
 
 def placed(findings: Iterable[Finding], source: str, lines: Mapping[Path, int]) -> list[Finding]:

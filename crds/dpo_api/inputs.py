@@ -7,6 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from dpo_api.fields import (
+    DATA_KEY_PATTERN,
+    ENDPOINT_PATTERN,
+    SOURCE_NAME_PATTERN,
     Bool,
     ConfigMapRef,
     DnsName,
@@ -21,9 +24,7 @@ from dpo_api.fields import (
 )
 
 Column = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=128)]
-SourceName = Annotated[
-    str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$", max_length=63)
-]
+SourceName = Annotated[str, StringConstraints(strict=True, pattern=SOURCE_NAME_PATTERN, max_length=63)]
 
 URI_FORMS = "s3://bucket/key, pvc://claim/path, or a path of the machine itself (for `dpo run`)"
 
@@ -49,7 +50,7 @@ class CABundle(Section):
     secret_ref: SecretRef | None = Field(default=None, description="A Secret that holds the certificates.")
     key: str = Field(
         default="ca.crt",
-        pattern=r"^[-._a-zA-Z0-9]+$",
+        pattern=DATA_KEY_PATTERN,
         max_length=253,
         description="Key of the ConfigMap or Secret whose value is PEM.",
     )
@@ -66,7 +67,7 @@ class StorageAccess(Section):
 
     endpoint: Text | None = Field(
         default=None,
-        pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$",
+        pattern=ENDPOINT_PATTERN,
         max_length=512,
         description="Base URL of the S3 service, such as https://s3.example.com. Not set: AWS's own, by region.",
     )

@@ -10,6 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from dpo_api.fields import (
+    ENV_NAME_PATTERN,
+    MOUNT_PATH_PATTERN,
     SECONDS_MAX,
     AnnotationValue,
     Bool,
@@ -24,9 +26,7 @@ from dpo_api.fields import (
     Text,
 )
 
-EnvName = Annotated[
-    str, StringConstraints(strict=True, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", min_length=1, max_length=253)
-]
+EnvName = Annotated[str, StringConstraints(strict=True, pattern=ENV_NAME_PATTERN, min_length=1, max_length=253)]
 
 
 class Toleration(Section):
@@ -68,7 +68,7 @@ class VolumeMount(Section):
     """Where a volume of `volumes` appears in the trainer's container."""
 
     name: DnsName = Field(description="Name of the volume.")
-    mount_path: Annotated[str, StringConstraints(strict=True, pattern=r"^/[^:]*$", max_length=1024)] = Field(
+    mount_path: Annotated[str, StringConstraints(strict=True, pattern=MOUNT_PATH_PATTERN, max_length=1024)] = Field(
         description="Absolute path inside the container."
     )
     sub_path: Text | None = Field(default=None, max_length=1024, description="Path inside the volume.")

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from dpo_api.fields import (
+    HTTP_URL_PATTERN,
     SECONDS_MAX,
     Bool,
     DnsName,
@@ -22,7 +23,7 @@ from dpo_api.inputs import URI_FORMS, StorageAccess
 
 OutputFormat = Literal["huggingFace", "peft", "megatron"]
 ShortText = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=253)]
-HttpUrl = Annotated[str, StringConstraints(strict=True, pattern=r"^https?://[^\s@]+$", max_length=512)]
+HttpUrl = Annotated[str, StringConstraints(strict=True, pattern=HTTP_URL_PATTERN, max_length=512)]
 
 
 class Parallelism(Section):

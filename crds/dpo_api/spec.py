@@ -9,7 +9,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from dpo_api.fields import ConfigMapRef, DnsName, OpenObject, Rule, SecretKeyRef, SecretRef, Section, Text, count
+from dpo_api.fields import (
+    IMAGE_PATTERN,
+    ConfigMapRef,
+    DnsName,
+    OpenObject,
+    Rule,
+    SecretKeyRef,
+    SecretRef,
+    Section,
+    Text,
+    count,
+)
 from dpo_api.inputs import (
     CABundle,
     Columns,
@@ -88,6 +99,9 @@ __all__ = [
 ]
 
 
+Image = Annotated[str, StringConstraints(strict=True, pattern=IMAGE_PATTERN, min_length=1, max_length=512)]
+
+
 class DPOJobSpec(Section):
     """What to train, on what, how and where."""
 
@@ -108,9 +122,9 @@ class DPOJobSpec(Section):
         ),
     )
 
-    image: Annotated[str, StringConstraints(strict=True, pattern=r"^[^\s]+$", min_length=1, max_length=512)] | None = (
-        Field(default=None, description="Image of the trainer. Not set: the operator's at the time of acceptance.")
-    )
+    image: (
+        Annotated[str, StringConstraints(strict=True, pattern=IMAGE_PATTERN, min_length=1, max_length=512)] | None
+    ) = Field(default=None, description="Image of the trainer. Not set: the operator's at the time of acceptance.")
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
         default=None, description="When to pull the image. Not set: Kubernetes' default."
     )
