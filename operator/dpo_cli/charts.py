@@ -19,14 +19,14 @@ Point = tuple[int, float]
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 28
 MAX_DRAWN_POINTS = 600
-"""Points drawn a line. Longer series keep the lowest and the highest point of each bucket, so no spike is lost."""
+"""Points drawn a line. Longer series keep the lowest and the highest point of each bucket: no spike is lost."""
 SMOOTH_FROM = 40
 """Series with fewer points than this are drawn as they are."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series. `kind`: "line" joins the points (smoothed if many), "exact" never smooths, "dots" marks each point."""
+    """One series. `kind`: "line" joins the points (smoothed if many), "exact" never smooths, "dots" marks each."""
 
     label: str
     points: Sequence[Point]
@@ -149,17 +149,17 @@ def _series(line: Line, x: Callable[[float], float], y: Callable[[float], float]
     return raw + _path(thin(smooth(line.points, limit or math.inf)), x, y, f"line {colour}")
 
 
-def _axes(
-    last: int, bounds: tuple[float, float], x: Callable[[float], float], y: Callable[[float], float]
-) -> str:
+def _axes(last: int, bounds: tuple[float, float], x: Callable[[float], float], y: Callable[[float], float]) -> str:
     parts = []
     for value in ticks(*bounds):
         at = y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{compact(value)}</text>')
-    whole = sorted({int(t) for t in ticks(0, last, 6) if float(t).is_integer()})
-    for step in whole:
-        parts.append(f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step:,}</text>')
+    parts += [
+        f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{int(step):,}</text>'
+        for step in ticks(0, last, 6)
+        if float(step).is_integer()
+    ]
     return "".join(parts)
 
 

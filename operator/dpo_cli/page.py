@@ -44,7 +44,7 @@ def render_page(report: Report) -> str:
     drawn = report.drawn_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(report.name)} · DPO report</title><style>{_asset('page.css')}</style></head><body><main>"
@@ -78,7 +78,7 @@ def _head(report: Report) -> str:
 
 def margins(log: MetricsLog, prefix: str) -> Sequence[Point]:
     """Return the mean reward margin (chosen − rejected) over steps: the logged one, else the means' difference."""
-    logged = log.get(f"{prefix}rewards_margin_mean") or log.get(f"{prefix}margin")
+    logged = log.get(f"{prefix}rewards_margin")
     if logged:
         return logged
     rejected = dict(log.get(f"{prefix}rewards_rejected_mean"))
@@ -87,7 +87,8 @@ def margins(log: MetricsLog, prefix: str) -> Sequence[Point]:
 
 def _tile(name: str, value: str, more: str = "") -> str:
     detail = f'<div class="more">{escape(more)}</div>' if more else ""
-    return f'<div class="tile"><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>{detail}</div>'
+    head = f'<div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
+    return f'<div class="tile">{head}{detail}</div>'
 
 
 def _trend(name: str, points: Sequence[Point], *, best: str | None, percent: bool = False) -> str:
@@ -121,11 +122,30 @@ def _tiles(log: MetricsLog, ended: LastWords | None) -> str:
     tiles.append(_tile("steps", f"{log.last_step:,}", steps))
     seconds = [value for _, value in log.get("train/step_time")]
     if seconds:
-        tiles.append(_tile("step time, median", f"{compact(median(seconds))} s", f"{duration(sum(seconds))} of training"))
-    tokens = [value for _, value in log.get("train/tokens_per_second")]
-    if tokens:
-        tiles.append(_tile("tokens a second, median", compact(median(tokens)), f"best {compact(max(tokens))}"))
+        tiles.append(
+            _tile("step time, median", f"{compact(median(seconds))} s", f"{duration(sum(seconds))} of training")
+        )
+    unit, speeds = throughput(log)
+    rates = [value for _, value in speeds]
+    if rates:
+        tiles.append(_tile(f"{unit} a second, median", compact(median(rates)), f"best {compact(max(rates))}"))
     return f'<section class="tiles">{"".join(tiles)}</section>'
+
+
+def throughput(log: MetricsLog) -> tuple[str, Sequence[Point]]:
+    """Return the unit and the series of training speed: the logged tokens a second, else pairs by step time."""
+    tokens = log.get("train/tokens_per_second")
+    if tokens:
+        return "tokens", tokens
+    seconds = dict(log.get("train/step_time"))
+    speeds: list[Point] = []
+    before: Point | None = None
+    for step, pairs in log.get("train/consumed_samples"):
+        steps, done = (step, pairs) if before is None else (step - before[0], pairs - before[1])
+        if seconds.get(step, 0.0) > 0 and steps > 0:
+            speeds.append((step, done / steps / seconds[step]))
+        before = (step, pairs)
+    return "pairs", speeds
 
 
 def duration(seconds: float) -> str:
@@ -151,9 +171,10 @@ def _both(log: MetricsLog, metric: str) -> list[Line]:
 
 
 def _charts(log: MetricsLog) -> list[Chart]:
-    terms = [Line(name, log.get(f"train/{key}"), colour) for colour, (key, name) in enumerate(
-        [("preference_loss", "preference"), ("sft_loss", "SFT")]
-    )]
+    terms = [
+        Line(name, log.get(f"train/{key}"), colour)
+        for colour, (key, name) in enumerate([("preference_loss", "preference"), ("sft_loss", "SFT")])
+    ]
     with_sft = any(value != 0 for _, value in log.get("train/sft_loss")) and log.get("train/preference_loss")
     rewards = [
         Line("chosen", log.get("train/rewards_chosen_mean"), 0),
@@ -161,6 +182,7 @@ def _charts(log: MetricsLog) -> list[Chart]:
         Line("chosen (validation)", log.get("val/rewards_chosen_mean"), 0, "dots"),
         Line("rejected (validation)", log.get("val/rewards_rejected_mean"), 1, "dots"),
     ]
+    unit, speeds = throughput(log)
     margin = [Line("train", margins(log, "train/")), Line("validation", margins(log, "val/"), 1, "dots")]
     return [
         Chart("Loss", _both(log, "loss")),
@@ -168,9 +190,11 @@ def _charts(log: MetricsLog) -> list[Chart]:
         Chart("Rewards", rewards),
         Chart("Reward margin (chosen − rejected)", margin),
         *([Chart("Loss terms", terms)] if with_sft else []),
-        Chart("Gradient norm, before clipping", [Line("train", log.get("train/grad_norm"), 2)], low=0.0, cut_spikes=True),
+        Chart(
+            "Gradient norm, before clipping", [Line("train", log.get("train/grad_norm"), 2)], low=0.0, cut_spikes=True
+        ),
         Chart("Learning rate", [Line("train", log.get("train/lr"), 2, "exact")], low=0.0),
-        Chart("Tokens a second", [Line("train", log.get("train/tokens_per_second"), 3)], low=0.0),
+        Chart(f"{unit.capitalize()} a second", [Line("train", speeds, 3)], low=0.0, cut_spikes=True),
         Chart("Step time, seconds", [Line("train", log.get("train/step_time"), 3)], low=0.0, cut_spikes=True),
     ]
 

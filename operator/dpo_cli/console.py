@@ -1,0 +1,57 @@
+"""How the client talks to people: findings, errors and notes, on a terminal or in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from dpo_api.errors import Outcome
+from dpo_api.findings import Finding
+from dpo_cli.screen import clean
+
+STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
+
+
+def stdout() -> Console:
+    """Return a console for results: no markup, no highlighting, no wrapping of what is piped."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def stderr() -> Console:
+    """Return a console for errors."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return "1 error", "2 errors"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def headline(findings: Sequence[Finding]) -> str:
+    """Return "2 errors, 1 warning", or "valid" with the warnings, if any."""
+    errors = sum(finding.level == "error" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    parts = [counted(errors, "error")] if errors else ["valid"]
+    return ", ".join(parts + ([counted(warnings, "warning")] if warnings else []))
+
+
+def print_findings(console: Console, findings: Iterable[Finding]) -> None:
+    """Print one finding a line: errors first, then warnings, then notes, each kind in its own order."""
+    order = list(STYLES)
+    for finding in sorted(findings, key=lambda item: order.index(item.level)):
+        text = Text(f"  {finding.level:<8} ", style=STYLES[finding.level])
+        text.append(clean(str(finding)), "not bold default")
+        if finding.line is not None:
+            text.append(f" (line {finding.line})", "not bold dim default")
+        elif finding.source == "--set":
+            text.append(" (from --set)", "not bold dim default")
+        console.print(text)
+
+
+def print_error(console: Console, outcome: Outcome, message: str) -> None:
+    """Print the one sentence that explains a failure."""
+    console.print(Text("error", style=STYLES["error"]).append(f"  {clean(message)}", "not bold default"))
+    if outcome is Outcome.Internal:
+        console.print(Text("       this is an internal error: please report it with the lines above", style="dim"))

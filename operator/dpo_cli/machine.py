@@ -1,0 +1,43 @@
+"""What this machine offers, found without torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+
+TIMEOUT_SECONDS = 20.0
+
+
+def gpu_count(environment: Mapping[str, str] | None = None) -> int:
+    """Return how many NVIDIA GPUs a run could use: what `nvidia-smi -L` lists, within CUDA_VISIBLE_DEVICES."""
+    environment = os.environ if environment is None else environment
+    tool = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    if tool is None:
+        return 0
+    try:
+        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    if listing.returncode != 0:
+        return 0
+    return visible(count_listed(listing.stdout), environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def count_listed(listing: str) -> int:
+    """Count the GPUs in the output of `nvidia-smi -L`: its lines that start with `GPU `, not the indented MIG ones."""
+    return sum(line.startswith("GPU ") for line in listing.splitlines())
+
+
+def visible(present: int, variable: str | None) -> int:
+    """Return how many of `present` GPUs CUDA_VISIBLE_DEVICES leaves; CUDA stops at the first invalid entry."""
+    if variable is None:
+        return present
+    count = 0
+    for entry in variable.split(","):
+        name = entry.strip()
+        if not name or (name.lstrip("-").isdigit() and not 0 <= int(name) < present):
+            break
+        count += 1
+    return min(count, present)

@@ -1,0 +1,179 @@
+"""What the screen of a run says, as plain text: one row a phase, from the trainer's progress events.
+
+Pure: events in, rows out. How rows reach a terminal or a log is the business of `screen`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dpo_api.progress import Phase, Progress
+
+LABELS: dict[Phase, str] = {"starting": "start", "validate": "val"}
+"""Labels that differ from the phase's own name."""
+
+ENDINGS: tuple[Phase, ...] = ("done", "failed")
+PAUSES: tuple[Phase, ...] = ("validate", "checkpoint")
+"""Phases that interrupt training, which then goes on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the screen: what a phase says, the seconds it has taken, and its progress from 0 to 1, if known."""
+
+    label: str
+    text: str
+    seconds: float
+    share: float | None = None
+
+
+@dataclass
+class _Phase:
+    name: Phase
+    started: float
+    newest: Progress
+
+
+def clock(seconds: float) -> str:
+    """Write a remaining time: 0:09, 12:30, 3:07:00."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def elapsed(seconds: float) -> str:
+    """Write a time span: 0.4 s, 41 s, 2:05 min, 3:07:00 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{clock(seconds)} {'min' if seconds < 3599.5 else 'h'}"
+
+
+def number(value: float) -> str:
+    """Write a loss or a margin in three digits, without exponents in the usual range."""
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size >= 10:
+        return f"{value:.1f}"
+    if size >= 1:
+        return f"{value:.2f}"
+    return f"{value:.3f}" if size >= 0.001 or value == 0 else f"{value:.1e}"
+
+
+def margin(metrics: dict[str, float], prefix: str) -> float | None:
+    """Return the mean reward margin: the logged one, else the difference of the two mean rewards."""
+    if f"{prefix}rewards_margin" in metrics:
+        return metrics[f"{prefix}rewards_margin"]
+    chosen, rejected = metrics.get(f"{prefix}rewards_chosen_mean"), metrics.get(f"{prefix}rewards_rejected_mean")
+    return None if chosen is None or rejected is None else chosen - rejected
+
+
+def scores(metrics: dict[str, float], prefix: str) -> list[str]:
+    """Return "loss 0.118", "acc 0.98", "margin 3.10": those that there are."""
+    parts = []
+    if f"{prefix}loss" in metrics:
+        parts.append(f"loss {number(metrics[f'{prefix}loss'])}")
+    if f"{prefix}acc" in metrics:
+        parts.append(f"acc {metrics[f'{prefix}acc']:.2f}")
+    gap = margin(metrics, prefix)
+    if gap is not None:
+        parts.append(f"margin {number(gap)}")
+    return parts
+
+
+def _units(phase: Phase) -> str:
+    return {"reference": " pairs", "index": " files", "export": " files"}.get(phase, "")
+
+
+def describe(progress: Progress, metrics: dict[str, float]) -> str:
+    """Return the text of a phase's row. `metrics` may be newer than the event's own."""
+    parts: list[str] = []
+    if progress.phase == "train":
+        if progress.total:
+            parts.append(f"step {progress.step:,}/{progress.total:,}")
+        parts += scores(metrics, "train/")
+        if progress.tokens_per_second:
+            parts.append(f"{progress.tokens_per_second:,.0f} tok/s")
+        if progress.eta_seconds is not None and progress.step < progress.total:
+            parts.append(f"ETA {clock(progress.eta_seconds)}")
+    elif progress.phase in PAUSES:
+        parts.append(f"step {progress.step:,}")
+        if progress.phase == "validate":
+            parts += scores(metrics, "val/")
+    elif progress.of:
+        parts.append(f"{progress.done or 0:,}/{progress.of:,}{_units(progress.phase)}")
+    if progress.message:
+        parts.append(progress.message)
+    return "  ".join(parts)
+
+
+def share(progress: Progress) -> float | None:
+    """Return how much of the phase is done, from 0 to 1, where the event says so."""
+    if progress.phase == "train":
+        return min(1.0, progress.step / progress.total) if progress.total else None
+    return min(1.0, (progress.done or 0) / progress.of) if progress.of else None
+
+
+@dataclass
+class PhaseLog:
+    """The phases of one run, fed with its events in order.
+
+    Training is one row from its first step to its last: the validations and checkpoints between have rows of their own.
+    """
+
+    current: _Phase | None = None
+    training: _Phase | None = None
+    newest: Progress | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def feed(self, progress: Progress) -> list[Row]:
+        """Take one event and return the rows that it completes."""
+        self.newest = progress
+        completed: list[Row] = []
+        if self.current is not None and self.current.name == progress.phase:
+            self.metrics.update(progress.metrics)
+            self.current.newest = progress
+            return completed
+        # The first event after a validation is what brings its results, so it is read before the row is closed;
+        # one that begins a validation still holds the results of the one before.
+        self.metrics.update(progress.metrics)
+        if self.current is not None and self.current is not self.training:
+            completed.append(self._row(self.current, progress.observed_at))
+        if self.training is not None and progress.phase not in ("train", *PAUSES):
+            completed.append(self._row(self.training, progress.observed_at))
+            self.training = None
+        self._begin(progress)
+        return completed
+
+    def _begin(self, progress: Progress) -> None:
+        if progress.phase in ENDINGS:
+            self.current = None
+        elif progress.phase == "train" and self.training is not None:
+            self.training.newest = progress
+            self.current = self.training
+        else:
+            self.current = _Phase(progress.phase, progress.observed_at, progress)
+            if progress.phase == "train":
+                self.training = self.current
+
+    def close(self, now: float) -> list[Row]:
+        """Return the rows of the phases that were running when the trainer ended."""
+        rows = [self._row(phase, now) for phase in self._open()]
+        self.current = self.training = None
+        return rows
+
+    def running(self, now: float) -> list[Row]:
+        """Return the rows of what runs now (Unix seconds): training first, then what interrupts it."""
+        return [self._row(phase, now, running=True) for phase in self._open()]
+
+    def _open(self) -> list[_Phase]:
+        phases = [self.training] if self.training is not None else []
+        return [*phases, self.current] if self.current is not None and self.current is not self.training else phases
+
+    def _row(self, phase: _Phase, now: float, *, running: bool = False) -> Row:
+        # A validation that still runs has no results yet: those in `metrics` are the last one's.
+        stale = running and phase.name == "validate"
+        text = describe(phase.newest, {} if stale else self.metrics)
+        return Row(LABELS.get(phase.name, phase.name), text, max(0.0, now - phase.started), share(phase.newest))

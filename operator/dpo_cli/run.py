@@ -1,0 +1,259 @@
+"""`dpo run`: the manifest that a cluster would run, on this machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from rich.console import Console
+
+from dpo_api.errors import DPOError, Outcome
+from dpo_api.manifest import DPOJob
+from dpo_api.progress import LastWords
+from dpo_api.spec import DPOJobSpec, Resources, Section
+from dpo_cli import machine, trainer
+from dpo_cli.console import headline, print_error, print_findings, stderr, stdout
+from dpo_cli.events import EventTail
+from dpo_cli.jobs import LoadedJob, load_one
+from dpo_cli.report import SUMMARY, Written, read_spec, write_report
+from dpo_cli.screen import Screen, clean, open_screen
+from dpo_cli.stores import Stores
+from dpo_cli.summary import ending
+from dpo_cli.validate import Options, judge_job
+from dpo_store import Store, join_uri, local_path_of
+from dpo_store.errors import from_os_error
+
+LOG = "trainer.log"
+LOG_TAIL_LINES = 20
+
+CLUSTER_ONLY = (
+    "image",
+    "imagePullPolicy",
+    "serviceAccountName",
+    "resources.nodes",
+    "resources.gpusPerNode",
+    "resources.gpuResource",
+    "resources.cpu",
+    "resources.memory",
+    "resources.shm",
+    "resources.scratch",
+    "resources.extended",
+    "storage.credentialsSecretRef",
+    "storage.cache",
+    "storage.caBundle.configMapRef",
+    "storage.caBundle.secretRef",
+    "runPolicy",
+    "logging.wandb.apiKeySecretRef",
+    "podTemplate",
+)
+"""Settings that mean nothing to one machine."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The command line of `dpo run`."""
+
+    file: str
+    output: str | None = None
+    settings: tuple[str, ...] = ()
+    processes: int | None = None
+    port: int | None = None
+    host: str = "127.0.0.1"
+    name: str | None = None
+
+
+def run(options: RunOptions) -> int:
+    """Check the job, train it, show it, sum it up; returns the exit code. Raises DPOError for what is met before."""
+    loaded = load_one(options.file, options.settings, options.name)
+    job = loaded.job
+    trainer.require_trainer()
+    processes, notes = choose_processes(options.processes, job.spec.resources, machine.gpu_count())
+    ignored = ignored_here(job.spec)
+    if ignored:
+        notes.append(f"ignored here, as it is for a cluster: {', '.join(ignored)}")
+    code = _preflight(options, loaded, processes, notes)
+    if code is not None:
+        return code
+    run_dir = options.output or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
+    return _Run(job, run_dir, processes, options).go()
+
+
+def ignored_here(spec: DPOJobSpec) -> list[str]:
+    """Return the cluster-only settings that the user has set, in the order of the table."""
+    return [path for path in CLUSTER_ONLY if _is_set(spec, path.split("."))]
+
+
+def _is_set(section: object, path: Sequence[str]) -> bool:
+    if not isinstance(section, Section):
+        return False
+    for attribute, field in type(section).model_fields.items():
+        if (field.alias or attribute) == path[0]:
+            if attribute not in section.model_fields_set:
+                return False
+            return len(path) == 1 or _is_set(getattr(section, attribute), path[1:])
+    raise AssertionError(f"the API has no field {path[0]}")
+
+
+def choose_processes(asked: int | None, resources: Resources, gpus: int) -> tuple[int, list[str]]:
+    """Return how many processes to start here, and what to tell the user about it.
+
+    The command line decides; else one a GPU of this machine, or fewer where the spec says fewer; on CPU what the spec
+    says, or one.
+    """
+    if asked is not None:
+        return asked, []
+    stated = resources.processes_per_node
+    if gpus == 0:
+        wanted = resources.gpus_per_node or 0
+        notes = [f"no GPU was found here (the manifest asks for {wanted} a node): training on CPU"] if wanted else []
+        return stated or 1, notes
+    if stated is not None and stated > gpus:
+        return gpus, [
+            f"resources.processesPerNode is {stated}, but this machine has {gpus} GPUs: starting {gpus} processes"
+        ]
+    return stated or gpus, []
+
+
+def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Sequence[str]) -> int | None:
+    """Look at everything that the job names; returns an exit code if it cannot run, after saying why."""
+    here = Resources(nodes=1, processes_per_node=processes)
+    spec = loaded.job.spec.model_copy(update={"resources": here})
+    job = loaded.job.model_copy(update={"spec": spec})
+    verdict = judge_job(options.file, loaded.document, job, Options(here=True))
+    console = stdout() if verdict.valid else stderr()
+    if not verdict.valid:
+        console.print(f"{options.file}: {headline(verdict.findings)}", style="bold")
+    print_findings(console, [f for f in verdict.findings if not verdict.valid or f.level == "warning"])
+    for note in notes:
+        console.print(f"  note     {note}")
+    return None if verdict.valid else verdict.outcome.exit_code
+
+
+class _Run:
+    """One start of the trainer, from its temporary files to its summary."""
+
+    def __init__(self, job: DPOJob, run_dir: str, processes: int, options: RunOptions) -> None:
+        self._job = job
+        self._run_dir = run_dir
+        self._processes = processes
+        self._options = options
+        self._console = stdout()
+        self._store: Store = Stores(job.spec).reach(job.spec.checkpoint.storage)
+        self._checkpoint_step: int | None = None
+
+    def go(self) -> int:
+        """Train and sum up; returns the exit code."""
+        spec = self._job.spec
+        scratch = Path(tempfile.mkdtemp(prefix=f"dpo-{self._job.metadata.name}-"))
+        keep_scratch = False
+        try:
+            launch = trainer.Launch(
+                spec=scratch / "spec.json",
+                run_dir=self._run_dir,
+                events=scratch / "events.jsonl",
+                last_words=scratch / "last-words.json",
+                processes=self._processes,
+                grace_seconds=spec.checkpoint.grace_period_seconds,
+                port=self._options.port,
+                host=self._options.host,
+            )
+            launch.spec.write_text(self._job.to_json(), encoding="utf-8")
+            log_path = self._log_path(scratch)
+            with self._open_log(log_path) as log:
+                start = log.tell()
+                code, words = self._train(launch, log)
+            keep_scratch = words.known_outcome is Outcome.Internal and log_path.parent == scratch
+            self._sum_up(words)
+            if words.known_outcome is Outcome.Internal and code != trainer.KILLED_EXIT_CODE:
+                self._show_log(log_path, start)
+            return code
+        finally:
+            if not keep_scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _log_path(self, scratch: Path) -> Path:
+        folder = local_path_of(self._run_dir)
+        return (scratch if folder is None else folder) / LOG
+
+    def _open_log(self, path: Path) -> BinaryIO:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("ab")
+        except OSError as error:
+            raise from_os_error(error, str(path)) from None
+
+    def _train(self, launch: trainer.Launch, log: BinaryIO) -> tuple[int, LastWords]:
+        """Start the trainer and show it until it ends; returns the exit code and its last words."""
+        job, plural = self._job, "" if self._processes == 1 else "es"
+        self._console.print(
+            f"{job.metadata.name}  {self._processes} process{plural} · run directory {self._run_dir}", style="bold"
+        )
+        tail = EventTail(launch.events)
+        requests = trainer.Requests()
+        with ExitStack() as stack:
+            stack.enter_context(requests.listen())
+            child = trainer.start(launch.command(), log)
+            screen: Screen = stack.enter_context(open_screen(self._console))
+
+            def look() -> None:
+                events = tail.read()
+                for event in events:
+                    self._checkpoint_step = event.last_checkpoint_step or self._checkpoint_step
+                screen.show(events, time.time())
+
+            def stopping() -> None:
+                screen.say("stopping: a checkpoint is written first; Ctrl-C again ends it at once, without one")
+
+            killed = trainer.wait(child, requests, look=look, stopping=stopping, sleep=time.sleep)
+            look()
+            screen.close(time.time())
+        if killed:
+            message = "killed by a second Ctrl-C"
+            return trainer.KILLED_EXIT_CODE, LastWords(outcome=Outcome.Internal.name, message=message)
+        words = trainer.last_words(launch.last_words, child.returncode)
+        return words.known_outcome.exit_code, words
+
+    def _sum_up(self, words: LastWords) -> None:
+        """Write summary and report into the run directory and print how the run ended."""
+        written: Written | None = None
+        try:
+            spec = read_spec(self._store, self._run_dir)
+            if spec is not None:
+                summary = json.dumps(json.loads(words.to_json()), indent=1) + "\n"
+                self._store.write(join_uri(self._run_dir, SUMMARY), summary.encode())
+                written = write_report(self._store, self._run_dir, spec, words)
+        except DPOError as error:
+            self._console.print(f"  note     no report was drawn: {clean(str(error))}")
+        if words.known_outcome not in (Outcome.Succeeded, Outcome.Stopped):
+            print_error(stderr(), words.known_outcome, words.message)
+        lines = ending(words, written, self._run_dir, self._checkpoint_step, shlex.join(["dpo", *sys.argv[1:]]))
+        for label, text in lines:
+            self._console.print(f"{label:<11} {clean(text)}")
+
+    def _show_log(self, path: Path, start: int) -> None:
+        """Print the end of what this run added to the log."""
+        console: Console = stderr()
+        for line in tail_of(path, start, LOG_TAIL_LINES):
+            console.print(f"  | {line}", style="dim")
+        console.print(f"the whole log: {path}")
+
+
+def tail_of(path: Path, start: int, count: int) -> Iterator[str]:
+    """Yield the last lines of a log, of what was written after byte `start`."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, 2)
+            file.seek(max(start, end - 64 * 1024))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return
+    yield from (clean(line) for line in text.splitlines()[-count:])

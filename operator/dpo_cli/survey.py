@@ -1,0 +1,182 @@
+"""Looks at what a job names before anything is loaded: data sources, model folder, tokenizer, places to write to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from dpo_api.errors import DPOError, Outcome
+from dpo_api.findings import Finding
+from dpo_api.spec import DataSource, DPOJobSpec, StorageAccess
+from dpo_api.validation import ModelFacts
+from dpo_cli.model_facts import hub_hint, read_model_facts, tokenizer_problem, weights_problem
+from dpo_cli.stores import Stores
+from dpo_store import ObjectInfo, Store, is_remote
+
+SAMPLE_BYTES = 256 * 1024
+"""Read from each plain-text object to estimate its lines."""
+COMPRESSED = (".gz", ".zst")
+WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A finding and how a run would end because of it."""
+
+    finding: Finding
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class SourceSeen:
+    """A data source that exists: how much there is, and about how many lines (None for compressed objects)."""
+
+    label: str
+    uri: str
+    objects: int
+    size: int
+    lines: int | None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Everything that was seen. `facts` is None when the model's configuration was not readable or not looked at."""
+
+    problems: tuple[Problem, ...] = ()
+    facts: ModelFacts | None = None
+    model_bytes: int = 0
+    train: tuple[SourceSeen, ...] = ()
+    validation: tuple[SourceSeen, ...] = ()
+
+    @property
+    def estimated_pairs(self) -> int | None:
+        """About how many lines the training sources hold, or None if one of them cannot be estimated."""
+        lines = [source.lines for source in self.train]
+        return sum(count for count in lines if count is not None) if lines and None not in lines else None
+
+
+@dataclass
+class _Result:
+    problems: list[Problem] = field(default_factory=list)
+    facts: ModelFacts | None = None
+    model_bytes: int = 0
+    source: SourceSeen | None = None
+
+
+def survey(spec: DPOJobSpec, *, here: bool) -> Survey:
+    """Look at everything that the spec reads and where it writes; all problems at once.
+
+    `here` says that the job is to run on this machine: then a claim that is not mounted is an error, otherwise a note.
+    """
+    stores = Stores(spec)
+    look = _Look(stores, here)
+    tasks: list[Callable[[], _Result]] = [lambda: look.model(spec)]
+    for kind, sources in (("train", spec.data.train), ("validation", spec.data.validation)):
+        for index, source in enumerate(sources):
+            tasks.append(
+                _bound(look.source, f"spec.data.{kind}[{index}].uri", source, source.name or f"{kind}-{index}")
+            )
+    tasks += [_bound(look.bucket, name, uri, access) for name, uri, access in _written(spec)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        model, *rest = [future.result() for future in [pool.submit(task) for task in tasks]]
+    count = len(spec.data.train)
+    seen = [result.source for result in rest]
+    return Survey(
+        problems=tuple(problem for result in (model, *rest) for problem in result.problems),
+        facts=model.facts,
+        model_bytes=model.model_bytes,
+        train=tuple(source for source in seen[:count] if source is not None),
+        validation=tuple(source for source in seen[count:] if source is not None),
+    )
+
+
+def _bound[**P](function: Callable[P, _Result], *arguments: P.args, **named: P.kwargs) -> Callable[[], _Result]:
+    return lambda: function(*arguments, **named)
+
+
+def _written(spec: DPOJobSpec) -> list[tuple[str, str, StorageAccess | None]]:
+    places = [
+        ("spec.checkpoint.uri", spec.checkpoint.uri, spec.checkpoint.storage),
+        ("spec.output.uri", spec.output.uri, spec.output.storage),
+        ("spec.reference.cacheURI", spec.reference.cache_uri, spec.reference.storage),
+    ]
+    return [(name, uri, access) for name, uri, access in places if uri is not None and is_remote(uri)]
+
+
+class _Look:
+    def __init__(self, stores: Stores, here: bool) -> None:
+        self._stores = stores
+        self._here = here
+
+    def _problem(self, name: str, uri: str, error: DPOError, hint: str = "") -> Problem:
+        if uri.startswith("pvc://") and not self._here and not os.environ.get("DPO_PVC_ROOT"):
+            return Problem(
+                Finding("note", name, f"{uri} is on a volume claim, which cannot be seen from here"), Outcome.Succeeded
+            )
+        return Problem(Finding("error", name, f"{error}{hint}"), error.outcome)
+
+    def source(self, name: str, source: DataSource, label: str) -> _Result:
+        store = self._stores.reach(source.storage)
+        try:
+            found = store.expand(source.uri)
+            lines = estimate_lines(store, found)
+        except DPOError as error:
+            return _Result([self._problem(name, source.uri, error)])
+        return _Result(source=SourceSeen(label, source.uri, len(found), sum(info.size for info in found), lines))
+
+    def model(self, spec: DPOJobSpec) -> _Result:
+        source, tokenizer = spec.model.hugging_face, spec.tokenizer
+        result = _Result()
+        if source is not None:
+            name, store = "spec.model.huggingFace.uri", self._stores.reach(source.storage)
+            try:
+                result.facts = read_model_facts(store, source.uri)
+                names = store.children(source.uri)
+                problems = [weights_problem(source.uri, names)]
+                problems += [tokenizer_problem(source.uri, names)] if tokenizer is None else []
+                result.problems += [
+                    self._problem(name, source.uri, problem) for problem in problems if problem is not None
+                ]
+                result.model_bytes = sum(
+                    info.size for info in store.list(source.uri) if info.uri.endswith(".safetensors")
+                )
+            except DPOError as error:
+                result.problems.append(self._problem(name, source.uri, error, hub_hint(source.uri)))
+        if tokenizer is not None:
+            result.problems += self._tokenizer(tokenizer.uri, self._stores.reach(tokenizer.storage))
+        return result
+
+    def _tokenizer(self, uri: str, store: Store) -> list[Problem]:
+        try:
+            names = store.children(uri)
+            problem = None if not names and store.exists(uri) else tokenizer_problem(uri, names)
+        except DPOError as error:
+            problem = error
+        return [] if problem is None else [self._problem("spec.tokenizer.uri", uri, problem)]
+
+    def bucket(self, name: str, uri: str, access: StorageAccess | None) -> _Result:
+        """See that the place exists at all: a mistyped bucket is better met now than after the last step."""
+        try:
+            self._stores.reach(access).children(uri)
+        except DPOError as error:
+            return _Result([self._problem(name, uri, error)])
+        return _Result()
+
+
+def estimate_lines(store: Store, objects: Sequence[ObjectInfo]) -> int | None:
+    """Return about how many lines the objects hold, from the head of each; None if one of them is compressed.
+
+    Exact for an object that is no longer than the head.
+    """
+    total = 0.0
+    for info in objects:
+        if info.uri.endswith(COMPRESSED):
+            return None
+        head = store.read(info.uri, 0, min(info.size, SAMPLE_BYTES), info.etag or None) if info.size else b""
+        if info.size <= SAMPLE_BYTES:
+            total += sum(1 for line in head.split(b"\n") if line.strip())
+        else:
+            total += info.size / len(head) * max(1, head.count(b"\n"))
+    return round(total)

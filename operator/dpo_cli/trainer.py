@@ -1,0 +1,179 @@
+"""Starts the trainer as a child of this process and ends it as asked. Knows its command line, imports none of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+
+from pydantic import ValidationError
+
+from dpo_api.errors import NotFoundError, Outcome
+from dpo_api.progress import LastWords
+
+POLL_SECONDS = 0.1
+MODULE = [sys.executable, "-m", "dpo_trainer"]
+KILLED_EXIT_CODE = 130
+"""Exit code of a run that was killed by a second Ctrl-C: a shell's own for SIGINT."""
+
+
+def require_trainer() -> None:
+    """Raise NotFoundError unless the trainer and torch are installed beside this client."""
+    for module in ("dpo_trainer", "torch"):
+        if importlib.util.find_spec(module) is None:
+            raise NotFoundError(
+                f"the trainer is not installed here (no module {module}); run: pip install 'dpo-operator[trainer]'"
+            )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a run is started with. Paths are local; `run_dir` is any address."""
+
+    spec: Path
+    run_dir: str
+    events: Path
+    last_words: Path
+    processes: int
+    grace_seconds: int
+    port: int | None = None
+    host: str = "127.0.0.1"
+
+    def command(self) -> list[str]:
+        """Return the trainer's command line."""
+        words = [*MODULE, "launch", f"--spec={self.spec}", f"--run-dir={self.run_dir}", f"--events={self.events}"]
+        words += [f"--last-words={self.last_words}", f"--processes={self.processes}"]
+        words += [f"--grace-seconds={self.grace_seconds}"]
+        return words if self.port is None else [*words, f"--port={self.port}", f"--host={self.host}"]
+
+
+@dataclass
+class Requests:
+    """Counts how often this process was asked to stop (Ctrl-C, SIGTERM, a closed terminal)."""
+
+    count: int = 0
+    woken: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Count signals instead of dying of them, until the block ends."""
+
+        def heard(_number: int, _frame: FrameType | None) -> None:
+            self.count += 1
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, heard) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def start(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+    """Start the trainer in a session of its own: a terminal's Ctrl-C reaches us alone, and we decide what it means."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        list(command),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment,
+    )
+
+
+def wait(
+    child: subprocess.Popen[bytes],
+    requests: Requests,
+    *,
+    look: Callable[[], None],
+    stopping: Callable[[], None],
+    sleep: Callable[[float], None],
+) -> bool:
+    """Wait for the trainer, calling `look` at every poll; returns whether it was killed.
+
+    The first request to stop sends SIGTERM, upon which it writes a checkpoint; `stopping` is called then. The second
+    kills it and all of its descendants.
+    """
+    asked = False
+    while child.poll() is None:
+        if requests.count > 1:
+            kill_tree(child.pid)
+            child.wait()
+            return True
+        if requests.count == 1 and not asked:
+            asked = True
+            child.terminate()
+            stopping()
+        look()
+        sleep(POLL_SECONDS)
+    return False
+
+
+def kill_tree(root: int) -> None:
+    """Kill a process and all of its descendants, from the root down: the trainer's ranks have sessions of their own."""
+    doomed = [root]
+    parents = _parents()
+    for process in doomed:
+        doomed += [child for child, parent in parents.items() if parent == process]
+    for process in doomed:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _parents() -> Mapping[int, int]:
+    """Return each process's parent, from /proc; empty where there is none."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):
+            # The command's name, in parentheses, may hold spaces: fields are counted from its end.
+            found[int(stat.parent.name)] = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+    return found
+
+
+def last_words(path: Path, code: int) -> LastWords:
+    """Return what the trainer left, or what its exit code says if it left nothing."""
+    with suppress(OSError, ValidationError):
+        return LastWords.from_json(path.read_bytes())
+    outcome = Outcome.of_exit_code(code)
+    if outcome in (None, Outcome.Succeeded, Outcome.Internal):
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        return LastWords(outcome=Outcome.Internal.name, message=f"the trainer ended without a word ({how})")
+    assert outcome is not None  # noqa: S101 - told to the type checker: None is in the tuple above
+    return LastWords(outcome=outcome.name, message=outcome.description)
+
+
+@dataclass(frozen=True)
+class IndexResult:
+    """What `python -m dpo_trainer index` found, or why it found nothing."""
+
+    counts: Mapping[str, Any] | None
+    outcome: Outcome
+    message: str = ""
+
+
+def index(spec: Path) -> IndexResult:
+    """Read and check all data with the trainer's own index pass. Takes as long as reading the data takes."""
+    import json
+
+    done = subprocess.run([*MODULE, "index", f"--spec={spec}"], capture_output=True, check=False)
+    if done.returncode == 0:
+        with suppress(ValueError):
+            counts = json.loads(done.stdout.strip().rpartition(b"\n")[2] or b"null")
+            if isinstance(counts, dict):
+                return IndexResult(counts, Outcome.Succeeded)
+    outcome = Outcome.of_exit_code(done.returncode) or Outcome.Internal
+    lines = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    message = re.sub(rf"^({'|'.join(o.name for o in Outcome)}): ", "", lines[-1]) if lines else outcome.description
+    return IndexResult(None, Outcome.Internal if outcome is Outcome.Succeeded else outcome, message)

@@ -1,0 +1,189 @@
+"""`dpo validate`: everything that is wrong with a manifest, at once, and what it amounts to if nothing is."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dpo_api.errors import DPOError, Outcome
+from dpo_api.findings import Finding, ManifestError, placed
+from dpo_api.manifest import Document, DPOJob
+from dpo_api.plan import Plan, make_plan
+from dpo_api.spec import DPOJobSpec
+from dpo_api.validation import check
+from dpo_cli import trainer
+from dpo_cli.console import headline, print_findings
+from dpo_cli.effective import rows
+from dpo_cli.jobs import name_of, parse, read_documents
+from dpo_cli.overrides import Override
+from dpo_cli.survey import Problem, Survey, survey
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to look at. `offline`: the manifest alone. `cluster`: also what only a cluster needs."""
+
+    deep: bool = False
+    offline: bool = False
+    cluster: bool = False
+    here: bool = False
+    """Whether the job is to run on this machine."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What there is to say about one job."""
+
+    file: str
+    name: str
+    findings: tuple[Finding, ...]
+    outcome: Outcome
+    """How a run would end at once; Succeeded when nothing keeps it from starting."""
+    job: DPOJob | None = None
+    seen: Survey = field(default_factory=Survey)
+    plan: Plan | None = None
+    exact: bool = False
+    """Whether the plan's pairs were counted by the index pass, not estimated."""
+    counts: Mapping[str, Any] | None = None
+    """What the index pass printed."""
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing keeps a run from starting."""
+        return self.outcome is Outcome.Succeeded
+
+
+def validate_file(file: str, settings: Sequence[str], options: Options) -> list[Verdict]:
+    """Return a verdict for each DPOJob of a file, or one for a file that cannot be read. Raises UsageError."""
+    try:
+        documents, overrides = read_documents(file, settings)
+    except ManifestError as error:
+        return [Verdict(file, "", error.findings, error.outcome)]
+    return [judge(file, document, overrides, options) for document in documents]
+
+
+def judge(file: str, document: Document, overrides: Sequence[Override], options: Options) -> Verdict:
+    """Validate one document, look at what it names and derive its plan."""
+    try:
+        job = parse(document, overrides).job
+    except ManifestError as error:
+        return Verdict(file, name_of(document), error.findings, error.outcome)
+    return judge_job(file, document, job, options)
+
+
+def judge_job(file: str, document: Document, job: DPOJob, options: Options) -> Verdict:
+    """Look at everything that a valid job names and derive its plan."""
+    spec = job.spec
+    seen = Survey() if options.offline else survey(spec, here=options.here)
+    problems = list(seen.problems)
+    pairs, exact, counts = seen.estimated_pairs, False, None
+    validation: list[int] | None = None
+    if options.deep and not any(problem.finding.level == "error" for problem in problems):
+        result = _index(job)
+        if result.counts is None:
+            problems.append(Problem(Finding("error", "spec.data", result.message), result.outcome))
+        else:
+            counts, exact = result.counts, True
+            pairs, validation = pairs_of(result.counts)
+    if pairs == 0:
+        empty = Finding("error", "spec.data.train", "no usable pair is left, so there is nothing to train on")
+        problems.append(Problem(empty, Outcome.InvalidData))
+        pairs = None
+    found = check(spec, seen.facts, pairs, validation_pairs=validation, on_cluster=options.cluster)
+    lines = placed([*(problem.finding for problem in problems), *found], document.source, document.lines)
+    outcome = _outcome(problems, found)
+    plan = None
+    if pairs and outcome is Outcome.Succeeded:
+        estimated = [source.lines or 0 for source in seen.validation]
+        plan = make_plan(spec, pairs, estimated if validation is None else validation)
+    return Verdict(file, job.metadata.name, tuple(lines), outcome, job, seen, plan, exact, counts)
+
+
+def _outcome(problems: Sequence[Problem], found: Sequence[Finding]) -> Outcome:
+    """The manifest's own errors come first: they are mended by editing it."""
+    if any(finding.level == "error" for finding in found):
+        return Outcome.InvalidSpec
+    return next((problem.outcome for problem in problems if problem.finding.level == "error"), Outcome.Succeeded)
+
+
+def _index(job: DPOJob) -> trainer.IndexResult:
+    trainer.require_trainer()
+    with tempfile.TemporaryDirectory(prefix="dpo-validate-") as folder:
+        spec = Path(folder) / "spec.json"
+        spec.write_text(job.to_json(), encoding="utf-8")
+        return trainer.index(spec)
+
+
+def pairs_of(counts: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """Return the usable training pairs and those of each validation source from what the index pass printed."""
+    train, validation = counts.get("train"), counts.get("validation")
+    if isinstance(train, Mapping):
+        sources = validation if isinstance(validation, list) else []
+        return int(train.get("pairs", 0)), [int(source.get("pairs", 0)) for source in sources]
+    return int(counts.get("pairs", 0)), []
+
+
+def print_text(console: Console, verdict: Verdict) -> None:
+    """Print a verdict for people: findings, then the effective settings of a valid job."""
+    title = f"{verdict.file}: {headline(verdict.findings)}"
+    console.print(title, style="bold")
+    print_findings(console, verdict.findings)
+    if verdict.job is None or not verdict.valid:
+        return
+    for label, text in rows(verdict.job, verdict.seen, verdict.plan, exact=verdict.exact):
+        console.print(f"  {label:<11} {text}")
+
+
+def as_json(verdicts: Sequence[Verdict]) -> str:
+    """Return the verdicts as a JSON array, one object a job."""
+    return json.dumps([_json_of(verdict) for verdict in verdicts], indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _json_of(verdict: Verdict) -> dict[str, Any]:
+    spec: DPOJobSpec | None = None if verdict.job is None else verdict.job.spec
+    plan = None
+    if verdict.plan is not None:
+        derived = asdict(replace(verdict.plan, warnings=()))
+        del derived["warnings"]
+        plan = {"exact": verdict.exact, **{_camel(key): value for key, value in derived.items()}}
+    return {
+        "file": verdict.file,
+        "name": verdict.name,
+        "valid": verdict.valid,
+        "outcome": verdict.outcome.name,
+        "findings": [
+            {key: value for key, value in asdict(finding).items() if value not in (None, "")}
+            for finding in verdict.findings
+        ],
+        "model": None if verdict.seen.facts is None else {_camel(k): v for k, v in asdict(verdict.seen.facts).items()},
+        "data": {
+            kind: [
+                {"estimated_lines" if k == "lines" else k: v for k, v in asdict(source).items()} for source in sources
+            ]
+            for kind, sources in (("train", verdict.seen.train), ("validation", verdict.seen.validation))
+        },
+        "plan": plan,
+        "index": verdict.counts,
+        "effective": None if spec is None else spec.model_dump(mode="json", by_alias=True, exclude_none=True),
+    }
+
+
+def _camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(part.title() for part in rest)
+
+
+def worst(verdicts: Sequence[Verdict]) -> Outcome:
+    """Return the first outcome that is not Succeeded."""
+    return next((verdict.outcome for verdict in verdicts if not verdict.valid), Outcome.Succeeded)
+
+
+def problem_of(file: str, error: DPOError) -> Verdict:
+    """Return the verdict on a file that could not be looked at."""
+    return Verdict(file, "", (Finding("error", "", str(error)),), error.outcome)
