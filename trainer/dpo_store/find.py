@@ -19,27 +19,23 @@ if TYPE_CHECKING:
 
 _COUNTED: Final = 1000
 """Objects are counted up to here for a suggestion."""
+_WILDCARD: Final = re.compile(r"[*?]")
 
 
 def expand(backend: LocalBackend | S3Backend, location: Location) -> list[ObjectInfo]:
     """See Store.expand."""
-    if _wildcard(location.path) is not None:
-        return _matching(backend, location)
-    if location.path.endswith("/") or not location.path:
-        found = list(backend.list(location))
-        if not found:
-            raise _not_found(backend, location)
-        return found
+    first = _WILDCARD.search(location.path)
+    single = first is None and location.path != "" and not location.path.endswith("/")
     try:
-        return [backend.stat(location)]
+        if first is not None:
+            found = _matching(backend, location, first.start())
+        else:
+            found = [backend.stat(location)] if single else list(backend.list(location))
     except NotFoundError as error:
-        raise _not_found(backend, location) from error
-
-
-def _wildcard(path: str) -> int | None:
-    """Return the position of the first wildcard."""
-    found = re.search(r"[*?]", path)
-    return None if found is None else found.start()
+        raise _not_found(backend, location, error) from error
+    if found:
+        return found
+    raise _no_match(backend, location, first.start()) if first is not None else _not_found(backend, location)
 
 
 def _pattern(path: str) -> re.Pattern[str]:
@@ -49,45 +45,50 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts), re.DOTALL)
 
 
-def _matching(backend: LocalBackend | S3Backend, location: Location) -> list[ObjectInfo]:
+def _base(path: str, first: int) -> str:
+    """Return the folder in which the first wildcard stands."""
+    return path[: path.rfind("/", 0, first) + 1]
+
+
+def _matching(backend: LocalBackend | S3Backend, location: Location, first: int) -> list[ObjectInfo]:
     path = location.path
-    first = _wildcard(path) or 0
-    base = path[: path.rfind("/", 0, first) + 1]
     # S3 lists by prefix, which may end inside a name; files only by folder.
-    start = base if isinstance(backend, LocalBackend) else path[:first]
+    start = _base(path, first) if isinstance(backend, LocalBackend) else path[:first]
     pattern = _pattern(path)
-    found = [info for info in backend.list(location.at(start)) if pattern.fullmatch(uris.parse(info.uri).path)]
-    if found:
-        return found
-    below = list(islice(backend.list(location.at(base)), _COUNTED + 1))
+    return [info for info in backend.list(location.at(start)) if pattern.fullmatch(uris.parse(info.uri).path)]
+
+
+def _no_match(backend: LocalBackend | S3Backend, location: Location, first: int) -> DPOError:
+    base = location.at(_base(location.path, first))
+    below = list(islice(backend.list(base), _COUNTED + 1))
     if not below:
-        raise _not_found(backend, location.at(base or "/"), str(location))
-    example = uris.parse(below[0].uri).path[len(base) :]
-    raise NotFoundError(
-        f"{location}: no object matches {path[len(base) :]!r}; {location.at(base)} holds {_count(len(below))}, "
-        f"the first is {example!r}"
+        return _not_found(backend, location)
+    pattern, example = location.path[len(base.path) :], uris.parse(below[0].uri).path[len(base.path) :]
+    return NotFoundError(
+        f"{location}: no object matches {pattern!r}; {base} holds {_count(len(below))}, the first is {example!r}"
     )
 
 
-def _not_found(backend: LocalBackend | S3Backend, location: Location, subject: str | None = None) -> DPOError:
+def _not_found(backend: LocalBackend | S3Backend, location: Location, cause: NotFoundError | None = None) -> DPOError:
     """Say what is missing and name the nearest thing that exists."""
-    what = subject or str(location)
-    kind = "nothing found" if what.endswith("/") or subject else "does not exist"
+    problem = "nothing found" if cause is None else "does not exist"
     try:
         near = _nearest(backend, location)
     except BadCredentialsError as error:  # some servers answer "not found" to a HEAD by an unknown user
         return error
-    except DPOError as error:  # the search for a hint must not hide the missing object, but a missing bucket says more
-        if isinstance(error, NotFoundError):
-            near = _nearest_bucket(backend, location)
-            return NotFoundError(f"{what}: bucket {location.root!r} does not exist{near}")
+    except NotFoundError as error:  # not even the bucket or the claim is there
+        if isinstance(backend, LocalBackend):
+            return cause or error
+        return NotFoundError(f"{location}: bucket {location.root!r} does not exist{_nearest_bucket(backend, location)}")
+    except DPOError:  # the search for a hint must not hide what was missing
         near = ""
-    return NotFoundError(f"{what}: {kind}{near}")
+    return NotFoundError(f"{location}: {problem}{near}")
 
 
 def _nearest(backend: LocalBackend | S3Backend, location: Location) -> str:
     """Walk up to the nearest folder that holds something, and compare its names with the one that was asked for."""
-    path = location.path.rstrip("/")
+    wildcard = _WILDCARD.search(location.path)
+    path = (location.path if wildcard is None else _base(location.path, wildcard.start())).rstrip("/")
     while path:
         parent, _, name = path.rpartition("/")
         base = parent + "/" if parent or location.path.startswith("/") else ""

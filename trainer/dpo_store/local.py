@@ -14,7 +14,7 @@ from typing import IO, Final
 from dpo_api.errors import NoSpaceError
 from dpo_store.errors import ObjectChangedError, from_os_error
 from dpo_store.options import MIB, ObjectInfo
-from dpo_store.uris import Location, to_path
+from dpo_store.uris import Location, as_folder, to_path
 
 _BLOCK: Final = MIB // 4
 _TEMPORARY: Final = ".dpo-partial"
@@ -43,14 +43,13 @@ class LocalBackend:
     def list(self, location: Location) -> Iterator[ObjectInfo]:
         """Describe every file below a folder, in the order of the whole relative paths; nothing if there is none."""
         base = self.path(location)
+        prefix = as_folder(location).path
         with _translated(str(location)):
-            names = sorted(_walk(base)) if base.is_dir() else []
-        prefix = location.path if location.path.endswith("/") or not location.path else location.path + "/"
-        for name in names:
-            # A file that vanishes between the walk and here was not part of the folder's stable content.
-            with contextlib.suppress(FileNotFoundError):
-                found = (base / name).stat()
-                yield ObjectInfo(str(location.at(prefix + name)), found.st_size, _etag(found))
+            for name in _walk(base) if base.is_dir() else ():
+                # A file that vanishes meanwhile, or a link to nowhere, is not there.
+                with contextlib.suppress(FileNotFoundError):
+                    found = (base / name).stat()
+                    yield ObjectInfo(str(location.at(prefix + name)), found.st_size, _etag(found))
 
     def children(self, location: Location) -> builtins.list[str]:
         """Return the names in a folder, sorted, those of folders with ``/`` at the end; empty if it is absent."""
@@ -116,22 +115,26 @@ class LocalBackend:
 def relative_files(folder: Path) -> list[str]:
     """Return the relative paths of the files below a folder, sorted."""
     with _translated(str(folder)):
-        return sorted(_walk(folder))
+        return list(_walk(folder))
 
 
-def _walk(base: Path) -> Iterator[str]:
-    """Yield the relative paths of the files below ``base``; symbolic links to folders are followed once."""
-    seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(base, followlinks=True):
-        identity = Path(folder).stat()
-        if (identity.st_dev, identity.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((identity.st_dev, identity.st_ino))
-        inside = Path(folder).relative_to(base)
-        for file in files:
-            if not file.endswith(_TEMPORARY):
-                yield (inside / file).as_posix()
+def _walk(base: Path, inside: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Yield the relative paths of the files below ``base`` in their sorted order, reading folder by folder.
+
+    Symbolic links are followed, except to a folder that is being walked already.
+    """
+    identity = base.stat()
+    if (identity.st_dev, identity.st_ino) in above:
+        return
+    above = (*above, (identity.st_dev, identity.st_ino))
+    with os.scandir(base) as entries:
+        # With its "/", a folder sorts as the paths of its files do: "a-b" before "a/b".
+        names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+    for name in names:
+        if name.endswith("/"):
+            yield from _walk(base / name, inside + name, above)
+        elif not name.endswith(_TEMPORARY):
+            yield inside + name
 
 
 def _etag(found: os.stat_result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins  # `list` is a method here
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from dpo_store.uris import Location
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+_WORD: Final = re.compile(r"[A-Za-z]{1,48}")
 _VAGUE: Final = frozenset({"400", "401", "403", "301", "307", "BadRequest", "Forbidden"})
 """Codes of HEAD answers, which have no body to say more."""
 
@@ -58,7 +60,7 @@ class S3Backend:
             response_checksum_validation="when_required",
         )
         if options.ca_bundle is not None and not Path(options.ca_bundle).is_file():
-            raise NotFoundError(f"storage.caBundle: {options.ca_bundle} does not exist")
+            raise InvalidSpecError(f"storage.caBundle: {options.ca_bundle} does not exist")
         try:
             session = boto3.session.Session()
             return session.client(
@@ -88,7 +90,7 @@ class S3Backend:
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         rule = rule_of_code(code, status)
         # The server's own message is left out: some echo parts of the signed request.
-        text = rule.text if not code or code == str(status) else f"{rule.text} ({code})"
+        text = f"{rule.text} ({code})" if _WORD.fullmatch(code) else rule.text
         return rule, text
 
     def _run[T](self, subject: str, attempt: Callable[[], T]) -> T:
@@ -111,17 +113,24 @@ class S3Backend:
         except (AccessDeniedError, InvalidSpecError, StorageUnavailableError) as error:
             cause = error.__cause__
             if isinstance(cause, ClientError) and str(cause.response["Error"].get("Code")) in _VAGUE:
-                self._raise_in_full(location)
+                return self._stat_by_get(location)
             raise
 
-    def _raise_in_full(self, location: Location) -> None:
-        """Repeat a refused HEAD as a GET of one byte, whose answer has a body that says why."""
+    def _stat_by_get(self, location: Location) -> ObjectInfo:
+        """Repeat a refused HEAD as a GET of one byte: a refusal of that has a body that says why.
 
-        def attempt() -> None:
+        It may also succeed, once boto3 has learnt the bucket's region from the first answer.
+        """
+
+        def attempt() -> ObjectInfo:
             answer = self.client.get_object(Bucket=location.root, Key=location.path, Range="bytes=0-0")
             answer["Body"].close()
+            total = answer.get("ContentRange", "").rpartition("/")[2]
+            return ObjectInfo(
+                str(location), int(total) if total.isdigit() else answer["ContentLength"], answer.get("ETag", "")
+            )
 
-        self._run(str(location), attempt)
+        return self._run(str(location), attempt)
 
     def list(self, location: Location) -> Iterator[ObjectInfo]:
         """Describe every object whose key starts with the location's path, in the keys' order."""

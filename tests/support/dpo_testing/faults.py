@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Kind = Literal["status", "reset", "short", "drip", "stall", "delay", "etag", "call", "ignore_range"]
+Kind = Literal["status", "reset", "short", "drip", "stall", "delay", "etag", "no_range"]
 
 _BLOCK = 64 * 1024
 
@@ -32,9 +32,10 @@ class Fault:
     stall: after ``after`` bytes send nothing for ``seconds``, then close.
     delay: wait ``seconds`` before asking the server.
     etag: pass the answer on with another ETag.
-    ignore_range: pass the request on without Range.
-    call: call ``action`` before asking the server (to change the object, say).
-    lost: for any kind: if true the server gets the request and acts on it before the fault hits the answer.
+    no_range: answer a request for a range as a server that knows no ranges would begin to.
+
+    ``action`` is called first, whatever the kind (to change the object, say). ``lost``: with status, the server gets
+    the request and acts on it, and only then its answer is replaced.
     """
 
     kind: Kind
@@ -158,8 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, upstream: http.client.HTTPConnection, body: bytes, fault: Fault | None) -> None:
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
-            dropped = {"connection", "expect", *({"range"} if fault and fault.kind == "ignore_range" else ())}
-            if name.lower() not in dropped:
+            if name.lower() not in {"connection", "expect"}:
                 upstream.putheader(name, value)
         upstream.endheaders(body or None)
         answer = upstream.getresponse()
@@ -167,12 +167,13 @@ class _Handler(BaseHTTPRequestHandler):
             answer.read()
             self._refuse(fault)
             return
-        self.send_response_only(answer.status, answer.reason)
+        no_range = fault is not None and fault.kind == "no_range"
+        self.send_response_only(200 if no_range else answer.status)
         has_length = False
         for name, value in answer.getheaders():
             if name.lower() == "etag" and fault is not None and fault.kind == "etag":
                 self.send_header(name, '"another"')
-            elif name.lower() not in {"connection", "transfer-encoding"}:
+            elif name.lower() not in {"connection", "transfer-encoding", "content-range" if no_range else ""}:
                 has_length = has_length or name.lower() == "content-length"
                 self.send_header(name, value)
         if not has_length:  # the server sent chunks: this proxy ends such a body by closing

@@ -10,7 +10,6 @@ from dpo_store import RetryPolicy, Store, Timing, open_store
 from dpo_testing.faults import FaultProxy, fault_proxy
 from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
 
-
 _numbers = itertools.count(1)
 
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import zstandard
-from dpo_api.errors import InvalidDataError
-from dpo_store.lines import lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-TEXT = st.lists(st.sampled_from([b"a", b"\n", b"\r\n", b"\r", b"\n\n", b"{}", b"\xc3\xbc", b"\0", b"z" * 300])).map(b"".join)
+from dpo_api.errors import InvalidDataError
+from dpo_store.lines import lines
+
+TEXT = st.lists(st.sampled_from([b"a", b"\n", b"\r\n", b"\r", b"\n\n", b"{}", b"\xc3\xbc", b"\0", b"z" * 300])).map(
+    b"".join
+)
 
 
 def cut(data: bytes, seed: int, longest: int = 50) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from dpo_api.errors import InvalidSpecError, NotFoundError
 from dpo_store import StorageOptions, base_name, is_remote, join_uri, local_path_of, open_store
 from dpo_store.uris import parse

@@ -1,0 +1,235 @@
+"""The store behind a proxy that fails on order: nothing lost, nothing twice, and an end to patience."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_api.errors import AccessDeniedError, DPOError, StorageUnavailableError
+from dpo_store import ObjectChangedError, RetryPolicy, Store, open_store
+from dpo_store.lines import lines
+from dpo_store.multipart import PART
+from dpo_testing.faults import FaultProxy
+from dpo_testing.s3server import S3Server
+
+from .conftest import Pauses
+
+CHUNK = 1 << 20
+DATA = random.Random(5).randbytes(5 * CHUNK + 12345)
+
+
+@pytest.fixture
+def uri(store: Store, bucket: str) -> str:
+    store.write(f"s3://{bucket}/data", DATA)
+    return f"s3://{bucket}/data"
+
+
+@pytest.mark.parametrize("read_ahead", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("status", {"code": 503, "reason": "SlowDown"}),
+        ("status", {"code": 500, "reason": "InternalError"}),
+        ("status", {"code": 502, "reason": "SomethingNew"}),
+        ("status", {"code": 429, "reason": "TooManyRequests"}),
+        ("reset", {"after": 0}),
+        ("reset", {"after": 300_001}),
+        ("short", {"after": 0}),
+        ("short", {"after": 1}),
+        ("stall", {"after": 262_144, "seconds": 5}),
+        ("drip", {"after": 70_000, "seconds": 0.02}),
+    ],
+)
+def test_nothing_is_lost_or_comes_twice(
+    flaky: Store, proxy: FaultProxy, uri: str, kind: Any, settings: dict[str, Any], read_ahead: int
+) -> None:
+    info = flaky.stat(uri)
+    proxy.add(kind, times=3, skip=1, **settings)
+    blocks = list(flaky.stream(info, chunk=CHUNK, read_ahead=read_ahead))
+    assert b"".join(blocks) == DATA
+    assert all(len(block) <= CHUNK for block in blocks)
+    # Six ranges, and one more request for each fault: what came before it was kept.
+    assert proxy.count("GET") == 6 + 3
+
+
+def test_a_range_resumes_at_the_byte_it_reached(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    proxy.add("short", after=400_000)
+    assert b"".join(flaky.stream(uri, chunk=CHUNK, read_ahead=0)) == DATA
+    assert [seen.range for seen in proxy.seen if seen.method == "GET"][:3] == [
+        f"bytes=0-{CHUNK - 1}",
+        f"bytes=400000-{CHUNK - 1}",
+        f"bytes={CHUNK}-{2 * CHUNK - 1}",
+    ]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_line_once_on_a_bad_day(
+    server: S3Server, store: Store, proxy: FaultProxy, bucket: str, pauses: Pauses, seed: int
+) -> None:
+    policy = RetryPolicy(attempts=20, read_timeout=0.2, slow_window=0.1, slow_bytes=1024)
+    flaky = open_store(server.options(endpoint=proxy.endpoint), retry=policy, timing=pauses.timing())
+    rng = random.Random(seed)
+    wanted = [f'{{"id": {n}, "text": "{rng.randbytes(rng.randrange(400)).hex()}"}}'.encode() for n in range(50_000)]
+    text = b"\n".join(wanted) + b"\n"
+    store.write(f"s3://{bucket}/t.jsonl", text)
+    for _ in range(40):
+        kind = rng.choice(["status", "reset", "short", "stall", "drip", "delay"])
+        seconds = {"drip": 0.01, "delay": 0.01}.get(kind, 1)
+        proxy.add(kind, skip=rng.randrange(3), after=rng.randrange(CHUNK), seconds=seconds)
+    found = hashlib.sha256()
+    number = 0
+    for number, line in lines(flaky.stream(f"s3://{bucket}/t.jsonl", chunk=CHUNK), "t.jsonl"):
+        assert line == wanted[number - 1]
+        found.update(line + b"\n")
+    assert number == len(wanted)
+    assert found.digest() == hashlib.sha256(text).digest()
+    assert sum(seen.fault is not None for seen in proxy.seen) > 10
+
+
+def test_patience_ends_and_its_pauses_grow_with_jitter(
+    flaky: Store, proxy: FaultProxy, uri: str, pauses: Pauses
+) -> None:
+    proxy.add("status", times=99)
+    with pytest.raises(StorageUnavailableError, match=r"data: the storage is overloaded.*gave up after 4 tries"):
+        list(flaky.stream(flaky.stat(uri), read_ahead=0))
+    assert proxy.count("GET") == 4
+    # base * 2**n, here 0.5 s; the injected random is 0.5.
+    assert pauses.taken == [0.5, 1.0, 2.0]
+
+
+def test_a_server_that_only_ever_drips_is_given_up(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    info = flaky.stat(uri)
+    proxy.add("drip", times=99, seconds=0.05)
+    with pytest.raises(StorageUnavailableError, match=r"sent \d+ bytes in \d+ s \(gave up after 4 tries\)"):
+        list(flaky.stream(info, read_ahead=0))
+
+
+def test_the_last_byte_of_a_range_counts(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    proxy.add("short", after=CHUNK - 1)
+    assert b"".join(flaky.stream(uri, chunk=CHUNK, read_ahead=0)) == DATA
+    assert [seen.range for seen in proxy.seen if seen.method == "GET"][1] == f"bytes={CHUNK - 1}-{CHUNK - 1}"
+
+
+def test_progress_renews_patience(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    # 20 cuts inside one range, each after 100 kB: far more failures than the four tries of one standstill.
+    proxy.add("short", times=20, after=100_000)
+    assert b"".join(flaky.stream(uri, chunk=len(DATA), read_ahead=0)) == DATA
+    assert proxy.count("GET") == 21
+
+
+def test_permanent_errors_are_not_tried_again(flaky: Store, proxy: FaultProxy, uri: str, pauses: Pauses) -> None:
+    proxy.add("status", times=9, code=403, reason="AccessDenied")
+    with pytest.raises(AccessDeniedError, match="access denied"):
+        list(flaky.stream(flaky.stat(uri), read_ahead=0))
+    assert proxy.count("GET") == 1
+    assert pauses.taken == []
+
+
+def test_a_head_without_a_body_is_asked_again_for_its_reason(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    for code in (400, 403):
+        proxy.add("status", method="HEAD", code=code, times=2)  # boto3 itself asks for the bucket's region after a 400
+        proxy.add("status", method="GET", code=code, reason="ExpiredToken")
+        with pytest.raises(AccessDeniedError, match="the credentials have expired"):
+            flaky.stat(uri)
+        proxy.clear()
+    proxy.add("status", method="HEAD", code=403)
+    assert flaky.stat(uri).size == len(DATA)
+
+
+@pytest.mark.parametrize("new", [DATA[::-1], DATA[:-1], DATA + b"x"], ids=["rewritten", "shorter", "longer"])
+def test_a_change_under_way_is_found(store: Store, flaky: Store, proxy: FaultProxy, uri: str, new: bytes) -> None:
+    proxy.add("delay", skip=3, action=lambda: store.write(uri, new))
+    with pytest.raises(ObjectChangedError, match="changed"):
+        list(flaky.stream(uri, chunk=CHUNK, read_ahead=1))
+
+
+def test_a_server_that_ignores_if_match_is_found_out(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    proxy.add("etag", skip=2)
+    with pytest.raises(ObjectChangedError, match="its ETag is another"):
+        list(flaky.stream(uri, chunk=CHUNK))
+
+
+def test_a_server_without_ranges_is_refused_but_for_whole_objects(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    proxy.add("no_range", times=99)
+    with pytest.raises(StorageUnavailableError, match="does not answer range requests"):
+        list(flaky.stream(uri, chunk=CHUNK))
+    assert b"".join(flaky.stream(uri, chunk=len(DATA))) == DATA
+
+
+def test_writes_and_listings_try_again_too(flaky: Store, proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:
+    for method in ("PUT", "GET", "HEAD", "DELETE", "POST"):
+        proxy.add("status", method=method, times=2)
+    (tmp_path / "big").write_bytes(DATA * 4)  # more than one part
+    flaky.write(f"s3://{bucket}/small", b"x")
+    flaky.upload(tmp_path / "big", f"s3://{bucket}/big")
+    assert [info.size for info in flaky.expand(f"s3://{bucket}/")] == [4 * len(DATA), 1]
+    flaky.download(f"s3://{bucket}/big", tmp_path / "down")
+    assert (tmp_path / "down").read_bytes() == DATA * 4
+    flaky.delete(f"s3://{bucket}/small")
+    assert not flaky.exists(f"s3://{bucket}/small")
+    assert not any(fault.times for fault in proxy.faults)
+
+
+def test_an_upload_whose_last_answer_is_lost_is_complete(
+    flaky: Store, proxy: FaultProxy, bucket: str, tmp_path: Path
+) -> None:
+    (tmp_path / "big").write_bytes(DATA * 4)
+    proxy.add("status", method="POST", path="uploadId=", code=500, reason="InternalError", lost=True)
+    flaky.upload(tmp_path / "big", f"s3://{bucket}/big")
+    assert flaky.read(f"s3://{bucket}/big") == DATA * 4
+    assert proxy.count("POST", "uploadId=") == 2
+
+
+def test_a_failed_upload_leaves_nothing(
+    server: S3Server, flaky: Store, proxy: FaultProxy, bucket: str, tmp_path: Path
+) -> None:
+    (tmp_path / "big").write_bytes(bytes(2 * PART))
+    proxy.add("status", method="PUT", path="partNumber=2", times=99)
+    with pytest.raises(StorageUnavailableError):
+        flaky.upload(tmp_path / "big", f"s3://{bucket}/big")
+    assert not flaky.exists(f"s3://{bucket}/big")
+    assert "Uploads" not in server.client().list_multipart_uploads(Bucket=bucket)
+
+
+def test_a_failed_download_leaves_nothing(flaky: Store, proxy: FaultProxy, uri: str, tmp_path: Path) -> None:
+    (tmp_path / "down").write_bytes(b"old")
+    proxy.add("reset", times=99, after=1000)
+    with pytest.raises(StorageUnavailableError):
+        flaky.download(uri, tmp_path / "down")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_reader_that_leaves_stops_the_requests(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    blocks = flaky.stream(uri, chunk=CHUNK // 4, read_ahead=2)
+    next(blocks)
+    blocks.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 10
+    while any(t.name.startswith("dpo-store") for t in threading.enumerate()):
+        assert time.monotonic() < deadline, "threads of an abandoned stream are still running"
+        time.sleep(0.01)
+    # The first range, the two ahead of it, and one asked for when the first was given away.
+    assert proxy.count("GET") <= 4
+
+
+def test_no_secret_reaches_a_log_or_a_message(
+    server: S3Server, flaky: Store, proxy: FaultProxy, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="dpo_store")
+    messages = []
+    for code, reason in [(503, "SlowDown"), (403, "SignatureDoesNotMatch"), (418, server.secret_key)]:
+        proxy.clear()
+        proxy.add("status", code=code, reason=reason, times=9)
+        with pytest.raises(DPOError) as caught:
+            list(flaky.stream(uri, read_ahead=0))
+        messages.append(str(caught.value))
+    said = "\n".join([*messages, *(record.getMessage() for record in caplog.records)])
+    assert "SlowDown" in said
+    assert server.secret_key not in said
+    assert server.access_key not in said
