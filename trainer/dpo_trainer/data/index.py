@@ -177,8 +177,8 @@ def _check_vocabulary(index: PairIndex, vocabulary: int | None) -> None:
     largest = int(index.stats["largestId"])
     if vocabulary is not None and largest >= vocabulary:
         raise InvalidModelError(
-            f"{index.stats['largestIdAt']}: token id {largest} is outside the model's vocabulary of {vocabulary} ids"
-            f" (0 to {vocabulary - 1}); the tokenizer and the model are not of the same model, or tokens were added to one only"
+            f"{index.stats['largestIdAt']}: token id {largest} is outside the model's vocabulary of {vocabulary} ids;"
+            " the tokenizer and the model are not of the same model, or tokens were added to one only"
         )
 
 
