@@ -104,8 +104,10 @@ def describe(progress: Progress, metrics: dict[str, float]) -> str:
             parts += scores(metrics, "val/")
     elif progress.of:
         parts.append(f"{progress.done or 0:,}/{progress.of:,}{_units(progress.phase)}")
-    if progress.message:
+    if progress.message and progress.message not in parts:
         parts.append(progress.message)
+    if not parts and progress.phase == "starting":
+        parts.append("processes")
     return "  ".join(parts)
 
 
@@ -132,7 +134,7 @@ class PhaseLog:
         """Take one event and return the rows that it completes."""
         self.newest = progress
         completed: list[Row] = []
-        if self.current is not None and self.current.name == progress.phase:
+        if self.current is not None and self._continues(self.current.newest, progress):
             self.metrics.update(progress.metrics)
             self.current.newest = progress
             return completed
@@ -146,6 +148,12 @@ class PhaseLog:
             self.training = None
         self._begin(progress)
         return completed
+
+    @staticmethod
+    def _continues(before: Progress, after: Progress) -> bool:
+        """Whether an event is about the same phase and, within it, the same set of units."""
+        other_set = before.of is not None and after.of is not None and before.of != after.of
+        return before.phase == after.phase and not (other_set and after.phase != "train")
 
     def _begin(self, progress: Progress) -> None:
         if progress.phase in ENDINGS:

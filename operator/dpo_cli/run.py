@@ -26,7 +26,7 @@ from dpo_cli.events import EventTail
 from dpo_cli.jobs import LoadedJob, load_one
 from dpo_cli.report import SUMMARY, Written, read_spec, write_report
 from dpo_cli.screen import Screen, clean, open_screen
-from dpo_cli.stores import Stores
+from dpo_cli.stores import CA_BUNDLE, Stores
 from dpo_cli.summary import ending
 from dpo_cli.validate import Options, judge_job
 from dpo_store import Store, join_uri, local_path_of
@@ -101,6 +101,12 @@ def _is_set(section: object, path: Sequence[str]) -> bool:
                 return False
             return len(path) == 1 or _is_set(getattr(section, attribute), path[1:])
     raise AssertionError(f"the API has no field {path[0]}")
+
+
+def environment_of(spec: DPOJobSpec) -> dict[str, str]:
+    """Return the environment variables that stand for settings which a pod gets in another way."""
+    bundle = spec.storage.ca_bundle
+    return {} if bundle is None or bundle.path is None else {CA_BUNDLE: bundle.path}
 
 
 def choose_processes(asked: int | None, resources: Resources, gpus: int) -> tuple[int, list[str]]:
@@ -201,7 +207,7 @@ class _Run:
         requests = trainer.Requests()
         with ExitStack() as stack:
             stack.enter_context(requests.listen())
-            child = trainer.start(launch.command(), log)
+            child = trainer.start(launch.command(), log, environment_of(job.spec))
             screen: Screen = stack.enter_context(open_screen(self._console))
 
             def look() -> None:
@@ -230,7 +236,8 @@ class _Run:
             if spec is not None:
                 summary = json.dumps(json.loads(words.to_json()), indent=1) + "\n"
                 self._store.write(join_uri(self._run_dir, SUMMARY), summary.encode())
-                written = write_report(self._store, self._run_dir, spec, words)
+                if words.step or words.known_outcome is Outcome.Succeeded:
+                    written = write_report(self._store, self._run_dir, spec, words)
         except DPOError as error:
             self._console.print(f"  note     no report was drawn: {clean(str(error))}")
         if words.known_outcome not in (Outcome.Succeeded, Outcome.Stopped):

@@ -80,16 +80,15 @@ class Requests:
                 signal.signal(number, handler)
 
 
-def start(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], log: BinaryIO, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start the trainer in a session of its own: a terminal's Ctrl-C reaches us alone, and we decide what it means."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         list(command),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env=environment,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
     )
 
 

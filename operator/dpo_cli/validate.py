@@ -124,7 +124,7 @@ def pairs_of(counts: Mapping[str, Any]) -> tuple[int, list[int]]:
     """Return the usable training pairs and those of each validation source from what the index pass printed."""
     train, validation = counts.get("train"), counts.get("validation")
     if isinstance(train, Mapping):
-        sources = validation if isinstance(validation, list) else []
+        sources = list(validation.values()) if isinstance(validation, Mapping) else validation or []
         return int(train.get("pairs", 0)), [int(source.get("pairs", 0)) for source in sources]
     return int(counts.get("pairs", 0)), []
 

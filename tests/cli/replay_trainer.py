@@ -1,0 +1,55 @@
+"""Stands in for the trainer in tests of the screen: replays recorded progress, then ends as it is told.
+
+The script is a JSON file named by $DPO_REPLAY: {"events": [Progress, …], "metrics": [line, …], "log": text,
+"lastWords": {…} | null, "code": int, "hang": bool, "ignore_term": bool}.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    if sys.argv[1] == "index":
+        return index()
+    parser = argparse.ArgumentParser()
+    for name in ("spec", "run-dir", "events", "last-words", "processes", "grace-seconds", "port", "host"):
+        parser.add_argument(f"--{name}")
+    arguments = parser.parse_args(sys.argv[2:])
+    script = json.loads(Path(os.environ["DPO_REPLAY"]).read_text())
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    run_dir = Path(arguments.run_dir)
+    if "://" not in arguments.run_dir:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "spec.json").write_text(Path(arguments.spec).read_text())
+        (run_dir / "arguments.json").write_text(json.dumps(vars(arguments)))
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in script.get("metrics", [])))
+    print(script.get("log", ""), flush=True)
+    with Path(arguments.events).open("a") as events:
+        for event in script.get("events", []):
+            events.write(json.dumps({"observedAt": time.time(), **event}) + "\n")
+            events.flush()
+            time.sleep(script.get("pause", 0.0))
+    while script.get("hang") and (not stopped or script.get("ignoreTerm")):
+        time.sleep(0.02)
+    words, code = script.get("lastWords"), script.get("code", 0)
+    if stopped:
+        words, code = script.get("stoppedWords", {"outcome": "Stopped", "step": 2, "total": 4}), 143
+    if words is not None:
+        Path(arguments.last_words).write_text(json.dumps(words))
+    return code
+
+
+def index() -> int:
+    script = json.loads(Path(os.environ["DPO_REPLAY"]).read_text())
+    print(json.dumps(script["index"])) if "index" in script else print(script["log"], file=sys.stderr)
+    return script.get("code", 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
