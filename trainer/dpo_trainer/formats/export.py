@@ -111,22 +111,27 @@ def write_shards(out_dir: Path, shards: list[list[Planned]], weights: Iterator[t
     """Write the planned files from a stream of tensors in the same order, and the index if there are several."""
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    total = 0
-    for name, shard in zip(names, shards, strict=True):
-        with (out_dir / name).open("wb") as file:
-            file.write(header_of(shard, {"format": "pt"}))
-            for (planned, shape, dtype), (given, tensor) in zip(shard, weights, strict=False):
-                if planned != given or shape != tuple(tensor.shape):
-                    raise RuntimeError(f"export planned {planned} {shape} and was given {given} {tuple(tensor.shape)}")
-                for block in bytes_of(tensor.to(dtype)):
-                    file.write(block)
-                    total += len(block)
+    total = sum(write_tensors(out_dir / name, shard, weights) for name, shard in zip(names, shards, strict=True))
     if count == 1:
         return names
     weight_map = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return [*names, INDEX]
+
+
+def write_tensors(path: Path, plan: Sequence[Planned], tensors: Iterator[tuple[str, Tensor]]) -> int:
+    """Write one safetensors file from the next ``len(plan)`` tensors of a stream; return the bytes of its tensors."""
+    total = 0
+    with path.open("wb") as file:
+        file.write(header_of(list(plan), {"format": "pt"}))
+        for (planned, shape, dtype), (given, tensor) in zip(plan, tensors, strict=False):
+            if planned != given or shape != tuple(tensor.shape):
+                raise RuntimeError(f"export planned {planned} {shape} and was given {given} {tuple(tensor.shape)}")
+            for block in bytes_of(tensor.to(dtype)):
+                file.write(block)
+                total += len(block)
+    return total
 
 
 def copy_companions(store: RangeStore, source: str, out_dir: Path, tokenizer: str | None) -> list[str]:
