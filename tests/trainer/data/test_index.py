@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +431,22 @@ def test_all_sources_of_a_spec(tokenizer: Tokenizer, tmp_path: Path, monkeypatch
     assert found.train.folder.parent == tmp_path / "cache" / "index"
     sft = spec.model_copy(update={"dpo": spec.dpo.model_copy(update={"preference_weight": 0.0, "sft_weight": 1.0})})
     assert build_indexes(sft, tokenizer, lambda _: open_store()).train.lengths[:, 2].sum() == 0
+
+
+def test_memory_does_not_grow_with_the_data(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Peak of all Python and numpy allocations while 512 and 4096 lines are indexed: the same buffers."""
+
+    def peak(count: int) -> int:
+        path = write_jsonl(tmp_path / f"{count}.jsonl", preference_rows(count))
+        tracemalloc.start()
+        index = build(path, tokenizer, tmp_path / "cache")
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert index.n == count
+        return most
+
+    peak(512)  # fills the libraries' own caches
+    assert peak(4096) < 1.25 * peak(511)
 
 
 def test_progress_is_reported_after_each_batch(tokenizer: Tokenizer, tmp_path: Path) -> None:
