@@ -132,10 +132,11 @@ def _finished(schema: Schema, where: str) -> Schema:
         schema.pop("minLength", None)  # bounds of text only; the pattern says it
     elif schema.get("type") == "integer":
         schema["format"] = "int64"
-    elif schema.get("pattern") in PATTERN_HINTS:
+    if schema.get("pattern") in PATTERN_HINTS:
         # As a rule the refusal says what to write; as a pattern it would print a regular expression.
         pattern = schema.pop("pattern")
-        rule = f"self.matches({json.dumps(pattern)})"
+        matches = f"self.matches({json.dumps(pattern)})"
+        rule = f"type(self) == int || {matches}" if "x-kubernetes-int-or-string" in schema else matches
         schema["x-kubernetes-validations"] = [{"rule": rule, "message": PATTERN_HINTS[pattern]}]
     if schema.get("type") == "string" and not ("enum" in schema or "maxLength" in schema):
         raise ValueError(f"{where}: text needs maxLength or enum")

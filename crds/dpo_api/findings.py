@@ -97,11 +97,8 @@ def findings_of(
 
 
 def _location(loc: tuple[int | str, ...]) -> Path:
-    """Drop what pydantic adds for its own unions and mappings' keys."""
-    return tuple(part for part in loc if not (isinstance(part, str) and ("[" in part or part in _UNION_TAGS)))
-
-
-_UNION_TAGS = {"int", "str", "constrained-str"}
+    """Drop what pydantic adds where a mapping's key is wrong."""
+    return tuple(part for part in loc if part != "[key]")
 
 
 def _line(path: Path, lines: Mapping[Path, int] | None) -> int | None:

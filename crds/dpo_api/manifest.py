@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from dpo_api.errors import NotFoundError
-from dpo_api.fields import AnnotationValue, DnsLabel, LabelKey, LabelValue, Rule, Section, Text
+from dpo_api.fields import NAME_PATTERN, AnnotationValue, DnsLabel, LabelKey, LabelValue, Rule, Section, Text
 from dpo_api.findings import Finding, ManifestError, findings_of
 from dpo_api.findings import Path as FieldPath
 from dpo_api.spec import DPOJobSpec
@@ -36,7 +36,6 @@ MAX_VALUES = 100_000
 
 NAME_MAX = 45
 """Child objects add a suffix for attempt, replica and index, and must stay within 63 characters."""
-NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
 # ObjectMeta has more fields, which mean nothing to us but stand in what `kubectl get -o yaml` prints.
 _OTHER_METADATA = frozenset(
@@ -147,7 +146,7 @@ def parse_job(document: Document | Mapping[str, Any]) -> DPOJob:
     if not isinstance(document, Document):
         document = Document(document, "")
     try:
-        return DPOJob.model_validate(document.value)
+        return DPOJob.model_validate(document.value, by_alias=True, by_name=False)
     except ValidationError as error:
         found = findings_of(error, DPOJob, source=document.source, lines=document.lines)
         raise ManifestError(found) from None
