@@ -59,7 +59,7 @@ def install() -> bool:
     if _installed:
         return True
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
-    torch.cuda.current_stream = lambda *_a, **_k: _NullStream()  # type: ignore[assignment, return-value]
+    torch.cuda.current_stream = lambda *_a, **_k: _NullStream()  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_a, **_k: None
     on_cpu = _TorchOnCPU()
     for name in _LITERAL_MODULES:

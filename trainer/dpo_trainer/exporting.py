@@ -11,6 +11,8 @@ from dpo_api.spec import DPOJobSpec
 from dpo_store import Store, local_path_of
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.export import export
+from dpo_trainer.formats.peft import export_adapter
+from dpo_trainer.model.lora import merged_value
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -19,7 +21,7 @@ Place = tuple[Store, str]
 
 
 def export_model(model: Any, spec: DPOJobSpec, world: World, source: Place, target: Place) -> None:
-    """Write the result from rank 0 to ``target``; with LoRA merged (unless ``output.merge`` is false) and as an adapter.
+    """Write the result from rank 0: with LoRA merged (unless ``output.merge`` is false) and as an adapter.
 
     An interrupted export is written again from the last checkpoint: only export.json says that it is whole.
     """

@@ -143,7 +143,8 @@ def agent(argv: Sequence[str]) -> int:
 def read_results(folder: Path) -> list[RankResult]:
     """The results that ranks of this node left, by rank."""
     return sorted(
-        (RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")), key=lambda result: result.rank
+        (RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")),
+        key=lambda result: result.rank,
     )
 
 
@@ -158,7 +159,9 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         )
     failures = [result for result in results if result.outcome != Outcome.Succeeded.name]
     causes = [result for result in failures if result.outcome not in {outcome.name for outcome in CONSEQUENCES}]
-    lost = not causes and agent_code != 0 and not asked and all(r.outcome == Outcome.Communication.name for r in failures)
+    lost = (
+        not causes and agent_code != 0 and not asked and all(r.outcome == Outcome.Communication.name for r in failures)
+    )
     chosen = min(causes or failures or results, key=lambda result: (result.at, result.rank))
     message = chosen.message
     if lost and failures:
@@ -173,4 +176,3 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         model_uri=chosen.model_uri,
         attempt=chosen.attempt,
     )
-
