@@ -44,13 +44,12 @@ class ProgressTracker:
         events_path: Path | None = None,
         server: Publisher | None = None,
         *,
-        attempt: int = 1,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._events_path, self._server = events_path, server
         self._clock, self._now = clock, now
-        self._state = Progress(phase="starting", attempt=attempt)
+        self._state = Progress(phase="starting")
         self._window: deque[_StepCost] = deque(maxlen=WINDOW_STEPS)
         self._started: float | None = None  # when the first step of this attempt began
         self._stepping = 0.0  # seconds spent in steps since then
@@ -61,6 +60,10 @@ class ProgressTracker:
     def newest(self) -> Progress:
         """The state as last reported."""
         return self._state
+
+    def begin(self, attempt: int) -> None:
+        """Say which attempt this is."""
+        self._update(attempt=attempt)
 
     def plan(self, *, step: int, total: int, epoch: float = 0.0, last_checkpoint_step: int | None = None) -> None:
         """Say where the run starts (0, or the checkpoint's step) and where it ends."""
@@ -75,9 +78,10 @@ class ProgressTracker:
         self._update(phase=phase, done=done, of=of, message=message[:1024])
         self._emit(always=entered or done is None or done == of)
 
-    def advance(self, done: int, of: int | None = None) -> None:
-        """Report units done inside the phase, of as many as before unless ``of`` says otherwise."""
-        self.phase(self._state.phase, done=done, of=self._state.of if of is None else of, message=self._state.message)
+    def finished(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The run had ended before this attempt began: all its steps are done."""
+        self._update(step=step, total=max(step, self._state.total), metrics=dict(metrics), last_checkpoint_step=None)
+        self.phase("done")
 
     def step(
         self, step: int, *, epoch: float, seconds: float, tokens: int, pairs: int, metrics: Mapping[str, float]
