@@ -2,25 +2,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
 
-from dpo_store import RetryPolicy, Store, Timing, open_store
-from dpo_testing.faults import FaultProxy, fault_proxy
+from dpo_store import RetryPolicy, Store, open_store
+from dpo_testing.faults import FaultProxy, Pauses, fault_proxy
 from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
 
 _numbers = itertools.count(1)
-
-
-@dataclass
-class Pauses:
-    """Sleeps that take no time, written down."""
-
-    taken: list[float] = field(default_factory=list)
-
-    def timing(self) -> Timing:
-        return Timing(sleep=self.taken.append, random=lambda: 0.5)
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,10 @@ from dpo_api.errors import AccessDeniedError, DPOError, StorageUnavailableError
 from dpo_store import ObjectChangedError, RetryPolicy, Store, open_store
 from dpo_store.lines import lines
 from dpo_store.multipart import PART
-from dpo_testing.faults import FaultProxy
+from dpo_testing.faults import FaultProxy, Kind, Pauses
 from dpo_testing.s3server import S3Server
 
-from .conftest import Pauses
-
+KINDS: tuple[Kind, ...] = ("status", "reset", "short", "stall", "drip", "delay")
 CHUNK = 1 << 20
 DATA = random.Random(5).randbytes(5 * CHUNK + 12345)
 
@@ -80,7 +79,7 @@ def test_every_line_once_on_a_bad_day(
     text = b"\n".join(wanted) + b"\n"
     store.write(f"s3://{bucket}/t.jsonl", text)
     for _ in range(40):
-        kind = rng.choice(["status", "reset", "short", "stall", "drip", "delay"])
+        kind: Kind = rng.choice(KINDS)
         seconds = {"drip": 0.01, "delay": 0.01}.get(kind, 1)
         proxy.add(kind, skip=rng.randrange(3), after=rng.randrange(CHUNK), seconds=seconds)
     found = hashlib.sha256()
