@@ -53,6 +53,11 @@ class PrometheusMetrics(Collector):
             series = self._labels(name, labels)
             self._put(name, series, self._values.get(name, {}).get(series, 0.0) + amount)
 
+    def clear(self, name: str) -> None:
+        """Forget a series, with all its labels."""
+        with self._lock:
+            self._values.pop(name, None)
+
     def flush(self) -> None:
         """Nothing is held back."""
 
