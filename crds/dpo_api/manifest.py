@@ -205,9 +205,10 @@ def load_documents(source: Path | str) -> list[Document]:
 
 
 def _documents(text: str, source: str) -> list[Document]:
-    loader = _Loader(text)
     documents: list[Document] = []
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         while loader.check_node():
             node = loader.get_node()
             if node is None:
@@ -225,12 +226,16 @@ def _documents(text: str, source: str) -> list[Document]:
     except yaml.YAMLError as error:
         raise ManifestError([Finding("error", "", f"YAML: {error}".replace("\n", " "), source)]) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return documents
 
 
 _INT = re.compile(r"^[-+]?(0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+
+
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -249,6 +254,9 @@ def _value(node: yaml.Node, loader: _Loader, path: FieldPath, lines: dict[FieldP
     """Build JSON values from a node and note the line of every path. Raises yaml.MarkedYAMLError."""
     if len(path) > MAX_DEPTH or len(lines) > MAX_VALUES:  # an alias to itself, or aliases of aliases
         raise yaml.MarkedYAMLError(problem="nests or repeats aliases too often", problem_mark=node.start_mark)
+    if node.tag not in _TAGS:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise yaml.MarkedYAMLError(problem=f"the tag {tag} has no place in a manifest", problem_mark=node.start_mark)
     lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, loader, path, lines)
