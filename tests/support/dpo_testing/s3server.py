@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -53,6 +54,7 @@ class S3Server:
         """Return options that name this server (or a proxy in front of it)."""
         return StorageOptions(endpoint=endpoint or self.endpoint)
 
+    @functools.cache  # noqa: B019 (a server lives as long as its tests)
     def client(self) -> S3Client:
         """Return a plain boto3 client with this server's credentials, to look behind the store's back."""
         import boto3

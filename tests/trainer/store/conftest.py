@@ -55,10 +55,21 @@ def bucket(server: S3Server) -> str:
     return name
 
 
+@pytest.fixture(scope="session")
+def primed(server: S3Server) -> Store:
+    """A store that has made its client: that takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        store = open_store(server.options())
+        store.exists("s3://no-such-bucket/x")
+        return store
+
+
 @pytest.fixture
-def store(server: S3Server, credentials: None) -> Store:
+def store(primed: Store, credentials: None) -> Store:
     """A store straight at the server."""
-    return open_store(server.options())
+    return primed
 
 
 @pytest.fixture
