@@ -42,16 +42,22 @@ def print_findings(console: Console, findings: Iterable[Finding]) -> None:
     order = list(STYLES)
     for finding in sorted(findings, key=lambda item: order.index(item.level)):
         text = Text(f"  {finding.level:<8} ", style=STYLES[finding.level])
-        text.append(clean(str(finding)), "not bold default")
+        first, *more = str(finding).splitlines()
+        text.append(clean(first), "not bold default")
         if finding.line is not None:
             text.append(f" (line {finding.line})", "not bold dim default")
         elif finding.source == "--set":
             text.append(" (from --set)", "not bold dim default")
         console.print(text)
+        for line in more:
+            console.print(f"{'':<11}{clean(line)}")
 
 
 def print_error(console: Console, outcome: Outcome, message: str) -> None:
-    """Print the one sentence that explains a failure."""
-    console.print(Text("error", style=STYLES["error"]).append(f"  {clean(message)}", "not bold default"))
+    """Print the sentence that explains a failure, and the lines beneath it if it lists some."""
+    first, *more = message.splitlines() or [outcome.description]
+    console.print(Text("error", style=STYLES["error"]).append(f"  {clean(first)}", "not bold default"))
+    for line in more:
+        console.print(f"{'':<7}{clean(line)}")
     if outcome is Outcome.Internal:
         console.print(Text("       this is an internal error: please report it with the lines above", style="dim"))

@@ -57,23 +57,23 @@ class Page(HTMLParser):
 
 
 def events(steps: int) -> list[Mapping[str, Any]]:
-    lines: list[Mapping[str, Any]] = [{"step": 0, "val/loss": math.log(2), "val/acc": 0.5}]
-    for step in range(1, steps + 1):
-        lines.append(
-            {
-                "step": step,
-                "train/loss": math.log(2) * 0.97**step,
-                "train/acc": 1 - 0.5 * 0.97**step,
-                "train/rewards_chosen_mean": 0.01 * step,
-                "train/rewards_rejected_mean": -0.02 * step,
-                "train/rewards_margin": 0.03 * step,
-                "train/lr": 9e-6,
-                "train/grad_norm": 40.0 if step == 5 else 2.0 + step % 3 / 10,
-                "train/step_time": 0.5,
-                "train/consumed_samples": 64 * step,
-            }
-        )
-    return [*lines, {"step": steps, "val/loss": 0.07, "val/acc": 0.99, "val/heldout/acc": 0.99}]
+    trained = [
+        {
+            "step": step,
+            "train/loss": math.log(2) * 0.97**step,
+            "train/acc": 1 - 0.5 * 0.97**step,
+            "train/rewards_chosen_mean": 0.01 * step,
+            "train/rewards_rejected_mean": -0.02 * step,
+            "train/rewards_margin": 0.03 * step,
+            "train/lr": 9e-6,
+            "train/grad_norm": 40.0 if step == 5 else 2.0 + step % 3 / 10,
+            "train/step_time": 0.5,
+            "train/consumed_samples": 64 * step,
+        }
+        for step in range(1, steps + 1)
+    ]
+    start = {"step": 0, "val/loss": math.log(2), "val/acc": 0.5}
+    return [start, *trained, {"step": steps, "val/loss": 0.07, "val/acc": 0.99, "val/heldout/acc": 0.99}]
 
 
 def log_of(steps: int) -> bytes:
@@ -285,7 +285,7 @@ def test_a_run_directory_in_s3_with_one_log_an_attempt(
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     s3.make_bucket("reports")
-    client = s3.client()
+    client = s3.client
     client.put_object(Bucket="reports", Key="job/metrics-0001.jsonl", Body=log_of(20))
     client.put_object(Bucket="reports", Key="job/metrics-0002.jsonl", Body=b'{"step": 11, "train/loss": 5.0}\n')
     said = dpo("report", "s3://reports/job", "--endpoint", s3.endpoint)

@@ -200,17 +200,26 @@ def test_compressed_files_are_not_guessed_at(world: World, dpo: Dpo) -> None:
 
 
 def test_deep_counts_pairs(world: World, replay: Replay) -> None:
-    index = {"train": {"pairs": 87}, "validation": [{"pairs": 20}]}
+    index = {"train": {"pairs": 87}, "validation": {"heldout": {"pairs": 20}}}
     said = replay.run({"index": index}, "validate", "--deep", world.write())
     assert said.code == 0
     assert "8 of 10 pairs = 1 epoch of 87 pairs (8 steps an epoch, 7 pairs left over an epoch)\n" in said.out
 
 
 def test_deep_shows_what_is_wrong_with_the_data(world: World, replay: Replay) -> None:
-    message = "data/train.jsonl:7: not JSON; mend the line or set data.onInvalid: skip"
-    said = replay.run({"log": f"InvalidData: {message}", "code": 3}, "validate", "--deep", world.write())
+    message = "2 of 100 lines of the train data cannot be used:\n  train.jsonl:7: not JSON\n  train.jsonl:9: no prompt"
+    words = {"outcome": "InvalidData", "message": message}
+    said = replay.run({"log": "a note", "lastWords": words, "code": 3}, "validate", "--deep", world.write())
     assert said.code == 3
-    assert f"  error    spec.data: {message} (line " in said.out
+    found = said.out.splitlines()[1:4]
+    assert found[0].startswith("  error    spec.data: 2 of 100 lines of the train data cannot be used: (line ")
+    assert found[1:] == ["             train.jsonl:7: not JSON", "             train.jsonl:9: no prompt"]
+
+
+def test_an_index_pass_that_crashes_is_an_internal_error(world: World, replay: Replay) -> None:
+    said = replay.run({"log": "Segmentation fault", "code": 1}, "validate", "--deep", world.write())
+    assert said.code == 1
+    assert "the index pass failed: Segmentation fault" in said.out
 
 
 def test_deep_and_offline_contradict(world: World, dpo: Dpo) -> None:
@@ -225,8 +234,8 @@ def at(server: S3Server, monkeypatch: pytest.MonkeyPatch, **changes: str) -> Non
 def test_s3_sources_are_seen(world: World, dpo: Dpo, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     at(s3, monkeypatch)
     s3.make_bucket("prefs")
-    s3.client().put_object(Bucket="prefs", Key="train/a.jsonl", Body=pairs(30).encode())
-    s3.client().put_object(Bucket="prefs", Key="train/b.jsonl", Body=pairs(12).encode())
+    s3.client.put_object(Bucket="prefs", Key="train/a.jsonl", Body=pairs(30).encode())
+    s3.client.put_object(Bucket="prefs", Key="train/b.jsonl", Body=pairs(12).encode())
     edit("data.train.0.uri", "s3://prefs/train/")(world)
     said = dpo("validate", world.write())
     assert said.code == 0

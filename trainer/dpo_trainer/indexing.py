@@ -9,17 +9,18 @@ from typing import Any
 from dpo_api.errors import DPOError
 from dpo_api.manifest import load_manifest
 from dpo_api.plan import make_plan
+from dpo_api.progress import LastWords
 from dpo_trainer.data.index import Listener, build_indexes
 from dpo_trainer.formats.huggingface import read_config
 from dpo_trainer.sources import model_source, open_tokenizer, store_for
 
 
 def print_index(spec_path: Path) -> int:
-    """Print what the index pass found as one JSON object; an error as one line on stderr. Returns the exit code."""
+    """Print what the index pass found as one JSON object, or last words that say why not. Returns the exit code."""
     try:
         print(json.dumps(index_report(spec_path), allow_nan=False))
     except DPOError as error:
-        print(error, file=sys.stderr)
+        print(LastWords(outcome=error.outcome.name, message=str(error)).to_json())
         return error.exit_code
     return 0
 

@@ -47,7 +47,9 @@ def main() -> int:
 
 def index() -> int:
     script = json.loads(Path(os.environ["DPO_REPLAY"]).read_text())
-    print(json.dumps(script["index"])) if "index" in script else print(script["log"], file=sys.stderr)
+    print(script.get("log", ""), file=sys.stderr)
+    if "index" in script or "lastWords" in script:
+        print(json.dumps(script.get("index") or script["lastWords"]))
     return script.get("code", 0)
 
 
