@@ -285,7 +285,7 @@ def test_a_run_directory_in_s3_with_one_log_an_attempt(
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     s3.make_bucket("reports")
-    client = s3.client
+    client = s3.client()
     client.put_object(Bucket="reports", Key="job/metrics-0001.jsonl", Body=log_of(20))
     client.put_object(Bucket="reports", Key="job/metrics-0002.jsonl", Body=b'{"step": 11, "train/loss": 5.0}\n')
     said = dpo("report", "s3://reports/job", "--endpoint", s3.endpoint)

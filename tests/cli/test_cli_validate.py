@@ -234,8 +234,8 @@ def at(server: S3Server, monkeypatch: pytest.MonkeyPatch, **changes: str) -> Non
 def test_s3_sources_are_seen(world: World, dpo: Dpo, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     at(s3, monkeypatch)
     s3.make_bucket("prefs")
-    s3.client.put_object(Bucket="prefs", Key="train/a.jsonl", Body=pairs(30).encode())
-    s3.client.put_object(Bucket="prefs", Key="train/b.jsonl", Body=pairs(12).encode())
+    s3.client().put_object(Bucket="prefs", Key="train/a.jsonl", Body=pairs(30).encode())
+    s3.client().put_object(Bucket="prefs", Key="train/b.jsonl", Body=pairs(12).encode())
     edit("data.train.0.uri", "s3://prefs/train/")(world)
     said = dpo("validate", world.write())
     assert said.code == 0

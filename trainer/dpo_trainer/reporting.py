@@ -57,8 +57,8 @@ class Reporter:
             figures.set("dpo_data_dropped_pairs", count, reason=reason)
         self._hub.progress.plan(step=0, total=plan.total_steps)
         dropped = sum(stats["dropped"].values())
-        found = f"{plan.train_pairs:,} pairs, {dropped:,} dropped, {stats['tokens']:,} tokens, longest {stats['longest']:,}"
-        self._hub.progress.phase("index", message=found)
+        found = f"{plan.train_pairs:,} pairs, {dropped:,} dropped, {stats['tokens']:,} tokens"
+        self._hub.progress.phase("index", message=f"{found}, longest {stats['longest']:,}")
 
     def start_training(self, step: int, plan: Plan, *, resumed: bool) -> None:
         """Open the record where the checkpoint of ``step`` left it, or anew."""
