@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from rich.console import Console
 
-from dpo_api.errors import DPOError, Outcome
+from dpo_api.errors import DPOError, NotFoundError, Outcome
 from dpo_api.manifest import DPOJob
 from dpo_api.progress import LastWords
 from dpo_api.spec import DPOJobSpec, Resources, Section
@@ -194,6 +194,8 @@ class _Run:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("ab")
+        except FileExistsError:
+            raise NotFoundError(f"{path.parent}: is a file, not a folder; choose another run directory") from None
         except OSError as error:
             raise from_os_error(error, str(path)) from None
 

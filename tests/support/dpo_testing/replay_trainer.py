@@ -8,9 +8,12 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+
+from dpo_store import join_uri, open_store
 
 
 def main() -> int:
@@ -23,12 +26,15 @@ def main() -> int:
     script = json.loads(Path(os.environ["DPO_REPLAY"]).read_text())
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-    run_dir = Path(arguments.run_dir)
-    if "://" not in arguments.run_dir:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "spec.json").write_text(Path(arguments.spec).read_text())
-        (run_dir / "arguments.json").write_text(json.dumps(vars(arguments)))
-        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in script.get("metrics", [])))
+    store, run_dir = open_store(), arguments.run_dir
+    store.write(join_uri(run_dir, "spec.json"), Path(arguments.spec).read_bytes())
+    store.write(join_uri(run_dir, "arguments.json"), json.dumps(vars(arguments)).encode())
+    metrics = "".join(json.dumps(line) + "\n" for line in script.get("metrics", []))
+    store.write(join_uri(run_dir, "metrics.jsonl"), metrics.encode())
+    if "childSleeps" in script:
+        sleep = [sys.executable, "-c", f"import time; time.sleep({script['childSleeps']})"]
+        child = subprocess.Popen(sleep, start_new_session=True)
+        store.write(join_uri(run_dir, "pids"), f"{os.getpid()} {child.pid}".encode())
     print(script.get("log", ""), flush=True)
     with Path(arguments.events).open("a") as events:
         for event in script.get("events", []):
