@@ -5,6 +5,7 @@ import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -38,7 +39,9 @@ class StatusServer:
             where = f"{host} port {port}" if host else f"port {port}"
             raise PortInUseError(f"cannot listen on {where}: {error.strerror}; choose another with --port") from None
         self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, name="status-server", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), name="status-server", daemon=True
+        )
         self._thread.start()
 
     def publish(self, progress: Progress) -> None:
@@ -71,8 +74,7 @@ class _Server(ThreadingHTTPServer):
         if self._both:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         # Not HTTPServer's own: it looks the host's name up, which can take seconds where DNS is slow.
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
