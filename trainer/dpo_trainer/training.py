@@ -149,6 +149,7 @@ class Training:
             "consumed_samples": float(self._consumed),
             "epoch": self.step / plan.steps_per_epoch,
             "step_time": seconds,
+            "tokens_per_second": tokens / seconds,
         }
         self.reporter.stepped(self.step, values, seconds=seconds, tokens=tokens, pairs=len(pairs), waited=waited)
 
