@@ -181,6 +181,8 @@ def _unquoted(value: str, kind: str) -> str:
 
 def _not_one_of(value: Any, expected: str) -> str:
     choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
+    if len(choices) == 1:
+        return f"{shown(value)} must be {choices[0]}"
     ours = HUGGING_FACE_MODULES.get(str(value))
     if ours in choices:
         return f"{shown(value)} is Hugging Face's name; here {ours} holds it"

@@ -186,7 +186,9 @@ class RunPolicy(Section):
         description="Seconds after the end when the DPOJob is deleted; the run directory stays. Not set: never.",
     )
     queue_name: DnsName | None = Field(default=None, description="Kueue LocalQueue. Not set: not queued.")
-    priority_class: DnsName | None = Field(default=None, description="Kueue WorkloadPriorityClass of the job.")
+    priority_class: DnsName | None = Field(
+        default=None, description="Kueue WorkloadPriorityClass. Not set: the queue's default."
+    )
     restart_priority_class: DnsName | None = Field(
         default=None,
         description="Kueue WorkloadPriorityClass of later attempts, which queue again. Not set: `priorityClass`.",

@@ -155,7 +155,7 @@ def test_a_list_as_kubectl_prints_it() -> None:
         ("apiVersion: v1\nkind: Secret\n", "it holds Secret"),
         (
             "kind: DPOjob\napiVersion: dpo-operator.dev/v1alpha1\n",
-            '"DPOjob" is not one of DPOJob; did you mean DPOJob?',
+            '"DPOjob" must be DPOJob',
         ),
         ("- a\n- b\n", "is not a mapping"),
         ("just text\n", "is not a mapping"),

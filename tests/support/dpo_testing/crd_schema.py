@@ -37,7 +37,13 @@ def _has_type(value: Any, kind: str) -> bool:
         return kind == "boolean"
     if kind == "integer":  # Go's JSON takes 2.0 for 2
         return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    types = {"object": dict, "array": list, "string": str, "number": (int, float), "boolean": bool}
+    types: dict[str, type | tuple[type, ...]] = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "number": (int, float),
+        "boolean": bool,
+    }
     return isinstance(value, types[kind])
 
 

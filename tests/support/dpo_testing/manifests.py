@@ -34,10 +34,7 @@ def set_at(value: Any, path: str, new: Any) -> None:
     """Set a dotted path in nested mappings and lists; mappings on the way are made."""
     *way, last = parts(path)
     for part in way:
-        if isinstance(part, int):
-            value = value[part]
-        else:
-            value = value.setdefault(part, {})
+        value = value[part] if isinstance(part, int) else value.setdefault(part, {})
     if isinstance(last, int) and last == len(value):
         value.append(new)
     else:
