@@ -14,14 +14,21 @@ from dpo_cli.screen import clean
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the exit code to `main`; rich's own is 1, which means an internal error here."""
+        self.quiet = True
+        raise BrokenPipeError
+
+
 def stdout() -> Console:
     """Return a console for results: no markup, no highlighting, no wrapping of what is piped."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def stderr() -> Console:
     """Return a console for errors."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def counted(count: int, noun: str) -> str:

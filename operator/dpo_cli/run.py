@@ -221,7 +221,13 @@ class _Run:
             def stopping() -> None:
                 screen.say("stopping: a checkpoint is written first; Ctrl-C again ends it at once, without one")
 
-            killed = trainer.wait(child, requests, look=look, stopping=stopping, sleep=time.sleep)
+            try:
+                killed = trainer.wait(child, requests, look=look, stopping=stopping, sleep=time.sleep)
+            except BaseException:
+                # The screen failed (`dpo run … | head`), not the training: it gets the time to write a checkpoint.
+                child.terminate()
+                child.wait()
+                raise
             look()
             screen.close(time.time())
         if killed:
