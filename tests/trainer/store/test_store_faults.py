@@ -116,6 +116,15 @@ def test_the_last_byte_of_a_range_counts(flaky: Store, proxy: FaultProxy, uri: s
     assert [seen.range for seen in proxy.seen if seen.method == "GET"][1] == f"bytes={CHUNK - 1}-{CHUNK - 1}"
 
 
+@pytest.mark.parametrize("kind", ["short", "reset"])
+def test_a_server_that_sends_nothing_is_given_up(flaky: Store, proxy: FaultProxy, uri: str, kind: Kind) -> None:
+    info = flaky.stat(uri)
+    proxy.add(kind, times=9)
+    with pytest.raises(StorageUnavailableError, match=r"gave up after 4 tries"):
+        list(flaky.stream(info, read_ahead=0))
+    assert proxy.count("GET") == 4
+
+
 def test_progress_renews_patience(flaky: Store, proxy: FaultProxy, uri: str) -> None:
     # 20 cuts inside one range, each after 100 kB: far more failures than the four tries of one standstill.
     proxy.add("short", times=20, after=100_000)
