@@ -79,15 +79,19 @@ def export(
 
 def tensors_of(gpt: Any, stage: Sequence[Slot], value_of: Value) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensors of this pipeline stage, whole, in the model's order. A collective over tensor ranks."""
+    for slot in stage:
+        yield from zip(slot.sources, _dissolved(gpt, slot, value_of), strict=True)
+
+
+@torch.no_grad()
+def _dissolved(gpt: Any, slot: Slot, value_of: Value) -> tuple[Tensor, ...]:
     size = parallel_state.get_tensor_model_parallel_world_size()
-    with torch.no_grad():
-        for slot in stage:
-            part = value_of(slot.parameter, target(gpt, slot)).detach()
-            parts = [part]
-            if size > 1 and slot.kind != "copy":
-                parts = [torch.empty_like(part) for _ in range(size)]
-                dist.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-            yield from zip(slot.sources, dissolve(slot, whole(slot.kind, parts), gpt.dpo_config), strict=True)
+    part = value_of(slot.parameter, target(gpt, slot)).detach()
+    parts = [part]
+    if size > 1 and slot.kind != "copy":
+        parts = [torch.empty_like(part) for _ in range(size)]
+        dist.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return dissolve(slot, whole(slot.kind, parts), gpt.dpo_config)
 
 
 Planned = tuple[str, tuple[int, ...], torch.dtype]
