@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dpo_api.errors import DPOError, NotFoundError, Outcome
 from dpo_api.manifest import DPOJob
-from dpo_api.progress import LastWords
+from dpo_api.progress import LastWords, Progress
 from dpo_api.spec import DPOJobSpec, Resources, Section
 from dpo_cli import machine, trainer
 from dpo_cli.console import headline, print_error, print_findings, stderr, stdout
@@ -155,6 +155,7 @@ class _Run:
         self._console = stdout()
         self._store: Store = Stores(job.spec).reach(job.spec.checkpoint.storage)
         self._checkpoint_step: int | None = None
+        self._trained = False
 
     def go(self) -> int:
         """Train and sum up; returns the exit code."""
@@ -212,10 +213,14 @@ class _Run:
             child = trainer.start(launch.command(), log, environment_of(job.spec))
             screen: Screen = stack.enter_context(open_screen(self._console))
 
+            # Python and torch take seconds to load; until then nobody but us knows that something runs.
+            screen.show([Progress(phase="starting", observed_at=time.time())], time.time())
+
             def look() -> None:
                 events = tail.read()
                 for event in events:
                     self._checkpoint_step = event.last_checkpoint_step or self._checkpoint_step
+                    self._trained = self._trained or event.phase == "train"
                 screen.show(events, time.time())
 
             def stopping() -> None:
@@ -250,6 +255,8 @@ class _Run:
             self._console.print(f"  note     no report was drawn: {clean(str(error))}")
         if words.known_outcome not in (Outcome.Succeeded, Outcome.Stopped):
             print_error(stderr(), words.known_outcome, words.message)
+        if words.known_outcome is Outcome.Succeeded and not self._trained:
+            self._console.print("  note     this run had finished before: nothing was left to do")
         lines = ending(words, written, self._run_dir, self._checkpoint_step, shlex.join(["dpo", *sys.argv[1:]]))
         for label, text in lines:
             self._console.print(f"{label:<11} {clean(text)}")

@@ -85,6 +85,13 @@ def test_the_margin_is_the_rewards_difference_where_it_is_not_logged() -> None:
     assert "margin 1.50" in line
 
 
+def test_the_remaining_time_is_told_while_there_is_some() -> None:
+    log = PhaseLog()
+    log.feed(event("train", 0, step=1, total=9, eta_seconds=80.0))
+    assert log.running(START + 1)[0].text == "step 1/9  ETA 1:20"
+    assert log.close(START + 1)[0].text == "step 1/9"
+
+
 def test_sft_has_no_accuracy() -> None:
     [line] = plain(event("train", 0, step=1, total=2, metrics={"train/loss": 2.5}), end=1)
     assert line == "  train      step 1/2  loss 2.50  (1.0 s)"

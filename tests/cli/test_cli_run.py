@@ -22,7 +22,7 @@ from dpo_api.manifest import parse_job
 from dpo_api.spec import Resources
 from dpo_cli import trainer
 from dpo_cli.machine import count_listed, gpu_count, visible
-from dpo_cli.run import CLUSTER_ONLY, choose_processes, ignored_here, tail_of
+from dpo_cli.run import CLUSTER_ONLY, choose_processes, environment_of, ignored_here, tail_of
 from dpo_testing.cli import Dpo, Replay, Said, World
 from dpo_testing.manifests import manifest
 from dpo_testing.s3server import S3Server
@@ -201,6 +201,12 @@ def test_one_of_several_jobs(world: World, replay: Replay, dpo: Dpo) -> None:
     assert [path.name for path in (world.folder / "runs").iterdir()] == ["two"]
 
 
+def test_a_run_that_had_finished_before_says_so(world: World, replay: Replay) -> None:
+    said = replay.run(SUCCESS | {"events": EVENTS[:2]}, "run", "-f", world.write())
+    assert said.code == 0
+    assert "  note     this run had finished before: nothing was left to do\nresult " in said.out
+
+
 def test_a_run_directory_that_cannot_be(world: World, replay: Replay) -> None:
     (world.folder / "file").write_text("")
     said = replay.run(SUCCESS, "run", "-f", world.write(), "--output", "file")
@@ -357,3 +363,9 @@ def test_the_manifest_may_come_from_standard_input(world: World, replay: Replay)
     assert child.returncode == 0
     assert "result " in out
     assert yaml.safe_load(text)["metadata"]["name"] == "tiny"
+
+
+def test_the_trainer_trusts_the_certificates_that_the_manifest_names() -> None:
+    assert environment_of(parse_job(manifest()).spec) == {}
+    named = parse_job(manifest({"spec.storage.caBundle": {"path": "/etc/ca.pem"}}))
+    assert environment_of(named.spec) == {"DPO_CA_BUNDLE": "/etc/ca.pem"}
