@@ -1,5 +1,6 @@
 """Token ids of pairs: BOS never doubled, boundaries, end tokens, length policies."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from dpo_api.errors import InvalidSpecError
 from dpo_api.spec import Data
-from dpo_testing.corpora import WORDS, byte_bpe_tokenizer, llama_tokenizer, sentencepiece_tokenizer
+from dpo_testing.corpora import CHATML, WORDS, byte_bpe_tokenizer, llama_tokenizer, sentencepiece_tokenizer
 from dpo_trainer.data.encode import EncodedPair, PairEncoder
 from dpo_trainer.data.records import Problem, Reason, Record
 from dpo_trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -118,6 +119,33 @@ def test_there_are_never_two_bos(
     leading = next((i for i, token in enumerate(result.prompt) if token != tokenizer.bos_id), len(result.prompt))
     assert leading == (0 if add_bos == "never" else 1)
     assert tokenizer.bos_id not in result.chosen
+
+
+def test_a_template_without_bos_gets_none_unless_asked(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    """The template alone says how a conversation starts, even for a tokenizer that adds a BOS to plain text."""
+    chatml = load_tokenizer(llama_tokenizer(tmp_path), chat_template=CHATML)
+    assert pair_of(chatml, chat("a", "b", "c")).prompt[0] != chatml.bos_id
+    assert pair_of(chatml, chat("a", "b", "c"), addBos="always").prompt[0] == chatml.bos_id
+    assert pair_of(chatml, STRINGS).prompt[0] == chatml.bos_id
+
+
+def test_a_tokenizer_that_ends_texts_itself(tmp_path: Path) -> None:
+    """Plain strings get what the tokenizer does: its EOS after the response, none between prompt and response."""
+    folder = llama_tokenizer(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    end = {"id": "<|end_of_text|>", "ids": [1], "tokens": ["<|end_of_text|>"]}
+    content["post_processor"]["single"].append({"SpecialToken": {"id": "<|end_of_text|>", "type_id": 0}})
+    content["post_processor"]["special_tokens"]["<|end_of_text|>"] = end
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.prefix, tokenizer.suffix) == ((0,), (1,))
+    for settings in ({}, {"appendEos": True}, {"boundary": "separate"}):
+        pair = pair_of(tokenizer, STRINGS, **settings)
+        assert pair.prompt.tolist().count(1) == 0
+        assert pair.chosen.tolist().count(1) == 1
+        assert pair.chosen[-1] == 1
+    written = Record("a\n", "b<|end_of_text|>", "c")
+    assert pair_of(tokenizer, written).chosen.tolist().count(1) == 1
 
 
 def test_bos_of_tokenizers_that_add_none(tokenizers: dict[str, Tokenizer]) -> None:

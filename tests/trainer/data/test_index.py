@@ -30,7 +30,7 @@ from dpo_trainer.data import index as index_module
 from dpo_trainer.data.encode import EncodedPair, PairEncoder
 from dpo_trainer.data.index import IndexProgress, Listener, Source, build_index, build_indexes
 from dpo_trainer.data.records import Record, parse_record
-from dpo_trainer.data.spill import PairIndex
+from dpo_trainer.data.spill import PairIndex, SpillWriter
 from dpo_trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 BAD_ROWS: list[Row | str] = [
@@ -330,7 +330,7 @@ def waits_for_a_lock(processes: list["subprocess.Popen[str]"]) -> bool:
 
 
 def test_killed_in_the_middle_then_built_by_another(tmp_path: Path) -> None:
-    byte_bpe_tokenizer(tmp_path / "tokenizer")
+    sentencepiece_tokenizer(tmp_path / "tokenizer")  # needs no transformers: the child starts quickly
     path = write_jsonl(tmp_path / "a.jsonl", preference_rows(900))
     victim = child(path, tmp_path)
     assert read_line(victim) == "progress 256\n"
@@ -352,7 +352,7 @@ def test_killed_in_the_middle_then_built_by_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [False, True])
 def test_two_processes_build_one_index(tmp_path: Path, bad: bool) -> None:
     """Each says progress for the batches that it read itself: one does all, the other waits and gets the same."""
-    byte_bpe_tokenizer(tmp_path / "tokenizer")
+    sentencepiece_tokenizer(tmp_path / "tokenizer")  # needs no transformers: the child starts quickly
     path = write_jsonl(tmp_path / "a.jsonl", [*preference_rows(600), *(BAD_ROWS[:1] if bad else [])])
     both = [child(path, tmp_path) for _ in range(2)]
     while not waits_for_a_lock(both):
@@ -390,7 +390,7 @@ def test_a_full_disk_is_met_early(tokenizer: Tokenizer, tmp_path: Path, monkeypa
 
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path) -> None:
     """A real refusal by the kernel: a limit on file sizes stands in for the end of the disk."""
-    byte_bpe_tokenizer(tmp_path / "tokenizer")
+    sentencepiece_tokenizer(tmp_path / "tokenizer")  # needs no transformers: the child starts quickly
     path = write_jsonl(tmp_path / "a.jsonl", preference_rows(8000))
     (tmp_path / "go").touch()
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -447,6 +447,34 @@ def test_memory_does_not_grow_with_the_data(tokenizer: Tokenizer, tmp_path: Path
 
     peak(512)  # fills the libraries' own caches
     assert peak(4096) < 1.25 * peak(511)
+
+
+def test_long_lines_make_smaller_batches(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_BATCH_BYTES", 10_000)
+    reports: list[int] = []
+    rows = [{"prompt": "q\n", "chosen": "the " * 1000, "rejected": "a"}] * 7
+
+    def note(progress: IndexProgress) -> None:
+        reports.append(progress.lines)
+
+    build(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache", Listener(progress=note))
+    assert reports == [3, 6, 7]
+
+
+def test_the_fingerprint_tells_where_a_pair_is_cut(tmp_path: Path) -> None:
+    def fingerprint(name: str, *cuts: int) -> str:
+        ids = np.arange(9, dtype=np.int32)
+        writer = SpillWriter(tmp_path / name)
+        parts = np.split(ids, cuts)
+        writer.add(EncodedPair(parts[0], parts[1], parts[2], 1.0, 0.0, truncated=False), 0, 1)
+        writer.finish({"files": ["f"]})
+        index = PairIndex.open(tmp_path / name)
+        assert index is not None
+        assert [part.tolist() for part in index.tokens(0)] == [part.tolist() for part in parts]
+        return index.fingerprint
+
+    assert fingerprint("a", 3, 6) == fingerprint("b", 3, 6)
+    assert len({fingerprint("c", 3, 6), fingerprint("d", 2, 6), fingerprint("e", 3, 7), fingerprint("f", 2, 7)}) == 4
 
 
 def test_progress_is_reported_after_each_batch(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_special_tokens(folders: dict[str, Path]) -> None:
 
 
 def test_padding_and_truncation_left_in_tokenizer_json_are_ignored(tmp_path: Path) -> None:
-    folder = byte_bpe_tokenizer(tmp_path)
+    folder = llama_tokenizer(tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     content["padding"] = {
@@ -69,11 +69,13 @@ def test_padding_and_truncation_left_in_tokenizer_json_are_ignored(tmp_path: Pat
         "pad_to_multiple_of": None,
         "pad_id": 0,
         "pad_type_id": 0,
-        "pad_token": "<|endoftext|>",
+        "pad_token": "<|end_of_text|>",
     }
     plain = load_tokenizer(folder).encode(["a b c d e f g h"])[0].tolist()
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    assert load_tokenizer(folder).encode(["a b c d e f g h"])[0].tolist() == plain
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode(["a b c d e f g h"])[0].tolist() == plain
+    assert (tokenizer.prefix, tokenizer.suffix) == ((0,), ())
     assert len(plain) > 3
 
 
@@ -85,6 +87,22 @@ def test_templates_render_as_transformers_does(folders: dict[str, Path], kind: s
     date = {"date_string": TEMPLATE_DATE.strftime("%d %b %Y")} if kind == "llama" else {}
     expected = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=generation, **date)
     assert chat.render(TALK, add_generation_prompt=generation) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}\n  {% if true %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\n",
+        "{{ bos_token }}{% for m in messages %}{{ loop.index }}{{ m.content | trim }}{{ eos_token }}{% endfor %}",
+        "{{ tools is none }}{{ messages | map(attribute='role') | list | tojson(indent=1) }}",
+    ],
+)
+def test_other_templates_render_as_transformers_does(folders: dict[str, Path], source: str) -> None:
+    theirs = AutoTokenizer.from_pretrained(folders["llama"])
+    chat = load_tokenizer(folders["llama"], chat_template=source).chat
+    assert chat is not None
+    expected = theirs.apply_chat_template(TALK, chat_template=source, tokenize=False)
+    assert chat.render(TALK, add_generation_prompt=False) == expected
 
 
 def test_templates_see_one_fixed_date() -> None:
@@ -151,6 +169,8 @@ def test_vocabularies_that_disagree(folders: dict[str, Path], tmp_path: Path) ->
 def test_folders_without_or_with_a_damaged_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"spec\.tokenizer\.uri"):
         load_tokenizer(tmp_path)
+    with pytest.raises(NotFoundError, match=r"^s3://models/x: no tokenizer"):
+        load_tokenizer(tmp_path, name="s3://models/x")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
     with pytest.raises(InvalidModelError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
