@@ -129,7 +129,6 @@ def _finished(schema: Schema, where: str) -> Schema:
     """Add what every schema of a kind has, and check that nothing is left unbounded."""
     if schema.get("x-kubernetes-int-or-string"):
         schema.pop("type", None)
-        schema.pop("minLength", None)  # bounds of text only; the pattern says it
     elif schema.get("type") == "integer":
         schema["format"] = "int64"
     if schema.get("pattern") in PATTERN_HINTS:

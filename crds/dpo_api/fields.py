@@ -67,6 +67,7 @@ def whole(value: Any) -> Any:
 
 def _quantity(value: Any) -> Any:
     """Take a whole number for its text: a Kubernetes quantity may be either."""
+    value = whole(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -98,7 +99,7 @@ LabelKey = Annotated[str, StringConstraints(strict=True, pattern=LABEL_KEY_PATTE
 LabelValue = Annotated[str, StringConstraints(strict=True, pattern=LABEL_VALUE_PATTERN, max_length=63)]
 AnnotationValue = Annotated[str, StringConstraints(strict=True, max_length=4096)]
 Quantity = Annotated[
-    Annotated[str, StringConstraints(strict=True, pattern=QUANTITY_PATTERN, min_length=1, max_length=32)],
+    Annotated[str, StringConstraints(strict=True, pattern=QUANTITY_PATTERN, max_length=32)],
     BeforeValidator(_quantity),
     Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
 ]

@@ -14,7 +14,7 @@ Schema = dict[str, Any]
 def problems(schema: Schema, value: Any, path: str = "") -> list[str]:
     """Return what is wrong with a value, one text a problem."""
     if schema.get("x-kubernetes-int-or-string"):
-        if isinstance(value, bool) or not isinstance(value, int | str):
+        if not (_has_type(value, "integer") or isinstance(value, str)):
             return [f"{path}: neither integer nor string"]
     elif not _has_type(value, schema["type"]):
         return [f"{path}: not of type {schema['type']}"]
