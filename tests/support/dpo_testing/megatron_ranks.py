@@ -93,6 +93,13 @@ def check_training(rank: int, folder: Path, checkpoints: Path) -> None:
     first.step(rank, 3)
     second = Trainee(folder)
     second.restore(checkpoints)
+    steps = [
+        moments["step"] for part in second.optimizer.chained_optimizers for moments in part.optimizer.state.values()
+    ]
+    assert len({step.data_ptr() for step in steps}) == len(steps) > 1, (
+        "parameters share one step and would each raise it"
+    )
+    assert {float(step) for step in steps} == {2.0}
     second.step(rank, 3)
     ours, again = first.weights(), second.weights()
     for name, weight in ours.items():

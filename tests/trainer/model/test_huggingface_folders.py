@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_api.errors import DPOError, InvalidModelError, NotFoundError
+from dpo_api.errors import DPOError, InvalidModelError, NoSpaceError, NotFoundError
 from dpo_testing.models import (
     VARIANTS,
     VOCABULARY,
@@ -276,6 +276,13 @@ def build_model_config() -> Any:
     from dpo_trainer.model.config import ModelConfig
 
     return ModelConfig("llama", VOCABULARY, 48, 80, 3, 6, 2, 8)
+
+
+def test_a_full_disk_is_named(pristine: Path, tmp_path: Path) -> None:
+    """/dev/full takes no byte, as a full disk."""
+    (tmp_path / "model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(NoSpaceError, match=str(tmp_path)):
+        export(load_model(pristine), local_store(), str(pristine), tmp_path)
 
 
 def test_rows_are_read_as_slices(pristine: Path) -> None:

@@ -43,6 +43,17 @@ def test_install_is_idempotent_and_leaves_torch_alone() -> None:
     assert not torch.cuda.is_available()
 
 
+def test_beside_a_gpu_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bridge, "_installed", False)
+    before = torch.cuda.current_device
+    assert not bridge.install()
+    assert torch.cuda.current_device is before
+    with bridge.construction():
+        assert torch.zeros(1).type() == "torch.FloatTensor"
+    assert not bridge._installed
+
+
 @on_cpu
 def test_construction_maps_cuda_inside_and_only_inside() -> None:
     with bridge.construction():

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from dpo_api.errors import InvalidSpecError, NoSpaceError, NotFoundError
+from dpo_api.errors import InvalidSpecError, NotFoundError
 from dpo_store import join_uri
+from dpo_store.errors import from_os_error
 from dpo_trainer.formats.huggingface import INDEX, SINGLE, Checkpoint, Value, read_json, stage_slots
 from dpo_trainer.formats.layout import Slot, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, RangeStore, bytes_of, header_of
@@ -51,7 +52,8 @@ def export(
     (config.json changes its dtype only). dtype: of the written weights; None means each tensor's own in the source.
     tokenizer: a folder to take the tokenizer's files from instead. value_of: see ``Value``; identity by default.
     Every rank of a tensor-parallel group must call this; only its first writes. Weights are written one at a time, so
-    the memory is that of the largest parameter. Raises NoSpaceError when the disk is full.
+    the memory is that of the largest parameter. Raises NoSpaceError when the disk is full, AccessDeniedError and
+    so on for other failures of writing.
     """
     gpt = unwrap(model)
     config: ModelConfig = gpt.dpo_config
@@ -72,9 +74,7 @@ def export(
         write_config(store, source, out_dir, config, dtype)
         return ["config.json", *names, *write_shards(out_dir, shards, weights)]
     except OSError as error:
-        raise NoSpaceError(
-            f"{out_dir}: writing the exported model failed: {error.strerror}; free some space"
-        ) from error
+        raise from_os_error(error, str(out_dir)) from error
 
 
 def tensors_of(gpt: Any, stage: Sequence[Slot], value_of: Value) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_api.errors import NoSpaceError
+from dpo_store.errors import from_os_error
 from dpo_trainer.formats.export import Planned, write_tensors
 from dpo_trainer.formats.layout import split_qkv
 from dpo_trainer.model.config import ModelConfig
@@ -42,7 +42,7 @@ def export_adapter(
         (out_dir / "adapter_config.json").write_text(config)
         write_tensors(out_dir / "adapter_model.safetensors", plan, iter(tensors.items()))
     except OSError as error:
-        raise NoSpaceError(f"{out_dir}: writing the adapter failed: {error.strerror}; free some space") from error
+        raise from_os_error(error, str(out_dir)) from error
     return ["adapter_config.json", "adapter_model.safetensors"]
 
 
