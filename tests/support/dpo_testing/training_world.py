@@ -11,11 +11,13 @@ from dpo_testing.runs import merged
 VOCABULARY = 384
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+# transformers gives the padding token's embedding no gradient; id 0 is an ordinary token here.
+NO_PADDING = {"pad_token_id": None}
 
 
 def write_model(folder: Path, variant: str = "llama", **overrides: Any) -> Path:
     """A tiny model with every parameter random, and a tokenizer of its vocabulary."""
-    save_folder(reference_model(variant, **{**SMALL, **HEADS, **overrides}), folder)
+    save_folder(reference_model(variant, **{**SMALL, **HEADS, **NO_PADDING, **overrides}), folder)
     return llama_tokenizer(folder, VOCABULARY)
 
 
