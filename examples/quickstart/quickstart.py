@@ -1,4 +1,4 @@
-"""`make quickstart`: a small world, a base model, and a DPOJob over S3 that aligns it, with the numbers before and after.
+"""`make quickstart`: a small world, a base model, and a DPOJob over S3 that aligns it; the numbers before and after.
 
 What happens, in order, all below runs/quickstart/:
 
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ask import ask
-from dpo_store.embedded import embedded_s3, environment
 from world import make_world
+
+from dpo_store.embedded import embedded_s3, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = Path("runs/quickstart")
@@ -47,8 +48,7 @@ def main() -> None:
         shutil.rmtree(HOME, ignore_errors=True)
         counts = make_world(HOME / "world")
         print(
-            f"quickstart  a 2-layer Llama ({counts['parameters'] / 1e6:.1f} M parameters) · {counts['train']} preference "
-            f"pairs · S3 at an embedded endpoint · 2 processes\n\n— base model: supervised fine-tuning —",
+            f"quickstart  a 2-layer Llama ({counts['parameters'] / 1e6:.1f} M parameters) · {counts['train']} pairs · S3 at an embedded endpoint · 2 processes\n\n— base model: supervised fine-tuning —",
             flush=True,
         )
         dpo("run", "-f", "examples/quickstart/sft.yaml")
@@ -70,7 +70,8 @@ def main() -> None:
         question = old["prompt"].split("User\n")[1].split("\n")[0]
         print(f"  {question}\n    before: {old['sample']!r}\n    after:  {new['sample']!r}")
     print(told("before", before), told("after", after), sep="\n")
-    print(f"result      answers {100 * after['right']:.0f} % of held-out questions (before: {100 * before['right']:.0f} %)")
+    shares = f"{100 * after['right']:.0f} % of held-out questions (before: {100 * before['right']:.0f} %)"
+    print(f"result      answers {shares}")
     print(f"            report: {HOME}/run/report.html · model: {HOME}/run/model · {time.monotonic() - began:.0f} s")
     print("next        write your own manifest: examples/llama3-8b-lora.yaml · run it here: dpo run -f FILE")
     print("            on a cluster: kubectl apply -f FILE")

@@ -85,7 +85,10 @@ def write_tokenizer(folder: Path, corpus: list[str]) -> int:
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, SYSTEM, TURN]
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -152,7 +155,7 @@ def write_untrained_llama(folder: Path, vocabulary: int, seed: int) -> int:
 
 
 def make_world(folder: Path, *, treaties: int = 192, held_out: int = 32, seed: int = 7) -> dict[str, int]:
-    """Write untrained/ (model and tokenizer), sft.jsonl, preferences/{train,valid}.jsonl and test.jsonl; returns counts.
+    """Write untrained/ (model and tokenizer), sft.jsonl, preferences/ (train, valid) and test.jsonl; returns counts.
 
     No prompt of the test is among the preferences: they never mention ``held_out`` treaties, which the test asks about
     in every way, and of every other treaty they leave out one way of asking, which the test asks instead.

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from dpo_testing.runs import Finished, merged, run_here, run_processes
-from dpo_testing.training_world import make
 from torch.nn.functional import kl_div, log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM
 
 from dpo_api.manifest import parse_job
+from dpo_testing.runs import Finished, merged, run_here, run_processes
+from dpo_testing.training_world import make
 from dpo_trainer.data.index import build_indexes
 from dpo_trainer.sources import open_tokenizer, store_for
 

@@ -1,4 +1,4 @@
-"""Equivalent settings are one run: processes, micro-batches, packing and prompt sharing change no step and no weight."""
+"""Equivalent settings are one run: processes, micro-batches, packing and prompt sharing change no step, no weight."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from dpo_testing.runs import Finished, merged, run_here, run_processes
 from dpo_testing.training_world import make
-
 from dpo_trainer import batches
 from dpo_trainer.data import collate
 from dpo_trainer.model.pack import Pack
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trajectory")]
 SERIES = ("train/loss", "train/preference_loss", "train/grad_norm", "val/loss")
 REWARDS = ("train/rewards_chosen_mean", "train/rewards_rejected_mean", "train/rewards_all_std")
 REWARD_NOISE = 1e-6
-"""A reward is β times the difference of two sums near -50, each good to about 1e-6 in fp32: near zero no relative bound."""
+"""A reward is β times the difference of two sums near -50, each good to 1e-6 in fp32: no relative bound near zero."""
 
 EQUIVALENT = {
     "micro-batches of 1": {"training": {"microBatchSize": 1}},
@@ -74,9 +74,7 @@ def test_the_run_is_worth_comparing(base: Finished) -> None:
 
 
 @pytest.mark.parametrize("name", EQUIVALENT)
-def test_equivalent_settings_are_one_trajectory(
-    name: str, base: Finished, spec: dict[str, Any], world: Path
-) -> None:
+def test_equivalent_settings_are_one_trajectory(name: str, base: Finished, spec: dict[str, Any], world: Path) -> None:
     # A reference of its own: computed by these settings, not read from the base run's cache.
     changed = merged(merged(spec, EQUIVALENT[name]), {"reference": {"cacheURI": str(world / f"reference {name}")}})
     assert differences(base, run_here(changed, world / name)) == []

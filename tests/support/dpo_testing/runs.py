@@ -66,7 +66,7 @@ class Finished:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The exported Hugging Face tensors."""
-        return load_file(self.folder / "model" / "model.safetensors")
+        return dict(load_file(self.folder / "model" / "model.safetensors"))
 
 
 def run_here(spec: Mapping[str, Any], folder: Path, inspect: Callable[[Run], None] | None = None) -> Finished:
@@ -84,7 +84,12 @@ def run_here(spec: Mapping[str, Any], folder: Path, inspect: Callable[[Run], Non
 
 
 def start(
-    spec: Mapping[str, Any], folder: str | Path, *, processes: int, scratch: Path, environment: Mapping[str, str] | None = None
+    spec: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    processes: int,
+    scratch: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start the launcher in a session of its own; its log and last words lie in ``scratch``."""
     scratch.mkdir(parents=True, exist_ok=True)
