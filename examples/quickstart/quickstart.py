@@ -47,10 +47,9 @@ def main() -> None:
     if not (HOME / "sft" / "export.json").exists():
         shutil.rmtree(HOME, ignore_errors=True)
         counts = make_world(HOME / "world")
-        print(
-            f"quickstart  a 2-layer Llama ({counts['parameters'] / 1e6:.1f} M parameters) · {counts['train']} pairs · S3 at an embedded endpoint · 2 processes\n\n— base model: supervised fine-tuning —",
-            flush=True,
-        )
+        size = f"{counts['parameters'] / 1e6:.1f} M parameters"
+        print(f"quickstart  a 2-layer Llama ({size}) · {counts['train']} pairs · an embedded S3 endpoint · 2 processes")
+        print("\n— base model: supervised fine-tuning —", flush=True)
         dpo("run", "-f", "examples/quickstart/sft.yaml")
     shutil.rmtree(HOME / "run", ignore_errors=True)
     bucket = HOME / "bucket"
