@@ -102,6 +102,26 @@ def test_last_words_fit_and_keep_the_outcome(message: str, names: list[str], uri
     assert read.run_dir in {uri, None}
 
 
+@pytest.mark.parametrize("letter", ["x", "é", '"', "\n", "\U0001f600"])
+def test_the_longest_last_words_fit(letter: str) -> None:
+    uri = "s3://bucket/" + "k" * 1000
+    words = LastWords(
+        outcome="IncompatibleCheckpoint",
+        message=letter * 9000,
+        metrics={f"val/source-{i}/rewards_rejected_mean": 0.1234567890123 for i in range(300)},
+        run_dir=uri,
+        model_uri=uri,
+        step=10**8,
+        total=10**8,
+        attempt=10**6,
+    )
+    text = words.to_json()
+    assert len(text.encode()) <= LAST_WORDS_MAX_BYTES
+    read = LastWords.from_json(text)
+    assert (read.run_dir, read.model_uri) == (uri, uri)
+    assert len(read.message) > 200
+
+
 def test_short_last_words_are_whole() -> None:
     words = LastWords(outcome="Succeeded", message="fine", metrics={"val/acc": 0.9}, run_dir="s3://r/x")
     assert LastWords.from_json(words.to_json()) == words
