@@ -42,7 +42,10 @@ def write_formats(model: Any, spec: DPOJobSpec, source: Place, folder: Path) -> 
     """Write what the spec asks for into a local folder."""
     store, base = source
     lora = spec.lora
-    if lora is None or spec.output.merge:
+    wanted = set(spec.output.formats)
+    if "formats" not in spec.output.model_fields_set:
+        wanted.add("peft")
+    if "huggingFace" in wanted and (lora is None or spec.output.merge):
         export(
             model,
             store,
@@ -52,5 +55,5 @@ def write_formats(model: Any, spec: DPOJobSpec, source: Place, folder: Path) -> 
             tokenizer=spec.tokenizer.uri if spec.tokenizer else None,
             value_of=merged_value(model) if lora is not None else None,
         )
-    if lora is not None:
+    if lora is not None and "peft" in wanted:
         export_adapter(model, lora, base, folder / "adapter")
