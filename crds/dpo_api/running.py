@@ -152,8 +152,8 @@ class Output(Section):
         min_length=1,
         max_length=3,
         description="Forms of the model: `huggingFace` a folder that transformers loads; `peft` the adapter alone, with"
-        " `lora`, in the subfolder adapter/; `megatron` a Megatron-Core checkpoint. Not set: huggingFace, and with `lora`"
-        " peft too.",
+        " `lora`, in the subfolder adapter/; `megatron` a Megatron-Core checkpoint. Not set: huggingFace, and with"
+        " `lora` peft too.",
     )
     merge: Bool = Field(
         default=True,

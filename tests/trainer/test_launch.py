@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_testing.runs import job_of
 
 from dpo_api.errors import Outcome
+from dpo_testing.runs import job_of
 from dpo_trainer.launch import RankResult, launch, read_results, summarise, switches
 
 SPEC: dict[str, Any] = {"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}}
