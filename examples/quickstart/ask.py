@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()
 
 
 def generate(model: Any, tokenizer: Any, prompts: list[str], seed: int, new_tokens: int = 24) -> list[str]:
