@@ -49,7 +49,7 @@ def main() -> int:
         words, code = script.get("stoppedWords", {"outcome": "Stopped", "step": 2, "total": 4}), 143
     if words is not None:
         Path(arguments.last_words).write_text(json.dumps(words))
-    return code
+    return int(code)
 
 
 def index() -> int:
@@ -57,7 +57,7 @@ def index() -> int:
     print(script.get("log", ""), file=sys.stderr)
     if "index" in script or "lastWords" in script:
         print(json.dumps(script.get("index") or script["lastWords"]))
-    return script.get("code", 0)
+    return int(script.get("code", 0))
 
 
 if __name__ == "__main__":
