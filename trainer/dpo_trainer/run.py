@@ -139,6 +139,8 @@ class Run:
         self.config = read_config(store, folder)
 
         def progress(at: IndexProgress) -> None:
+            if self.stop.reason is not None:  # no collective here: the other processes wait for this one, or read alone
+                raise StoppedError(f"{self.stop.reason} during the index pass; the same command starts it again")
             self.reporter.phase("index", done=at.pairs, message=f"{at.name}: {at.tokens:,} tokens")
 
         indexes = build_indexes(
@@ -256,6 +258,7 @@ class Run:
         store = store_for(self.spec, self.spec.output.storage or self.spec.checkpoint.storage)
         if self.world.is_main:
             self.directory.check_fence()
+            self.directory.store.delete(self.directory.path("export.json"))  # of a shorter run in this directory
         export_model(model, self.spec, self.world, model_source(self.spec), (store, uri))
         self.model_uri = uri
         if self.world.is_main:
