@@ -4,8 +4,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 VENV := .venv
 BIN := $(VENV)/bin
-# megatron-core needs Python 3.12: python3.12 on the PATH, else pyenv's.
-PYTHON ?= $(shell command -v python3.12 || { prefix=$$(pyenv prefix 3.12 2>/dev/null) && echo "$$prefix/bin/python3.12"; })
+# megatron-core needs Python 3.12: python3.12 on the PATH, else pyenv's. A shim may be there and not run, so each is tried.
+PYTHON ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python3.12" python3; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo "$$python"; break; }; done)
 STAMP := $(VENV)/.installed
 EXTRAS := operator,trainer,quickstart,wandb,dev
 # One thread a test process; two processes share two cores better than threads do.
