@@ -7,21 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from dpo_api.errors import Outcome
 from dpo_testing.runs import Finished, finish, kill, merged, run_here, run_processes, start, wait_for_step
 from dpo_testing.training_world import make
-from dpo_trainer.rundir import MARKER
+from dpo_testing.trajectories import checkpoints_in, differences, workers_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruption")]
 
 STEPS, EVERY = 24, 8
-SERIES = ("train/loss", "train/preference_loss", "train/grad_norm", "train/lr", "train/consumed_samples", "val/loss")
-REWARDS = ("train/rewards_chosen_mean", "train/rewards_rejected_mean", "val/rewards_margin")
-REWARD_NOISE = 1e-6
-"""A reward near zero is the difference of two sums near -50: fp32 bounds it absolutely, not relatively."""
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "targetModules": ["all"]}, "training": {"learningRate": 1e-2}}
 
@@ -53,29 +48,6 @@ def full(spec: dict[str, Any], world: Path) -> Finished:
 @pytest.fixture(scope="module")
 def lora(spec: dict[str, Any], world: Path) -> Finished:
     return run_here(merged(spec, LORA), world / "LoRA, undisturbed")
-
-
-def differences(one: Finished, other: Finished) -> list[str]:
-    """Sentences that say where two runs differ; none when they are one trajectory."""
-    found = [] if other.steps == one.steps else [f"the steps are {other.steps}, not {one.steps}"]
-    for key in (*SERIES, *REWARDS):
-        expected, got = np.array(one.series(key)), np.array(other.series(key))
-        if expected.shape != got.shape:
-            found.append(f"{key} has {len(got)} values, not {len(expected)}")
-            continue
-        noise = REWARD_NOISE if key in REWARDS else 0.0
-        bad = np.abs(got - expected) > 1e-5 * np.abs(expected) + noise
-        found += [f"{key}[{i}] is {got[i]!r}, not {expected[i]!r}" for i in np.flatnonzero(bad)[:2]]
-    for name, tensor in one.weights.items():
-        gap = (tensor - other.weights[name]).abs().max().item()
-        if gap > 1e-5:
-            found.append(f"{name} ends {gap:.1e} away")
-    return found
-
-
-def complete(folder: Path) -> list[int]:
-    """The steps whose checkpoints exist."""
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob(f"checkpoints/*/{MARKER}"))
 
 
 def forget_reference(spec: dict[str, Any]) -> None:
@@ -124,7 +96,7 @@ def test_stopped_by_sigterm_and_resumed_without_the_reference(
     words = interrupted(mine, folder, scratch, ask, processes=2, code=143)
     assert words["outcome"] == "Stopped"
     assert EVERY < words["step"] < STEPS
-    assert complete(folder) == [EVERY, words["step"]]
+    assert checkpoints_in(folder) == [EVERY, words["step"]]
     assert f"checkpoint: {folder}/checkpoints/step-{words['step']:06d}" in words["message"]
     forget_reference(mine)
     assert differences(full, run_processes(mine, folder, processes=2, scratch=world / "resumed scratch")) == []
@@ -133,10 +105,10 @@ def test_stopped_by_sigterm_and_resumed_without_the_reference(
 def test_lora_stopped_by_sigterm_and_resumed_by_another_number_of_processes(
     lora: Finished, spec: dict[str, Any], world: Path
 ) -> None:
-    """One process, then two; the reference is kept. Only adapters are saved, and the optimizer's shards change hands."""
+    """One process, then two; the reference is kept. Only adapters are saved; the optimizer's shards move."""
     folder = world / "LoRA stopped"
     words = interrupted(merged(spec, LORA), folder, world / "LoRA scratch", ask, processes=1, code=143)
-    assert (words["outcome"], complete(folder)) == ("Stopped", [EVERY, words["step"]])
+    assert (words["outcome"], checkpoints_in(folder)) == ("Stopped", [EVERY, words["step"]])
     resumed = run_processes(merged(spec, LORA), folder, processes=2, scratch=world / "LoRA resumed")
     assert differences(lora, resumed) == []
 
@@ -147,25 +119,11 @@ def test_killed_between_checkpoints_and_resumed(full: Finished, spec: dict[str, 
     wait_for_step(folder, EVERY + 1)
     kill(child)
     assert not (scratch / "last-words.json").exists()
-    assert complete(folder)[-1] < max(Finished(folder).steps), "nothing was lost: the kill came too late to test it"
+    assert checkpoints_in(folder)[-1] < max(Finished(folder).steps), "the kill lost nothing"
     # What a kill in the middle of a line would leave.
     with (folder / "metrics.jsonl").open("ab") as record:
         record.write(b'{"step": 11, "train/lo')
     assert differences(full, run_here(spec, folder)) == []
-
-
-def worker_of(child: subprocess.Popen[bytes], rank: int) -> int:
-    """The process id of a worker of the launcher's, by its rank."""
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            variables = environment.read_bytes().split(b"\0")
-            command = (environment.parent / "cmdline").read_bytes()
-        except OSError:
-            continue
-        words = child.args if isinstance(child.args, list) else []
-        if f"RANK={rank}".encode() in variables and b"\0worker\0" in command and str(words[4]).encode() in command:
-            return int(environment.parent.name)
-    raise LookupError(f"no worker of rank {rank}")
 
 
 def test_one_process_killed_ends_the_run_and_it_resumes(full: Finished, spec: dict[str, Any], world: Path) -> None:
@@ -173,7 +131,7 @@ def test_one_process_killed_ends_the_run_and_it_resumes(full: Finished, spec: di
     folder, scratch = world / "one killed", world / "one killed scratch"
     code = Outcome.Communication.exit_code
     words = interrupted(
-        spec, folder, scratch, lambda child: os.kill(worker_of(child, 1), signal.SIGKILL), processes=2, code=code
+        spec, folder, scratch, lambda _: os.kill(workers_of(scratch)[1], signal.SIGKILL), processes=2, code=code
     )
     assert "a process of this run ended without a word" in words["message"]
     assert "Traceback" not in (scratch / "log").read_text()

@@ -103,6 +103,7 @@ class Run:
         engine = Engine(model, self.spec, self.world)
         if not inputs.plan.sft_only:
             self._reference(engine, inputs, fingerprint, form)
+            self.stop.leave_before_training(self.world, "the reference pass")
         newest = self._newest_checkpoint()
         engine.prepare_training()
         self.training = Training(
@@ -248,6 +249,11 @@ class Run:
             raise IncompatibleCheckpointError(
                 f"{self.directory.uri} holds a checkpoint of step {newest.step} and spec.checkpoint.resume is false: "
                 "give this run a directory of its own, delete that one, or leave resume out"
+            )
+        if newest is not None and newest.step > self._total:
+            raise IncompatibleCheckpointError(
+                f"{newest.uri} is of step {newest.step}, beyond this run's last step {self._total}: raise "
+                "training.maxSteps (or epochs), or give this run a directory of its own (checkpoint.uri, or --output)"
             )
         return newest
 

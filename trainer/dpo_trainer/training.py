@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpo_api.errors import IncompatibleCheckpointError, StoppedError
+from dpo_api.errors import StoppedError
 from dpo_api.plan import Plan
 from dpo_api.spec import DPOJobSpec
 from dpo_trainer.batches import DataSet, Packer
@@ -85,17 +85,11 @@ class Training:
     def resume_from(self, newest: SavedCheckpoint | None) -> None:
         """Continue from a complete checkpoint, or start at step 0.
 
-        Raises IncompatibleCheckpointError when it belongs to another run or lies beyond this run's last step.
+        Raises IncompatibleCheckpointError when it belongs to another run.
         """
         if newest is not None:
             marker = checkpoints.read_marker(self.directory, newest)
             check_identity(marker.identity, self.identity, newest.uri)
-            if newest.step > self.plan.total_steps:
-                raise IncompatibleCheckpointError(
-                    f"{newest.uri} is of step {newest.step}, beyond this run's last step {self.plan.total_steps}: "
-                    "raise training.maxSteps (or epochs), or give this run a directory of its own (checkpoint.uri, "
-                    "or --output)"
-                )
             self.reporter.note(f"resuming from step {newest.step} ({newest.uri})")
             restore(self.engine, lambda sharded: checkpoints.load(self.directory, self.world, sharded, newest))
             self.step = newest.step

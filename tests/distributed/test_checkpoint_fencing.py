@@ -1,0 +1,120 @@
+"""One owner at a time: an attempt that was taken for dead completes nothing once another owns the run directory."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_api.errors import FencedError, Outcome
+from dpo_store import open_store
+from dpo_testing.runs import finish, kill, merged, run_here, start, wait_for_step
+from dpo_testing.training_world import make
+from dpo_testing.trajectories import checkpoints_in, differences, workers_of
+from dpo_trainer.checkpoint import store as checkpoints
+from dpo_trainer.distributed import World
+from dpo_trainer.rundir import RunDirectory
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("checkpoint-fencing")]
+
+STEPS, EVERY = 24, 8
+
+
+def directory(folder: Path) -> RunDirectory:
+    return RunDirectory(open_store(), str(folder))
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    world = World.join()
+    yield world
+    world.leave()
+
+
+def save(run: RunDirectory, world: World, step: int) -> None:
+    marker = checkpoints.Marker(step=step, attempt=run.attempt, identity={})
+    checkpoints.save(run, world, {}, marker)
+
+
+def test_a_lower_attempt_completes_no_checkpoint(tmp_path: Path, alone: World) -> None:
+    old, new = directory(tmp_path), directory(tmp_path)
+    assert old.claim(None) == 1
+    save(old, alone, 1)
+    assert new.claim(None) == 2
+    with pytest.raises(FencedError, match="attempt 2 owns the run directory"):
+        save(old, alone, 2)
+    save(new, alone, 3)
+    assert checkpoints_in(tmp_path) == [1, 3]
+
+
+def test_a_takeover_during_the_save_is_noticed(tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = directory(tmp_path), directory(tmp_path)
+    old.claim(None)
+    write = checkpoints.dist_checkpointing.save
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        new.claim(None)
+
+    monkeypatch.setattr(checkpoints.dist_checkpointing, "save", slow)
+    with pytest.raises(FencedError):
+        save(old, alone, 2)
+    assert checkpoints_in(tmp_path) == []
+
+
+def test_a_lower_number_may_not_claim(tmp_path: Path) -> None:
+    directory(tmp_path).claim(5)
+    with pytest.raises(FencedError, match="attempt 5 owns"):
+        directory(tmp_path).claim(4)
+    assert directory(tmp_path).claim(5) == 5  # the same number again: whoever comes last
+
+
+def test_of_two_attempts_with_one_number_the_later_one_owns_the_directory(tmp_path: Path, alone: World) -> None:
+    """Two machines that start the same run at the same moment read the same number."""
+    first, second = directory(tmp_path), directory(tmp_path)
+    first.claim(3)
+    second.claim(3)
+    with pytest.raises(FencedError, match="another attempt 3 owns"):
+        save(first, alone, 1)
+    save(second, alone, 1)
+    assert checkpoints_in(tmp_path) == [1]
+
+
+@contextmanager
+def frozen(child: subprocess.Popen[bytes], scratch: Path) -> Iterator[None]:
+    """Stop all processes of a run, as a machine that hangs would, and let them go on afterwards."""
+    family = [child.pid, *workers_of(scratch).values()]
+    for process in family:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in family:
+            os.kill(process, signal.SIGCONT)
+
+
+def test_a_run_that_wakes_up_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    slow = {"maxSteps": STEPS, "learningRate": 1e-3, "validationInterval": 6, "packing": {"enabled": False}}
+    spec = merged(make(tmp_path, pairs=21), {"training": slow, "checkpoint": {"everySteps": EVERY}})
+    undisturbed = run_here(spec, tmp_path / "undisturbed")
+    folder, scratch = tmp_path / "run", tmp_path / "scratch"
+    child = start(spec, folder, processes=1, scratch=scratch)
+    try:
+        wait_for_step(folder, EVERY + 1)
+        with frozen(child, scratch):
+            assert checkpoints_in(folder) == [EVERY]
+            second = run_here(spec, folder)
+            assert differences(undisturbed, second) == []
+            before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        words = finish(child, scratch, code=Outcome.Fenced.exit_code)
+    finally:
+        if child.poll() is None:
+            kill(child)
+    assert words["outcome"] == "Fenced"
+    assert "attempt 2 owns the run directory" in words["message"]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
