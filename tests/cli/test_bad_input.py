@@ -120,6 +120,18 @@ def test_a_missing_bucket(dpo: Command, spec: dict[str, Any], s3: S3Server) -> N
     assert not (dpo.folder / "out").exists()
 
 
+def test_a_missing_bucket_for_the_results(dpo: Command, spec: dict[str, Any], s3: S3Server) -> None:
+    s3.make_bucket("results")
+    file = dpo.write(spec)
+    said = dpo("run", "-f", file, "--output", "s3://result/tiny", **s3.environment())
+    text = only_error(said, Outcome.NotFound)
+    assert "error    --output: s3://result/tiny" in text
+    assert "the bucket does not exist" in text
+    said = dpo("run", "-f", file, "--set", "output.uri=s3://result/tiny", **s3.environment())
+    assert "error    spec.output.uri: s3://result/tiny" in only_error(said, Outcome.NotFound)
+    assert said.out == ""
+
+
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
@@ -187,7 +199,7 @@ def test_a_prompt_that_is_no_prefix(dpo: Command, spec: dict[str, Any]) -> None:
     said = dpo("validate", "--deep", file, "--set", "data.boundary=separate")
     assert said.code == 0
     assert "of 2 pairs" in said.out
-    assert "warning  spec.data: no response of the held-out data ends in an end token" in said.out
+    assert "warning  spec.data: the held-out data are plain strings without special tokens" in said.out
 
 
 def test_pairs_that_are_all_too_long(dpo: Command, spec: dict[str, Any]) -> None:

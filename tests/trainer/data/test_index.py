@@ -231,15 +231,20 @@ def test_ids_outside_the_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_end_token_warning(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    plain = [{"prompt": "q\n", "chosen": text, "rejected": "no"} for text in ("Bosch", "1215")]
+    answers = ("Bosch", "1215")
+    plain = [{"prompt": f"question {text}?", "chosen": text, "rejected": "no"} for text in answers]
     cache = tmp_path / "cache"
 
     def warnings(rows: list[Any], **settings: Any) -> str:
         name = f"{len(list(tmp_path.iterdir()))}.jsonl"
         return " ".join(build(write_jsonl(tmp_path / name, rows), tokenizer, cache, **settings).stats["warnings"])
 
-    assert "appendEos" in warnings(plain)
-    assert "plain strings do not pass through the model's chat template" in warnings(plain)
+    assert "strings do not pass through the model's chat template: use messages, or write it" in warnings(plain)
+    assert "appendEos: true, so that answers end" in warnings(plain)
+    assert "strings do not pass" in warnings([row | {"chosen": "The same end."} for row in plain])
+    for written in ("{}<|im_end|>\n", "{}\nAssistant:"):  # a template in the text, by special tokens or by its end
+        rows = [row | {"prompt": written.format(row["prompt"])} for row in plain]
+        assert warnings(rows).startswith("no response of the train data ends in an end token, so the model learns no")
     assert warnings(plain, appendEos=True) == ""
     assert warnings(preference_rows(3)) == ""  # all end in the same text, the tutorial's way
     assert warnings(chat_rows(3)) == ""

@@ -74,6 +74,10 @@ class PairEncoder:
             last = int(response[-2])
         return last in self._tokenizer.end_ids
 
+    def has_special(self, pair: EncodedPair) -> bool:
+        """Whether a special token other than BOS stands in the prompt or the chosen response."""
+        return any(not self._tokenizer.end_ids.isdisjoint(part.tolist()) for part in (pair.prompt, pair.chosen))
+
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
             self._blank[token] = not self._tokenizer.decode([token]).strip()

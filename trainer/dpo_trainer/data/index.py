@@ -236,7 +236,10 @@ class _Pass:
         self._listener = listener
         self._encoder = PairEncoder(tokenizer, data)
         self._tally = Tally(name, data, [(source.name, source.uri) for source in sources])
-        self._templated = tokenizer.chat is not None
+        # Whether no record shows that it met a template: rendered here, special tokens in its text, or the same end
+        # of all prompts, such as "\nAssistant:".
+        self._bare = tokenizer.chat is not None
+        self._prompt_ends: set[tuple[int, ...]] = set()  # of two tokens; no more than two of them are kept
         self._dated = tokenizer.chat is not None and tokenizer.chat.uses_date
         self._rendered = False  # whether any record needed the template
         self._read = 0  # bytes of text
@@ -255,7 +258,7 @@ class _Pass:
             stats = self._tally.stats(
                 [info.uri for _, _, info in self._files],
                 template_date=self._dated and self._rendered,
-                unused_template=self._templated and not self._rendered,
+                bare=self._bare and len(self._prompt_ends) > 1,
             )
             writer.finish({**stats, "largestId": self._largest[0], "largestIdAt": self._largest[1]})
         except BaseException:
@@ -293,6 +296,9 @@ class _Pass:
             if isinstance(result, Problem):
                 self._tally.drop(source, f"{info.uri}:{line}", result)
                 continue
+            self._bare = self._bare and not (self._rendered or self._encoder.has_special(result))
+            if len(self._prompt_ends) < 2:
+                self._prompt_ends.add(tuple(result.prompt[-2:].tolist()))
             self._tally.keep(source, result, ended=result.truncated or self._encoder.ends(result.chosen))
             self._note_largest(result, f"{info.uri}:{line}")
             if not self._tally.failed:  # once it has failed, the rest is read only to say how many lines are bad

@@ -124,7 +124,7 @@ class Tally:
             text += f"; {_SEPARATE}"
         return text
 
-    def _warnings(self, unused_template: bool) -> list[str]:
+    def _warnings(self, *, bare: bool) -> list[str]:
         warnings = []
         total = self.total
         broken = total.dropped[Reason.NOT_A_PREFIX]
@@ -139,16 +139,21 @@ class Tally:
             warnings.append(
                 f"{dropped - broken} of {total.lines} lines of the {self._name} data were dropped ({', '.join(parts)})"
             )
-        if not self._ended and len(self._last_ids) > 1:
-            strings = " (plain strings do not pass through the model's chat template)" if unused_template else ""
+        if bare and not self._data.append_eos:
             warnings.append(
-                f"no response of the {self._name} data ends in an end token{strings}, so the model learns no end of its"
-                " answers; write it into the text, use messages with a chat template, or set spec.data.appendEos: true"
+                f"the {self._name} data are plain strings without special tokens, and strings do not pass through the"
+                " model's chat template: use messages, or write it into the text, unless the model was tuned on bare"
+                " text (then set spec.data.appendEos: true, so that answers end)"
+            )
+        elif not self._ended and len(self._last_ids) > 1:
+            warnings.append(
+                f"no response of the {self._name} data ends in an end token, so the model learns no end of its answers;"
+                " write it into the text, use messages with a chat template, or set spec.data.appendEos: true"
             )
         return warnings
 
-    def stats(self, files: list[str], *, template_date: bool, unused_template: bool = False) -> dict[str, Any]:
-        """The JSON that PairIndex.stats holds. ``unused_template``: there is a chat template, and no record met it.
+    def stats(self, files: list[str], *, template_date: bool, bare: bool = False) -> dict[str, Any]:
+        """The JSON that PairIndex.stats holds. ``bare``: there is a chat template, and no text shows a trace of one.
 
         lines, pairs, tokens (prompt + chosen + rejected), longest (prompt with the longer response), truncated,
         dropped (by reason), endInEndToken (chosen responses that do), sources (the same counts for each, with name and
@@ -163,6 +168,6 @@ class Tally:
                 for (name, uri), count in zip(self._sources, self._by_source, strict=True)
             ],
             "files": files,
-            "warnings": self._warnings(unused_template),
+            "warnings": self._warnings(bare=bare),
             "templateDate": TEMPLATE_DATE.isoformat() if template_date else None,
         }
