@@ -1,5 +1,6 @@
 """One owner at a time: an attempt that was taken for dead completes nothing once another owns the run directory."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from dpo_testing.training_world import make
 from dpo_testing.trajectories import checkpoints_in, differences, workers_of
 from dpo_trainer.checkpoint import store as checkpoints
 from dpo_trainer.distributed import World
+from dpo_trainer.metrics.jsonl import LocalLog
 from dpo_trainer.rundir import RunDirectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("checkpoint-fencing")]
@@ -118,3 +120,17 @@ def test_a_run_that_wakes_up_late_changes_nothing(tmp_path: Path, monkeypatch: p
     assert words["outcome"] == "Fenced"
     assert "attempt 2 owns the run directory" in words["message"]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_record_that_is_taken_over_gets_no_line_of_its_former_owner(tmp_path: Path) -> None:
+    """Even where the new owner had nothing to drop."""
+    path = tmp_path / "metrics.jsonl"
+    former = LocalLog(path, None)
+    former.write(1, {"train/loss": 0.5})
+    latter = LocalLog(path, 1)
+    former.write(2, {"train/loss": 0.25})
+    latter.write(2, {"train/loss": 0.125})
+    former.close()
+    latter.close()
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert events == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.125}]

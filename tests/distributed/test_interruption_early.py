@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
-from dpo_api.errors import StoppedError
+from dpo_api.errors import Outcome, StoppedError
 from dpo_testing.runs import Finished, finish, job_of, kill, merged, run_here, start, wait_for_step
 from dpo_testing.training_world import make
 from dpo_testing.trajectories import checkpoints_in, differences, workers_of
-from dpo_trainer.distributed import World
+from dpo_trainer.distributed import World, lost_contact
+from dpo_trainer.launch import RankResult, _Forwarding, summarise
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
 
@@ -148,6 +152,9 @@ def test_a_stop_before_training_leaves_a_directory_to_start_again_in(
     message = stopped_after(mine, folder, StopRequest(), lambda run: _phase(run) == phase)
     assert phase in message
     assert not (folder / "metrics.jsonl").exists()
+    # A stop in the first index leaves the second for later: an index pass can be longer than any grace period.
+    indexes = [path for path in (world / f"cache of {phase}" / "index").iterdir() if path.is_dir()]
+    assert len(indexes) == (1 if phase == "index" else 2)
     assert differences(undisturbed, run_here(mine, folder)) == []
 
 
@@ -171,3 +178,51 @@ def test_a_stop_in_the_middle_of_the_reference_keeps_what_was_computed(world: Pa
 def _phase(run: Run) -> str:
     hub = run.reporter._hub
     return "" if hub is None else hub.progress.newest.phase
+
+
+# -- what the launcher makes of it
+
+
+def result(rank: int, outcome: Outcome, message: str) -> RankResult:
+    return RankResult(rank=rank, outcome=outcome.name, message=message, at=float(rank))
+
+
+def test_a_lost_process_of_a_stopped_run_is_a_stop_that_saved_nothing() -> None:
+    words = summarise([result(0, Outcome.Communication, "lost contact")], 143, asked=True)
+    assert words.outcome == "Stopped"
+    assert "an older checkpoint counts" in words.message
+    both = [result(0, Outcome.Communication, "lost contact"), result(1, Outcome.Stopped, "after step 7")]
+    assert summarise(both, 143, asked=True).message == "after step 7"
+    assert summarise(both[:1], 1, asked=False).outcome == "Communication"
+
+
+def test_a_signal_before_the_child_is_passed_on_once() -> None:
+    """torchrun that gets a second one stops waiting for its workers."""
+    count = "import signal, time\nseen = 0\ndef note(*_):\n    global seen\n    seen += 1\n"
+    count += "signal.signal(signal.SIGTERM, note)\nprint('ready', flush=True)\n"
+    count += "import sys\nsys.stdin.read()\nprint(seen)\n"
+    with _Forwarding() as stop:
+        command = [sys.executable, "-c", count]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        stop.to(child)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert child.communicate()[0] == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:2"), True),
+        (CheckpointException("load", {0: (RuntimeError("Connection reset by peer"), None)}), True),  # type: ignore[dict-item]
+        (CheckpointException("load", {0: (EOFError("short"), None)}), False),  # type: ignore[dict-item]
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_a_damaged_file(error: BaseException, lost: bool) -> None:
+    """While a checkpoint is loaded, a lost process must not pass for an incompatible checkpoint, which is permanent."""
+    assert lost_contact(error) is lost
