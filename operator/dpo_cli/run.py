@@ -10,13 +10,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from rich.console import Console
 
 from dpo_api.errors import DPOError, NotFoundError, Outcome
+from dpo_api.findings import Finding
 from dpo_api.manifest import DPOJob
 from dpo_api.progress import LastWords, Progress
 from dpo_api.spec import DPOJobSpec, Resources, Section
@@ -135,8 +136,12 @@ def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Se
     """Look at everything that the job names; if it cannot run, say why."""
     here = Resources(nodes=1, processes_per_node=processes)
     spec = loaded.job.spec.model_copy(update={"resources": here})
+    if options.output is not None:  # looked at like the place that the manifest names
+        spec = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"uri": options.output})})
     job = loaded.job.model_copy(update={"spec": spec})
     verdict = judge_job(options.file, loaded.document, job, Options(here=True))
+    if options.output is not None:
+        verdict = replace(verdict, findings=tuple(_blame_output(finding) for finding in verdict.findings))
     console = stdout() if verdict.valid else stderr()
     if not verdict.valid:
         console.print(f"{options.file}: {headline(verdict.findings)}", style="bold")
@@ -144,6 +149,12 @@ def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Se
     for note in notes:
         console.print(f"  note     {note}")
     return verdict
+
+
+def _blame_output(finding: Finding) -> Finding:
+    if finding.field != "spec.checkpoint.uri":
+        return finding
+    return replace(finding, field="--output", line=None)
 
 
 class _Run:

@@ -27,7 +27,7 @@ from dpo_cli.machine import count_listed, gpu_count, visible
 from dpo_cli.run import CLUSTER_ONLY, choose_processes, environment_of, ignored_here, tail_of
 from dpo_testing.cli import Dpo, Replay, Said, World
 from dpo_testing.manifests import manifest
-from dpo_testing.s3server import S3Server
+from dpo_testing.s3server import S3Server, free_port
 
 EVENTS: list[dict[str, Any]] = [
     {"phase": "starting"},
@@ -109,6 +109,7 @@ def arguments(folder: Path) -> dict[str, Any]:
 
 def test_the_command_line_reaches_the_trainer(world: World, replay: Replay) -> None:
     world.spec["checkpoint"] = {"uri": "elsewhere", "gracePeriodSeconds": 77}
+    port = str(free_port())
     file = world.write()
     said = replay.run(
         SUCCESS,
@@ -120,7 +121,7 @@ def test_the_command_line_reaches_the_trainer(world: World, replay: Replay) -> N
         "--processes",
         "3",
         "--port",
-        "9400",
+        port,
         "--set",
         "training.maxSteps=7",
     )
@@ -130,7 +131,7 @@ def test_the_command_line_reaches_the_trainer(world: World, replay: Replay) -> N
         "run_dir": "out",
         "processes": "3",
         "grace_seconds": "77",
-        "port": "9400",
+        "port": port,
         "host": "127.0.0.1",
     }
     assert json.loads((world.folder / "out" / "spec.json").read_text())["spec"]["training"]["maxSteps"] == 7
