@@ -141,4 +141,8 @@ def _validations(spec: DPOJobSpec, plan: Plan | None, about: str) -> str:
 def _results(job: DPOJob, spec: DPOJobSpec) -> Iterator[Row]:
     run_dir = spec.checkpoint.uri or f"runs/{job.metadata.name}"
     yield "run", run_dir + ("" if spec.checkpoint.uri else " (for `dpo run`, as checkpoint.uri is not set)")
-    yield "model to", f"{spec.output.uri or run_dir.rstrip('/') + '/model'} ({', '.join(spec.output.formats)})"
+    lora, output = spec.lora is not None, spec.output
+    forms = [form for form in output.formats if form != "huggingFace" or not lora or output.merge]
+    if lora and "formats" not in output.model_fields_set:
+        forms.append("peft")
+    yield "model to", f"{output.uri or run_dir.rstrip('/') + '/model'} ({', '.join(forms)})"

@@ -34,6 +34,21 @@ def test_max_steps_need_no_data(world: World, dpo: Dpo) -> None:
     assert "cosine over 34 to 9e-7, the last 4 at 9e-7" in said.out
 
 
+@pytest.mark.parametrize(
+    ("settings", "forms"),
+    [
+        ([], "huggingFace"),
+        (["lora={}"], "huggingFace, peft"),
+        (["lora={}", "output.merge=false"], "peft"),
+        (["lora={}", "output.formats=[huggingFace]"], "huggingFace"),
+    ],
+)
+def test_the_forms_that_will_be_written_are_told(world: World, dpo: Dpo, settings: list[str], forms: str) -> None:
+    world.spec.pop("lora", None)
+    said = dpo("validate", "--offline", world.write(), *(word for text in settings for word in ("--set", text)))
+    assert said.out.endswith(f"/model ({forms})\n")
+
+
 def test_all_mistakes_at_once(world: World, dpo: Dpo) -> None:
     world.spec["model"]["huggingFace"]["uri"] = str(world.folder / "modle")
     world.spec["data"]["train"][0]["uri"] = str(world.folder / "dta/")
