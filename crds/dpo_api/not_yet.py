@@ -54,6 +54,11 @@ NOT_YET: tuple[NotYet, ...] = (
     NotYet("spec.checkpoint.monitor", lambda s: s.checkpoint.monitor is not None, "leave it out"),
     NotYet("spec.output.formats", lambda s: "megatron" in s.output.formats, "leave megatron out and use huggingFace"),
     NotYet("spec.logging.mlflow", lambda s: s.logging.mlflow is not None, "use logging.wandb or logging.tensorboard"),
+    NotYet(
+        "spec.storage.cache.size",
+        lambda s: s.storage.cache.size is not None,
+        "leave it out; resources.scratch, or the claim's own size, bounds the cache",
+    ),
     NotYet("spec.transformerEngine.fp8", lambda s: s.transformer_engine.fp8 is not None, "leave it out"),
     NotYet("spec.transformerEngine.attention", lambda s: s.transformer_engine.attention, "use false"),
 )

@@ -48,6 +48,7 @@ NOT_YET_CASES: dict[str, dict[str, Any]] = {
     "spec.checkpoint.monitor": {"checkpoint.monitor": "val/loss"},
     "spec.output.formats": {"output.formats": ["huggingFace", "megatron"]},
     "spec.logging.mlflow": {"logging.mlflow": {"trackingURI": "http://mlflow"}},
+    "spec.storage.cache.size": {"storage.cache.size": "10Gi"},
     "spec.transformerEngine.fp8": {"transformerEngine.fp8": "hybrid"},
     "spec.transformerEngine.attention": {"transformerEngine.attention": True},
 }
