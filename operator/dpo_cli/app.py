@@ -76,7 +76,7 @@ def validate(
 
 @app.command()
 def run(
-    manifest: Annotated[str | None, typer.Argument(metavar="[FILE]", help="Manifest, as with -f.")] = None,
+    manifest: Annotated[str | None, typer.Argument(metavar="FILE", help="Manifest, as with -f.")] = None,
     file: Annotated[
         str | None, typer.Option("-f", "--file", metavar="FILE", help="Manifest; - reads standard input.")
     ] = None,

@@ -39,7 +39,7 @@ def replay(tmp_path: Path) -> Replay:
     return make_replay(tmp_path / "replay")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:
     try:
         with s3_server() as server:
