@@ -28,7 +28,7 @@ class Settings:
     """Write Kueue's labels on children of jobs with a queue."""
     extra_env: tuple[tuple[str, str], ...] = ()
     """Environment of every trainer, such as the cluster's NCCL settings; a job's own env wins."""
-    identity_audience: str = ""
+    identity_audience: str = "sts.amazonaws.com"
     """Audience of the projected identity token for jobs with a serviceAccountName; empty: none is mounted here, and
     the cloud's own webhook (IRSA, workload identity) does it."""
     identity_token_seconds: int = 86_400
