@@ -112,8 +112,7 @@ def _credentials(spec: DPOJobSpec, found: Mounts) -> None:
     own = {access.credentials_secret_ref.name for access in accesses(spec) if access.credentials_secret_ref is not None}
     own -= {common.name} if common is not None else set()
     for index, name in enumerate(sorted(own)):
-        # Group-readable, so that an fsGroup or OpenShift's group 0 can read it; nobody else is in the pod.
-        found.add(f"credentials-{index}", f"{CREDENTIALS}/{name}", {"secret": {"secretName": name, "defaultMode": 0o440}})
+        found.add(f"credentials-{index}", f"{CREDENTIALS}/{name}", {"secret": {"secretName": name}})
     if own:
         found.set("DPO_CREDENTIALS_DIR", CREDENTIALS)
 
