@@ -93,7 +93,9 @@ def _environment(spec: DPOJobSpec) -> Iterator[Finding]:
         elif name in logged:
             yield _error(f"{field}.name", f"{name} comes from spec.logging.wandb.apiKeySecretRef; set one of the two")
         elif name in S3_KEYS and variable.value is not None:
-            yield _error(f"{field}.value", f"{name} as plain text would be a secret in a spec; use valueFrom.secretKeyRef")
+            yield _error(
+                f"{field}.value", f"{name} as plain text would be a secret in a spec; use valueFrom.secretKeyRef"
+            )
         source = variable.value_from
         if source is not None and (len(source) != 1 or next(iter(source)) not in VALUE_SOURCES):
             yield _error(f"{field}.valueFrom", f"{_listed(source)}: set exactly one of {', '.join(VALUE_SOURCES)}")
@@ -122,7 +124,9 @@ def _tokens(projected: Any, field: str) -> Iterator[Finding]:
     sources = projected.get("sources") if isinstance(projected, Mapping) else None
     for index, source in enumerate(sources if isinstance(sources, list) else []):
         if isinstance(source, Mapping) and "serviceAccountToken" in source:
-            text = "the trainer's pods hold no token of the cluster; set spec.serviceAccountName for the cloud's storage"
+            text = (
+                "the trainer's pods hold no token of the cluster; set spec.serviceAccountName for the cloud's storage"
+            )
             yield _error(f"{field}.sources[{index}].serviceAccountToken", text)
 
 

@@ -9,9 +9,11 @@ How the process runs a pass:
    - ``CreateConfigMap`` or ``CreateChild`` answered 409 AlreadyExists: GET the object; put it into ``config_map`` or
      ``children`` (whoever owns it: reconcile adopts, waits or refuses).
    - an action answered 400, 403, 404 or 422: add a ``Refusal`` under the object's name to ``refusals``.
-   - ``CheckChild`` (a dry run) answered: put the ``ChildCheck`` into ``check``.
+   - ``CheckChild`` (a dry run) answered: put the ``ChildCheck`` into ``check``. 409 counts as yes: names are looked
+     at last.
    - ``LookUpChild`` answered: add the object to ``children``, or its name to ``absent``.
    404 for a delete, and 409 for an event, are successes. 429, 5xx and lost connections: drop the decision, back off.
+   ``config_map``, ``check``, ``absent`` and ``refusals`` hold the news of this round alone; the next one starts empty.
 4. ``PatchStatus`` is the last action and carries the resourceVersion; on 409 drop it and reconcile the newer object.
 5. Call again after ``Decision.wake`` seconds, or as soon as anything about the job changes.
 """

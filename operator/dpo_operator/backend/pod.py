@@ -123,7 +123,11 @@ def _probes(spec: DPOJobSpec) -> dict[str, Any]:
     Workers look the master up by name before they start, and its Service names only ready pods: a master that waits
     for workers to be ready would wait for ever.
     """
-    probe = {"httpGet": {"path": "/healthz", "port": METRICS_PORT}, "periodSeconds": LIVENESS_PERIOD, "timeoutSeconds": 10}
+    probe = {
+        "httpGet": {"path": "/healthz", "port": METRICS_PORT},
+        "periodSeconds": LIVENESS_PERIOD,
+        "timeoutSeconds": 10,
+    }
     meeting = spec.run_policy.start_timeout_seconds + 1800  # the rendezvous and the imports come after the last start
     return {
         "startupProbe": {**probe, "failureThreshold": -(-meeting // LIVENESS_PERIOD)},
