@@ -44,7 +44,7 @@ def configure(form: str, level: str, stream: TextIO = sys.stderr) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # Requests that kopf repeats are news to us only when they are over; aiohttp logs each access.
+    # kopf tells of each request that it repeats, with tracebacks; what ends a watch is told by ``watches``.
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-    logging.getLogger("kopf").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+    logging.getLogger("kopf").setLevel(logging.DEBUG if level == "debug" else logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -8,7 +8,7 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -34,6 +34,7 @@ class Metrics:
         job_limit: int,
     ) -> None:
         """``jobs``: the DPOJobs of now. ``gauges``: further gauges, by name: help and value."""
+        disable_created_metrics()  # one more series a counter, which no dashboard reads
         self.registry = CollectorRegistry()
         self._passes = Histogram(
             "dpo_operator_reconcile_duration_seconds", "Duration of a pass over one DPOJob.", registry=self.registry,

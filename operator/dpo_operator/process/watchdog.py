@@ -91,6 +91,8 @@ class Watchdog:
 
     async def compare(self) -> bool:
         """Compare once; return whether the watches have brought everything."""
+        if not self.resources:
+            return False
         suspects: set[_Suspect] = set()
         for resource in self.resources:
             for scope in self._scopes:

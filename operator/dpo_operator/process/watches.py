@@ -151,7 +151,7 @@ class Watches:
         settings.networking.request_timeout = 60.0
         settings.networking.connect_timeout = 5.0
         settings.watching.chunk_size = 500
-        settings.watching.server_timeout = 300.0
+        settings.watching.server_timeout = 300  # whole seconds: the API server takes no other
         settings.watching.reconnect_backoff = 0.5
         settings.queueing.worker_limit = self._limit
         # A worker of kopf lives on after its last event; hundreds of them are only memory.

@@ -268,16 +268,17 @@ class ControlPlane:
             method="PATCH",
             headers={"Content-Type": "application/apply-patch+yaml"},
         )
-        with urllib.request.urlopen(request, timeout=30.0, context=self._ssl()):
+        with urllib.request.urlopen(request, timeout=30.0, context=self.tls()):
             pass
 
         def established() -> bool:
-            conditions = self.admin.get(_CRDS, None, name).get("status", {}).get("conditions", [])
+            conditions = self.admin.get(_CRDS, None, name).get("status", {}).get("conditions") or []
             return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
         eventually(established, what=f"the CRD {name} is established")
 
-    def _ssl(self) -> ssl.SSLContext:
+    def tls(self) -> ssl.SSLContext:
+        """Return the API server's CA and the admin's certificate, for other clients."""
         context = ssl.create_default_context(cafile=str(self.ca_file))
         context.load_cert_chain(self._pki / "admin.crt", self._pki / "admin.key")
         return context
