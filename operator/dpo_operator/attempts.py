@@ -11,7 +11,7 @@ from dpo_operator import creation, ends, evidence, invariants, limits, progress,
 from dpo_operator.backend import pytorchjob
 from dpo_operator.classification import Cause, decisive, success
 from dpo_operator.draft import Draft
-from dpo_operator.reasons import Reason
+from dpo_operator.reasons import Reason, named
 from dpo_operator.texts import sentence
 from dpo_operator.types import DeleteChild, LookUpChild, Object
 from dpo_operator.view import is_alive
@@ -176,7 +176,7 @@ def _refine(draft: Draft, child: Object | None) -> None:
     attempt = draft.attempt
     assert attempt is not None  # noqa: S101 - the caller has one in hand
     best = decisive(evidence.causes(draft, attempt, child))
-    told = Reason[attempt.reason] if attempt.reason in Reason.__members__ else Reason.Internal
+    told = named(attempt.reason)
     # That pods stop says nothing more than that their child was deleted.
     known = 10 if told is Reason.ChildDeleted else Cause(told, "").weakness
     if best is not None and best.weakness < known:

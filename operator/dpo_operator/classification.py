@@ -18,7 +18,7 @@ from dpo_api.errors import Outcome
 from dpo_api.progress import LAST_WORDS_MAX_BYTES, LastWords
 from dpo_api.status import PodRecord
 from dpo_operator.backend import pytorchjob
-from dpo_operator.reasons import Reason, of_outcome
+from dpo_operator.reasons import Reason, named, of_outcome
 from dpo_operator.texts import clean, last_line
 from dpo_operator.types import Object
 from dpo_operator.view import moment
@@ -116,7 +116,7 @@ def cause_of_pod(pod: Object, *, memory_limit: str | None, failed_at: float | No
     if words is not None and words.known_outcome is Outcome.Succeeded:
         return None
     specific = words is not None and words.known_outcome not in CONSEQUENCES
-    found = (
+    return (
         (_of_words(pod, words) if specific else None)
         or _of_container(pod, memory_limit)
         or _of_disruption(pod)
@@ -125,7 +125,6 @@ def cause_of_pod(pod: Object, *, memory_limit: str | None, failed_at: float | No
         or _of_init_container(pod)
         or _of_deletion(pod, failed_at)
     )
-    return found
 
 
 def _cause(reason: Reason, pod: Object, message: str) -> Cause:
@@ -154,7 +153,7 @@ def _of_words(pod: Object, words: LastWords | None) -> Cause | None:
 
 def _of_container(pod: Object, memory_limit: str | None) -> Cause | None:
     terminated = _terminated(pod) or {}
-    reason = terminated.get("reason")
+    reason = str(terminated.get("reason") or "")
     if reason == "OOMKilled":
         if memory_limit is not None:
             text = f"pod {_place(pod)} used more memory than spec.resources.memory {memory_limit}; raise it"
@@ -248,8 +247,8 @@ def record_of(pod: Object, cause: Cause | None) -> PodRecord:
 
 def cause_of_record(record: PodRecord) -> Cause | None:
     """Return the cause that was recorded of a pod that may be gone by now."""
-    reason = next((reason for reason in Reason if reason.value == record.reason), None)
-    if reason is None or reason.retry == "none":
+    reason = named(record.reason, Reason.Succeeded)
+    if reason.retry == "none":
         return None
     where = f"{record.name} on node {record.node}" if record.node else record.name
     return Cause(reason, f"pod {where}: {reason.meaning}", record.name, record.node)

@@ -10,7 +10,7 @@ from dpo_api.status import ConditionType, DPOJobStatus
 from dpo_operator import clock, names
 from dpo_operator.conditions import find, holds
 from dpo_operator.draft import Draft
-from dpo_operator.reasons import Reason
+from dpo_operator.reasons import Reason, named
 from dpo_operator.types import DeleteJob, EmitEvent
 from dpo_operator.view import View
 
@@ -58,7 +58,7 @@ def transitions(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
     before, after = find(old.conditions, ConditionType.Finished), find(new.conditions, ConditionType.Finished)
     if after is not None and before is None:
         succeeded = holds(new.conditions, ConditionType.Succeeded)
-        yield (Reason[after.reason] if succeeded else Reason.Failed), after.message, ""
+        yield (named(after.reason) if succeeded else Reason.Failed), after.message, ""
 
 
 def _acceptance(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
@@ -66,7 +66,7 @@ def _acceptance(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
     if after is None:
         return
     if before is None or (before.status, before.reason) != (after.status, after.reason):
-        yield Reason[after.reason], after.message, f"{after.observed_generation}"
+        yield named(after.reason), after.message, f"{after.observed_generation}"
 
 
 def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
@@ -78,17 +78,18 @@ def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
         if attempt.running_time is not None and (before is None or before.running_time is None):
             text = f"All pods of attempt {attempt.number} run."
             yield Reason.TrainingStarted, text, f"{attempt.number}/{attempt.running_time}"
-        ended = attempt.result == "Failed" and attempt.reason in Reason.__members__
-        if ended and (before is None or (before.result, before.reason) != (attempt.result, attempt.reason)):
-            text = attempt.message or Reason[str(attempt.reason)].meaning
-            yield Reason[str(attempt.reason)], f"Attempt {attempt.number}: {text}", f"{attempt.number}"
+        news = before is None or (before.result, before.reason) != (attempt.result, attempt.reason)
+        if attempt.result == "Failed" and news:
+            reason = named(attempt.reason)
+            text = attempt.message or reason.meaning
+            yield reason, f"Attempt {attempt.number}: {text}", f"{attempt.number}"
 
 
 def _progressing(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
     before, after = find(old.conditions, ConditionType.Progressing), find(new.conditions, ConditionType.Progressing)
     if after is None or (before is not None and before.reason == after.reason):
         return
-    reason = Reason[after.reason]
+    reason = named(after.reason)
     if reason in PROGRESS_WARNINGS:
         yield reason, after.message, f"{new.attempt or 0}"
 
@@ -97,7 +98,7 @@ def _run(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
     for kind, bad in INVARIANTS:
         before, after = find(old.conditions, kind), find(new.conditions, kind)
         if after is not None and after.status == bad and (before is None or before.status != bad):
-            yield Reason[after.reason], after.message, f"{new.attempt or 0}/{after.last_transition_time}"
+            yield named(after.reason), after.message, f"{new.attempt or 0}/{after.last_transition_time}"
 
 
 def checkpoint(old: DPOJobStatus, new: DPOJobStatus, every: int) -> Iterator[Told]:

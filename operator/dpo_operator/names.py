@@ -19,7 +19,7 @@ def config_map(job: str, uid: str) -> str:
 
 def event(job: str, uid: str, reason: str, detail: str) -> str:
     """Return the name of an event: the same for the same transition, so that it is told once."""
-    return f"{job}.{_digest('/'.join((uid, reason, detail)))[:16]}"
+    return f"{job}.{_digest(f'{uid}/{reason}/{detail}')[:16]}"
 
 
 def fence(created: int, attempt: int) -> int:

@@ -7,7 +7,7 @@ from dpo_operator import acceptance, attempts, clock, events, housekeeping, patc
 from dpo_operator.backend import pytorchjob
 from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
-from dpo_operator.types import Decision, Observed, PatchStatus, ScrapeTarget
+from dpo_operator.types import Decision, EmitEvent, Observed, PatchStatus, ScrapeTarget
 from dpo_operator.view import View, is_alive
 
 
@@ -61,7 +61,7 @@ def _conclude(draft: Draft) -> Decision:
     return Decision((*draft.actions, *told, *written), patches.to_json(draft.status), draft.wake, scrape)
 
 
-def _events(draft: Draft) -> list[events.EmitEvent]:
+def _events(draft: Draft) -> list[EmitEvent]:
     try:
         return events.emit(draft)
     except ManifestError:  # a spec that cannot be read has no intervals to count

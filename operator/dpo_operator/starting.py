@@ -112,7 +112,7 @@ def _of_child(draft: Draft, attempt: Attempt) -> Iterable[Obstacle]:
 
 def _newest_first(events: Iterable[Object], kind: str, name: str) -> list[Object]:
     mine = [e for e in events if _about(e).get("kind") == kind and _about(e).get("name") == name]
-    return sorted(mine, key=lambda event: _seen(event), reverse=True)
+    return sorted(mine, key=_seen, reverse=True)
 
 
 def _about(event: Object) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Words that come from elsewhere (pods, API server, trainer) before they enter a status: short, one line, no controls."""
+"""Words from elsewhere (pods, API server, trainer) on their way into a status: short, one line, no control characters."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def _probes(spec: DPOJobSpec) -> dict[str, Any]:
     }
     meeting = spec.run_policy.start_timeout_seconds + 1800  # the rendezvous and the imports come after the last start
     return {
-        "startupProbe": {**probe, "failureThreshold": -(-meeting // LIVENESS_PERIOD)},
+        "startupProbe": {**copy.deepcopy(probe), "failureThreshold": -(-meeting // LIVENESS_PERIOD)},
         "livenessProbe": {**probe, "failureThreshold": LIVENESS_FAILURES},
     }
 
