@@ -136,8 +136,7 @@ def _ending(draft: Draft, attempt: Attempt) -> None:
     if attempt.result != "Succeeded":
         evidence.record(draft, attempt, child)
         evidence.steps(draft, draft.attempt or attempt)
-        if attempt.result == "Failed" and attempt.reason not in OURS:
-            _refine(draft, child)
+        _refine(draft, child)
         attempt = draft.attempt or attempt
         words = success(draft.view.pods(attempt))
         if words is not None:  # it finished while it was being ended
@@ -156,7 +155,8 @@ def _ending(draft: Draft, attempt: Attempt) -> None:
         if words is not None:
             ends.succeed(draft, words)
         return
-    if attempt.reason in OURS and not _torn_down(draft, attempt, child):
+    must_go = attempt.reason in OURS or (child is not None and not pytorchjob.is_over(child))
+    if must_go and not _torn_down(draft, attempt, child):
         _place_ending(draft, attempt)
         return
     alive = [pod for pod in draft.view.pods(attempt) if is_alive(pod) and not creation.pod_is_given_up(draft, pod)]
@@ -172,13 +172,22 @@ def _ending(draft: Draft, attempt: Attempt) -> None:
 
 
 def _refine(draft: Draft, child: Object | None) -> None:
-    """A more decisive cause may show only when the last pod has ended."""
+    """A more decisive cause may show only when the last pod has ended.
+
+    Of an attempt that the operator ends only a permanent cause changes the story: it would come again.
+    """
     attempt = draft.attempt
     assert attempt is not None  # noqa: S101 - the caller has one in hand
     best = decisive(evidence.causes(draft, attempt, child))
     told = named(attempt.reason)
-    # That pods stop says nothing more than that their child was deleted.
-    known = 10 if told is Reason.ChildDeleted else Cause(told, "").weakness
+    if told is Reason.DeadlineExceeded:
+        return
+    if told.value in OURS:
+        known = 1
+    elif told is Reason.ChildDeleted:
+        known = 10  # that pods stop says nothing more than that their child was deleted
+    else:
+        known = Cause(told, "").weakness
     if best is not None and best.weakness < known:
         _fail(draft, best)
 
