@@ -27,7 +27,7 @@ from dpo_testing.kubeapi import PYTORCHJOBS, Api, ApiError, Object, eventually
 from dpo_testing.pki import Authority, Pair, service_account_keys
 from dpo_testing.s3server import free_port, tool
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[3]
 _CRDS = ("apiextensions.k8s.io/v1", "customresourcedefinitions")
 _NAMESPACES = ("v1", "namespaces")
 
@@ -79,7 +79,7 @@ class ControlPlane:
         self._run("etcd", self._etcd_arguments())
         self._start_apiserver()
         self._run("kube-controller-manager", self._controller_manager_arguments())
-        self.install_crd(_REPOSITORY / "crds" / "dpojobs.yaml")
+        self.install_crd(REPOSITORY / "crds" / "dpojobs.yaml")
         if training_operator:
             self.install_crd(pytorchjob_crd())
             self._start_training_operator()
@@ -334,7 +334,7 @@ def kubeconfig(server: str, ca: Path, certificate: Path, key: Path) -> str:
 
 def pytorchjob_crd() -> Path:
     """Return the CRD's manifest out of training-operator's own module, of the version that hack/tools pins."""
-    folder = _REPOSITORY / "hack" / "tools" / "training-operator"
+    folder = REPOSITORY / "hack" / "tools" / "training-operator"
     done = subprocess.run(
         ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", "github.com/kubeflow/training-operator"],
         cwd=folder, capture_output=True, text=True, check=True,
