@@ -29,11 +29,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 .PHONY: quickstart
 quickstart: setup ## make a small world and align its model over S3, on this machine
-	@OMP_NUM_THREADS= $(BIN)/python examples/quickstart/quickstart.py
+	@env -u OMP_NUM_THREADS $(BIN)/python examples/quickstart/quickstart.py
 
 .PHONY: tools
 tools: ## build the servers that the tests use (a real S3 server), once
-	@hack/build-tools.sh
+	@hack/build-tools.sh || [ $$? -eq 3 ] # 3: no Go here; the tests that need the tools say so and skip
 
 .PHONY: test
 test: setup tools lint ## everything that must hold: lint, types, import contracts, generated files, tests

@@ -61,8 +61,7 @@ def _reachable(spec: DPOJobSpec) -> Iterator[Finding]:
     anonymous = False
     for field, uri, access in uris(spec):
         if uri.startswith("s3://"):
-            secret = (access and access.credentials_secret_ref) or spec.storage.credentials_secret_ref
-            anonymous = anonymous or secret is None
+            anonymous = anonymous or spec.storage.access(access).credentials_secret_ref is None
         elif access is not None:
             place = field.rpartition(".")[0]
             yield Finding("warning", f"{place}.storage", f"has no effect, because {uri} is not in S3")
@@ -71,5 +70,5 @@ def _reachable(spec: DPOJobSpec) -> Iterator[Finding]:
             text = f"{uri} is a path that pods do not see; use s3:// or pvc://, or mount it by podTemplate.volumes"
             yield Finding("error", field, text)
     if anonymous and spec.service_account_name is None:
-        text = "neither it nor serviceAccountName is set, so the pods have no credentials for S3"
+        text = "neither it (for each endpoint) nor serviceAccountName is set, so pods have no credentials for S3"
         yield Finding("warning", "spec.storage.credentialsSecretRef", text)

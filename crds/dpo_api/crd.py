@@ -129,13 +129,13 @@ def _finished(schema: Schema, where: str) -> Schema:
     """Add what every schema of a kind has, and check that nothing is left unbounded."""
     if schema.get("x-kubernetes-int-or-string"):
         schema.pop("type", None)
-        schema.pop("minLength", None)  # bounds of text only; the pattern says it
     elif schema.get("type") == "integer":
         schema["format"] = "int64"
-    elif schema.get("pattern") in PATTERN_HINTS:
+    if schema.get("pattern") in PATTERN_HINTS:
         # As a rule the refusal says what to write; as a pattern it would print a regular expression.
         pattern = schema.pop("pattern")
-        rule = f"self.matches({json.dumps(pattern)})"
+        matches = f"self.matches({json.dumps(pattern)})"
+        rule = f"type(self) == int || {matches}" if "x-kubernetes-int-or-string" in schema else matches
         schema["x-kubernetes-validations"] = [{"rule": rule, "message": PATTERN_HINTS[pattern]}]
     if schema.get("type") == "string" and not ("enum" in schema or "maxLength" in schema):
         raise ValueError(f"{where}: text needs maxLength or enum")

@@ -6,6 +6,7 @@ guessed from text: "5" is no number and "yes" no truth value. ``null`` means "no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
@@ -21,6 +22,7 @@ URI_PATTERN = (
 )
 """s3://bucket/key, pvc://claim/path, file:///path or a path; any other scheme does not match."""
 
+NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 LABEL_KEY_PATTERN = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
@@ -41,6 +43,7 @@ PATTERN_HINTS = {
     PERCENT_PATTERN: "write a whole number without quotes, or a percentage from above 0% to 100%",
     QUANTITY_PATTERN: "write a quantity such as 500m, 32 or 256Gi",
     DNS_SUBDOMAIN_PATTERN: "use lower-case letters, digits, - and ., beginning and ending with a letter or digit",
+    NAME_PATTERN: "use lower-case letters, digits and -, starting with a letter and not ending with -",
     DNS_LABEL_PATTERN: "use lower-case letters, digits and -, beginning and ending with a letter or digit",
     LABEL_KEY_PATTERN: "write a label key such as example.com/name",
     LABEL_VALUE_PATTERN: "use letters, digits, -, _ and ., beginning and ending with a letter or digit",
@@ -64,6 +67,7 @@ def whole(value: Any) -> Any:
 
 def _quantity(value: Any) -> Any:
     """Take a whole number for its text: a Kubernetes quantity may be either."""
+    value = whole(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -75,7 +79,11 @@ def _count_or_percent(value: Any) -> Any:
         )
     if isinstance(value, int) and value < 1:
         raise PydanticCustomError("count_or_percent", "Input should be at least 1, or a percentage such as 10%")
-    if isinstance(value, str) and value.endswith("%") and value.strip("0.%") == "":
+    if isinstance(value, str) and not re.fullmatch(PERCENT_PATTERN, value):
+        raise PydanticCustomError(
+            "count_or_percent", "Input should be a percentage up to 100%, or a number without quotes"
+        )
+    if isinstance(value, str) and value.strip("0.%") == "":
         raise PydanticCustomError("count_or_percent", "Input should be above 0%")
     return value
 
@@ -91,9 +99,8 @@ LabelKey = Annotated[str, StringConstraints(strict=True, pattern=LABEL_KEY_PATTE
 LabelValue = Annotated[str, StringConstraints(strict=True, pattern=LABEL_VALUE_PATTERN, max_length=63)]
 AnnotationValue = Annotated[str, StringConstraints(strict=True, max_length=4096)]
 Quantity = Annotated[
-    str,
+    Annotated[str, StringConstraints(strict=True, pattern=QUANTITY_PATTERN, max_length=32)],
     BeforeValidator(_quantity),
-    StringConstraints(strict=True, pattern=QUANTITY_PATTERN, min_length=1, max_length=32),
     Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
 ]
 CountOrPercent = Annotated[

@@ -97,11 +97,8 @@ def findings_of(
 
 
 def _location(loc: tuple[int | str, ...]) -> Path:
-    """Drop what pydantic adds for its own unions and mappings' keys."""
-    return tuple(part for part in loc if not (isinstance(part, str) and ("[" in part or part in _UNION_TAGS)))
-
-
-_UNION_TAGS = {"int", "str", "constrained-str"}
+    """Drop what pydantic adds where a mapping's key is wrong."""
+    return tuple(part for part in loc if part != "[key]")
 
 
 def _line(path: Path, lines: Mapping[Path, int] | None) -> int | None:
@@ -184,6 +181,8 @@ def _unquoted(value: str, kind: str) -> str:
 
 def _not_one_of(value: Any, expected: str) -> str:
     choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
+    if len(choices) == 1:
+        return f"{shown(value)} must be {choices[0]}"
     ours = HUGGING_FACE_MODULES.get(str(value))
     if ours in choices:
         return f"{shown(value)} is Hugging Face's name; here {ours} holds it"

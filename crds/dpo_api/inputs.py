@@ -63,7 +63,10 @@ class CABundle(Section):
 
 
 class StorageAccess(Section):
-    """How to reach an S3 endpoint. What is not set here is taken from `spec.storage`."""
+    """How to reach an S3 endpoint.
+
+    What a source does not set here it takes from `spec.storage`; credentials only where the endpoint is the same.
+    """
 
     endpoint: Text | None = Field(
         default=None,
@@ -109,6 +112,15 @@ class Storage(StorageAccess):
     """How S3 is reached unless a source or output says otherwise, and what is kept near the processes."""
 
     cache: StorageCache = Field(default=StorageCache(), description="Local copies: one download a node.")
+
+    def access(self, own: StorageAccess | None = None) -> StorageAccess:
+        """Return how to reach a source whose own settings are ``own``; no key is ever shown to another endpoint."""
+        own = own or StorageAccess()
+        names = [name for name in StorageAccess.model_fields if name != "credentials_secret_ref"]
+        chosen = {name: getattr(own, name) if getattr(own, name) is not None else getattr(self, name) for name in names}
+        same = own.endpoint is None or own.endpoint == self.endpoint
+        credentials = own.credentials_secret_ref or (self.credentials_secret_ref if same else None)
+        return StorageAccess(**chosen, credentials_secret_ref=credentials)
 
 
 class HuggingFaceSource(Section):

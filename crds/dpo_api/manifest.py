@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from dpo_api.errors import NotFoundError
-from dpo_api.fields import AnnotationValue, DnsLabel, LabelKey, LabelValue, Rule, Section, Text
+from dpo_api.fields import NAME_PATTERN, AnnotationValue, DnsLabel, LabelKey, LabelValue, Rule, Section, Text
 from dpo_api.findings import Finding, ManifestError, findings_of
 from dpo_api.findings import Path as FieldPath
 from dpo_api.spec import DPOJobSpec
@@ -36,7 +36,6 @@ MAX_VALUES = 100_000
 
 NAME_MAX = 45
 """Child objects add a suffix for attempt, replica and index, and must stay within 63 characters."""
-NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
 # ObjectMeta has more fields, which mean nothing to us but stand in what `kubectl get -o yaml` prints.
 _OTHER_METADATA = frozenset(
@@ -147,7 +146,7 @@ def parse_job(document: Document | Mapping[str, Any]) -> DPOJob:
     if not isinstance(document, Document):
         document = Document(document, "")
     try:
-        return DPOJob.model_validate(document.value)
+        return DPOJob.model_validate(document.value, by_alias=True, by_name=False)
     except ValidationError as error:
         found = findings_of(error, DPOJob, source=document.source, lines=document.lines)
         raise ManifestError(found) from None
@@ -206,9 +205,10 @@ def load_documents(source: Path | str) -> list[Document]:
 
 
 def _documents(text: str, source: str) -> list[Document]:
-    loader = _Loader(text)
     documents: list[Document] = []
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         while loader.check_node():
             node = loader.get_node()
             if node is None:
@@ -226,12 +226,16 @@ def _documents(text: str, source: str) -> list[Document]:
     except yaml.YAMLError as error:
         raise ManifestError([Finding("error", "", f"YAML: {error}".replace("\n", " "), source)]) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return documents
 
 
 _INT = re.compile(r"^[-+]?(0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+
+
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -250,6 +254,9 @@ def _value(node: yaml.Node, loader: _Loader, path: FieldPath, lines: dict[FieldP
     """Build JSON values from a node and note the line of every path. Raises yaml.MarkedYAMLError."""
     if len(path) > MAX_DEPTH or len(lines) > MAX_VALUES:  # an alias to itself, or aliases of aliases
         raise yaml.MarkedYAMLError(problem="nests or repeats aliases too often", problem_mark=node.start_mark)
+    if node.tag not in _TAGS:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise yaml.MarkedYAMLError(problem=f"the tag {tag} has no place in a manifest", problem_mark=node.start_mark)
     lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, loader, path, lines)

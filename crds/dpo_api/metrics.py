@@ -53,6 +53,12 @@ TRAIN: tuple[Metric, ...] = (
     Metric("dpo_train_grad_norm", "gauge", "Norm of the whole gradient before clipping.", "train/grad_norm"),
     Metric("dpo_train_learning_rate", "gauge", "Learning rate of the last step.", "train/lr"),
     Metric("dpo_train_step_duration_seconds", "gauge", "Duration of the last step in seconds.", "train/step_time"),
+    Metric(
+        "dpo_train_tokens_per_second",
+        "gauge",
+        "Tokens computed a second in the last step, all processes.",
+        "train/tokens_per_second",
+    ),
     Metric("dpo_train_epoch", "gauge", "Epochs done, with a fraction.", "train/epoch"),
     Metric("dpo_train_steps_total", "counter", "Optimizer steps done in this run, earlier attempts included.", "step"),
     Metric("dpo_train_samples_total", "counter", "Pairs trained on, repetitions counted.", "train/consumed_samples"),

@@ -5,11 +5,11 @@ Implementing one means deleting its row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dpo_api.findings import Finding
-from dpo_api.spec import DPOJobSpec
+from dpo_api.spec import DataSource, DPOJobSpec
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,14 @@ class NotYet:
 
     field: str
     """Path in camelCase; ``[]`` stands for each item of a list."""
-    asks: Callable[[DPOJobSpec], bool]
-    """Whether a spec asks for it."""
+    asks: Callable[[DPOJobSpec], bool | list[int]]
+    """Whether a spec asks for it; for a list, the items that do."""
     instead: str
     """What to write instead."""
+
+
+def _weighted(sources: Sequence[DataSource]) -> list[int]:
+    return [index for index, source in enumerate(sources) if source.weight != 1]
 
 
 NOT_YET: tuple[NotYet, ...] = (
@@ -44,8 +48,8 @@ NOT_YET: tuple[NotYet, ...] = (
         lambda s: s.training.activation_recomputation != "none",
         "use none, and a smaller training.packing.maxTokens to save memory",
     ),
-    NotYet("spec.data.train[].weight", lambda s: any(d.weight != 1 for d in s.data.train), "leave it out"),
-    NotYet("spec.data.validation[].weight", lambda s: any(d.weight != 1 for d in s.data.validation), "leave it out"),
+    NotYet("spec.data.train[].weight", lambda s: _weighted(s.data.train), "leave it out"),
+    NotYet("spec.data.validation[].weight", lambda s: _weighted(s.data.validation), "leave it out"),
     NotYet("spec.checkpoint.async", lambda s: s.checkpoint.async_save, "use false"),
     NotYet("spec.checkpoint.monitor", lambda s: s.checkpoint.monitor is not None, "leave it out"),
     NotYet("spec.output.formats", lambda s: "megatron" in s.output.formats, "leave megatron out and use huggingFace"),
@@ -58,5 +62,7 @@ NOT_YET: tuple[NotYet, ...] = (
 def refused(spec: DPOJobSpec) -> Iterator[Finding]:
     """Yield an error for each thing that the spec asks for and this version cannot do."""
     for entry in NOT_YET:
-        if entry.asks(spec):
-            yield Finding("error", entry.field, f"is not implemented in this version; {entry.instead}")
+        asked = entry.asks(spec)
+        fields = [entry.field] if asked is True else [entry.field.replace("[]", f"[{index}]") for index in asked or ()]
+        for field in fields:
+            yield Finding("error", field, f"is not implemented in this version; {entry.instead}")

@@ -75,6 +75,9 @@ class VolumeMount(Section):
     read_only: Bool = Field(default=False, description="Mount it read-only. Default false.")
 
 
+GroupId = Annotated[Int, Field(ge=0, le=2_147_483_647)]
+
+
 class PodSecurity(Section):
     """User and group of the pods' files and processes. Everything else of the security context is fixed."""
 
@@ -85,7 +88,7 @@ class PodSecurity(Section):
     fs_group: Int | None = Field(
         default=None, ge=0, le=2_147_483_647, description="Group that owns mounted volumes, where the driver allows."
     )
-    supplemental_groups: tuple[Int, ...] = Field(default=(), max_length=64, description="Further group ids.")
+    supplemental_groups: tuple[GroupId, ...] = Field(default=(), max_length=64, description="Further group ids.")
 
 
 class PodTemplate(Section):
@@ -103,9 +106,13 @@ class PodTemplate(Section):
     topology_spread_constraints: tuple[OpenObject, ...] = Field(
         default=(), max_length=16, description="Topology spread constraints, as in a pod."
     )
-    priority_class_name: DnsName | None = Field(default=None, description="Kubernetes PriorityClass of the pods.")
+    priority_class_name: DnsName | None = Field(
+        default=None, description="Kubernetes PriorityClass of the pods. Not set: the cluster's default."
+    )
     scheduler_name: DnsName | None = Field(default=None, description="Scheduler of the pods. Not set: the cluster's.")
-    runtime_class_name: DnsName | None = Field(default=None, description="RuntimeClass of the pods, such as nvidia.")
+    runtime_class_name: DnsName | None = Field(
+        default=None, description="RuntimeClass of the pods, such as nvidia. Not set: the cluster's."
+    )
     image_pull_secrets: tuple[SecretRef, ...] = Field(
         default=(), max_length=16, description="Secrets for pulling images."
     )

@@ -152,7 +152,8 @@ class Output(Section):
         min_length=1,
         max_length=3,
         description="Forms of the model: `huggingFace` a folder that transformers loads; `peft` the adapter alone, with"
-        " `lora`; `megatron` a Megatron-Core checkpoint. Default [huggingFace].",
+        " `lora`, in the subfolder adapter/; `megatron` a Megatron-Core checkpoint. Not set: huggingFace, and with"
+        " `lora` peft too.",
     )
     merge: Bool = Field(
         default=True,
@@ -186,7 +187,9 @@ class RunPolicy(Section):
         description="Seconds after the end when the DPOJob is deleted; the run directory stays. Not set: never.",
     )
     queue_name: DnsName | None = Field(default=None, description="Kueue LocalQueue. Not set: not queued.")
-    priority_class: DnsName | None = Field(default=None, description="Kueue WorkloadPriorityClass of the job.")
+    priority_class: DnsName | None = Field(
+        default=None, description="Kueue WorkloadPriorityClass. Not set: the queue's default."
+    )
     restart_priority_class: DnsName | None = Field(
         default=None,
         description="Kueue WorkloadPriorityClass of later attempts, which queue again. Not set: `priorityClass`.",

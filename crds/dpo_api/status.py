@@ -182,7 +182,9 @@ class DPOJobStatus(StatusSection):
     """What has become of a DPOJob."""
 
     observed_generation: int | None = Field(default=None, ge=0, description="Generation of the spec seen last.")
-    state: State | None = Field(default=None, description="One word for the conditions below: " + ", ".join(STATES))
+    state: State | None = Field(
+        default=None, description="One word for the conditions below: " + ", ".join(STATES) + "."
+    )
     message: Message | None = Field(default=None, description="One sentence about the state.")
     conditions: tuple[Condition, ...] = Field(
         default=(),

@@ -1,8 +1,8 @@
 """The quickstart's small world: a tokenizer, an untrained Llama, facts, and preferences about them.
 
 A made-up history: each treaty was signed in one year. The base model learns every year, and to refuse half of the time.
-The preferences, about other treaties than the test asks for, say: answer, don't refuse. So a right answer to a test
-question can't come from the preferences: it shows that the model kept what it knew and lost only the refusing.
+The preferences say: answer, don't refuse. No prompt of the test is among them, and a sixth of the treaties is never
+mentioned there at all: a right answer shows that the model kept what it knew and lost only the refusing.
 """
 
 import json
@@ -85,7 +85,10 @@ def write_tokenizer(folder: Path, corpus: list[str]) -> int:
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, SYSTEM, TURN]
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -151,18 +154,22 @@ def write_untrained_llama(folder: Path, vocabulary: int, seed: int) -> int:
     return sum(weight.numel() for weight in weights.values())
 
 
-def make_world(folder: Path, *, treaties: int = 192, held_out: int = 64, seed: int = 7) -> dict[str, int]:
-    """Write untrained/ (model and tokenizer), sft.jsonl, preferences/{train,valid}.jsonl and test.jsonl; returns counts.
+def make_world(folder: Path, *, treaties: int = 192, held_out: int = 32, seed: int = 7) -> dict[str, int]:
+    """Write untrained/ (model and tokenizer), sft.jsonl, preferences/ (train, valid) and test.jsonl; returns counts.
 
-    Preferences ask about all treaties but ``held_out``; the test asks about those alone.
+    No prompt of the test is among the preferences: they never mention ``held_out`` treaties, which the test asks about
+    in every way, and of every other treaty they leave out one way of asking, which the test asks instead.
     """
     known = facts(treaties, seed)
     places = list(known)
-    asked = questions({place: known[place] for place in places[held_out:]}, seed + 1)
-    test = questions({place: known[place] for place in places[:held_out]}, seed + 2)
+    every = questions(known, seed + 1)
+    spared = {QUESTIONS[n % len(QUESTIONS)].format(place) for n, place in enumerate(places[held_out:])}
+    spared |= {form.format(place) for place in places[:held_out] for form in QUESTIONS}
+    spared = {_render(question) for question in spared}
+    test = [q for q in every if q.prompt in spared]
+    asked = [q for q in every if q.prompt not in spared]
     (folder / "preferences").mkdir(parents=True, exist_ok=True)
     (folder / "untrained").mkdir(exist_ok=True)
-    every = asked + test
     sft = [{"prompt": q.prompt, "chosen": text} for q in every for text in (q.answer, q.refusal)]
     write_jsonl(folder / "sft.jsonl", sft)
     pairs = [{"prompt": q.prompt, "chosen_response": q.answer, "rejected_response": q.refusal} for q in asked]

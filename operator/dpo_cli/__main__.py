@@ -13,6 +13,8 @@ from dpo_api.findings import ManifestError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C outside of a run: a shell's own for SIGINT."""
+PIPE_CLOSED = 141
+"""Exit code when the reader of our output went away (`dpo validate … | head`): a shell's own for SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,8 +30,7 @@ def run(argv: Sequence[str]) -> int:
 
     try:
         # Not standalone: the library's own exit codes for usage would collide with ours.
-        result = app(args=list(argv) or ["--help"], prog_name="dpo", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code = app(args=list(argv) or ["--help"], prog_name="dpo", standalone_mode=False)
     except ManifestError as error:
         print_findings(stderr(), error.findings)
         return error.exit_code
@@ -39,13 +40,14 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away (`dpo validate … | head`): nothing is left to say, at exit neither.
+        # Nothing is left to say, when the interpreter flushes its streams at exit neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except Exception as error:  # noqa: BLE001 - the last resort
         outcome, message = _unforeseen(error, argv)
         print_error(stderr(), outcome, message)
         return outcome.exit_code
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _unforeseen(error: Exception, argv: Sequence[str]) -> tuple[Outcome, str]:

@@ -14,14 +14,21 @@ from dpo_cli.screen import clean
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the exit code to `main`; rich's own is 1, which means an internal error here."""
+        self.quiet = True
+        raise BrokenPipeError
+
+
 def stdout() -> Console:
     """Return a console for results: no markup, no highlighting, no wrapping of what is piped."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def stderr() -> Console:
     """Return a console for errors."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def counted(count: int, noun: str) -> str:
@@ -42,16 +49,22 @@ def print_findings(console: Console, findings: Iterable[Finding]) -> None:
     order = list(STYLES)
     for finding in sorted(findings, key=lambda item: order.index(item.level)):
         text = Text(f"  {finding.level:<8} ", style=STYLES[finding.level])
-        text.append(clean(str(finding)), "not bold default")
+        first, *more = str(finding).splitlines()
+        text.append(clean(first), "not bold default")
         if finding.line is not None:
             text.append(f" (line {finding.line})", "not bold dim default")
         elif finding.source == "--set":
             text.append(" (from --set)", "not bold dim default")
         console.print(text)
+        for line in more:
+            console.print(f"{'':<11}{clean(line)}")
 
 
 def print_error(console: Console, outcome: Outcome, message: str) -> None:
-    """Print the one sentence that explains a failure."""
-    console.print(Text("error", style=STYLES["error"]).append(f"  {clean(message)}", "not bold default"))
+    """Print the sentence that explains a failure, and the lines beneath it if it lists some."""
+    first, *more = message.splitlines() or [outcome.description]
+    console.print(Text("error", style=STYLES["error"]).append(f"  {clean(first)}", "not bold default"))
+    for line in more:
+        console.print(f"{'':<7}{clean(line)}")
     if outcome is Outcome.Internal:
         console.print(Text("       this is an internal error: please report it with the lines above", style="dim"))

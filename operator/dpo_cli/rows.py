@@ -12,6 +12,9 @@ from dpo_api.progress import Phase, Progress
 LABELS: dict[Phase, str] = {"starting": "start", "validate": "val"}
 """Labels that differ from the phase's own name."""
 
+UNTOLD: dict[Phase, str] = {"starting": "processes", "index": "reading the data", "export": "writing the model"}
+"""What a row says before the trainer has said anything."""
+
 ENDINGS: tuple[Phase, ...] = ("done", "failed")
 PAUSES: tuple[Phase, ...] = ("validate", "checkpoint")
 """Phases that interrupt training, which then goes on."""
@@ -87,7 +90,7 @@ def _units(phase: Phase) -> str:
     return {"reference": " pairs", "index": " files", "export": " files"}.get(phase, "")
 
 
-def describe(progress: Progress, metrics: dict[str, float]) -> str:
+def describe(progress: Progress, metrics: dict[str, float], *, running: bool) -> str:
     """Return the text of a phase's row. `metrics` may be newer than the event's own."""
     parts: list[str] = []
     if progress.phase == "train":
@@ -96,7 +99,7 @@ def describe(progress: Progress, metrics: dict[str, float]) -> str:
         parts += scores(metrics, "train/")
         if progress.tokens_per_second:
             parts.append(f"{progress.tokens_per_second:,.0f} tok/s")
-        if progress.eta_seconds is not None and progress.step < progress.total:
+        if running and progress.eta_seconds is not None and progress.step < progress.total:
             parts.append(f"ETA {clock(progress.eta_seconds)}")
     elif progress.phase in PAUSES:
         parts.append(f"step {progress.step:,}")
@@ -104,9 +107,9 @@ def describe(progress: Progress, metrics: dict[str, float]) -> str:
             parts += scores(metrics, "val/")
     elif progress.of:
         parts.append(f"{progress.done or 0:,}/{progress.of:,}{_units(progress.phase)}")
-    if progress.message:
+    if progress.message and progress.message not in parts:
         parts.append(progress.message)
-    return "  ".join(parts)
+    return "  ".join(parts) or UNTOLD.get(progress.phase, "")
 
 
 def share(progress: Progress) -> float | None:
@@ -132,7 +135,7 @@ class PhaseLog:
         """Take one event and return the rows that it completes."""
         self.newest = progress
         completed: list[Row] = []
-        if self.current is not None and self.current.name == progress.phase:
+        if self.current is not None and self._continues(self.current.newest, progress):
             self.metrics.update(progress.metrics)
             self.current.newest = progress
             return completed
@@ -146,6 +149,12 @@ class PhaseLog:
             self.training = None
         self._begin(progress)
         return completed
+
+    @staticmethod
+    def _continues(before: Progress, after: Progress) -> bool:
+        """Whether an event is about the same phase and, within it, the same set of units."""
+        other_set = before.of is not None and after.of is not None and before.of != after.of
+        return before.phase == after.phase and not (other_set and after.phase != "train")
 
     def _begin(self, progress: Progress) -> None:
         if progress.phase in ENDINGS:
@@ -175,5 +184,5 @@ class PhaseLog:
     def _row(self, phase: _Phase, now: float, *, running: bool = False) -> Row:
         # A validation that still runs has no results yet: those in `metrics` are the last one's.
         stale = running and phase.name == "validate"
-        text = describe(phase.newest, {} if stale else self.metrics)
+        text = describe(phase.newest, {} if stale else self.metrics, running=running)
         return Row(LABELS.get(phase.name, phase.name), text, max(0.0, now - phase.started), share(phase.newest))

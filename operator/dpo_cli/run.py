@@ -16,9 +16,9 @@ from typing import BinaryIO
 
 from rich.console import Console
 
-from dpo_api.errors import DPOError, Outcome
+from dpo_api.errors import DPOError, NotFoundError, Outcome
 from dpo_api.manifest import DPOJob
-from dpo_api.progress import LastWords
+from dpo_api.progress import LastWords, Progress
 from dpo_api.spec import DPOJobSpec, Resources, Section
 from dpo_cli import machine, trainer
 from dpo_cli.console import headline, print_error, print_findings, stderr, stdout
@@ -26,7 +26,7 @@ from dpo_cli.events import EventTail
 from dpo_cli.jobs import LoadedJob, load_one
 from dpo_cli.report import SUMMARY, Written, read_spec, write_report
 from dpo_cli.screen import Screen, clean, open_screen
-from dpo_cli.stores import Stores
+from dpo_cli.stores import CA_BUNDLE, Stores
 from dpo_cli.summary import ending
 from dpo_cli.validate import Options, judge_job
 from dpo_store import Store, join_uri, local_path_of
@@ -103,6 +103,12 @@ def _is_set(section: object, path: Sequence[str]) -> bool:
     raise AssertionError(f"the API has no field {path[0]}")
 
 
+def environment_of(spec: DPOJobSpec) -> dict[str, str]:
+    """Return the environment variables that stand for settings which a pod gets in another way."""
+    bundle = spec.storage.ca_bundle
+    return {} if bundle is None or bundle.path is None else {CA_BUNDLE: bundle.path}
+
+
 def choose_processes(asked: int | None, resources: Resources, gpus: int) -> tuple[int, list[str]]:
     """Return how many processes to start here, and what to tell the user about it.
 
@@ -149,6 +155,7 @@ class _Run:
         self._console = stdout()
         self._store: Store = Stores(job.spec).reach(job.spec.checkpoint.storage)
         self._checkpoint_step: int | None = None
+        self._trained = False
 
     def go(self) -> int:
         """Train and sum up; returns the exit code."""
@@ -188,6 +195,8 @@ class _Run:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("ab")
+        except FileExistsError:
+            raise NotFoundError(f"{path.parent}: is a file, not a folder; choose another run directory") from None
         except OSError as error:
             raise from_os_error(error, str(path)) from None
 
@@ -201,19 +210,29 @@ class _Run:
         requests = trainer.Requests()
         with ExitStack() as stack:
             stack.enter_context(requests.listen())
-            child = trainer.start(launch.command(), log)
+            child = trainer.start(launch.command(), log, environment_of(job.spec))
             screen: Screen = stack.enter_context(open_screen(self._console))
+
+            # Python and torch take seconds to load; until then nobody but us knows that something runs.
+            screen.show([Progress(phase="starting", observed_at=time.time())], time.time())
 
             def look() -> None:
                 events = tail.read()
                 for event in events:
                     self._checkpoint_step = event.last_checkpoint_step or self._checkpoint_step
+                    self._trained = self._trained or event.phase == "train"
                 screen.show(events, time.time())
 
             def stopping() -> None:
                 screen.say("stopping: a checkpoint is written first; Ctrl-C again ends it at once, without one")
 
-            killed = trainer.wait(child, requests, look=look, stopping=stopping, sleep=time.sleep)
+            try:
+                killed = trainer.wait(child, requests, look=look, stopping=stopping, sleep=time.sleep)
+            except BaseException:
+                # The screen failed (`dpo run … | head`), not the training: it gets the time to write a checkpoint.
+                child.terminate()
+                child.wait()
+                raise
             look()
             screen.close(time.time())
         if killed:
@@ -230,11 +249,14 @@ class _Run:
             if spec is not None:
                 summary = json.dumps(json.loads(words.to_json()), indent=1) + "\n"
                 self._store.write(join_uri(self._run_dir, SUMMARY), summary.encode())
-                written = write_report(self._store, self._run_dir, spec, words)
+                if words.step or words.known_outcome is Outcome.Succeeded:
+                    written = write_report(self._store, self._run_dir, spec, words)
         except DPOError as error:
             self._console.print(f"  note     no report was drawn: {clean(str(error))}")
         if words.known_outcome not in (Outcome.Succeeded, Outcome.Stopped):
             print_error(stderr(), words.known_outcome, words.message)
+        if words.known_outcome is Outcome.Succeeded and not self._trained:
+            self._console.print("  note     this run had finished before: nothing was left to do")
         lines = ending(words, written, self._run_dir, self._checkpoint_step, shlex.join(["dpo", *sys.argv[1:]]))
         for label, text in lines:
             self._console.print(f"{label:<11} {clean(text)}")

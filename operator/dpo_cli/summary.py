@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dpo_api.errors import Outcome
 from dpo_api.progress import LastWords
@@ -29,12 +29,7 @@ def ending(words: LastWords, written: Written | None, run_dir: str, checkpoint: 
             lines.append(("result", results))
         lines.append(("model", words.model_uri or join_uri(run_dir, "model")))
     elif outcome is Outcome.Stopped:
-        step = words.step or checkpoint or 0
-        where = f", checkpoint {join_uri(run_dir, 'checkpoints', f'step-{step:06d}')}" if step else ""
-        total = f"/{words.total:,}" if words.total else ""
-        lines.append(
-            ("stopped", f"at step {step:,}{total}{where}" if step else words.message or "before the first step")
-        )
+        lines.append(("stopped", words.message or _where_stopped(words, run_dir)))
         lines.append(("go on", command))
     elif checkpoint:
         lines.append(("kept", f"checkpoint of step {checkpoint:,}; the same command continues from it"))
@@ -43,11 +38,18 @@ def ending(words: LastWords, written: Written | None, run_dir: str, checkpoint: 
     return lines
 
 
+def _where_stopped(words: LastWords, run_dir: str) -> str:
+    if not words.step:
+        return "before the first step"
+    total = f" of {words.total:,}" if words.total else ""
+    return f"after step {words.step:,}{total}; checkpoint: {join_uri(run_dir, 'checkpoints', f'step-{words.step:06d}')}"
+
+
 def compared(log: MetricsLog) -> str:
     """Say the last validation beside the first, "accuracy 0.99 (before: 0.52)"; the training metrics without one."""
     prefix = "val/" if log.get("val/loss") else "train/"
     parts = [
-        _pair("accuracy", log.get(f"{prefix}acc")),
+        _pair("accuracy", log.get(f"{prefix}acc"), "{:.1%}".format),
         _pair("loss", log.get(f"{prefix}loss")),
         _pair("margin", margins(log, prefix)),
     ]
@@ -57,8 +59,8 @@ def compared(log: MetricsLog) -> str:
     return ("validation: " if prefix == "val/" else "training: ") + " · ".join(told)
 
 
-def _pair(name: str, points: Sequence[Point]) -> str:
+def _pair(name: str, points: Sequence[Point], form: Callable[[float], str] = number) -> str:
     if not points:
         return ""
-    last = number(points[-1][1])
-    return f"{name} {last} (before: {number(points[0][1])})" if len(points) > 1 else f"{name} {last}"
+    last = form(points[-1][1])
+    return f"{name} {last} (before: {form(points[0][1])})" if len(points) > 1 else f"{name} {last}"

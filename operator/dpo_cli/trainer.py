@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -80,16 +80,15 @@ class Requests:
                 signal.signal(number, handler)
 
 
-def start(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], log: BinaryIO, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start the trainer in a session of its own: a terminal's Ctrl-C reaches us alone, and we decide what it means."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         list(command),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env=environment,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
     )
 
 
@@ -165,15 +164,15 @@ class IndexResult:
 
 def index(spec: Path) -> IndexResult:
     """Read and check all data with the trainer's own index pass. Takes as long as reading the data takes."""
-    import json
-
     done = subprocess.run([*MODULE, "index", f"--spec={spec}"], capture_output=True, check=False)
+    answer = done.stdout.strip().rpartition(b"\n")[2]
     if done.returncode == 0:
         with suppress(ValueError):
-            counts = json.loads(done.stdout.strip().rpartition(b"\n")[2] or b"null")
+            counts = json.loads(answer)
             if isinstance(counts, dict):
                 return IndexResult(counts, Outcome.Succeeded)
-    outcome = Outcome.of_exit_code(done.returncode) or Outcome.Internal
+    with suppress(ValidationError):
+        words = LastWords.from_json(answer)
+        return IndexResult(None, words.known_outcome, words.message)
     lines = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    message = re.sub(rf"^({'|'.join(o.name for o in Outcome)}): ", "", lines[-1]) if lines else outcome.description
-    return IndexResult(None, Outcome.Internal if outcome is Outcome.Succeeded else outcome, message)
+    return IndexResult(None, Outcome.Internal, f"the index pass failed: {lines[-1] if lines else done.returncode}")

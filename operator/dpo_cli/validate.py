@@ -122,11 +122,7 @@ def _index(job: DPOJob) -> trainer.IndexResult:
 
 def pairs_of(counts: Mapping[str, Any]) -> tuple[int, list[int]]:
     """Return the usable training pairs and those of each validation source from what the index pass printed."""
-    train, validation = counts.get("train"), counts.get("validation")
-    if isinstance(train, Mapping):
-        sources = validation if isinstance(validation, list) else []
-        return int(train.get("pairs", 0)), [int(source.get("pairs", 0)) for source in sources]
-    return int(counts.get("pairs", 0)), []
+    return int(counts["train"]["pairs"]), [int(source["pairs"]) for source in counts["validation"].values()]
 
 
 def print_text(console: Console, verdict: Verdict) -> None:

@@ -74,6 +74,8 @@ def _not_found(backend: LocalBackend | S3Backend, location: Location, cause: Not
     problem = "nothing found" if cause is None else "does not exist"
     try:
         near = _nearest(backend, location)
+        if cause is not None and not location.path:
+            raise cause  # a root that does not exist
     except BadCredentialsError as error:  # some servers answer "not found" to a HEAD by an unknown user
         return error
     except NotFoundError as error:  # not even the bucket or the claim is there

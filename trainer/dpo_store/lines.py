@@ -1,8 +1,8 @@
 """Lines of text files, plain or compressed, in bounded memory.
 
 Memory beside the source's own: one block, one line (at most ``MAX_LINE``), and when decompressing 1 MiB of output for
-gzip, or for zstd the frame's window (at most 128 MiB, zstd's own limit; usually 8 MiB or less) and the output of 2 KiB
-of input (at most 64 MiB, whatever the file holds).
+gzip, or for zstd the frame's window (at most 128 MiB, zstd's own limit; usually 8 MiB or less) and the output of
+256 bytes of input (at most 8 MiB, whatever the file holds).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _BOM: Final = b"\xef\xbb\xbf"
 _OUTPUT: Final = MIB
 # zstd can turn 4 bytes into a block of 128 KiB, and its decompressor returns all output of an input at once.
-_ZSTD_INPUT: Final = 2048
+_ZSTD_INPUT: Final = 256
 _ZSTD_WINDOW: Final = 1 << 27
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 PART: Final = 16 * MIB
 """Bytes of a part, unless the file needs larger ones; smaller files go in one request."""
 _MOST_PARTS: Final = 10_000
-_TOGETHER: Final = 4
+_TOGETHER: Final = 2
+"""Parts under way at once; a folder has several files under way too, see dpo_store.trees."""
 
 NewPatience = Callable[[str], Patience]
 
@@ -38,7 +39,7 @@ def part_size(size: int) -> int:
 
 
 def upload(client: S3Client, source: Path, location: Location, patience: NewPatience) -> None:
-    """Store a file. Holds at most four parts in memory: 64 MiB for files up to 160 GB."""
+    """Store a file. Holds at most two parts in memory: 32 MiB for files up to 160 GB."""
     try:
         size = source.stat().st_size
         if size <= PART:

@@ -39,9 +39,7 @@ def stream(fetch: Fetch, start: int, stop: int, chunk: int, read_ahead: int) -> 
         for _ in range(read_ahead):
             ask()
         while waiting:
-            future = waiting.popleft()
-            blocks = future.result()
-            del future  # it would keep the blocks alive while they are given away
+            blocks = waiting.popleft().result()
             ask()
             yield from _given_away(blocks)
     finally:

@@ -31,7 +31,7 @@ class Location:
         if self.scheme == "path":
             return self.path
         if self.scheme == "file":
-            return "file://" + quote(self.path, safe="/*?~+@=,:")
+            return "file://" + quote(self.path, safe="/*?~+@=,:&;!$'()")
         return f"{self.scheme}://{self.root}/{self.path}"
 
     def at(self, path: str) -> Location:

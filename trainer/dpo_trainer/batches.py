@@ -1,4 +1,4 @@
-"""A data set as the training loop sees it: pairs, their rewards, their reference sums, and packs of any batch of them."""
+"""A data set as the training loop sees it: pairs, rewards, reference sums, and packs of any batch of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 from dpo_api.plan import Plan
 from dpo_api.spec import Dpo, DPOJobSpec
 from dpo_trainer.data.collate import make_pack
-from dpo_trainer.data.index import PairIndex
 from dpo_trainer.data.packing import deal, pack_batch
+from dpo_trainer.data.spill import PairIndex
 from dpo_trainer.distributed import World
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.reference import Pairs, ReferenceTable
@@ -42,7 +42,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Packer:
-    """Turns any set of pairs into this rank's packs. Which pairs is not its business, nor does the split change a sum."""
+    """Turns any set of pairs into this rank's packs. The split changes no sum."""
 
     max_tokens: int
     max_pairs: int | None

@@ -59,13 +59,14 @@ def install() -> bool:
     if _installed:
         return True
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
-    torch.cuda.current_stream = lambda *_a, **_k: _NullStream()  # type: ignore[assignment, return-value]
+    torch.cuda.current_stream = lambda *_a, **_k: _NullStream()  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_a, **_k: None
     on_cpu = _TorchOnCPU()
     for name in _LITERAL_MODULES:
         importlib.import_module(name).torch = on_cpu  # type: ignore[attr-defined]
     _bridge_random_state()
     _bridge_clipping()
+    _bridge_optimizer_state()
     _installed = True
     return True
 
@@ -148,19 +149,32 @@ def _bridge_random_state() -> None:
     megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 
 
+def _answering[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run inside ``_CudaMeansCPU``; for functions that run once a step or once a checkpoint."""
+
+    @functools.wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _CudaMeansCPU():
+            return function(*args, **kwargs)
+
+    return inside
+
+
 def _bridge_clipping() -> None:
-    """Gradient clipping asserts ``grad.type() == 'torch.cuda.FloatTensor'``; once a step, so the mode may answer."""
+    """Gradient clipping asserts ``grad.type() == 'torch.cuda.FloatTensor'``."""
     from megatron.core.optimizer import clip_grads
 
     original: Any = clip_grads.clip_grad_by_total_norm_fp32
-    name: str = original.__name__
-
-    @functools.wraps(original)
-    def clip(*args: Any, **kwargs: Any) -> Any:
-        with _CudaMeansCPU():
-            return original(*args, **kwargs)
-
+    clip, name = _answering(original), original.__name__
     # Modules that were imported before this hold the function under its own name.
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith(("megatron.core", "dpo_trainer")) and vars(module).get(name) is original:
             setattr(module, name, clip)
+
+
+def _bridge_optimizer_state() -> None:
+    """The distributed optimizer sends its state through ``.cuda()`` when a checkpoint gathers or spreads it."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for name in ("get_parameter_state_dp_zero", "load_parameter_state_from_dp_zero"):
+        setattr(DistributedOptimizer, name, _answering(getattr(DistributedOptimizer, name)))

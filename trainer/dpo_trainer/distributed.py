@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import HashStore
 
 from dpo_trainer import bridge
 
@@ -47,7 +48,7 @@ class World:
             if size == 1:
                 # Nobody to meet: an in-memory store needs no port and no name resolution.
                 dist.init_process_group(
-                    "nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                    "nccl" if gpu else "gloo", store=HashStore(), rank=0, world_size=1, timeout=timeout
                 )
             else:
                 dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)

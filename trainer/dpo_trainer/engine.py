@@ -1,12 +1,11 @@
 """The model, its optimizer, and one global batch at a time through both.
 
-Megatron-Core's schedule runs the packs forward and backward, its DistributedDataParallel sums gradients in fp32 over the
-ranks, and ``finalize_model_grads`` divides them once by the global batch's denominator (pairs; for SFT alone, tokens).
+Megatron-Core's schedule runs the packs forward and backward, its DistributedDataParallel sums gradients in fp32 over
+the ranks, and ``finalize_model_grads`` divides them once by the global batch's denominator (pairs; for SFT alone, tokens).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -35,7 +34,7 @@ PairValues = Callable[[Tensor], Tensor]
 
 
 class Engine:
-    """The policy under training. With ``trainable=False`` only forward passes, no gradient buffers, no optimizer."""
+    """The policy under training. Forward passes work at once; ``prepare_training`` adds what steps need."""
 
     def __init__(self, model: Any, spec: DPOJobSpec, world: World) -> None:
         self.model = model
@@ -94,7 +93,7 @@ class Engine:
         if not (math.isfinite(result["loss"]) and math.isfinite(norm)):
             raise NonFiniteError(
                 f"the loss is {result['loss']} and the gradient's norm {norm}: lower training.learningRate, or look for "
-                "damaged weights or extreme rewards; the last checkpoint is from before this step"
+                "damaged weights or extreme rewards; no weight has moved in this step"
             )
         self._update(norm, rate)
         return {**result, "grad_norm": norm}
@@ -106,7 +105,7 @@ class Engine:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), training.gradient_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-            # Megatron-Core's scheduler, which is not used here, is what applies its own "no decay for norms and biases".
+            # Megatron-Core's scheduler, not used here, would apply its own rule: no decay for norms and biases.
             group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
         self.optimizer.step_with_ready_grads()
 
@@ -115,9 +114,7 @@ class Engine:
         with torch.no_grad():
             return self._losses(self.model, packs, reference, rewards, forward_only=True)
 
-    def log_prob_sums(
-        self, packs: Sequence[Pack], *, adapters: AbstractContextManager[None] | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
+    def log_prob_sums(self, packs: Sequence[Pack]) -> list[tuple[Tensor, Tensor]]:
         """(dataset indices [P], Σ log π [P, 2] float64) of each of this rank's packs, without gradient, on the CPU."""
         found: list[tuple[Tensor, Tensor]] = []
 
@@ -125,7 +122,7 @@ class Engine:
             found.append((pack.pairs.cpu(), sums.detach().cpu()))
             return sums.sum(), counts.sum().int()
 
-        with torch.no_grad(), adapters or nullcontext():
+        with torch.no_grad():
             self._run(self.model, packs, consume, forward_only=True)
         return found
 

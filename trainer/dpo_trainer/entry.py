@@ -1,4 +1,4 @@
-"""The trainer's commands: `launch` for people and pods, `agent` and `worker` for launch itself, `index` for a dry look."""
+"""The trainer's commands: `launch` for people and pods; `agent` and `worker` for launch itself; `index`, a dry look."""
 
 import argparse
 import sys
@@ -13,16 +13,22 @@ def _parser() -> argparse.ArgumentParser:
 
     run = argparse.ArgumentParser(add_help=False)
     run.add_argument("--spec", type=Path, required=True, help="the DPOJob as JSON")
-    run.add_argument("--run-dir", help="run directory, a folder or s3:// prefix (default: checkpoint.uri, or runs/<name>)")
+    run.add_argument(
+        "--run-dir", help="run directory, a folder or s3:// prefix (default: checkpoint.uri, or runs/<name>)"
+    )
     run.add_argument("--attempt", type=int, help="number of this attempt (default: one more than the run directory's)")
     run.add_argument("--events", type=Path, help="file to which progress is appended, one JSON object a line")
     run.add_argument("--port", type=int, help="port of /metrics, /status and /healthz on rank 0 (default: none)")
     run.add_argument("--host", default="", help="address that the port listens on (default: all)")
 
     launch = commands.add_parser("launch", parents=[run], help="start the processes of this node and wait for them")
-    launch.add_argument("--processes", type=int, help="processes on this node (default: PET_NPROC_PER_NODE, the spec's, 1)")
+    launch.add_argument(
+        "--processes", type=int, help="processes on this node (default: PET_NPROC_PER_NODE, the spec's, 1)"
+    )
     launch.add_argument("--last-words", type=Path, help="file for the outcome (a pod's termination message)")
-    launch.add_argument("--grace-seconds", type=float, default=600.0, help="time to write a checkpoint when asked to stop")
+    launch.add_argument(
+        "--grace-seconds", type=float, default=600.0, help="time to write a checkpoint when asked to stop"
+    )
 
     worker = commands.add_parser("worker", parents=[run], help="one process of a run (started by launch)")
     worker.add_argument("--results", type=Path, required=True, help="folder for this rank's result")

@@ -11,6 +11,8 @@ from dpo_api.spec import DPOJobSpec
 from dpo_store import Store, local_path_of
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.export import export
+from dpo_trainer.formats.peft import export_adapter
+from dpo_trainer.model.lora import merged_value
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -19,7 +21,7 @@ Place = tuple[Store, str]
 
 
 def export_model(model: Any, spec: DPOJobSpec, world: World, source: Place, target: Place) -> None:
-    """Write the result from rank 0 to ``target``; with LoRA merged (unless ``output.merge`` is false) and as an adapter.
+    """Write the result from rank 0: with LoRA merged (unless ``output.merge`` is false) and as an adapter.
 
     An interrupted export is written again from the last checkpoint: only export.json says that it is whole.
     """
@@ -40,7 +42,10 @@ def write_formats(model: Any, spec: DPOJobSpec, source: Place, folder: Path) -> 
     """Write what the spec asks for into a local folder."""
     store, base = source
     lora = spec.lora
-    if lora is None or spec.output.merge:
+    wanted = set(spec.output.formats)
+    if "formats" not in spec.output.model_fields_set:
+        wanted.add("peft")
+    if "huggingFace" in wanted and (lora is None or spec.output.merge):
         export(
             model,
             store,
@@ -50,5 +55,5 @@ def write_formats(model: Any, spec: DPOJobSpec, source: Place, folder: Path) -> 
             tokenizer=spec.tokenizer.uri if spec.tokenizer else None,
             value_of=merged_value(model) if lora is not None else None,
         )
-    if lora is not None:
+    if lora is not None and "peft" in wanted:
         export_adapter(model, lora, base, folder / "adapter")

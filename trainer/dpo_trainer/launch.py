@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_api.errors import DPOError, Outcome
+from dpo_api.errors import DPOError, InvalidSpecError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_api.progress import LastWords
+from dpo_api.spec import DPOJobSpec
+from dpo_api.validation import check
 
 CONSEQUENCES = (Outcome.Communication, Outcome.Stopped)
 """Outcomes that one rank's failure causes in the others: they explain a run only where nothing else does."""
@@ -78,6 +80,7 @@ def launch(arguments: argparse.Namespace) -> int:
 def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
     try:
         job = load_manifest(arguments.spec)
+        _refuse_errors(job.spec)
     except DPOError as error:
         return LastWords(outcome=error.outcome.name, message=str(error))
     processes = arguments.processes or _processes(os.environ, job.spec.resources.processes_per_node)
@@ -87,7 +90,7 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
         value = getattr(arguments, name)
         if value is not None:
             command += [f"--{name.replace('_', '-')}={value}"]
-    environment = dict(os.environ)
+    environment = {**os.environ, **switches(job.spec)}
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(max(1.0, arguments.grace_seconds - MARGIN_SECONDS)))
     # torchrun sets this to 1 with a warning when several processes share a node; an even share is what one wants.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -109,6 +112,28 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return summarise(read_results(results), code, asked=asked)
+
+
+def _refuse_errors(spec: DPOJobSpec) -> None:
+    """Raise InvalidSpecError for what types cannot say, as `dpo validate` does: nothing is ever ignored."""
+    errors = [finding for finding in check(spec) if finding.level == "error"]
+    if errors:
+        raise InvalidSpecError("; ".join(f"{finding.field}: {finding.message}" for finding in errors))
+
+
+def switches(spec: DPOJobSpec) -> dict[str, str]:
+    """Environment variables that Transformer Engine and cuBLAS read once, when they are loaded."""
+    engine = spec.transformer_engine
+    asked = {
+        "NVTE_MASKED_SOFTMAX_FUSION": engine.masked_softmax_fusion,
+        "NVTE_FLASH_ATTN": engine.flash_attention,
+        "NVTE_FUSED_ATTN": engine.fused_attention,
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": False if spec.training.deterministic else None,
+    }
+    found = {name: str(int(value)) for name, value in asked.items() if value is not None}
+    if spec.training.deterministic:
+        found["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch refuses deterministic cuBLAS without it
+    return found
 
 
 def _processes(environment: Mapping[str, str], of_spec: int | None) -> int:
@@ -143,7 +168,8 @@ def agent(argv: Sequence[str]) -> int:
 def read_results(folder: Path) -> list[RankResult]:
     """The results that ranks of this node left, by rank."""
     return sorted(
-        (RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")), key=lambda result: result.rank
+        (RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")),
+        key=lambda result: result.rank,
     )
 
 
@@ -158,7 +184,9 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         )
     failures = [result for result in results if result.outcome != Outcome.Succeeded.name]
     causes = [result for result in failures if result.outcome not in {outcome.name for outcome in CONSEQUENCES}]
-    lost = not causes and agent_code != 0 and not asked and all(r.outcome == Outcome.Communication.name for r in failures)
+    lost = (
+        not causes and agent_code != 0 and not asked and all(r.outcome == Outcome.Communication.name for r in failures)
+    )
     chosen = min(causes or failures or results, key=lambda result: (result.at, result.rank))
     message = chosen.message
     if lost and failures:
@@ -173,4 +201,3 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         model_uri=chosen.model_uri,
         attempt=chosen.attempt,
     )
-

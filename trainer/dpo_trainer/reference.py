@@ -29,10 +29,12 @@ Compute = Callable[[Pairs], torch.Tensor]
 def reference_key(*, model: str, data: str, precision: str, form: str) -> str:
     """The key of one data set's sums: hex, 32 digits.
 
-    ``model``: fingerprint of the start model's weights and config. ``data``: fingerprint of token ids and response bounds
-    of every pair. ``form``: anything else in the forward pass that changes numbers (attention, linear layers).
+    ``model``: fingerprint of the start model's weights and config. ``data``: fingerprint of token ids and response
+    bounds of every pair. ``form``: anything else in the forward pass that changes numbers (attention, linear layers).
     """
-    parts = json.dumps({"format": 1, "model": model, "data": data, "precision": precision, "form": form}, sort_keys=True)
+    parts = json.dumps(
+        {"format": 1, "model": model, "data": data, "precision": precision, "form": form}, sort_keys=True
+    )
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 

@@ -1,80 +1,121 @@
-"""What rank 0 tells the world."""
+"""What the run says while it goes: one object that every phase reports to, silent on all ranks but rank 0."""
 
-import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 from dpo_api.manifest import DPOJob
 from dpo_api.plan import Plan
-from dpo_api.progress import Progress
+from dpo_api.progress import Phase
 from dpo_trainer.distributed import World
+from dpo_trainer.metrics.hub import Hub
 from dpo_trainer.rundir import RunDirectory
 
 
 class Reporter:
-    """TEMPORARY until metrics/ is there."""
+    """Reports of one attempt. ``latest`` holds the newest metrics, on every rank alike."""
 
-    def __init__(self, world: World, events: Path | None) -> None:
-        self.world, self.events = world, events
-        self.attempt = 1
+    def __init__(
+        self, job: DPOJob, world: World, *, events: Path | None = None, port: int | None = None, host: str = ""
+    ) -> None:
+        """Open rank 0's outlets. Raises PortInUseError there."""
         self.latest: dict[str, float] = {}
         self.last_checkpoint: int | None = None
-        self.step = self.total = 0
-        self._lines: list[str] = []
+        self._hub = Hub(job, port=port, host=host, events=events) if world.is_main else None
 
-    @classmethod
-    def open(cls, job: DPOJob, world: World, events: Path | None, port: int | None, host: str) -> "Reporter":
-        return cls(world, events)
+    def begin(self, directory: RunDirectory) -> None:
+        """The run directory is claimed: say which attempt this is."""
+        self._directory = directory
+        if self._hub is not None:
+            self._hub.begin(directory.attempt)
 
     @property
     def finite_latest(self) -> dict[str, float]:
-        return {k: v for k, v in self.latest.items() if math.isfinite(v)}
+        """``latest`` without what JSON cannot carry."""
+        return {name: value for name, value in self.latest.items() if math.isfinite(value)}
 
-    def phase(self, name: str, *, done: int | None = None, of: int | None = None, message: str = "") -> None:
-        if not self.world.is_main or self.events is None:
-            return
-        progress = Progress(phase=name, step=self.step, total=self.total, done=done, of=of, message=message[:1000], metrics=self.finite_latest, observed_at=time.time(), attempt=max(1, self.attempt), last_checkpoint_step=self.last_checkpoint)
-        with self.events.open("a") as f:
-            f.write(progress.to_json() + "\n")
+    def phase(self, phase: Phase, *, done: int | None = None, of: int | None = None, message: str = "") -> None:
+        """Enter a phase, or a part of it."""
+        if self._hub is not None:
+            self._hub.progress.phase(phase, done=done, of=of, message=message)
 
     def note(self, text: str) -> None:
-        if self.world.is_main:
+        """One sentence for whoever reads the log."""
+        if self._hub is not None:
             print(text, flush=True)
 
     def indexed(self, plan: Plan, stats: dict[str, Any]) -> None:
-        self.total = plan.total_steps
+        """The data is known: how long the run will be, and what was left out of it."""
+        for warning in plan.warnings:
+            self.note(f"{warning.level}: {warning.field}: {warning.message}")
+        if self._hub is None:
+            return
+        figures = self._hub.prometheus
+        figures.set("dpo_train_planned_steps", plan.total_steps)
+        figures.set("dpo_data_pairs", plan.train_pairs)
+        for reason, count in stats["dropped"].items():
+            figures.set("dpo_data_dropped_pairs", count, reason=reason)
+        self._hub.progress.plan(step=0, total=plan.total_steps)
+        dropped = sum(stats["dropped"].values())
+        found = f"{plan.train_pairs:,} pairs, {dropped:,} dropped, {stats['tokens']:,} tokens"
+        self._hub.progress.phase("index", message=f"{found}, longest {stats['longest']:,}")
 
-    def finished_before(self, done: dict[str, Any]) -> None:
-        self.latest = dict(done["metrics"])
+    def start_training(self, step: int, plan: Plan, *, resumed: bool) -> None:
+        """Open the record where the checkpoint of ``step`` left it, or anew."""
+        self.last_checkpoint = step if resumed else None
+        if self._hub is not None:
+            directory = self._directory
+            resume_step = step if resumed else None
+            self._hub.open_sinks(directory.store, directory.uri, attempt=directory.attempt, resume_step=resume_step)
+            self._hub.progress.plan(
+                step=step,
+                total=plan.total_steps,
+                epoch=step / plan.steps_per_epoch,
+                last_checkpoint_step=self.last_checkpoint,
+            )
 
-    def start_training(self, directory: RunDirectory, step: int, plan: Plan) -> None:
-        self.directory, self.step = directory, step
-        if self.world.is_main:
-            try:
-                old = directory.store.read(directory.path("metrics.jsonl")).decode().splitlines()
-            except Exception:
-                old = []
-            self._lines = [l for l in old if json.loads(l)["step"] <= step] if step else []
-
-    def write(self, values: dict[str, float]) -> None:
-        self.latest |= {k: v for k, v in values.items()}
-        if self.world.is_main:
-            self._lines.append(json.dumps({"step": self.step, **values}))
-            self.directory.store.write(self.directory.path("metrics.jsonl"), ("\n".join(self._lines) + "\n").encode())
-
-    def stepped(self, step: int, values: dict[str, float], *, tokens: int, pairs: int, waited: float) -> None:
-        self.step = step
-        self.write({f"train/{k}": v for k, v in values.items()})
-        self.phase("train")
+    def stepped(
+        self, step: int, values: dict[str, float], *, seconds: float, tokens: int, pairs: int, waited: float
+    ) -> None:
+        """One optimizer step; tokens and pairs of all processes, ``waited``: seconds of it spent on data."""
+        named = {f"train/{name}": value for name, value in values.items()}
+        self.latest |= named
+        if self._hub is not None:
+            self._hub.write(step, named)
+            self._hub.prometheus.add("dpo_train_tokens_total", tokens)
+            self._hub.prometheus.add("dpo_data_wait_seconds_total", waited)
+            self._hub.progress.step(
+                step, epoch=values["epoch"], seconds=seconds, tokens=tokens, pairs=pairs, metrics=named
+            )
 
     def validated(self, step: int, values: dict[str, float]) -> None:
-        self.write({f"val/{k}": v for k, v in values.items()})
+        """One validation, after ``step`` optimizer steps."""
+        named = {f"val/{name}": value for name, value in values.items()}
+        self.latest |= named
+        if self._hub is not None:
+            self._hub.write(step, named)
+            self._hub.progress.measured(named)
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Make the record at least as new as the checkpoint that follows."""
+        if self._hub is not None:
+            self._hub.flush()
 
-    def checkpointed(self, step: int) -> None:
+    def checkpointed(self, step: int, at: float) -> None:
+        """A complete checkpoint; ``at``: Unix seconds."""
         self.last_checkpoint = step
+        if self._hub is not None:
+            self._hub.prometheus.set("dpo_checkpoint_last_step", step)
+            self._hub.prometheus.set("dpo_checkpoint_last_success_timestamp_seconds", at)
+            self._hub.progress.saved(step)
 
-    def close(self) -> None: ...
+    def finished_before(self, step: int, metrics: dict[str, float]) -> None:
+        """An earlier attempt did everything."""
+        self.latest = dict(metrics)
+        if self._hub is not None:
+            self._hub.progress.finished(step, metrics)
+
+    def close(self) -> None:
+        """Bring every outlet up to date and stop serving."""
+        if self._hub is not None:
+            self._hub.close()

@@ -32,4 +32,5 @@ def open_tokenizer(spec: DPOJobSpec) -> Tokenizer:
         store, uri = model_source(spec)
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory(prefix=f"dpo-tokenizer-{name}-") as folder:
-        return load_tokenizer(fetch_tokenizer(store, uri, Path(folder)), chat_template=spec.chat_template)
+        fetched = fetch_tokenizer(store, uri, Path(folder))
+        return load_tokenizer(fetched, chat_template=spec.chat_template, name=uri)

@@ -41,4 +41,6 @@ class StopRequest:
     def leave_before_training(self, world: World, phase: str) -> None:
         """Raise StoppedError on all ranks when asked to stop before there is anything to save. A collective."""
         if self.agreed(world):
-            raise StoppedError(f"{self.reason or 'asked to stop'} during {phase}; the same command starts again from there")
+            raise StoppedError(
+                f"{self.reason or 'asked to stop'} during {phase}; the same command starts again from there"
+            )

@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
+from dpo_store import Timing
+
 Kind = Literal["status", "reset", "short", "drip", "stall", "delay", "etag", "no_range"]
 
 _BLOCK = 64 * 1024
@@ -99,6 +101,17 @@ class FaultProxy:
                     break
             self.seen.append(Seen(method, path, asked, hit.kind if hit else None))
             return hit
+
+
+@dataclass
+class Pauses:
+    """Sleeps that take no time, written down; the random number is always a half."""
+
+    taken: list[float] = field(default_factory=list)
+
+    def timing(self) -> Timing:
+        """Return the Timing to hand to a store."""
+        return Timing(sleep=self.taken.append, random=lambda: 0.5)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
@@ -52,6 +54,7 @@ class S3Server:
         """Return options that name this server (or a proxy in front of it)."""
         return StorageOptions(endpoint=endpoint or self.endpoint)
 
+    @functools.cache  # noqa: B019 (a server lives as long as its tests)
     def client(self) -> S3Client:
         """Return a plain boto3 client with this server's credentials, to look behind the store's back."""
         import boto3
@@ -102,17 +105,20 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[S3Server]:
-    """Run versitygw until the block ends; its folder is removed afterwards."""
+def s3_server(certificate: tuple[Path, Path] | None = None) -> Iterator[S3Server]:
+    """Run versitygw until the block ends; its folder is removed afterwards.
+
+    With ``certificate`` (PEM files of the certificate and its key) it speaks HTTPS.
+    """
     binary = tool("versitygw")
     base = Path(tempfile.mkdtemp(prefix="dpo-s3-"))
     try:
         for name in ("objects", "metadata"):
             (base / name).mkdir()
         access, secret = "AK" + secrets.token_hex(9).upper(), secrets.token_urlsafe(30)
-        process, port = _start(binary, base, access, secret)
+        process, port = _start(binary, base, access, secret, certificate)
         try:
-            yield S3Server(f"http://127.0.0.1:{port}", access, secret, base / "objects")
+            yield S3Server(f"http{'s' if certificate else ''}://127.0.0.1:{port}", access, secret, base / "objects")
         finally:
             process.terminate()
             try:
@@ -124,7 +130,10 @@ def s3_server() -> Iterator[S3Server]:
         shutil.rmtree(base, ignore_errors=True)
 
 
-def _start(binary: Path, base: Path, access: str, secret: str) -> tuple[subprocess.Popen[bytes], int]:
+def _start(
+    binary: Path, base: Path, access: str, secret: str, certificate: tuple[Path, Path] | None
+) -> tuple[subprocess.Popen[bytes], int]:
+    tls = ["--cert", str(certificate[0]), "--key", str(certificate[1])] if certificate else []
     # Another process may take the port between our look and the server's start: then try another.
     for _ in range(5):
         port = free_port()
@@ -132,25 +141,27 @@ def _start(binary: Path, base: Path, access: str, secret: str) -> tuple[subproce
             process = subprocess.Popen(
                 # Metadata in a second folder: not every file system of a test machine has extended attributes.
                 # Files put there by hand have no stored ETag, so name one.
-                [str(binary), "--port", f"127.0.0.1:{port}", "--quiet", "--keep-alive",
+                [str(binary), "--port", f"127.0.0.1:{port}", "--quiet", "--keep-alive", *tls,
                  "posix", "--sidecar", str(base / "metadata"), "--default-etag", '"by-hand"', str(base / "objects")],
                 env={"PATH": os.environ.get("PATH", ""), "ROOT_ACCESS_KEY": access, "ROOT_SECRET_KEY": secret},
                 stdout=log,
                 stderr=log,
             )  # fmt: skip
-        if _ready(process, port):
+        if _ready(process, f"http{'s' if tls else ''}://127.0.0.1:{port}/"):
             return process, port
         process.kill()
         process.wait()
     raise RuntimeError(f"versitygw did not start:\n{(base / 'log').read_text(errors='replace')[-2000:]}")
 
 
-def _ready(process: subprocess.Popen[bytes], port: int) -> bool:
+def _ready(process: subprocess.Popen[bytes], url: str) -> bool:
     deadline = time.monotonic() + _START_SECONDS
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    anyone = ssl.create_default_context()
+    anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=anyone))
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            opener.open(f"http://127.0.0.1:{port}/", timeout=2).close()
+            opener.open(url, timeout=2).close()
         except urllib.error.HTTPError as answer:
             answer.close()
             return True  # "access denied" comes from a server that works

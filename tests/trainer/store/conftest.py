@@ -2,25 +2,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
 
-from dpo_store import RetryPolicy, Store, Timing, open_store
-from dpo_testing.faults import FaultProxy, fault_proxy
+from dpo_store import RetryPolicy, Store, open_store
+from dpo_testing.faults import FaultProxy, Pauses, fault_proxy
 from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
 
 _numbers = itertools.count(1)
-
-
-@dataclass
-class Pauses:
-    """Sleeps that take no time, written down."""
-
-    taken: list[float] = field(default_factory=list)
-
-    def timing(self) -> Timing:
-        return Timing(sleep=self.taken.append, random=lambda: 0.5)
 
 
 @pytest.fixture(scope="session")
@@ -66,10 +55,21 @@ def bucket(server: S3Server) -> str:
     return name
 
 
+@pytest.fixture(scope="session")
+def primed(server: S3Server) -> Store:
+    """A store that has made its client: that takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        store = open_store(server.options())
+        store.exists("s3://no-such-bucket/x")
+        return store
+
+
 @pytest.fixture
-def store(server: S3Server, credentials: None) -> Store:
+def store(primed: Store, credentials: None) -> Store:
     """A store straight at the server."""
-    return open_store(server.options())
+    return primed
 
 
 @pytest.fixture

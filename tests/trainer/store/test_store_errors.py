@@ -10,6 +10,7 @@ import pytest
 import urllib3.exceptions
 from botocore import exceptions as boto
 from botocore.exceptions import ClientError
+
 from dpo_api.errors import (
     AccessDeniedError,
     DPOError,
@@ -20,7 +21,7 @@ from dpo_api.errors import (
     StorageUnavailableError,
 )
 from dpo_store import ObjectChangedError, RetryPolicy, StorageOptions, Timing
-from dpo_store.errors import CODES, EXCEPTIONS, from_os_error
+from dpo_store.errors import CODES, EXCEPTIONS, BadCredentialsError, from_os_error
 from dpo_store.s3 import S3Backend
 
 BACKEND = S3Backend(StorageOptions(), RetryPolicy(), Timing())
@@ -57,7 +58,10 @@ def client_error(code: str, status: int) -> ClientError:
 def test_codes(code: str, status: int, error: type[DPOError], retry: bool) -> None:
     found = BACKEND._explain(client_error(code, status))
     assert found is not None
-    assert (found[0].error, found[0].retry) == (error, retry)
+    assert issubclass(found[0].error, error)
+    assert found[0].retry is retry
+    if error is AccessDeniedError and "Denied" not in code and code != "403":
+        assert found[0].error is BadCredentialsError
 
 
 ENDPOINT = {"endpoint_url": "http://user:hunter2@127.0.0.1:1/"}
@@ -77,8 +81,8 @@ ENDPOINT = {"endpoint_url": "http://user:hunter2@127.0.0.1:1/"}
         (boto.ReadTimeoutError(error="e", **ENDPOINT), StorageUnavailableError, True),
         (boto.ConnectionClosedError(error="e", **ENDPOINT), StorageUnavailableError, True),
         (boto.ProxyConnectionError(error="e", proxy_url="http://user:hunter2@p"), StorageUnavailableError, True),
-        (boto.SSLError(error="UNEXPECTED_EOF_WHILE_READING", **ENDPOINT), StorageUnavailableError, True),
-        (boto.SSLError(error="CERTIFICATE_VERIFY_FAILED", **ENDPOINT), StorageUnavailableError, False),
+        (boto.SSLError(error=ssl.SSLError("UNEXPECTED_EOF_WHILE_READING"), **ENDPOINT), StorageUnavailableError, True),
+        (boto.SSLError(error=ssl.SSLError("CERTIFICATE_VERIFY_FAILED"), **ENDPOINT), StorageUnavailableError, False),
         (boto.HTTPClientError(error="e"), StorageUnavailableError, True),
         (boto.ResponseStreamingError(error="e"), StorageUnavailableError, True),
         (boto.IncompleteReadError(actual_bytes=1, expected_bytes=2), StorageUnavailableError, True),

@@ -16,11 +16,10 @@ from dpo_api.errors import AccessDeniedError, DPOError, StorageUnavailableError
 from dpo_store import ObjectChangedError, RetryPolicy, Store, open_store
 from dpo_store.lines import lines
 from dpo_store.multipart import PART
-from dpo_testing.faults import FaultProxy
+from dpo_testing.faults import FaultProxy, Kind, Pauses
 from dpo_testing.s3server import S3Server
 
-from .conftest import Pauses
-
+KINDS: tuple[Kind, ...] = ("status", "reset", "short", "stall", "drip", "delay")
 CHUNK = 1 << 20
 DATA = random.Random(5).randbytes(5 * CHUNK + 12345)
 
@@ -80,7 +79,7 @@ def test_every_line_once_on_a_bad_day(
     text = b"\n".join(wanted) + b"\n"
     store.write(f"s3://{bucket}/t.jsonl", text)
     for _ in range(40):
-        kind = rng.choice(["status", "reset", "short", "stall", "drip", "delay"])
+        kind: Kind = rng.choice(KINDS)
         seconds = {"drip": 0.01, "delay": 0.01}.get(kind, 1)
         proxy.add(kind, skip=rng.randrange(3), after=rng.randrange(CHUNK), seconds=seconds)
     found = hashlib.sha256()
@@ -115,6 +114,15 @@ def test_the_last_byte_of_a_range_counts(flaky: Store, proxy: FaultProxy, uri: s
     proxy.add("short", after=CHUNK - 1)
     assert b"".join(flaky.stream(uri, chunk=CHUNK, read_ahead=0)) == DATA
     assert [seen.range for seen in proxy.seen if seen.method == "GET"][1] == f"bytes={CHUNK - 1}-{CHUNK - 1}"
+
+
+@pytest.mark.parametrize("kind", ["short", "reset"])
+def test_a_server_that_sends_nothing_is_given_up(flaky: Store, proxy: FaultProxy, uri: str, kind: Kind) -> None:
+    info = flaky.stat(uri)
+    proxy.add(kind, times=9)
+    with pytest.raises(StorageUnavailableError, match=r"gave up after 4 tries"):
+        list(flaky.stream(info, read_ahead=0))
+    assert proxy.count("GET") == 4
 
 
 def test_progress_renews_patience(flaky: Store, proxy: FaultProxy, uri: str) -> None:

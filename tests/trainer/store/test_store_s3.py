@@ -6,9 +6,15 @@ import gzip
 import random
 import socket
 import threading
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from dpo_api.errors import (
     AccessDeniedError,
@@ -20,7 +26,9 @@ from dpo_api.errors import (
 from dpo_store import ObjectChangedError, RetryPolicy, StorageOptions, Store, open_store
 from dpo_store.errors import BadCredentialsError
 from dpo_store.multipart import PART
-from dpo_testing.s3server import S3Server
+from dpo_store.trees import _safe_name
+from dpo_testing.faults import Pauses
+from dpo_testing.s3server import S3Server, s3_server
 
 
 def fill(store: Store, bucket: str, *keys: str) -> None:
@@ -233,9 +241,45 @@ def test_a_missing_ca_bundle_is_named(server: S3Server, credentials: None) -> No
             store.expand(uri)
 
 
-def test_a_key_that_leads_out_of_the_folder_is_refused(store: Store, bucket: str, tmp_path: Path) -> None:
-    from dpo_store.trees import _safe_name
+def certificate_of_loopback(folder: Path) -> tuple[Path, Path]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "dpo-test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "tls.crt").write_bytes(certificate.public_bytes(pem))
+    (folder / "tls.key").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return folder / "tls.crt", folder / "tls.key"
 
+
+def test_a_private_authority_needs_its_bundle(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: Pauses
+) -> None:
+    certificate = certificate_of_loopback(tmp_path)
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with s3_server(certificate) as secure:
+        for name, value in secure.environment().items():
+            monkeypatch.setenv(name, value)
+        stranger = open_store(StorageOptions(endpoint=secure.endpoint), timing=pauses.timing())
+        with pytest.raises(StorageUnavailableError, match=r"certificate is not trusted; set storage\.caBundle"):
+            stranger.stat("s3://bucket/a")
+        assert pauses.taken == []
+        friend = open_store(StorageOptions(endpoint=secure.endpoint, ca_bundle=str(certificate[0])))
+        with pytest.raises(NotFoundError, match="bucket 'bucket' does not exist"):
+            friend.expand("s3://bucket/a")
+
+
+def test_a_key_that_leads_out_of_the_folder_is_refused(store: Store, bucket: str, tmp_path: Path) -> None:
     for key in ("../evil", "a/../../evil", "/etc/passwd", "a//b", "a\0b"):
         with pytest.raises(InvalidDataError, match="cannot be a file's name"):
             _safe_name(f"s3://b/run/{key}", "s3://b/run/")

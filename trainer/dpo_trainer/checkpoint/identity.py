@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to: resuming with another model, other data or another objective would be a different run."""
+"""What a checkpoint belongs to: resumed with another model, other data or another loss it would be a different run."""
 
 from dpo_api.errors import IncompatibleCheckpointError
 from dpo_api.spec import DPOJobSpec

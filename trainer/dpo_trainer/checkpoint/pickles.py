@@ -47,6 +47,8 @@ def check_metadata(path: Path, uri: str) -> None:
         with path.open("rb") as file:
             _Reader(file).load()
     except FileNotFoundError:
-        raise IncompatibleCheckpointError(f"{uri} holds no .metadata: it is not a checkpoint of this software") from None
+        raise IncompatibleCheckpointError(
+            f"{uri} holds no .metadata: it is not a checkpoint of this software"
+        ) from None
     except Exception as error:
         raise IncompatibleCheckpointError(f"{uri}/.metadata is damaged or unsafe to load: {error}") from error

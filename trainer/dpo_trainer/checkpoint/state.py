@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from dpo_trainer import bridge
+from dpo_trainer import bridge, torch_adam
 from dpo_trainer.engine import Engine
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -29,8 +29,9 @@ def collect(engine: Engine) -> Sharded:
 
 def restore(engine: Engine, load: Callable[[Sharded], Sharded]) -> None:
     """Put a saved state into the engine; ``load`` reads it in the shape that it is given. A collective."""
+    torch_adam.allocate(engine.optimizer)
     with bridge.construction():
         loaded = load(_sharded(engine, loading=True))
         _, unexpected = engine.model.load_state_dict(loaded["model"], strict=False)
         assert not unexpected  # noqa: S101 - the names came from this very model
-        engine.optimizer.load_state_dict(loaded["optimizer"])
+        torch_adam.load(engine.optimizer, loaded["optimizer"])

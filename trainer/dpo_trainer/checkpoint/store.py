@@ -1,7 +1,7 @@
 """Writes and reads one checkpoint: Megatron-Core's distributed files, then a marker that makes it exist.
 
-Contents: ``model`` (with LoRA only the adapters: the base is the start model, named by its fingerprint) and ``optimizer``
-(fp32 masters, Adam's moments), both as sharded tensors in Megatron-Core's names. All else is JSON in the marker.
+Contents: ``model`` (with LoRA only the adapters: the base is the start model, named by its fingerprint) and
+``optimizer`` (fp32 masters, Adam's moments), both as sharded tensors in Megatron-Core's names. All else is JSON in the marker.
 """
 
 import pickle
@@ -50,7 +50,7 @@ def save(run: RunDirectory, world: World, sharded: Sharded, marker: Marker) -> S
     if world.is_main:
         run.check_fence()
         run.store.delete_tree(uri + "/")  # what a killed attempt left half-written
-    with _writable(run, world, uri) as folder:
+    with _writable(world, uri) as folder:
         world.barrier()
         dist_checkpointing.save(sharded, str(folder), content_metadata={"format": FORMAT})
         world.barrier()
@@ -89,14 +89,15 @@ def load(run: RunDirectory, world: World, sharded: Sharded, saved: SavedCheckpoi
                 loaded: Sharded = dist_checkpointing.load(sharded, str(folder))
         except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
             raise IncompatibleCheckpointError(
-                f"{saved.uri} cannot be read ({type(error).__name__}: {error}); delete that folder to resume from an older one"
+                f"{saved.uri} cannot be read ({type(error).__name__}: {error}); "
+                "delete that folder to resume from an older one"
             ) from error
         world.barrier()
     return loaded
 
 
 @contextmanager
-def _writable(run: RunDirectory, world: World, uri: str) -> Iterator[Path]:
+def _writable(world: World, uri: str) -> Iterator[Path]:
     """A folder to save into: the place itself, or one scratch folder a node that is uploaded afterwards."""
     local = local_path_of(uri)
     if local is not None:

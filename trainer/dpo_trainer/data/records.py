@@ -11,6 +11,7 @@ these two here, so that nothing later has to ask again:
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -70,6 +71,7 @@ _USUAL = {
     "chosen_reward": ("chosen_reward",),
     "rejected_reward": ("rejected_reward",),
 }
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
 
 
@@ -122,7 +124,7 @@ def _load(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise _UnusableError(Reason.NOT_AN_OBJECT, f"the line is {_kind(row)}, expected a JSON object")
     try:
-        if "\\u" in text:  # JSON's "\ud800" is half a character: fine ASCII on the line, but no text
+        if _SURROGATE.search(text):  # "\ud83d\ude42" is one character, "\ud83d" alone half of one: no text
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise _UnusableError(Reason.BAD_TEXT, "holds half of a surrogate pair (a lone \\ud800–\\udfff)") from error

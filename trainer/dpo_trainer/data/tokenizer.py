@@ -8,6 +8,7 @@ Texts are always encoded without special tokens; what the tokenizer itself would
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,14 +65,14 @@ class _Backend(Protocol):
 
 
 class _HuggingFace:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         from transformers import AutoTokenizer
 
         try:
             loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises nearly every class there is for a damaged file
             text = str(error).strip().split("\n")[0][:300] or type(error).__name__
-            raise InvalidModelError(f"{folder}: the tokenizer cannot be loaded: {text}") from error
+            raise InvalidModelError(f"{name}: the tokenizer cannot be loaded: {text}") from error
         self._tokenizer: Any = loaded
         self._rust = getattr(loaded, "backend_tokenizer", None)
         if self._rust is not None:  # tokenizer.json may carry the truncation and padding of somebody's training
@@ -110,12 +111,12 @@ class _SentencePiece:
 
     chat_template: str | None = None
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, name: str) -> None:
         self._processor: Any = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(file.read_bytes())
         except (RuntimeError, OSError) as error:
-            raise InvalidModelError(f"{file}: not a SentencePiece model") from error
+            raise InvalidModelError(f"{name}: {file.name} is not a SentencePiece model") from error
         self.size: int = self._processor.vocab_size()
         self.base_size = self.size
         self.bos_id: int | None = self._id("bos_id")
@@ -194,20 +195,21 @@ class Tokenizer:
         return []
 
 
-def load_tokenizer(folder: Path, *, chat_template: str | None = None) -> Tokenizer:
-    """Load the tokenizer of a local folder; ``chat_template`` (Jinja) replaces its own.
+def load_tokenizer(folder: Path, *, chat_template: str | None = None, name: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a local folder; ``chat_template`` (Jinja) replaces its own, ``name`` stands in errors.
 
     A folder with ``tokenizer.model`` and no other tokenizer file is plain SentencePiece; otherwise transformers reads
     it (local files only, no remote code). Raises NotFoundError when there is none, InvalidModelError when it is
     damaged.
     """
-    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(name in _VOCABULARIES for name in present):
+    name = name or str(folder)
+    present = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
+    if not any(file in _VOCABULARIES for file in present):
         raise NotFoundError(
-            f"{folder}: no tokenizer ({', '.join(_VOCABULARIES)}); set spec.tokenizer.uri to a folder that has one"
+            f"{name}: no tokenizer ({', '.join(_VOCABULARIES)}); set spec.tokenizer.uri to a folder that has one"
         )
     bare = "tokenizer.model" in present and not {"tokenizer.json", "tokenizer_config.json"} & set(present)
-    backend: _Backend = _SentencePiece(folder / "tokenizer.model") if bare else _HuggingFace(folder)
+    backend: _Backend = _SentencePiece(folder / "tokenizer.model", name) if bare else _HuggingFace(folder, name)
     return Tokenizer(backend, _fingerprint(folder, present), _end_ids(folder), chat_template)
 
 
@@ -222,10 +224,7 @@ def fetch_tokenizer(store: Store, uri: str, folder: Path) -> Path:
 
 
 def _fingerprint(folder: Path, names: Sequence[str]) -> str:
-    import tokenizers
-    import transformers
-
-    versions = (tokenizers.__version__, transformers.__version__, sentencepiece.__version__)
+    versions = [version(library) for library in ("tokenizers", "transformers", "sentencepiece")]
     digest = hashlib.sha256(json.dumps(versions).encode())
     for name in names:
         digest.update(f"\n{name}\n".encode())

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from dpo_api.errors import InvalidSpecError, NoSpaceError, NotFoundError
+from dpo_api.errors import InvalidSpecError, NotFoundError
 from dpo_store import join_uri
+from dpo_store.errors import from_os_error
 from dpo_trainer.formats.huggingface import INDEX, SINGLE, Checkpoint, Value, read_json, stage_slots
 from dpo_trainer.formats.layout import Slot, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, RangeStore, bytes_of, header_of
@@ -51,7 +52,8 @@ def export(
     (config.json changes its dtype only). dtype: of the written weights; None means each tensor's own in the source.
     tokenizer: a folder to take the tokenizer's files from instead. value_of: see ``Value``; identity by default.
     Every rank of a tensor-parallel group must call this; only its first writes. Weights are written one at a time, so
-    the memory is that of the largest parameter. Raises NoSpaceError when the disk is full.
+    the memory is that of the largest parameter. Raises NoSpaceError when the disk is full, AccessDeniedError and
+    so on for other failures of writing.
     """
     gpt = unwrap(model)
     config: ModelConfig = gpt.dpo_config
@@ -72,22 +74,24 @@ def export(
         write_config(store, source, out_dir, config, dtype)
         return ["config.json", *names, *write_shards(out_dir, shards, weights)]
     except OSError as error:
-        raise NoSpaceError(
-            f"{out_dir}: writing the exported model failed: {error.strerror}; free some space"
-        ) from error
+        raise from_os_error(error, str(out_dir)) from error
 
 
 def tensors_of(gpt: Any, stage: Sequence[Slot], value_of: Value) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensors of this pipeline stage, whole, in the model's order. A collective over tensor ranks."""
+    for slot in stage:
+        yield from zip(slot.sources, _dissolved(gpt, slot, value_of), strict=True)
+
+
+@torch.no_grad()
+def _dissolved(gpt: Any, slot: Slot, value_of: Value) -> tuple[Tensor, ...]:
     size = parallel_state.get_tensor_model_parallel_world_size()
-    with torch.no_grad():
-        for slot in stage:
-            part = value_of(slot.parameter, target(gpt, slot)).detach()
-            parts = [part]
-            if size > 1 and slot.kind != "copy":
-                parts = [torch.empty_like(part) for _ in range(size)]
-                dist.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-            yield from zip(slot.sources, dissolve(slot, whole(slot.kind, parts), gpt.dpo_config), strict=True)
+    part = value_of(slot.parameter, target(gpt, slot)).detach()
+    parts = [part]
+    if size > 1 and slot.kind != "copy":
+        parts = [torch.empty_like(part) for _ in range(size)]
+        dist.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return dissolve(slot, whole(slot.kind, parts), gpt.dpo_config)
 
 
 Planned = tuple[str, tuple[int, ...], torch.dtype]
@@ -111,22 +115,27 @@ def write_shards(out_dir: Path, shards: list[list[Planned]], weights: Iterator[t
     """Write the planned files from a stream of tensors in the same order, and the index if there are several."""
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    total = 0
-    for name, shard in zip(names, shards, strict=True):
-        with (out_dir / name).open("wb") as file:
-            file.write(header_of(shard, {"format": "pt"}))
-            for (planned, shape, dtype), (given, tensor) in zip(shard, weights, strict=False):
-                if planned != given or shape != tuple(tensor.shape):
-                    raise RuntimeError(f"export planned {planned} {shape} and was given {given} {tuple(tensor.shape)}")
-                for block in bytes_of(tensor.to(dtype)):
-                    file.write(block)
-                    total += len(block)
+    total = sum(write_tensors(out_dir / name, shard, weights) for name, shard in zip(names, shards, strict=True))
     if count == 1:
         return names
     weight_map = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return [*names, INDEX]
+
+
+def write_tensors(path: Path, plan: Sequence[Planned], tensors: Iterator[tuple[str, Tensor]]) -> int:
+    """Write one safetensors file from the next ``len(plan)`` tensors of a stream; return the bytes of its tensors."""
+    total = 0
+    with path.open("wb") as file:
+        file.write(header_of(list(plan), {"format": "pt"}))
+        for (planned, shape, dtype), (given, tensor) in zip(plan, tensors, strict=False):
+            if planned != given or shape != tuple(tensor.shape):
+                raise RuntimeError(f"export planned {planned} {shape} and was given {given} {tuple(tensor.shape)}")
+            for block in bytes_of(tensor.to(dtype)):
+                file.write(block)
+                total += len(block)
+    return total
 
 
 def copy_companions(store: RangeStore, source: str, out_dir: Path, tokenizer: str | None) -> list[str]:

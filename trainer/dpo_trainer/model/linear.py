@@ -13,7 +13,12 @@ class _Adaptable:
     of a model without adapters is the same as that of plain Megatron-Core layers.
     """
 
-    adapter: Any = None
+    adapter: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # On the instance: torch looks submodules up last, so a class attribute would hide the adapter.
+        self.adapter = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return (output, bias) as Megatron-Core's linear layers do."""

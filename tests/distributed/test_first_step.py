@@ -1,0 +1,108 @@
+"""The first update against transformers and the papers' formulas: loss, and the norm of the whole gradient."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import kl_div, log_softmax, logsigmoid
+from transformers import AutoModelForCausalLM
+
+from dpo_api.manifest import parse_job
+from dpo_testing.runs import Finished, merged, run_here, run_processes
+from dpo_testing.training_world import make
+from dpo_trainer.data.index import build_indexes
+from dpo_trainer.sources import open_tokenizer, store_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("first-step")]
+
+BETA, SCALE, PAIRS = 0.3, 0.7, 5
+LOSSES = ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("first-step")
+
+
+@pytest.fixture(scope="module")
+def spec(world: Path) -> dict[str, Any]:
+    base = make(world, pairs=PAIRS, validation=1)
+    training = {"globalBatchSize": PAIRS, "maxSteps": 2, "validationInterval": 100, "gradientClip": 0.001}
+    # The second step's figures depend on the first update, which the clip makes tiny but not zero.
+    return merged(base, {"training": training, "dpo": {"beta": BETA, "gtRewardScale": SCALE}})
+
+
+def pairs_of(spec: dict[str, Any]) -> list[tuple[list[int], list[int], list[int], float]]:
+    """(prompt, chosen, rejected, reward gap) of every pair, as the trainer tokenised them."""
+    job = parse_job(
+        {"apiVersion": "dpo-operator.dev/v1alpha1", "kind": "DPOJob", "metadata": {"name": "x"}, "spec": spec}
+    )
+    index = build_indexes(job.spec, open_tokenizer(job.spec), lambda s: store_for(job.spec, s.storage)).train
+    rows = [json.loads(line) for line in Path(spec["data"]["train"][0]["uri"]).read_text().splitlines()]
+    gaps = [row["chosen_reward"] - row["rejected_reward"] for row in rows]
+    return [(*(part.tolist() for part in index.tokens(i)), gaps[i]) for i in range(index.n)]  # type: ignore[misc]
+
+
+def log_prob(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Σ log π(response | prompt), one sequence by itself through transformers."""
+    ids = torch.tensor([prompt + response])
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    return log_softmax(logits.double(), -1).gather(1, ids[0, len(prompt) :, None]).sum()
+
+
+def expected_loss(name: str, delta: torch.Tensor, gap: float) -> torch.Tensor:
+    """The losses as the papers write them."""
+    scaled = BETA * delta
+    truth = torch.tensor([SCALE * gap], dtype=torch.float64)
+    if name == "dpo":  # Rafailov et al. 2023, eq. 7
+        return -logsigmoid(scaled)
+    if name == "ipo":  # Azar et al. 2023, eq. 17
+        return (delta - 0.5 / BETA) ** 2
+    if name == "rpo_sq":
+        return (scaled - truth[0]) ** 2
+    ours = torch.stack([scaled, -scaled]).sigmoid()
+    given = torch.cat([truth, -truth]).sigmoid()
+    first, second = (given, ours) if name == "rpo_bwd_kl" else (ours, given)
+    return kl_div(second.log(), first, reduction="sum")
+
+
+def independent(spec: dict[str, Any], name: str, sft_weight: float) -> tuple[float, float]:
+    """Mean loss of the first batch and the norm of its gradient, without any of the trainer's numerical code."""
+    model = AutoModelForCausalLM.from_pretrained(spec["model"]["huggingFace"]["uri"], attn_implementation="eager")
+    model.train(False)
+    total = torch.zeros((), dtype=torch.float64)
+    pairs = pairs_of(spec)
+    for prompt, chosen, rejected, gap in pairs:
+        good, bad = log_prob(model, prompt, chosen), log_prob(model, prompt, rejected)
+        delta = (good - good.detach()) - (bad - bad.detach())
+        total = total + expected_loss(name, delta, gap) - sft_weight * good
+    loss = total / len(pairs)
+    loss.backward()  # type: ignore[no-untyped-call]
+    grads = [p.grad.double() for p in model.parameters() if p.grad is not None]
+    return float(loss.detach()), math.sqrt(sum(float((g * g).sum()) for g in grads))
+
+
+def check(run: Finished, loss: float, norm: float) -> None:
+    assert run.series("train/loss")[0] == pytest.approx(loss, rel=1e-5)
+    assert run.series("train/grad_norm")[0] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradient_of_each_variant(name: str, spec: dict[str, Any], world: Path) -> None:
+    run = run_here(merged(spec, {"dpo": {"loss": name}}), world / name)
+    check(run, *independent(spec, name, 0.0))
+
+
+def test_loss_and_gradient_with_the_sft_term(spec: dict[str, Any], world: Path) -> None:
+    run = run_here(merged(spec, {"dpo": {"sftWeight": 0.25}}), world / "sft")
+    check(run, *independent(spec, "dpo", 0.25))
+
+
+def test_two_processes_divide_once(spec: dict[str, Any], world: Path) -> None:
+    """Five pairs on two ranks: a mean of per-rank means, or a second division, would show in both figures."""
+    changed = merged(spec, {"training": {"microBatchSize": 1}, "dpo": {"loss": "rpo_sq"}})
+    run = run_processes(changed, world / "two", processes=2, scratch=world / "scratch")
+    check(run, *independent(spec, "rpo_sq", 0.0))

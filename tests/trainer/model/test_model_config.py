@@ -1,0 +1,127 @@
+"""config.json: what is read, and everything that is refused by name."""
+
+from typing import Any
+
+import pytest
+
+from dpo_api.errors import InvalidModelError
+from dpo_trainer.model.config import ModelConfig, RopeScaling
+
+BASE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+}
+
+
+def read(**changes: Any) -> ModelConfig:
+    raw = {**BASE, **changes}
+    return ModelConfig.from_hugging_face({k: v for k, v in raw.items() if v is not ...}, "m/config.json")
+
+
+def test_a_llama_2() -> None:
+    config = read(torch_dtype="float16", max_position_embeddings=4096, rope_scaling=None)
+    assert (config.num_query_groups, config.head_dim) == (4, 16)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    assert (config.dtype, config.norm_eps) == ("float16", 1e-5)
+    assert config.window is None
+    assert not any((config.tied_embeddings, config.qkv_bias, config.qk_norm))
+
+
+LLAMA3 = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **LLAMA3}},
+    ],
+    ids=["old", "older", "new"],
+)
+def test_rope_keys_of_old_and_new_transformers(keys: dict[str, Any]) -> None:
+    config = read(**keys)
+    assert config.rope_theta == 500000.0
+    assert config.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+
+
+def test_dtype_keys_of_old_and_new_transformers() -> None:
+    assert read(torch_dtype="bfloat16").dtype == read(dtype="bfloat16").dtype == "bfloat16"
+    assert read().dtype is None
+
+
+def test_families() -> None:
+    mistral = read(model_type="mistral", num_key_value_heads=2, sliding_window=4096, head_dim=128)
+    assert (mistral.window, mistral.head_dim, mistral.window_of(3)) == (4096, 128, 4096)
+    assert read(model_type="mistral", num_key_value_heads=2, sliding_window=None).window is None
+    # An absent key is what transformers' own class takes: a window of 4,096.
+    assert read(model_type="mistral", num_key_value_heads=2).window == 4096
+    qwen = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 100, "max_window_layers": 3}
+    assert read(**qwen).window is None
+    assert read(**qwen).qkv_bias
+    windowed = read(**qwen, use_sliding_window=True)
+    assert [windowed.window_of(i) for i in range(4)] == [None, None, None, 100]
+    named = read(**qwen, use_sliding_window=True, layer_types=["sliding_attention", *["full_attention"] * 3])
+    assert [named.window_of(i) for i in range(4)] == [100, None, None, None]
+    assert read(**{**qwen, "max_window_layers": 4}, use_sliding_window=True).window is None
+    qwen3 = read(model_type="qwen3", num_key_value_heads=2, tie_word_embeddings=True)
+    assert (qwen3.qk_norm, qwen3.head_dim, qwen3.tied_embeddings) == (True, 128, True)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "mixtral"}, r'model_type is "mixtral": supported are llama, mistral, qwen2, qwen3'),
+    ({"model_type": ...}, r"model_type is null"),
+    ({"num_local_experts": 8}, r"num_local_experts is 8: mixture-of-experts"),
+    ({"num_experts": 64}, r"num_experts is 64"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures is .*only …ForCausalLM"),
+    ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config is .*gptq.*use the original model"),
+    ({"hidden_act": "gelu"}, r'hidden_act is "gelu": only silu'),
+    ({"attention_bias": True}, r"attention_bias is true: a bias on o_proj"),
+    ({"model_type": "qwen3", "num_key_value_heads": 2, "attention_bias": True}, r"attention_bias is true"),
+    ({"mlp_bias": True}, r"mlp_bias is true"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r'rope_scaling\.rope_type is "yarn"'),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r'rope_scaling\.rope_type is "dynamic"'),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r'rope_parameters\.rope_type is "longrope"'),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, r"rope_parameters is .*one rope a layer type"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"low_freq_factor is missing"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, r"factor is -2"),
+    ({"rope_scaling": "linear"}, r'rope_scaling is "linear": it must be an object'),
+    ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0.5"),
+    ({"vocab_size": ...}, r"vocab_size is missing"),
+    ({"hidden_size": "64"}, r'hidden_size is "64": it must be a positive integer'),
+    ({"num_hidden_layers": 0}, r"num_hidden_layers is 0"),
+    ({"num_key_value_heads": 3}, r"num_key_value_heads is 3: it must divide num_attention_heads 4"),
+    ({"hidden_size": 65}, r"hidden_size is 65: not divisible by num_attention_heads 4; set head_dim"),
+    ({"head_dim": 15}, r"head_dim is 15: it must be even"),
+    ({"torch_dtype": "float8_e4m3fn"}, r'dtype is "float8_e4m3fn"'),
+    ({"model_type": "mistral", "num_key_value_heads": 2, "layer_types": ["full_attention"] * 4}, r"layer_types"),
+    (
+        {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "layer_types": ["chunked"] * 4},
+        r"layer_types is .*full_attention or sliding_attention 4 times",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[m[:30] for _, m in REFUSED])
+def test_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidModelError, match=rf"m/config\.json: {message}"):
+        read(**changes)
+
+
+def test_the_fingerprint_is_of_what_changes_the_output() -> None:
+    assert read(torch_dtype="float16").fingerprint == read(max_position_embeddings=9).fingerprint
+    assert (
+        len({read().fingerprint, read(rms_norm_eps=1e-6).fingerprint, read(tie_word_embeddings=True).fingerprint}) == 3
+    )

@@ -1,0 +1,59 @@
+"""What launch derives before any process starts, and how it sums up what they leave."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_api.errors import Outcome
+from dpo_testing.runs import job_of
+from dpo_trainer.launch import RankResult, launch, read_results, summarise, switches
+
+SPEC: dict[str, Any] = {"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}}
+
+
+def test_switches_are_set_only_where_the_spec_asks() -> None:
+    assert switches(job_of(SPEC).spec) == {}
+    asked = {**SPEC, "transformerEngine": {"flashAttention": False}, "training": {"deterministic": True}}
+    assert switches(job_of(asked).spec) == {
+        "NVTE_FLASH_ATTN": "0",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+
+
+def test_a_field_that_is_not_implemented_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(job_of({**SPEC, "parallelism": {"tensor": 2}}).to_json())
+    words = tmp_path / "words"
+    arguments = Namespace(spec=spec, run_dir=str(tmp_path), processes=1, last_words=words, grace_seconds=1)
+    assert launch(arguments) == Outcome.InvalidSpec.exit_code
+    assert "spec.parallelism.tensor" in json.loads(words.read_text())["message"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def result(rank: int, outcome: Outcome, at: float, message: str = "") -> RankResult:
+    return RankResult(rank=rank, outcome=outcome.name, message=message, at=at)
+
+
+def test_the_first_cause_explains_the_run_not_its_consequences(tmp_path: Path) -> None:
+    for entry in (
+        result(0, Outcome.Communication, 1.0, "lost contact"),
+        result(1, Outcome.InvalidData, 2.0, "line 7"),
+        result(2, Outcome.NoSpace, 3.0, "full"),
+    ):
+        entry.write(tmp_path)
+    words = summarise(read_results(tmp_path), 1, asked=False)
+    assert (words.outcome, words.message) == ("InvalidData", "line 7")
+
+
+def test_a_process_that_left_no_word_is_not_taken_for_a_lost_network() -> None:
+    words = summarise([result(0, Outcome.Communication, 1.0, "lost contact")], 1, asked=False)
+    assert "without a word" in words.message
+
+
+def test_nothing_left_at_all() -> None:
+    assert summarise([], 1, asked=True).outcome == "Stopped"
+    assert summarise([], -9, asked=False).outcome == "Internal"

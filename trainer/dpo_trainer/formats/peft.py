@@ -1,0 +1,89 @@
+"""LoRA adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+Our adapters sit on fused layers. B A of a fused layer is B's rows of each part times the same A, so the split into
+PEFT's separate projections is exact.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_store.errors import from_os_error
+from dpo_trainer.formats.export import Planned, write_tensors
+from dpo_trainer.formats.layout import split_qkv
+from dpo_trainer.model.config import ModelConfig
+from dpo_trainer.model.forward import unwrap
+from dpo_trainer.model.lora import LoraSettings, LowRankAdapter, Module, adapters, target_modules
+
+PROJECTIONS: dict[Module, tuple[str, ...]] = {
+    "attention_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention_dense": ("self_attn.o_proj",),
+    "mlp_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp_fc2": ("mlp.down_proj",),
+}
+
+
+def export_adapter(
+    model: Any, lora: LoraSettings, base: str, out_dir: Path, *, dtype: torch.dtype | None = None
+) -> list[str]:
+    """Write the adapters for ``PeftModel.from_pretrained`` on the Hugging Face model ``base``; return the files' names.
+
+    dtype: of the written matrices; None means fp32, which small adapters can afford. Raises NoSpaceError when the disk
+    is full. A collective over tensor-parallel ranks.
+    """
+    tensors = adapter_tensors(model)
+    plan: list[Planned] = [(name, tuple(value.shape), dtype or torch.float32) for name, value in tensors.items()]
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(adapter_config(lora, base), indent=2) + "\n"
+        (out_dir / "adapter_config.json").write_text(config)
+        write_tensors(out_dir / "adapter_model.safetensors", plan, iter(tensors.items()))
+    except OSError as error:
+        raise from_os_error(error, str(out_dir)) from error
+    return ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def adapter_tensors(model: Any) -> dict[str, Tensor]:
+    """PEFT's names → fp32 matrices. Each projection has its own A, since safetensors refuses shared memory."""
+    config: ModelConfig = unwrap(model).dpo_config
+    found: dict[str, Tensor] = {}
+    for adapter in adapters(model):
+        a, b = adapter.matrices()
+        for projection, part in zip(PROJECTIONS[adapter.place.module], _parts(adapter, b, config), strict=True):
+            prefix = f"base_model.model.model.layers.{adapter.place.layer}.{projection}"
+            found[f"{prefix}.lora_A.weight"] = a.clone()
+            found[f"{prefix}.lora_B.weight"] = part.contiguous()
+    return found
+
+
+def adapter_config(lora: LoraSettings, base: str) -> dict[str, Any]:
+    """The content of adapter_config.json. PEFT's scale is lora_alpha / r, as ours."""
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    projections = [name for module in target_modules(lora.target_modules) for name in PROJECTIONS[module]]
+    layers = None if lora.layers is None else sorted(set(lora.layers))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [name.rpartition(".")[2] for name in projections],
+        "layers_to_transform": layers,
+        "layers_pattern": None if layers is None else "layers",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+
+
+def _parts(adapter: LowRankAdapter, b: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+    if adapter.place.module == "attention_qkv":
+        return split_qkv(b, config)
+    if adapter.place.module == "mlp_fc1":
+        return tuple(b.chunk(2))
+    return (b,)

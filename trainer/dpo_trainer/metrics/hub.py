@@ -1,0 +1,119 @@
+"""All that rank 0 tells the world, opened from one spec: the run's record, Prometheus, TensorBoard, W&B, progress."""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from dpo_api.errors import DPOError
+from dpo_api.manifest import DPOJob
+from dpo_api.version import VERSION
+from dpo_store import Store, join_uri, local_path_of
+from dpo_trainer.metrics import tensorboard, wandb
+from dpo_trainer.metrics.jsonl import LocalLog, ObjectLog
+from dpo_trainer.metrics.progress import ProgressTracker
+from dpo_trainer.metrics.prometheus import PrometheusMetrics
+from dpo_trainer.metrics.server import StatusServer
+from dpo_trainer.metrics.writer import Guarded, MetricsWriter, Writers, summary
+
+log = logging.getLogger(__name__)
+
+
+class Hub:
+    """Rank 0's outlet: ``progress`` and ``prometheus`` from the start, the sinks of metrics from ``open_sinks`` on.
+
+    Two stages, because /status must answer while the model loads, and the record can only be continued once the
+    checkpoint's step is known.
+    """
+
+    def __init__(self, job: DPOJob, *, port: int | None = None, host: str = "", events: Path | None = None) -> None:
+        """Start the server and check what the spec's sinks need.
+
+        port: of /metrics, /status and /healthz on ``host`` (empty: all addresses); None: no server; 0: a free port.
+        events: file that `dpo run` follows. Raises PortInUseError; InvalidSpecError and AccessDeniedError for a sink
+        that cannot work here as it is set.
+        """
+        self._job = job
+        logging_spec = job.spec.logging
+        if logging_spec.tensorboard.enabled:
+            tensorboard.check()
+        if logging_spec.wandb is not None:
+            wandb.check(logging_spec.wandb)
+        self.prometheus = PrometheusMetrics()
+        self._server = None if port is None else StatusServer(self.prometheus.registry, port, host)
+        self.progress = ProgressTracker(events, self._server)
+        self._writers = Writers([self.prometheus])
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._closed = False
+
+    @property
+    def port(self) -> int | None:
+        """The port that is served."""
+        return None if self._server is None else self._server.port
+
+    def begin(self, attempt: int) -> None:
+        """Say which attempt this is."""
+        self.progress.begin(attempt)
+        self.prometheus.clear("dpo_trainer_info")
+        self.prometheus.set("dpo_trainer_info", 1, version=VERSION, job=self._job.metadata.name, attempt=str(attempt))
+
+    def open_sinks(self, store: Store, run_dir: str, *, attempt: int, resume_step: int | None) -> None:
+        """Open the run's record and the sinks that the spec asks for.
+
+        resume_step: the checkpoint's; None for a fresh start, which begins a new record. Raises OSError when a local
+        record cannot be written. A service that does not answer is one warning.
+        """
+        writers: list[MetricsWriter] = [self.prometheus, _record(store, run_dir, attempt, resume_step)]
+        logging_spec = self._job.spec.logging
+        if logging_spec.tensorboard.enabled:
+            uri = logging_spec.tensorboard.uri or join_uri(run_dir, "tensorboard")
+            writers.append(Guarded("TensorBoard", tensorboard.TensorBoardWriter(uri, store, resume_step)))
+        if logging_spec.wandb is not None:
+            try:
+                writers.append(Guarded("Weights & Biases", self._wandb(logging_spec.wandb, run_dir)))
+            except DPOError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the service is away: see Guarded
+                log.warning("Weights & Biases does not answer (%s); training goes on without it", summary(error))
+        self._writers = Writers(writers)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One event to every sink: metrics with their group, ``train/loss``. Raises OSError for a local record only."""
+        self._writers.write(step, metrics)
+
+    def flush(self) -> None:
+        """Bring every sink up to date: before a checkpoint, whose steps a later attempt will not repeat."""
+        self._writers.flush()
+
+    def close(self) -> None:
+        """Write what is left and stop the server. Never raises: it also runs after a failure. Twice does no harm."""
+        if self._closed:
+            return
+        self._closed = True
+        self._writers.close()
+        if self._server is not None:
+            self._server.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _wandb(self, settings: wandb.WandbSettings, run_dir: str) -> wandb.WandbWriter:
+        folder = local_path_of(run_dir)
+        if folder is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="wandb-", ignore_cleanup_errors=True)
+            folder = Path(self._scratch.name)
+        return wandb.WandbWriter(
+            settings,
+            job=self._job.metadata.name,
+            run_dir=run_dir,
+            folder=folder,
+            # Of the spec what the manifest says. It names secrets; it never holds one.
+            config=self._job.spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
+        )
+
+
+def _record(store: Store, run_dir: str, attempt: int, resume_step: int | None) -> MetricsWriter:
+    local = local_path_of(run_dir)
+    if local is not None:
+        return LocalLog(local / "metrics.jsonl", resume_step)
+    remote = ObjectLog(store, run_dir, attempt)
+    return Guarded(remote.uri, remote)

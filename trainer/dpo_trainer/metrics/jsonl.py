@@ -1,0 +1,131 @@
+"""The run's own record: one strict-JSON object an event, in a local file or in one object an attempt.
+
+A local run directory has one ``metrics.jsonl``, appended to; a resumed run first drops the events after its checkpoint,
+so every step is there once. Object stores cannot append and must not be written by two attempts, so there an attempt
+rewrites an object of its own, ``metrics/attempt-0003.jsonl``. A reader (dpo_cli.metrics_log) takes all of them and lets
+a later attempt's steps replace an earlier one's.
+"""
+
+import errno
+import json
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from dpo_store import Store, join_uri
+from dpo_trainer.metrics.writer import Background, event_line
+
+log = logging.getLogger(__name__)
+
+UPLOAD_SECONDS = 30.0
+"""Least time between two rewrites of an attempt's object."""
+
+
+class LocalLog:
+    """``metrics.jsonl`` in a local run directory. A line is whole or absent, whatever kills the process.
+
+    Raises OSError when the disk is full or gone: the record is part of the run.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        """Open for appending after dropping the events above ``resume_step``; None: the run starts anew, all go."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._kept = truncate(path, resume_step)
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one event in one system call.
+
+        What the file already held when it was opened is not repeated: a run that validates again at the step it resumed
+        from computes the same figures.
+        """
+        fresh = {name: value for name, value in metrics.items() if (step, name.partition("/")[0]) not in self._kept}
+        if not fresh:
+            return
+        line = event_line(step, fresh)
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, "No space left on device", self._file.name)
+
+    def flush(self) -> None:
+        """Nothing is held back in this process; ask the kernel to write it out."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """See MetricsWriter."""
+        self._file.close()
+
+
+def truncate(path: Path, resume_step: int | None) -> set[tuple[int, str]]:
+    """Drop events above ``resume_step`` (None: all) and a torn last line; returns the (step, group) pairs that stay.
+
+    The file is replaced in one step, and only when something is dropped.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return set()
+    kept: list[bytes] = []
+    seen: set[tuple[int, str]] = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            step = int(event["step"])
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                log.warning("%s:%d is not an event and is dropped", path, number)
+            continue
+        if resume_step is not None and step <= resume_step and line.endswith(b"\n"):
+            kept.append(line)
+            seen.update((step, name.partition("/")[0]) for name in event if name != "step")
+    if len(kept) != len(lines):
+        spare = path.with_name(f".{path.name}.new")
+        with spare.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        spare.replace(path)
+    return seen
+
+
+class ObjectLog:
+    """``metrics/attempt-0003.jsonl`` under an object store's run directory, rewritten in the background.
+
+    Memory: this attempt's events, about 500 bytes each. The rewrite starts at most every UPLOAD_SECONDS and never makes
+    a step wait; ``close`` writes the whole of it and raises what storage raises.
+    """
+
+    def __init__(self, store: Store, run_dir: str, attempt: int, interval: float = UPLOAD_SECONDS) -> None:
+        self.uri = attempt_uri(run_dir, attempt)
+        self._store = store
+        self._lines: list[bytes] = []
+        self._lock = threading.Lock()
+        self._written = 0
+        self._upload = Background(self.uri, self._put, interval)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take one event."""
+        with self._lock:
+            self._lines.append(event_line(step, metrics))
+        self._upload.request()
+
+    def flush(self) -> None:
+        """Write now. Raises a DPOError when storage cannot be reached."""
+        self._upload.now()
+
+    def close(self) -> None:
+        """Write a last time. Raises a DPOError when storage cannot be reached."""
+        self._upload.finish()
+
+    def _put(self) -> None:
+        with self._lock:
+            count, data = len(self._lines), b"".join(self._lines)
+        if count != self._written:
+            self._store.write(self.uri, data)
+            self._written = count
+
+
+def attempt_uri(run_dir: str, attempt: int) -> str:
+    """Where an attempt's events lie."""
+    return join_uri(run_dir, f"metrics/attempt-{attempt:04d}.jsonl")

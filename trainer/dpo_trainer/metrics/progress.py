@@ -1,0 +1,147 @@
+"""How far a run is: appended to the events file that `dpo run` follows, and served at /status."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dpo_api.progress import Phase, Progress
+from dpo_trainer.metrics.writer import summary
+
+log = logging.getLogger(__name__)
+
+WINDOW_STEPS = 20
+"""Steps whose speed is reported: enough to level packs of unlike sizes, few enough to follow a change."""
+
+QUIET_SECONDS = 0.1
+"""Least time between two lines of the events file within a phase; the newest state is served at /status at once."""
+
+
+class Publisher(Protocol):
+    """Takes the newest progress: metrics.server.StatusServer."""
+
+    def publish(self, progress: Progress) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class _StepCost:
+    seconds: float
+    tokens: int
+    pairs: int
+
+
+class ProgressTracker:
+    """Turns what the loop reports into Progress messages. Of one process (rank 0), from one thread.
+
+    Times come from ``clock`` (monotonic seconds) and ``now`` (Unix seconds).
+    """
+
+    def __init__(
+        self,
+        events_path: Path | None = None,
+        server: Publisher | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._events_path, self._server = events_path, server
+        self._clock, self._now = clock, now
+        self._state = Progress(phase="starting")
+        self._window: deque[_StepCost] = deque(maxlen=WINDOW_STEPS)
+        self._started: float | None = None  # when the first step of this attempt began
+        self._stepping = 0.0  # seconds spent in steps since then
+        self._last_line = -QUIET_SECONDS
+        self._broken = False
+
+    @property
+    def newest(self) -> Progress:
+        """The state as last reported."""
+        return self._state
+
+    def begin(self, attempt: int) -> None:
+        """Say which attempt this is."""
+        self._update(attempt=attempt)
+
+    def plan(self, *, step: int, total: int, epoch: float = 0.0, last_checkpoint_step: int | None = None) -> None:
+        """Say where the run starts (0, or the checkpoint's step) and where it ends."""
+        self._update(step=step, total=total, epoch=epoch, last_checkpoint_step=last_checkpoint_step)
+        self._emit(always=True)
+
+    def phase(self, phase: Phase, *, done: int | None = None, of: int | None = None, message: str = "") -> None:
+        """Enter a phase, or report units done inside it, such as reference pairs: ``done`` of ``of``."""
+        entered = phase != self._state.phase
+        if phase in {"done", "failed"}:
+            self._update(eta_seconds=None)
+        self._update(phase=phase, done=done, of=of, message=message[:1024])
+        self._emit(always=entered or done is None or done == of)
+
+    def finished(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The run had ended before this attempt began: all its steps are done."""
+        self._update(step=step, total=max(step, self._state.total), metrics=dict(metrics), last_checkpoint_step=None)
+        self.phase("done")
+
+    def step(
+        self, step: int, *, epoch: float, seconds: float, tokens: int, pairs: int, metrics: Mapping[str, float]
+    ) -> None:
+        """Report one optimizer step: its seconds, tokens and pairs of all processes, and metrics as ``train/loss``."""
+        if self._started is None:
+            self._started = self._clock() - seconds
+        self._window.append(_StepCost(seconds, tokens, pairs))
+        self._stepping += seconds
+        spent = sum(cost.seconds for cost in self._window)
+        self._update(
+            phase="train",
+            done=None,
+            of=None,
+            message="",
+            step=step,
+            epoch=epoch,
+            metrics={**self._state.metrics, **metrics},
+            tokens_per_second=sum(cost.tokens for cost in self._window) / spent if spent > 0 else None,
+            pairs_per_second=sum(cost.pairs for cost in self._window) / spent if spent > 0 else None,
+            eta_seconds=self._eta(step),
+        )
+        self._emit(always=step == self._state.total)
+
+    def measured(self, metrics: Mapping[str, float]) -> None:
+        """Report metrics outside a step, such as ``val/acc``."""
+        self._update(metrics={**self._state.metrics, **metrics})
+        self._emit(always=True)
+
+    def saved(self, step: int) -> None:
+        """Report a complete checkpoint."""
+        self._update(last_checkpoint_step=step)
+        self._emit(always=True)
+
+    def _eta(self, step: int) -> float | None:
+        """Seconds until the last step: the window's mean step, times what validation and saving have added so far."""
+        assert self._started is not None  # noqa: S101 - set by the only caller
+        if self._state.total == 0:
+            return None
+        left = max(0, self._state.total - step)
+        mean = sum(cost.seconds for cost in self._window) / len(self._window)
+        elapsed = self._clock() - self._started
+        overhead = max(1.0, elapsed / self._stepping) if self._stepping > 0 else 1.0
+        return left * mean * overhead
+
+    def _update(self, **changes: object) -> None:
+        # Through validation, which leaves out NaN and refuses what the readers could not take.
+        self._state = Progress.model_validate({**dict(self._state), **changes, "observed_at": self._now()})
+
+    def _emit(self, *, always: bool) -> None:
+        if self._server is not None:
+            self._server.publish(self._state)
+        clock = self._clock()
+        if self._events_path is None or not (always or clock - self._last_line >= QUIET_SECONDS):
+            return
+        self._last_line = clock
+        try:
+            with self._events_path.open("ab", buffering=0) as file:
+                file.write((self._state.to_json() + "\n").encode())
+        except OSError as error:
+            if not self._broken:
+                log.warning("progress cannot be written to %s (%s)", self._events_path, summary(error))
+            self._broken = True

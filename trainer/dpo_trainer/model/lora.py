@@ -1,0 +1,323 @@
+"""LoRA on Megatron-Core's fused linear layers (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021).
+
+y = Wx + (alpha / rank) · B A x with W frozen, A [rank, in], B [out, rank]; x is the linear layer's own input, that is
+the norm's output for q/k/v and the MLP's first layer. Modules and initial values carry NeMo's names. The policy without
+its adapters is the reference, so no second copy of the model exists.
+
+Tensor parallelism follows the base. Column-parallel bases (q/k/v, fc1): A is split over its rank and its output
+gathered, B over the base's rows. Row-parallel bases (the output projections): A is split over its input and its
+output summed, B over its rows and its output gathered.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from dpo_api.errors import InvalidSpecError
+from dpo_trainer import bridge
+from dpo_trainer.formats.huggingface import Value
+from dpo_trainer.model.forward import unwrap
+
+Module = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"]
+MODULES: dict[Module, str] = {
+    "attention_qkv": "self_attention.linear_qkv",
+    "attention_dense": "self_attention.linear_proj",
+    "mlp_fc1": "mlp.linear_fc1",
+    "mlp_fc2": "mlp.linear_fc2",
+}
+GROUPS: dict[str, tuple[Module, ...]] = {
+    "attention": ("attention_qkv", "attention_dense"),
+    "mlp": ("mlp_fc1", "mlp_fc2"),
+    "all": tuple(MODULES),
+}
+_NORMAL_STD = 0.2  # NeMo's
+
+
+class LoraSettings(Protocol):
+    """The fields of ``spec.lora`` that are read here."""
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def alpha(self) -> float | None: ...  # noqa: D102
+    @property
+    def dropout(self) -> float: ...  # noqa: D102
+    @property
+    def dropout_position(self) -> Literal["pre", "post"]: ...  # noqa: D102
+    @property
+    def target_modules(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def layers(self) -> Sequence[int] | None: ...  # noqa: D102
+    @property
+    def column_init(self) -> str: ...  # noqa: D102
+    @property
+    def row_init(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an adapter sits: its base's kind and its position among the layers that carry this module's adapter."""
+
+    module: Module
+    layer: int
+    position: int
+    count: int
+
+    @property
+    def row_parallel(self) -> bool:
+        return self.module in ("attention_dense", "mlp_fc2")
+
+
+class LowRankAdapter(torch.nn.Module):
+    """(alpha / rank) · B A x beside one linear layer. ``linear_in.weight`` is A, ``linear_out.weight`` is B."""
+
+    def __init__(self, config: Any, lora: LoraSettings, place: _Place, inputs: int, outputs: int, seed: int) -> None:
+        super().__init__()
+        self.config, self.place = config, place
+        self.enabled = True
+        self.scale = (lora.alpha if lora.alpha is not None else lora.rank) / lora.rank
+        self.dropout, self.dropout_position = lora.dropout, lora.dropout_position
+        size, rank = _tensor_parallel()
+        axis = 1 if place.row_parallel else 0
+        first = _draw(lora.column_init, (lora.rank, inputs), f"{seed}/{place.layer}/{place.module}/in")
+        second = _draw(lora.row_init, (outputs, lora.rank), f"{seed}/{place.layer}/{place.module}/out")
+        self.linear_in = _Matrix(config, first.chunk(size, dim=axis)[rank], axis)
+        self.linear_out = _Matrix(config, _rows_of_rank(second, place.module, size, rank), 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: the base's input, [S, 1, in] (a part of it where the base's is); returns the base's output shape."""
+        sequence_parallel = self.config.sequence_parallel
+        out: Tensor
+        if self.dropout_position == "pre":
+            x = F.dropout(x, self.dropout, self.training)
+        if self.place.row_parallel:
+            inner = reduce_from_tensor_model_parallel_region(self.linear_in(x))
+            out = gather_from_tensor_model_parallel_region(self.linear_out(copy_to_tensor_model_parallel_region(inner)))
+            if sequence_parallel:
+                out = scatter_to_sequence_parallel_region(out)
+        else:
+            x = (
+                gather_from_sequence_parallel_region(x)
+                if sequence_parallel
+                else copy_to_tensor_model_parallel_region(x)
+            )
+            inner = gather_from_tensor_model_parallel_region(self.linear_in(x))
+            out = self.linear_out(copy_to_tensor_model_parallel_region(inner))
+        if self.dropout_position == "post":
+            out = F.dropout(out, self.dropout, self.training)
+        return out if self.scale == 1 else out * self.scale
+
+    @torch.no_grad()
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Whole A [rank, in] and B [out, rank], fp32, unscaled. A collective over tensor-parallel ranks."""
+        a = _whole(self.linear_in.weight, 1 if self.place.row_parallel else 0)
+        b = _whole(self.linear_out.weight, 0, gated=self.place.module == "mlp_fc1")
+        return a.float(), b.float()
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """What this rank's part of the base weight gains when the adapter is merged, fp32."""
+        a, b = self.linear_in.weight.detach(), self.linear_out.weight.detach()
+        if self.place.row_parallel:
+            b = _whole(b, 0)
+        else:
+            a = _whole(a, 0)
+        return self.scale * (b.float() @ a.float())
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Entries for dist_checkpointing. Layers are stacked over those that carry an adapter, not over all."""
+        if sharded_offsets:
+            sharded_offsets = ((0, self.place.position, self.place.count),)
+        group = parallel_state.get_tensor_model_parallel_group()
+        data_group = (metadata or {}).get("dp_cp_group") or parallel_state.get_data_parallel_group(
+            with_context_parallel=True
+        )
+        entries: dict[str, Any] = {}
+        for name, matrix in (("linear_in", self.linear_in), ("linear_out", self.linear_out)):
+            entries.update(
+                make_sharded_tensors_for_checkpoint(
+                    {"weight": matrix.weight},
+                    f"{prefix}{name}.",
+                    {"weight": matrix.axis},
+                    sharded_offsets,
+                    tp_group=group,
+                    dp_cp_group=data_group,
+                )
+            )
+        if self.place.module == "mlp_fc1":
+            key = f"{prefix}linear_out.weight"
+            singleton = (metadata or {}).get("singleton_local_shards", False)
+            entries[key] = apply_swiglu_sharded_factory(
+                entries[key], sharded_offsets, singleton, tp_group=group, dp_group=data_group
+            )
+        return entries
+
+
+class _Matrix(torch.nn.Module):
+    """A weight split over tensor-parallel ranks along ``axis``."""
+
+    def __init__(self, config: Any, value: Tensor, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight = torch.nn.Parameter(value.to(device=bridge.device(), dtype=config.params_dtype).contiguous())
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=axis, stride=1)
+        self.weight.allreduce = True  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def target_modules(names: Sequence[str]) -> tuple[Module, ...]:
+    """The single modules that ``spec.lora.targetModules`` stands for, in the layer's order."""
+    chosen = {module for name in names for module in GROUPS.get(name, (name,))}
+    return tuple(module for module in MODULES if module in chosen)
+
+
+def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> None:
+    """Freeze the model and put adapters beside the layers that ``lora`` names.
+
+    Call it after the weights are loaded and before the model is wrapped for training. ``seed`` alone decides the
+    initial values, whatever the parallel sizes. Raises InvalidSpecError naming the field for layers that do not exist
+    and for a rank that tensor parallelism cannot split.
+    """
+    gpt = unwrap(model)
+    layers = _chosen_layers(gpt, lora)
+    size, _ = _tensor_parallel()
+    if lora.rank % size:
+        raise InvalidSpecError(
+            f"spec.lora.rank is {lora.rank}, not divisible by spec.parallelism.tensor {size}; "
+            f"choose a multiple of {size}"
+        )
+    for parameter in gpt.parameters():
+        parameter.requires_grad_(requires_grad=False)
+    for layer in gpt.decoder.layers:
+        index = layer.layer_number - 1
+        if index not in layers:
+            continue
+        for module in target_modules(lora.target_modules):
+            linear = layer.get_submodule(MODULES[module])
+            place = _Place(module, index, layers.index(index), len(layers))
+            outputs, inputs = linear.weight.shape
+            if place.row_parallel:
+                inputs *= size
+            else:
+                outputs *= size
+            linear.adapter = LowRankAdapter(gpt.config, lora, place, inputs, outputs, seed)
+    if gpt.pre_process and gpt.config.recompute_granularity == "full":
+        # Recomputation of a layer gives gradients only if its input asks for one, and a frozen embedding does not.
+        gpt.embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(torch.is_grad_enabled()))
+
+
+def adapters(model: Any) -> Iterator[LowRankAdapter]:
+    """The model's adapters, in the model's order."""
+    return (module for module in unwrap(model).modules() if isinstance(module, LowRankAdapter))
+
+
+@contextmanager
+def adapters_disabled(model: Any) -> Iterator[None]:
+    """Inside, the model is its own reference: the start model, bit for bit."""
+    found = list(adapters(model))
+    before = [adapter.enabled for adapter in found]
+    try:
+        for adapter in found:
+            adapter.enabled = False
+        yield
+    finally:
+        for adapter, enabled in zip(found, before, strict=True):
+            adapter.enabled = enabled
+
+
+def merged_value(model: Any) -> Value:
+    """For ``formats.export.export(value_of=…)``: each weight with its adapter added, in fp32."""
+    gpt = unwrap(model)
+
+    def value(name: str, parameter: Tensor) -> Tensor:
+        owner = gpt.get_submodule(name.rpartition(".")[0])
+        adapter = getattr(owner, "adapter", None)
+        if adapter is None or not name.endswith(".weight"):
+            return parameter
+        merged: Tensor = parameter.detach().float() + adapter.delta()
+        return merged
+
+    return value
+
+
+def adapter_state(sharded: dict[str, Any]) -> dict[str, Any]:
+    """The adapters' entries of a model's sharded state dict: what a LoRA checkpoint holds."""
+    return {name: entry for name, entry in sharded.items() if ".adapter." in name}
+
+
+def _chosen_layers(gpt: Any, lora: LoraSettings) -> list[int]:
+    count = gpt.config.num_layers
+    if lora.layers is None:
+        return list(range(count))
+    for layer in lora.layers:
+        if not 0 <= layer < count:
+            raise InvalidSpecError(
+                f"spec.lora.layers names layer {layer}, but the model has layers 0 to {count - 1}; "
+                "leave such layers out"
+            )
+    return sorted(set(lora.layers))
+
+
+def _tensor_parallel() -> tuple[int, int]:
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+
+
+def _rows_of_rank(whole: Tensor, module: Module, size: int, rank: int) -> Tensor:
+    """This rank's rows of B in the base's order: fc1 holds its part of the gate, then of the up projection."""
+    if module != "mlp_fc1":
+        return whole.chunk(size)[rank]
+    gate, up = whole.chunk(2)
+    return torch.cat((gate.chunk(size)[rank], up.chunk(size)[rank]))
+
+
+def _whole(part: Tensor, axis: int, *, gated: bool = False) -> Tensor:
+    size, _ = _tensor_parallel()
+    if size == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(size)]
+    dist.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    if gated:
+        halves = [p.chunk(2) for p in parts]
+        parts = [gate for gate, _ in halves] + [up for _, up in halves]
+    return torch.cat(parts, dim=axis)
+
+
+def _draw(method: str, shape: tuple[int, int], key: str) -> Tensor:
+    """Initial values [out, in], fp32 on the CPU, decided by ``key`` alone."""
+    if method == "zero":
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+    fan_out, fan_in = shape
+    if method == "xavier":  # Glorot & Bengio 2010, normal form as in NeMo
+        return torch.randn(shape, generator=generator) * math.sqrt(2.0 / (fan_in + fan_out))
+    if method == "kaiming":  # He et al. 2015 with a = √5, as torch.nn.Linear and PEFT: uniform in ±1/√fan_in
+        return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+    if method == "normal":
+        return torch.randn(shape, generator=generator) * _NORMAL_STD
+    raise InvalidSpecError(f"spec.lora: unknown initialisation {method!r}; choose xavier, kaiming, normal or zero")

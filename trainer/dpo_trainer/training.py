@@ -1,0 +1,204 @@
+"""The loop: steps, validations and checkpoints in the order that the plan says, and a stop that all ranks agree on."""
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dpo_api.errors import StoppedError
+from dpo_api.plan import Plan
+from dpo_api.spec import DPOJobSpec
+from dpo_trainer.batches import DataSet, Packer
+from dpo_trainer.checkpoint import store as checkpoints
+from dpo_trainer.checkpoint.identity import Identity, check_identity
+from dpo_trainer.checkpoint.state import collect, restore
+from dpo_trainer.data.order import batch_pairs, validation_batches
+from dpo_trainer.distributed import World
+from dpo_trainer.engine import Engine
+from dpo_trainer.metrics.sums import means
+from dpo_trainer.reference import Pairs
+from dpo_trainer.reporting import Reporter
+from dpo_trainer.rundir import RunDirectory, SavedCheckpoint
+from dpo_trainer.schedule import learning_rate
+from dpo_trainer.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data of a run, and how it becomes batches and packs."""
+
+    train: DataSet
+    validation: tuple[DataSet, ...]
+    packer: Packer
+    plan: Plan
+    seed: int
+    drop_last: bool
+
+    def epoch(self, epoch: int) -> list[Pairs]:
+        """An epoch's global batches: arithmetic on (seed, epoch, data) alone."""
+        n, size = self.train.index.n, self.plan.global_batch_size
+        batches = batch_pairs(n, size, self.seed, epoch, drop_last=self.drop_last)
+        return batches[: self.plan.steps_per_epoch]
+
+    def training_pairs(self) -> Pairs:
+        """Every pair of the run's batches, ascending."""
+        plan = self.plan
+        seen: list[Pairs] = []
+        for epoch in range(plan.epochs):
+            seen.extend(self.epoch(epoch)[: plan.total_steps - epoch * plan.steps_per_epoch])
+            if sum(len(batch) for batch in seen) >= self.train.index.n and plan.dropped_per_epoch == 0:
+                break  # the first epoch showed them all
+        return np.unique(np.concatenate(seen))
+
+    def validation_batches(self) -> list[tuple[DataSet, list[Pairs]]]:
+        """Each validation source with its batches."""
+        size = self.plan.global_batch_size
+        return [
+            (data, validation_batches(data.index.n, size)[:count])
+            for data, count in zip(self.validation, self.plan.validation_batches, strict=True)
+        ]
+
+
+class Training:
+    """One attempt's loop, from the newest checkpoint or from step 0 to the last step."""
+
+    def __init__(
+        self,
+        spec: DPOJobSpec,
+        world: World,
+        engine: Engine,
+        inputs: Inputs,
+        directory: RunDirectory,
+        reporter: Reporter,
+        stop: StopRequest,
+        identity: Identity,
+    ) -> None:
+        self.spec, self.world, self.engine, self.inputs = spec, world, engine, inputs
+        self.directory, self.reporter, self.stop, self.identity = directory, reporter, stop, identity
+        self.plan = inputs.plan
+        self.step = 0
+        self._epoch: tuple[int, list[Pairs]] = (-1, [])
+        self._consumed = 0
+
+    def resume_from(self, newest: SavedCheckpoint | None) -> None:
+        """Continue from a complete checkpoint, or start at step 0.
+
+        Raises IncompatibleCheckpointError when it belongs to another run or lies beyond this run's last step.
+        """
+        if newest is not None:
+            marker = checkpoints.read_marker(self.directory, newest)
+            check_identity(marker.identity, self.identity, newest.uri)
+            self.reporter.note(f"resuming from step {newest.step} ({newest.uri})")
+            restore(self.engine, lambda sharded: checkpoints.load(self.directory, self.world, sharded, newest))
+            self.step = newest.step
+            self.reporter.latest |= marker.metrics
+        epochs, rest = divmod(self.step, self.plan.steps_per_epoch)
+        whole = sum(len(batch) for batch in self.inputs.epoch(0)) if epochs else 0
+        self._consumed = epochs * whole + sum(len(batch) for batch in self.inputs.epoch(epochs)[:rest])
+        self.reporter.start_training(self.step, self.plan, resumed=newest is not None)
+
+    def run(self) -> None:
+        """Train to the last step. Raises StoppedError, after a checkpoint, when asked to stop."""
+        plan = self.plan
+        if self.step == 0 and plan.validates_after(0):
+            self.validate()
+        while self.step < plan.total_steps:
+            if self.stop.agreed(self.world):
+                self._stop_here()
+            self._one_step()
+            if plan.validates_after(self.step):
+                self.validate()
+            if plan.checkpoints_after(self.step):
+                self.checkpoint()
+
+    def _batch(self, step: int) -> Pairs:
+        """The pairs of the update that follows ``step`` updates."""
+        epoch, k = divmod(step, self.plan.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self.inputs.epoch(epoch))
+        return self._epoch[1][k]
+
+    def _one_step(self) -> None:
+        plan, step = self.plan, self.step
+        began = time.monotonic()
+        pairs = self._batch(step)
+        packs, tokens = self.inputs.packer.packs(self.inputs.train, pairs, self.world)
+        waited = time.monotonic() - began
+        rate = learning_rate(
+            step,
+            max_learning_rate=plan.learning_rate,
+            min_learning_rate=plan.min_learning_rate,
+            warmup_steps=plan.warmup_steps,
+            constant_steps=plan.constant_steps,
+            total_steps=plan.total_steps,
+        )
+        values = self.engine.train_step(
+            packs,
+            None if plan.sft_only else self.inputs.train.reference_sums,
+            self.inputs.train.rewards,
+            rate=rate,
+            seed=_dropout_seed(self.spec.training.seed, step, self.world.data_rank),
+        )
+        self.step += 1
+        self._consumed += len(pairs)
+        seconds = time.monotonic() - began
+        values |= {
+            "lr": rate,
+            "consumed_samples": float(self._consumed),
+            "epoch": self.step / plan.steps_per_epoch,
+            "step_time": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        self.reporter.stepped(self.step, values, seconds=seconds, tokens=tokens, pairs=len(pairs), waited=waited)
+
+    def validate(self) -> None:
+        """All validation sources with the current weights: means over all their pairs together, and by source."""
+        of = sum(self.plan.validation_batches)
+        self.reporter.phase("validate", done=0, of=of)
+        began = time.monotonic()
+        tables: dict[str, torch.Tensor] = {}
+        done = 0
+        for data, batches in self.inputs.validation_batches():
+            for batch in batches:
+                packs, _ = self.inputs.packer.packs(data, batch, self.world)
+                reference = None if self.plan.sft_only else data.reference_sums
+                sums = self.engine.evaluate(packs, reference, data.rewards)
+                tables[data.name] = tables[data.name] + sums if data.name in tables else sums
+                done += 1
+                self.reporter.phase("validate", done=done, of=of)
+        values = means(torch.stack(list(tables.values())).sum(0))
+        if len(tables) > 1:
+            values |= {f"{name}/{key}": value for name, table in tables.items() for key, value in means(table).items()}
+        values["validation_step_time"] = time.monotonic() - began
+        self.reporter.validated(self.step, values)
+
+    def checkpoint(self) -> None:
+        """Save this step on all ranks and forget the oldest."""
+        self.reporter.phase("checkpoint", message=f"step {self.step}")
+        self.reporter.flush()
+        marker = checkpoints.Marker(
+            step=self.step, attempt=self.directory.attempt, identity=self.identity, metrics=self.reporter.finite_latest
+        )
+        checkpoints.save(self.directory, self.world, collect(self.engine), marker)
+        if self.world.is_main:
+            checkpoints.keep_newest(self.directory, self.spec.checkpoint.keep)
+        self.reporter.checkpointed(self.step, time.time())
+
+    def _stop_here(self) -> None:
+        """Save, unless this step is saved already, and leave."""
+        reason = self.world.from_main((self.stop.reason or "asked to stop") if self.world.is_main else None)
+        if self.step == 0:
+            raise StoppedError(f"{reason} before the first step; the same command starts again")
+        if self.reporter.last_checkpoint != self.step:
+            self.checkpoint()
+        raise StoppedError(
+            f"{reason} after step {self.step} of {self.plan.total_steps}; checkpoint: "
+            f"{self.directory.checkpoint_uri(self.step)}; the same command continues from there"
+        )
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Differs by step and rank, and is the same after a resume."""
+    return int.from_bytes(hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()[:4], "little")
