@@ -37,8 +37,6 @@ class Options:
     """Between two comparisons of the caches with the cluster."""
     dead_watch_seconds: float = 60.0
     """How long the cluster may know something that a watch has not brought."""
-    resync_seconds: float = 600.0
-    """Between two passes over a DPOJob of which nothing is heard."""
     job_metrics_limit: int = 1000
     """DPOJobs whose own gauges are exported, the newest first."""
 
@@ -61,7 +59,7 @@ def parse(
         given["extra_env"] = tuple(_pair(parser, text) for text in given["extra_env"].split(",") if text)
     settings = replace(settings, **given)
     options = Options(namespaces=namespaces, **got)
-    for name in ("scrape_seconds", "relist_seconds", "dead_watch_seconds", "resync_seconds"):
+    for name in ("scrape_seconds", "relist_seconds", "dead_watch_seconds"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')}: must be above 0")
     return options, settings
@@ -102,12 +100,13 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("scrape-seconds", d.scrape_seconds, "between two looks at a trainer; default %(default)s", type=float)
     flag("relist-seconds", d.relist_seconds, "between two checks of the watches; default %(default)s", type=float)
     flag("dead-watch-seconds", d.dead_watch_seconds, "silence that makes a watch dead; default %(default)s", type=float)
-    flag("resync-seconds", d.resync_seconds, "between two passes over a quiet DPOJob; default %(default)s", type=float)
+    flag("resync-seconds", s.resync_seconds, "between two passes over a quiet DPOJob; default %(default)s", type=float)
     flag("job-metrics-limit", d.job_metrics_limit, "DPOJobs with gauges of their own; default %(default)s", type=int)
     # What follows sets Settings.
     flag("trainer-image", s.trainer_image, "trainer image of jobs that name none; default %(default)s")
     flag("default-shm", s.default_shm, "size of /dev/shm on CPU; default %(default)s")
     flag("default-gpu-shm", s.default_gpu_shm, "size of /dev/shm with GPUs; default %(default)s")
+    flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")
     flag("extra-env", None, "environment of every trainer: NAME=VALUE, separated by commas")
     flag("backoff-base-seconds", s.backoff_base_seconds, "first wait before a restart; default %(default)s", type=float)
     flag("backoff-max-seconds", s.backoff_max_seconds, "longest wait before a restart; default %(default)s", type=float)

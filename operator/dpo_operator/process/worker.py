@@ -45,19 +45,18 @@ class Worker:
         metrics: Metrics,
         settings: Settings,
         *,
-        resync: float,
         ready: Callable[[], bool],
         backend_installed: Callable[[], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``ready``: whether the caches are filled; nothing is decided before. ``resync``: seconds between passes."""
+        """``ready``: whether the caches are filled; nothing is decided before."""
         self._client = client
         self._cache = cache
         self._queue = queue
         self._scraper = scraper
         self._metrics = metrics
         self._settings = settings
-        self._resync = resync
+        self._resync = settings.resync_seconds
         self._ready = ready
         self._backend_installed = backend_installed
         self._clock = clock
