@@ -15,8 +15,8 @@ KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 
 
 def of_job(name: str, uid: str) -> dict[str, str]:
-    """Return the labels that tie an object to its DPOJob."""
-    return {JOB: name, JOB_UID: uid, MANAGED_BY: MANAGER}
+    """Return the labels that tie an object to its DPOJob; one that is only rendered has no UID yet."""
+    return {JOB: name} | ({JOB_UID: uid} if uid else {}) | {MANAGED_BY: MANAGER}
 
 
 def of_attempt(name: str, uid: str, attempt: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ def child(job: str, attempt: int) -> str:
 
 def config_map(job: str, uid: str) -> str:
     """Return the name of the ConfigMap that pins a job; with the UID, since a recreated job is another one."""
-    return f"{job}-spec-{_digest(uid)[:8]}"
+    return f"{job}-spec-{_digest(uid)[:8]}" if uid else f"{job}-spec"
 
 
 def event(job: str, uid: str, reason: str, detail: str) -> str:

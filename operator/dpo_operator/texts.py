@@ -1,4 +1,4 @@
-"""Words from elsewhere (pods, API server, trainer) on their way into a status: short, one line, no control characters."""
+"""Words from elsewhere (pods, API server, trainer) on their way into a status: short, one line, no controls."""
 
 from __future__ import annotations
 
