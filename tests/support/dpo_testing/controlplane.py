@@ -78,10 +78,12 @@ class ControlPlane:
         """Start everything and return once it serves. About 10 s."""
         self._run("etcd", self._etcd_arguments())
         self._start_apiserver()
-        self._run("kube-controller-manager", self._controller_manager_arguments())
         self.install_crd(REPOSITORY / "crds" / "dpojobs.yaml")
         if training_operator:
             self.install_crd(pytorchjob_crd())
+        # The garbage collector looks for new kinds every 30 s only: let it find ours at once.
+        self._run("kube-controller-manager", self._controller_manager_arguments())
+        if training_operator:
             self._start_training_operator()
 
     def stop(self) -> None:
