@@ -172,7 +172,11 @@ def test_claims_are_mounted_once_and_inputs_read_only() -> None:
     }
     mounts = {mount["name"]: mount for mount in trainer(body)["volumeMounts"]}
     assert sorted(claims) == ["cache", "data.v1", "models"]
-    assert mounts[claims["data.v1"]] == {"name": claims["data.v1"], "mountPath": "/mnt/claims/data.v1", "readOnly": True}
+    assert mounts[claims["data.v1"]] == {
+        "name": claims["data.v1"],
+        "mountPath": "/mnt/claims/data.v1",
+        "readOnly": True,
+    }
     assert "readOnly" not in mounts[claims["models"]], "the run directory is on it too"
     assert mounts["cache"] == {"name": "cache", "mountPath": "/cache"}
     assert (env(body)["DPO_PVC_ROOT"], env(body)["DPO_CACHE_DIR"]) == ("/mnt/claims", "/cache")
@@ -219,7 +223,9 @@ def test_identity_token_is_the_clouds_alone() -> None:
     assert token == {"audience": "sts.amazonaws.com", "expirationSeconds": 86400, "path": "token"}
     assert "AWS_WEB_IDENTITY_TOKEN_FILE" not in env(body), "the cloud's own webhook would step back"
     role = {"env": [{"name": "AWS_ROLE_ARN", "value": "arn:aws:iam::1:role/x"}]}
-    assert env(child(serviceAccountName="t", storage={}, podTemplate=role))["AWS_WEB_IDENTITY_TOKEN_FILE"].endswith("/token")
+    assert env(child(serviceAccountName="t", storage={}, podTemplate=role))["AWS_WEB_IDENTITY_TOKEN_FILE"].endswith(
+        "/token"
+    )
 
 
 def test_no_service_account_no_token() -> None:
