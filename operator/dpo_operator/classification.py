@@ -106,11 +106,11 @@ def success(pods: Iterable[Object]) -> LastWords | None:
     return None
 
 
-def cause_of_pod(pod: Object, *, memory_limit: str | None, failed_at: float | None) -> Cause | None:
+def cause_of_pod(pod: Object, *, memory_limit: str | None, over_at: float | None) -> Cause | None:
     """Return why a pod ended or is ending; None while it runs, or where it ended well.
 
-    ``memory_limit``: the job's own (spec.resources.memory). ``failed_at``: when the child was called failed; deletions
-    from then on are the clean-up.
+    ``memory_limit``: the job's own (spec.resources.memory). ``over_at``: when the child was called failed or
+    succeeded; deletions from then on are the clean-up.
     """
     words = last_words(pod)
     if words is not None and words.known_outcome is Outcome.Succeeded:
@@ -123,7 +123,7 @@ def cause_of_pod(pod: Object, *, memory_limit: str | None, failed_at: float | No
         or (_of_words(pod, words) if words is not None else None)
         or _of_exit_code(pod)
         or _of_init_container(pod)
-        or _of_deletion(pod, failed_at)
+        or _of_deletion(pod, over_at)
     )
 
 
@@ -222,13 +222,13 @@ def _of_init_container(pod: Object) -> Cause | None:
     return None
 
 
-def _of_deletion(pod: Object, failed_at: float | None) -> Cause | None:
+def _of_deletion(pod: Object, over_at: float | None) -> Cause | None:
     due = moment(pod["metadata"].get("deletionTimestamp"))
     if due is None:
         return None
     asked = due - float(pod["metadata"].get("deletionGracePeriodSeconds") or 0)
     # Times have whole seconds: a deletion in the very second of the failure may be the clean-up, and counts as such.
-    if failed_at is not None and asked >= failed_at:
+    if over_at is not None and asked >= over_at:
         return None
     return _cause(Reason.PodDeleted, pod, f"pod {_place(pod)} was deleted while it ran")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dpo_api.errors import Outcome
 from dpo_api.progress import LastWords
-from dpo_api.status import Attempt, PodRecord
+from dpo_api.status import Attempt, PodRecord, StatusProgress
 from dpo_operator.backend import pytorchjob
 from dpo_operator.classification import Cause, cause_of_pod, cause_of_record, decisive, last_words, record_of
 from dpo_operator.draft import Draft
@@ -21,10 +21,10 @@ _NODE_IS_INNOCENT = frozenset(
 )
 
 
-def failed_at(child: Object | None) -> float | None:
-    """Return when training-operator called the child failed."""
+def over_at(child: Object | None) -> float | None:
+    """Return when training-operator called the child failed or succeeded, and began to clean up."""
     for condition in ((child or {}).get("status") or {}).get("conditions") or ():
-        if condition.get("type") == "Failed" and condition.get("status") == "True":
+        if condition.get("type") in ("Failed", "Succeeded") and condition.get("status") == "True":
             return moment(condition.get("lastTransitionTime"))
     return None
 
@@ -33,8 +33,8 @@ def causes(draft: Draft, attempt: Attempt, child: Object | None) -> list[Cause]:
     """Return the causes that pods show now, and those recorded of pods that no longer show them."""
     pods = draft.view.pods(attempt)
     limit = draft.view.spec.resources.memory
-    stamp = failed_at(child)
-    found = [cause_of_pod(pod, memory_limit=limit, failed_at=stamp) for pod in pods]
+    stamp = over_at(child)
+    found = [cause_of_pod(pod, memory_limit=limit, over_at=stamp) for pod in pods]
     seen = {cause.pod for cause in found if cause is not None}
     recorded = [cause_of_record(record) for record in attempt.pods if record.name not in seen]
     return [cause for cause in (*found, *recorded) if cause is not None]
@@ -53,11 +53,11 @@ def explain(draft: Draft, attempt: Attempt, child: Object | None) -> Cause:
 def record(draft: Draft, attempt: Attempt, child: Object | None) -> None:
     """Keep what ended pods show: one record a pod, those with a cause first, at most RECORDS_MAX."""
     limit = draft.view.spec.resources.memory
-    stamp = failed_at(child)
+    stamp = over_at(child)
     records = {record.name: record for record in attempt.pods}
     all_run = attempt.running_time is not None
     for pod in draft.view.pods(attempt):
-        cause = cause_of_pod(pod, memory_limit=limit, failed_at=stamp)
+        cause = cause_of_pod(pod, memory_limit=limit, over_at=stamp)
         fresh = record_of(pod, cause)
         known = records.get(fresh.name)
         # Pods that merely run are written down once all of them do: one write for all.
@@ -86,8 +86,8 @@ def steps(draft: Draft, attempt: Attempt) -> None:
     if last > (attempt.last_step or 0):
         draft.change_attempt(last_step=last)
     saved = max((w.step for w in words if w.known_outcome is Outcome.Stopped), default=0)
-    progress = draft.status.progress
-    if progress is not None and saved > (progress.last_checkpoint_step or 0):
+    progress = draft.status.progress or StatusProgress(phase="checkpoint", observed_at=draft.moment)
+    if saved > (progress.last_checkpoint_step or 0):
         changes = {"last_checkpoint_step": saved, "step": max(saved, progress.step)}
         draft.update(progress=progress.model_copy(update=changes))
 

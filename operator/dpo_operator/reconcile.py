@@ -7,7 +7,16 @@ from dpo_operator import acceptance, attempts, clock, events, housekeeping, patc
 from dpo_operator.backend import pytorchjob
 from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
-from dpo_operator.types import Decision, EmitEvent, Observed, PatchStatus, ScrapeTarget
+from dpo_operator.types import (
+    CheckChild,
+    Decision,
+    DeleteJob,
+    EmitEvent,
+    LookUpChild,
+    Observed,
+    PatchStatus,
+    ScrapeTarget,
+)
 from dpo_operator.view import View, is_alive
 
 
@@ -50,9 +59,12 @@ def _conclude(draft: Draft) -> Decision:
     """Put actions, events and the status patch in their order."""
     view = draft.view
     scrape = _target(draft)
-    if _is_progress_alone(draft):
+    asks = any(isinstance(action, CheckChild | LookUpChild) for action in draft.actions)
+    if asks or _is_progress_alone(draft):  # an answer comes first; what was drafted without it is void
         return Decision(tuple(draft.actions), patches.to_json(view.status), draft.wake, scrape)
     told = _events(draft)
+    if any(isinstance(action, DeleteJob) for action in draft.actions):
+        return Decision((*told, *draft.actions), patches.to_json(view.status), draft.wake, scrape)
     patch = patches.difference(patches.to_json(view.status), patches.to_json(draft.status))
     written = []
     if patch:

@@ -6,12 +6,12 @@ import copy
 from typing import Any
 
 import pytest
-from dpo_testing.simcluster import manifest
 
 from dpo_api.manifest import parse_job
 from dpo_operator import names
 from dpo_operator.backend.pytorchjob import Identity, build_child, build_config_map
 from dpo_operator.config import Settings
+from dpo_testing.simcluster import manifest
 
 IDENTITY = Identity("job", "team", "uid-1", created=1_800_000_000)
 Object = dict[str, Any]

@@ -54,8 +54,8 @@ def pod(
     }
 
 
-def cause(one: Object, *, memory: str | None = "1Gi", failed_at: float | None = None) -> Reason | None:
-    found = cause_of_pod(one, memory_limit=memory, failed_at=failed_at)
+def cause(one: Object, *, memory: str | None = "1Gi", over_at: float | None = None) -> Reason | None:
+    found = cause_of_pod(one, memory_limit=memory, over_at=over_at)
     return None if found is None else found.reason
 
 
@@ -132,9 +132,9 @@ def test_without_a_limit_of_its_own_memory_is_the_nodes() -> None:
 def test_the_clean_up_after_a_failure_is_no_cause() -> None:
     leaving = pod(phase="Running", deletionTimestamp="2027-01-15T08:01:00Z", deletionGracePeriodSeconds=30)
     asked = 1_800_000_030.0
-    assert cause(leaving, failed_at=asked + 1) is Reason.PodDeleted
-    assert cause(leaving, failed_at=asked) is None
-    assert cause(leaving, failed_at=asked - 1) is None
+    assert cause(leaving, over_at=asked + 1) is Reason.PodDeleted
+    assert cause(leaving, over_at=asked) is None
+    assert cause(leaving, over_at=asked - 1) is None
 
 
 def test_the_init_container_did_not_find_the_master() -> None:
@@ -186,7 +186,7 @@ def test_success_is_rank_zeros_word_alone() -> None:
 
 def test_messages_are_one_clean_line() -> None:
     nasty = words(Outcome.InvalidData, "a\nb\x1b[31mred\u2028c" + "x" * 3000)
-    found = cause_of_pod(pod(code=3, message=nasty), memory_limit=None, failed_at=None)
+    found = cause_of_pod(pod(code=3, message=nasty), memory_limit=None, over_at=None)
     assert found is not None
     assert len(found.message) <= 1000
     assert found.message.startswith("a b [31mred c")

@@ -5,14 +5,15 @@ No attempt has two children; nothing is started again after a permanent error; a
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import hypothesis.strategies as st
-from dpo_testing.simcluster import Crash, SimCluster, manifest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dpo_api.errors import Outcome
+from dpo_testing.simcluster import Crash, SimCluster, manifest
 
 FAILURES = [o for o in Outcome if o is not Outcome.Succeeded]
 DISRUPTIONS = ["DeletionByTaintManager", "EvictionByEvictionAPI", "PreemptionByScheduler", "DeletionByPodGC"]
@@ -40,10 +41,8 @@ class Life(RuleBasedStateMachine):
 
     @rule(calls=st.integers(0, 4))
     def killed(self, calls: int) -> None:
-        try:
+        with contextlib.suppress(Crash):
             self.cluster.reconcile(budget=calls)
-        except Crash:
-            pass
 
     @rule()
     def stale_caches(self) -> None:
@@ -98,7 +97,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.cluster.children)
     @rule()
     def child_deleted_by_somebody(self) -> None:
-        name = sorted(self.cluster.children)[-1]
+        name = max(self.cluster.children)
         self.cluster.remove_child(name)
         if name not in [attempt["child"] for attempt in self.cluster.attempts]:
             # Created, then the operator was killed before it could note it, then deleted: nobody knows of it.

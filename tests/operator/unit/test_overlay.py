@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from dpo_testing.simcluster import manifest
 
 from dpo_api.manifest import parse_job
 from dpo_api.validation import check, errors
+from dpo_testing.simcluster import manifest
 
 Object = dict[str, Any]
 

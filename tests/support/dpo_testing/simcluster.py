@@ -38,7 +38,7 @@ START = 1_800_000_000.0
 ROUNDS = 8
 
 
-class Crash(Exception):
+class Crash(Exception):  # noqa: N818 - no error of the code under test
     """The operator was killed between two calls."""
 
 
@@ -154,7 +154,7 @@ class SimCluster:
         assert "PatchStatus" not in kinds[:-1], kinds
         assert kinds.count("CreateChild") <= 1, kinds
 
-    def _perform(self, action: object, observed: Observed) -> Observed:  # noqa: PLR0911 - one case an action
+    def _perform(self, action: object, observed: Observed) -> Observed:
         assert self.job is not None
         if not isinstance(action, CheckChild | LookUpChild):
             self.calls.append(type(action).__name__)
@@ -242,6 +242,11 @@ class SimCluster:
         assert self.decision.wake is not None
         self.advance(self.decision.wake)
         self.settle()
+
+    def sleep_out(self) -> None:
+        """Sleep until a pause between attempts is over."""
+        while self.state == "Restarting":
+            self.sleep()
 
     # -- training-operator and kubelets
 
