@@ -58,7 +58,7 @@ class Operator:
         self._metrics = Metrics(self._cache.jobs, self._gauges, job_limit=options.job_metrics_limit)
         self._worker = Worker(
             self._client, self._cache, self._queue, self._scraper, self._metrics, settings,
-            resync=options.resync_seconds, ready=lambda: self.health.synced,
+ ready=lambda: self.health.synced,
             backend_installed=lambda: CHILDREN.plural not in self.health.missing,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ indices are not used, because they keep what was deleted while a watch was down.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,15 @@ class Cache:
         del shelf.objects[key]
         self._unlink(resource, shelf, old)
         return job_of(resource, old)
+
+    def replace(self, resource: Resource, job: Key, items: Sequence[Mapping[str, Any]]) -> None:
+        """Take in all that the cluster has of a DPOJob's children or pods; forget what it has no more."""
+        listed = {item["metadata"]["uid"] for item in items}
+        for old in self.of_job(resource, job):
+            if old["metadata"]["uid"] not in listed:
+                self.remove(resource, job[0], old["metadata"]["name"], old["metadata"]["uid"])
+        for item in items:
+            self.put(resource, item, watched=False)
 
     @staticmethod
     def _unlink(resource: Resource, shelf: _Shelf, old: Mapping[str, Any]) -> None:

@@ -158,12 +158,21 @@ class Client:
         return done
 
     async def pages(
-        self, resource: Resource, namespace: str | None, *, limit: int = 500, accept: str = "application/json"
+        self,
+        resource: Resource,
+        namespace: str | None,
+        *,
+        selector: str | None = None,
+        limit: int = 500,
+        accept: str = "application/json",
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """Yield a collection page by page, so that a large one never lies in memory as a whole."""
+        """Yield a collection page by page, so that a large one never lies in memory as a whole.
+
+        ``selector``: by labels; None: the kind's own.
+        """
         params = {"limit": str(limit)}
-        if resource.selector:
-            params["labelSelector"] = resource.selector
+        if selector or resource.selector:
+            params["labelSelector"] = selector or resource.selector
         while True:
             page = await self.request("GET", resource.path(namespace), params=params, accept=accept)
             yield page.get("items") or []

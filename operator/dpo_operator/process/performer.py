@@ -142,14 +142,16 @@ class Performer:
         try:
             done = await self._client.patch_status(JOBS, namespace, name, body)
         except ApiError as error:
-            if error.status == 404:
-                raise Outdated from error
-            if error.status == 409:
-                newer = await self._client.find(JOBS, namespace, name)
-                if newer is not None:
-                    self._cache.put(JOBS, newer, watched=False)
-                raise Outdated from error
-            raise
+            if error.status not in {404, 409}:
+                raise
+            # The watch may bring it late; without it the next pass would meet the same.
+            newer = await self._client.find(JOBS, namespace, name)
+            uid = observed.job["metadata"]["uid"]
+            if newer is None or newer["metadata"]["uid"] != uid:
+                self._cache.remove(JOBS, namespace, name, uid)
+            if newer is not None:
+                self._cache.put(JOBS, newer, watched=False)
+            raise Outdated from error
         self._cache.put(JOBS, done, watched=False)
         return None
 

@@ -10,15 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_operator.config import Settings
-from dpo_operator.process.cache import Cache, Key
+from dpo_operator.labels import ATTEMPT, JOB
+from dpo_operator.process.cache import Cache, Key, trimmed
 from dpo_operator.process.client import ApiError, Client, Unreachable
 from dpo_operator.process.metrics import Metrics
 from dpo_operator.process.performer import Outdated, Performer
 from dpo_operator.process.queue import WorkQueue
-from dpo_operator.process.resources import CHILDREN, EVENTS, PODS
+from dpo_operator.process.resources import CHILDREN, EVENTS, JOBS, PODS
 from dpo_operator.process.scraper import Scraper
 from dpo_operator.reconcile import reconcile
-from dpo_operator.types import Decision, Object, Observed
+from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, Object, Observed
 
 _ROUNDS = 8
 """Of news within one pass; more mean that something changes as fast as we look."""
@@ -108,8 +109,14 @@ class Worker:
             self._events.pop(key, None)
             return None
         observed = await self._observe(key, job)
+        certain = False
         for _ in range(_ROUNDS):
             decision = reconcile(observed, self._clock(), self._settings)
+            if not certain and _is_weighty(decision, observed.job):
+                # A cache may lag, and each kind by another time: a child that is over, and not yet its pods' last
+                # words. What cannot be taken back is decided on what the API server says now.
+                observed, certain = await self._look(key, observed), True
+                continue
             news = await self._performer.perform(key, observed, decision.actions)
             if news is None:
                 self._settle(key, job, decision)
@@ -131,6 +138,26 @@ class Worker:
         )
         return replace(observed, events=await self._words(key, observed))
 
+    async def _look(self, key: Key, observed: Observed) -> Observed:
+        """Read the DPOJob, its children and its pods from the API server, into the cache too."""
+        job = await self._client.find(JOBS, *key)
+        if job is None:
+            self._cache.remove(JOBS, *key, observed.job["metadata"]["uid"])
+            raise Outdated
+        self._cache.put(JOBS, job, watched=False)
+        # Children before pods: whatever a child's status tells of has left its traces in the pods by then.
+        for resource in (CHILDREN, PODS):
+            items = []
+            async for page in self._client.pages(resource, key[0], selector=f"{JOB}={key[1]}"):
+                items += page
+            self._cache.replace(resource, key, items)
+        return replace(
+            observed,
+            job=trimmed(JOBS, job),
+            children=tuple(self._cache.of_job(CHILDREN, key)),
+            pods=tuple(self._cache.of_job(PODS, key)),
+        )
+
     async def _words(self, key: Key, observed: Observed) -> tuple[Object, ...]:
         """Return the warnings about children whose pods do not come: a refused pod leaves no other trace."""
         lacking = [child for child in observed.children if _lacks_pods(child, observed.pods)]
@@ -149,6 +176,23 @@ class Worker:
             words = tuple(found)
             self._events[key] = (now, words)
         return words
+
+
+def _is_weighty(decision: Decision, job: Object) -> bool:
+    """Tell whether a decision cannot be taken back: it ends or follows an attempt, or deletes."""
+    for action in decision.actions:
+        if isinstance(action, DeleteChild | DeleteJob):
+            return True
+        if isinstance(action, CreateChild) and action.body["metadata"]["labels"].get(ATTEMPT) != "1":
+            return True
+    before = job.get("status") or {}
+    if decision.status.get("completionTime") and not before.get("completionTime"):
+        return True
+    return _results(decision.status) != _results(before)
+
+
+def _results(status: Object) -> dict[int, str | None]:
+    return {a["number"]: a.get("result") for a in status.get("attempts") or () if a.get("result")}
 
 
 def _lacks_pods(child: Object, pods: Sequence[Object]) -> bool:
