@@ -50,6 +50,9 @@ leave no pods: a PyTorchJob gives its nodes back only by being deleted.
 | see an attempt's cause | `kubectl get dpo NAME -o jsonpath='{.status.attempts}'` |
 | run without the operator | jobs go on; only restarts and the status wait until it is back |
 
+Argo CD takes the health of a DPOJob from `hack/argocd/health.lua`: a job that trains is Progressing, one that needs
+somebody Degraded. kstatus (Flux, Helm) needs nothing.
+
 With Kueue a job is queued by `runPolicy.queueName` (or the label `kueue.x-k8s.io/queue-name` of the DPOJob). Each
 attempt is a new workload: **a restart queues again**, behind others of its priority;
 `runPolicy.restartPriorityClass` can give restarts a higher one. Only admitted time counts against
