@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -52,12 +53,19 @@ def _with_place(finding: Finding) -> str:
 
 Path = tuple[str | int, ...]
 
+_NAME = re.compile(r"[^\s\"\x00-\x1f\x7f-\x9f]{1,253}")
+
 
 def dotted(path: Sequence[str | int]) -> str:
     """Write a path as users do: ("spec", "data", "train", 0) is spec.data.train[0]."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+        if isinstance(part, int):
+            text += f"[{part}]"
+            continue
+        # A key that is no name (a line break, a space) is quoted, so that a finding stays one line.
+        name = part if _NAME.fullmatch(part) else shown(part)
+        text += f".{name}" if text else name
     return text
 
 

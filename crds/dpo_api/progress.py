@@ -59,6 +59,9 @@ class Progress(_Message):
     done: int | None = Field(default=None, ge=0, description="Units of the phase that are done, e.g. reference pairs.")
     of: int | None = Field(default=None, ge=0, description="Units of the phase in all.")
     message: str = Field(default="", max_length=1024, description="One plain sentence, or nothing.")
+    warnings: tuple[str, ...] = Field(
+        default=(), description="What will probably not go as meant, a sentence each. In the events file: once."
+    )
     last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
     observed_at: float = Field(default=0.0, ge=0, description="When this was true, Unix seconds.")
     attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")

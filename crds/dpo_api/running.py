@@ -135,12 +135,6 @@ class Output(Section):
             "!has(self.formats) || self.formats.all(a, self.formats.exists_one(b, a == b))",
             lambda s: len(s.formats) == len(set(s.formats)),
         ),
-        Rule(
-            "merge",
-            "merge is false and formats has no peft, so no model would be written; add peft to formats",
-            "!(has(self.merge) && !self.merge) || (has(self.formats) && self.formats.exists(f, f == 'peft'))",
-            lambda s: s.merge or "peft" in s.formats,
-        ),
     )
 
     uri: Uri | None = Field(
@@ -152,13 +146,13 @@ class Output(Section):
         min_length=1,
         max_length=3,
         description="Forms of the model: `huggingFace` a folder that transformers loads; `peft` the adapter alone, with"
-        " `lora`, in the subfolder adapter/; `megatron` a Megatron-Core checkpoint. Not set: huggingFace, and with"
-        " `lora` peft too.",
+        " `lora`, in the subfolder adapter/; `megatron` a Megatron-Core checkpoint. With `lora` also peft where"
+        " this is left out. Default [huggingFace].",
     )
     merge: Bool = Field(
         default=True,
         description="With `lora`: fold the adapter into the weights, computed in fp32. false: write the adapter only,"
-        " which needs the format peft. Default true.",
+        " as the format peft. Default true.",
     )
     dtype: Literal["bf16", "fp16", "fp32"] | None = Field(
         default=None, description="Number type of the model's files. Not set: the source's."

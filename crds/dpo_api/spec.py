@@ -114,6 +114,18 @@ class DPOJobSpec(Section):
             lambda s: s.lora is not None or "peft" not in s.output.formats,
         ),
         Rule(
+            "output.merge",
+            "output.merge is false and output.formats has no peft, so no model would be written; add peft to formats",
+            "!has(self.lora) || !(has(self.output) && has(self.output.merge) && !self.output.merge"
+            " && has(self.output.formats)) || self.output.formats.exists(f, f == 'peft')",
+            lambda s: (
+                s.lora is None
+                or s.output.merge
+                or "formats" not in s.output.model_fields_set
+                or "peft" in s.output.formats
+            ),
+        ),
+        Rule(
             "parallelism.sequence",
             "parallelism.sequence shares work among tensor-parallel processes; set parallelism.tensor above 1",
             "!(has(self.parallelism) && has(self.parallelism.sequence) && self.parallelism.sequence)"

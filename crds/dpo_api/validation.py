@@ -186,6 +186,8 @@ def _alias(section: object, attribute: str) -> str:
 def _lora(spec: DPOJobSpec) -> Iterator[Finding]:
     lora = spec.lora
     if lora is None:
+        if "merge" in spec.output.model_fields_set:
+            yield _warning("output.merge", "has no effect without lora")
         return
     attention, mlp = ("attention_qkv", "attention_dense"), ("mlp_fc1", "mlp_fc2")
     whole = {"attention": attention, "mlp": mlp, "all": (*attention, *mlp, "attention", "mlp")}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Mapping
+
+from dpo_api.errors import AccessDeniedError, PortInUseError
 
 TIMEOUT_SECONDS = 20.0
 
@@ -41,3 +44,19 @@ def visible(present: int, variable: str | None) -> int:
             break
         count += 1
     return min(count, present)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise PortInUseError or AccessDeniedError if the trainer could not listen there, before anything is loaded."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the trainer's server does
+            probe.bind(address)
+            probe.listen()
+    except PermissionError:
+        raise AccessDeniedError(f"port {port} is not open to this user: choose one above 1023") from None
+    except OSError as error:
+        raise PortInUseError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
+        ) from None

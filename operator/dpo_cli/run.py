@@ -28,7 +28,7 @@ from dpo_cli.report import SUMMARY, Written, read_spec, write_report
 from dpo_cli.screen import Screen, clean, open_screen
 from dpo_cli.stores import CA_BUNDLE, Stores
 from dpo_cli.summary import ending
-from dpo_cli.validate import Options, judge_job
+from dpo_cli.validate import Options, Verdict, judge_job
 from dpo_store import Store, join_uri, local_path_of
 from dpo_store.errors import from_os_error
 
@@ -76,15 +76,17 @@ def run(options: RunOptions) -> int:
     loaded = load_one(options.file, options.settings, options.name)
     job = loaded.job
     trainer.require_trainer()
+    if options.port is not None:
+        machine.check_port(options.host, options.port)
     processes, notes = choose_processes(options.processes, job.spec.resources, machine.gpu_count())
     ignored = ignored_here(job.spec)
     if ignored:
         notes.append(f"ignored here, as it is for a cluster: {', '.join(ignored)}")
-    code = _preflight(options, loaded, processes, notes)
-    if code is not None:
-        return code
+    verdict = _preflight(options, loaded, processes, notes)
+    if not verdict.valid:
+        return verdict.outcome.exit_code
     run_dir = options.output or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
-    return _Run(job, run_dir, processes, options).go()
+    return _Run(job, run_dir, processes, options, {str(finding) for finding in verdict.findings}).go()
 
 
 def ignored_here(spec: DPOJobSpec) -> list[str]:
@@ -129,8 +131,8 @@ def choose_processes(asked: int | None, resources: Resources, gpus: int) -> tupl
     return stated or gpus, []
 
 
-def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Sequence[str]) -> int | None:
-    """Look at everything that the job names; returns an exit code if it cannot run, after saying why."""
+def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Sequence[str]) -> Verdict:
+    """Look at everything that the job names; if it cannot run, say why."""
     here = Resources(nodes=1, processes_per_node=processes)
     spec = loaded.job.spec.model_copy(update={"resources": here})
     job = loaded.job.model_copy(update={"spec": spec})
@@ -141,13 +143,14 @@ def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Se
     print_findings(console, [f for f in verdict.findings if not verdict.valid or f.level == "warning"])
     for note in notes:
         console.print(f"  note     {note}")
-    return None if verdict.valid else verdict.outcome.exit_code
+    return verdict
 
 
 class _Run:
     """One start of the trainer, from its temporary files to its summary."""
 
-    def __init__(self, job: DPOJob, run_dir: str, processes: int, options: RunOptions) -> None:
+    def __init__(self, job: DPOJob, run_dir: str, processes: int, options: RunOptions, told: set[str]) -> None:
+        """``told``: what the user has read already; the trainer may find the same again."""
         self._job = job
         self._run_dir = run_dir
         self._processes = processes
@@ -156,6 +159,7 @@ class _Run:
         self._store: Store = Stores(job.spec).reach(job.spec.checkpoint.storage)
         self._checkpoint_step: int | None = None
         self._trained = False
+        self._told = told
 
     def go(self) -> int:
         """Train and sum up; returns the exit code."""
@@ -221,6 +225,10 @@ class _Run:
                 for event in events:
                     self._checkpoint_step = event.last_checkpoint_step or self._checkpoint_step
                     self._trained = self._trained or event.phase == "train"
+                    for warning in event.warnings:
+                        if warning not in self._told:
+                            self._told.add(warning)
+                            screen.say(f"  warning    {clean(warning)}")
                 screen.show(events, time.time())
 
             def stopping() -> None:
@@ -246,7 +254,8 @@ class _Run:
         written: Written | None = None
         try:
             spec = read_spec(self._store, self._run_dir)
-            if spec is not None:
+            # A run that was refused before the directory became its own leaves what another one wrote there.
+            if spec is not None and spec.get("spec") == json.loads(self._job.to_json())["spec"]:
                 summary = json.dumps(json.loads(words.to_json()), indent=1) + "\n"
                 self._store.write(join_uri(self._run_dir, SUMMARY), summary.encode())
                 if words.step or words.known_outcome is Outcome.Succeeded:

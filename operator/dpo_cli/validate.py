@@ -91,6 +91,10 @@ def judge_job(file: str, document: Document, job: DPOJob, options: Options) -> V
         else:
             counts, exact = result.counts, True
             pairs, validation = pairs_of(result.counts)
+            doubts = [
+                text for data in (counts["train"], *counts["validation"].values()) for text in data.get("warnings", ())
+            ]
+            problems += [Problem(Finding("warning", "spec.data", text), Outcome.Succeeded) for text in doubts]
     if pairs == 0:
         empty = Finding("error", "spec.data.train", "no usable pair is left, so there is nothing to train on")
         problems.append(Problem(empty, Outcome.InvalidData))

@@ -46,6 +46,8 @@ def test_nothing_is_said_of_a_good_spec() -> None:
         {"training.learningRate": 1e-4},
         {"lora": {}, "training.learningRate": 1e-3},
         {"output.uri": "s3://runs/job/model"},
+        {"lora": {}, "output.merge": False},
+        {"lora": {}, "output": {"merge": False, "formats": ["peft"]}},
         {"output.uri": "s3://runs/job2/"},
         {"data.maxLength": 8192},
         {"lora.layers": [0, 31]},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ import pytest
 import yaml
 
 from dpo_api.errors import NotFoundError, Outcome
-from dpo_api.manifest import parse_job
+from dpo_api.manifest import load_manifest, parse_job
+from dpo_api.plan import make_plan
 from dpo_api.spec import Resources
 from dpo_cli import trainer
 from dpo_cli.machine import count_listed, gpu_count, visible
@@ -62,6 +64,42 @@ def test_a_run_from_start_to_summary(world: World, replay: Replay) -> None:
     assert "Succeeded" in (folder / "report.html").read_text()
     assert json.loads((folder / "summary.json").read_text())["outcome"] == "Succeeded"
     assert json.loads((folder / "spec.json").read_text())["spec"]["training"]["globalBatchSize"] == 10
+
+
+def test_what_the_data_made_doubtful_is_said_once(world: World, replay: Replay) -> None:
+    world.spec["training"]["globalBatchSize"] = 1000
+    job = load_manifest(world.write())
+    known = [str(finding) for finding in make_plan(job.spec, 100, [20]).warnings]
+    told = {"phase": "index", "warnings": [*known, "no response ends"]}
+    said = replay.run(SUCCESS | {"events": [*EVENTS[:2], told, told, *EVENTS[2:]]}, "run", "-f", world.write())
+    assert said.out.count("are fewer than one global batch") == 1
+    assert said.out.count("  warning    no response ends\n") == 1
+
+
+def test_a_run_that_was_refused_leaves_the_directory_of_another(world: World, replay: Replay) -> None:
+    assert replay.run(SUCCESS, "run", "-f", world.write()).code == 0
+    folder = world.folder / "runs" / "tiny"
+    before = {name: (folder / name).read_bytes() for name in ("spec.json", "summary.json", "report.html")}
+    world.spec["training"]["seed"] = 7
+    words = {"outcome": "IncompatibleCheckpoint", "message": "belongs to another run", "step": 3}
+    said = replay.run({"lastWords": words, "code": 8, "claimed": False}, "run", "-f", world.write())
+    assert said.code == 8
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_a_port_that_is_taken_is_met_before_anything_starts(world: World, replay: Replay) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        said = replay.run(SUCCESS, "run", "-f", world.write(), "--port", port)
+        assert (said.code, said.out) == (12, "")
+        assert (
+            said.err
+            == f"error  cannot listen on 127.0.0.1 port {port}: Address already in use; choose another with --port\n"
+        )
+    assert not (world.folder / "runs").exists()
+    assert replay.run(SUCCESS, "run", "-f", world.write(), "--port", port).code == 0
 
 
 def arguments(folder: Path) -> dict[str, Any]:

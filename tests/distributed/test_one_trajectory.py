@@ -27,7 +27,7 @@ EQUIVALENT = {
     "not packed": {"training": {"packing": {"enabled": False}}},
     "prompts not shared": {"training": {"prefixSharing": False}},
     "neither": {"training": {"packing": {"enabled": False}, "prefixSharing": False}},
-    "small packs": {"training": {"packing": {"maxTokens": 48}}},
+    "small packs": {"training": {"packing": {"maxTokens": 128}}},
     "plain optimizer": {"parallelism": {"distributedOptimizer": False}},
 }
 

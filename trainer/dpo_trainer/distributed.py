@@ -10,8 +10,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_trainer import bridge
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL error", "Broken pipe")
+"""What Gloo and NCCL say, in a plain RuntimeError, when another process is gone."""
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether another process of the run went away: then the error says nothing of this one's own work."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError | CheckpointException) and any(text in str(error) for text in _LOST_PEER)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The model, its optimizer, and one global batch at a time through both.
 
 Megatron-Core's schedule runs the packs forward and backward, its DistributedDataParallel sums gradients in fp32 over
-the ranks, and ``finalize_model_grads`` divides them once by the global batch's denominator (pairs; for SFT alone, tokens).
+the ranks, and ``finalize_model_grads`` divides them once by the global batch's denominator (pairs; for SFT alone,
+tokens).
 """
 
 import math
@@ -92,8 +93,8 @@ class Engine:
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(result["loss"]) and math.isfinite(norm)):
             raise NonFiniteError(
-                f"the loss is {result['loss']} and the gradient's norm {norm}: lower training.learningRate, or look for "
-                "damaged weights or extreme rewards; no weight has moved in this step"
+                f"the loss is {result['loss']} and the gradient's norm {norm}: lower training.learningRate, or look "
+                "for damaged weights or extreme rewards; no weight has moved in this step"
             )
         self._update(norm, rate)
         return {**result, "grad_norm": norm}

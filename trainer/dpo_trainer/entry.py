@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return launch(arguments)
     if arguments.command == "worker":
+        from dpo_trainer.launch import follow_parent
+
+        follow_parent()  # before the imports, which take seconds
         from dpo_trainer.worker import work
 
         return work(arguments)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dpo_api.errors import DPOError, InvalidSpecError, Outcome
 from dpo_api.manifest import load_manifest
@@ -95,23 +95,44 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
     # torchrun sets this to 1 with a warning when several processes share a node; an even share is what one wants.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     follow_parent()
-    asked = False
-    # A new session: a terminal's Ctrl-C goes to the foreground, and the foreground decides what it means.
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    code = 0
+    with _Forwarding() as stop:
+        if not stop.asked:
+            # A new session: a terminal's Ctrl-C goes to the foreground, and the foreground decides what it means.
+            child = subprocess.Popen(command, env=environment, start_new_session=True)
+            stop.to(child)
+            code = child.wait()
+    return summarise(read_results(results), code, asked=stop.asked)
 
-    def forward(_signal: int, _frame: Any) -> None:
-        nonlocal asked
-        if not asked:
-            asked = True
+
+class _Forwarding:
+    """Passes the first SIGTERM or SIGINT on to a child, once; one that comes before the child is there is kept for it.
+
+    Twice would be wrong: torchrun's handler raises, and so would end its own waiting for the workers' checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def to(self, child: subprocess.Popen[bytes]) -> None:
+        """Pass signals to this child from now on."""
+        self._child = child
+        if self.asked:
             child.terminate()
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return summarise(read_results(results), code, asked=asked)
+    def _note(self, _signal: int, _frame: Any) -> None:
+        first, self.asked = not self.asked, True
+        if first and self._child is not None:
+            self._child.terminate()
 
 
 def _refuse_errors(spec: DPOJobSpec) -> None:
@@ -187,12 +208,16 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
     lost = (
         not causes and agent_code != 0 and not asked and all(r.outcome == Outcome.Communication.name for r in failures)
     )
-    chosen = min(causes or failures or results, key=lambda result: (result.at, result.rank))
-    message = chosen.message
+    stopped = [result for result in failures if result.outcome == Outcome.Stopped.name]
+    chosen = min(causes or stopped or failures or results, key=lambda result: (result.at, result.rank))
+    outcome, message = chosen.outcome, chosen.message
+    if asked and outcome == Outcome.Communication.name:
+        outcome = Outcome.Stopped.name
+        message = f"asked to stop, and a process ended before it could save: an older checkpoint counts ({message})"
     if lost and failures:
         message = f"a process of this run ended without a word: killed, perhaps for lack of memory ({message})"
     return LastWords(
-        outcome=chosen.outcome,
+        outcome=outcome,
         message=message,
         step=chosen.step,
         total=chosen.total,

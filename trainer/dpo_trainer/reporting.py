@@ -1,6 +1,7 @@
 """What the run says while it goes: one object that every phase reports to, silent on all ranks but rank 0."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,16 @@ class Reporter:
         if self._hub is not None:
             print(text, flush=True)
 
-    def indexed(self, plan: Plan, stats: dict[str, Any]) -> None:
-        """The data is known: how long the run will be, and what was left out of it."""
-        for warning in plan.warnings:
-            self.note(f"{warning.level}: {warning.field}: {warning.message}")
+    def indexed(self, plan: Plan, stats: dict[str, Any], warnings: Sequence[str] = ()) -> None:
+        """The data is known: how long the run will be, what was left out of it (``stats``: the training data's), and
+        ``warnings`` beside the plan's own.
+        """
         if self._hub is None:
             return
+        said = [*(str(finding) for finding in plan.warnings), *warnings]
+        for text in said:
+            self.note(f"warning: {text}")
+        self._hub.progress.warn(said)
         figures = self._hub.prometheus
         figures.set("dpo_train_planned_steps", plan.total_steps)
         figures.set("dpo_data_pairs", plan.train_pairs)

@@ -15,7 +15,8 @@ from dpo_api.errors import DPOError, IncompatibleCheckpointError, Outcome, Stopp
 from dpo_api.manifest import DPOJob
 from dpo_api.plan import make_plan
 from dpo_trainer.batches import DataSet, Packer
-from dpo_trainer.checkpoint.identity import identity_of
+from dpo_trainer.checkpoint.identity import Identity, check_identity, identity_of
+from dpo_trainer.checkpoint.store import read_marker
 from dpo_trainer.data.cache import cache_folder
 from dpo_trainer.data.index import IndexProgress, Listener, build_indexes
 from dpo_trainer.distributed import World
@@ -93,18 +94,17 @@ class Run:
         """Run to the end, or raise the DPOError that ends it."""
         if self._finished_before():
             return
-        if self.world.is_main:
-            self.directory.write_json("spec.json", json.loads(self.job.to_json()))
         self.reporter.phase("starting")
         inputs = self._index()
         model, fingerprint, form = self._load()
+        index = inputs.train.index
+        identity = identity_of(self.spec, model=fingerprint, data=f"{index.fingerprint}:{index.rewards_fingerprint}")
+        self._settle(identity)
         engine = Engine(model, self.spec, self.world)
         if not inputs.plan.sft_only:
             self._reference(engine, inputs, fingerprint, form)
         newest = self._newest_checkpoint()
         engine.prepare_training()
-        index = inputs.train.index
-        identity = identity_of(self.spec, model=fingerprint, data=f"{index.fingerprint}:{index.rewards_fingerprint}")
         self.training = Training(
             self.spec, self.world, engine, inputs, self.directory, self.reporter, self.stop, identity
         )
@@ -139,6 +139,8 @@ class Run:
         self.config = read_config(store, folder)
 
         def progress(at: IndexProgress) -> None:
+            if self.stop.reason is not None:  # no collective here: the other processes wait for this one, or read alone
+                raise StoppedError(f"{self.stop.reason} during the index pass; the same command starts it again")
             self.reporter.phase("index", done=at.pairs, message=f"{at.name}: {at.tokens:,} tokens")
 
         indexes = build_indexes(
@@ -150,7 +152,8 @@ class Run:
         )
         plan = make_plan(self.spec, indexes.train.n, [index.n for index in indexes.validation.values()])
         self._total = plan.total_steps
-        self.reporter.indexed(plan, indexes.train.stats)
+        doubts = [text for index in (indexes.train, *indexes.validation.values()) for text in index.stats["warnings"]]
+        self.reporter.indexed(plan, indexes.train.stats, doubts)
         self.stop.leave_before_training(self.world, "the index pass")
         settings = self.spec.dpo
         return Inputs(
@@ -230,6 +233,15 @@ class Run:
 
     # -- the ends of training
 
+    def _settle(self, identity: Identity) -> None:
+        """Say whose run directory this is, unless it is another run's: that is met before the reference pass."""
+        newest = self._newest_checkpoint()
+        if not self.world.is_main:
+            return
+        if newest is not None:
+            check_identity(read_marker(self.directory, newest).identity, identity, newest.uri)
+        self.directory.write_json("spec.json", json.loads(self.job.to_json()))
+
     def _newest_checkpoint(self) -> SavedCheckpoint | None:
         newest = self._on_main(lambda: next(reversed(self.directory.checkpoints()), None))
         if newest is not None and not self.spec.checkpoint.resume:
@@ -246,6 +258,7 @@ class Run:
         store = store_for(self.spec, self.spec.output.storage or self.spec.checkpoint.storage)
         if self.world.is_main:
             self.directory.check_fence()
+            self.directory.store.delete(self.directory.path("export.json"))  # of a shorter run in this directory
         export_model(model, self.spec, self.world, model_source(self.spec), (store, uri))
         self.model_uri = uri
         if self.world.is_main:

@@ -5,7 +5,8 @@ metrics.jsonl, spec.json, attempt, checkpoints/step-000100/, model/, export.json
 
 import json
 import re
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ class SavedCheckpoint:
 
 @dataclass
 class RunDirectory:
-    """One run's files. ``attempt`` fences writes: a lower attempt than the directory's completes nothing."""
+    """One run's files. ``attempt`` fences writes: who does not own the directory any more completes nothing."""
 
     store: Store
     uri: str
     attempt: int = 0
+    owner: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Tells two attempts apart that took the same number: the directory is the later one's."""
 
     def path(self, *parts: str) -> str:
         """The URI of something inside."""
@@ -48,25 +51,27 @@ class RunDirectory:
 
         Raises FencedError when a higher attempt already owns it.
         """
-        last = self._last_attempt()
+        last, _ = self._newest()
         self.attempt = last + 1 if attempt is None else attempt
         if self.attempt < last:
             raise FencedError(self._fenced(last))
-        self.write_json("attempt", {"attempt": self.attempt})
+        self.write_json("attempt", {"attempt": self.attempt, "owner": self.owner})
         return self.attempt
 
     def check_fence(self) -> None:
         """Raise FencedError when a later attempt has taken the directory over."""
-        last = self._last_attempt()
-        if last > self.attempt:
+        last, owner = self._newest()
+        if last > self.attempt or (last == self.attempt and owner not in {self.owner, ""}):
             raise FencedError(self._fenced(last))
 
     def _fenced(self, last: int) -> str:
-        return f"attempt {last} owns the run directory {self.uri}: attempt {self.attempt} must not write to it any more"
+        which = f"attempt {last}" if last != self.attempt else f"another attempt {last}"
+        return f"{which} owns the run directory {self.uri}: attempt {self.attempt} must not write to it any more"
 
-    def _last_attempt(self) -> int:
-        found = self.read_json("attempt")
-        return int(found["attempt"]) if found else 0
+    def _newest(self) -> tuple[int, str]:
+        """The number and the owner of the attempt that claimed the directory last; 0 where none did."""
+        found = self.read_json("attempt") or {}
+        return int(found.get("attempt", 0)), str(found.get("owner", ""))
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
         """An object inside, or None when there is none."""

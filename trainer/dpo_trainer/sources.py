@@ -12,8 +12,14 @@ from dpo_trainer.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenize
 
 
 def store_for(spec: DPOJobSpec, access: StorageAccess | None = None) -> Store:
-    """The store of one source or output: its own access settings first, then spec.storage's."""
-    return open_store(StorageOptions.of(access, spec.storage, ca_bundle=os.environ.get("DPO_CA_BUNDLE")))
+    """The store of one source or output: its own access settings first, then spec.storage's.
+
+    Certificates that a pod gets from a ConfigMap or a Secret are mounted, and DPO_CA_BUNDLE says where.
+    """
+    sections = (access, spec.storage)
+    named = [s.ca_bundle.path for s in sections if s is not None and s.ca_bundle is not None and s.ca_bundle.path]
+    bundle = named[0] if named else os.environ.get("DPO_CA_BUNDLE")
+    return open_store(StorageOptions.of(*sections, ca_bundle=bundle))
 
 
 def model_source(spec: DPOJobSpec) -> tuple[Store, str]:

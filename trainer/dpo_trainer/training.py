@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpo_api.errors import StoppedError
+from dpo_api.errors import IncompatibleCheckpointError, StoppedError
 from dpo_api.plan import Plan
 from dpo_api.spec import DPOJobSpec
 from dpo_trainer.batches import DataSet, Packer
@@ -90,6 +90,12 @@ class Training:
         if newest is not None:
             marker = checkpoints.read_marker(self.directory, newest)
             check_identity(marker.identity, self.identity, newest.uri)
+            if newest.step > self.plan.total_steps:
+                raise IncompatibleCheckpointError(
+                    f"{newest.uri} is of step {newest.step}, beyond this run's last step {self.plan.total_steps}: "
+                    "raise training.maxSteps (or epochs), or give this run a directory of its own (checkpoint.uri, "
+                    "or --output)"
+                )
             self.reporter.note(f"resuming from step {newest.step} ({newest.uri})")
             restore(self.engine, lambda sharded: checkpoints.load(self.directory, self.world, sharded, newest))
             self.step = newest.step
@@ -184,6 +190,8 @@ class Training:
         checkpoints.save(self.directory, self.world, collect(self.engine), marker)
         if self.world.is_main:
             checkpoints.keep_newest(self.directory, self.spec.checkpoint.keep)
+        # Who leaves after this must not leave alone: torchrun gives the others 30 s once one process has ended.
+        self.world.barrier()
         self.reporter.checkpointed(self.step, time.time())
 
     def _stop_here(self) -> None:

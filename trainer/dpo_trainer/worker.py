@@ -7,21 +7,24 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 
 import torch
-import torch.distributed as dist
 
 from dpo_api.errors import DPOError, Outcome
 from dpo_api.manifest import load_manifest
-from dpo_trainer.distributed import World
-from dpo_trainer.launch import RankResult, follow_parent
+from dpo_trainer.distributed import World, lost_contact
+from dpo_trainer.launch import RankResult
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
 
-_OUTCOME_OF_ERRNO = {errno.ENOSPC: Outcome.NoSpace, errno.EDQUOT: Outcome.NoSpace, errno.EACCES: Outcome.AccessDenied}
-
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL error", "Broken pipe")
-"""What Gloo and NCCL say, in a plain RuntimeError, when another process is gone."""
+_OUTCOME_OF_ERRNO = {
+    errno.ENOSPC: Outcome.NoSpace,
+    errno.EDQUOT: Outcome.NoSpace,
+    errno.EFBIG: Outcome.NoSpace,
+    errno.EACCES: Outcome.AccessDenied,
+    errno.EROFS: Outcome.AccessDenied,
+}
 
 
 def explain(error: BaseException) -> tuple[Outcome, str]:
@@ -33,9 +36,9 @@ def explain(error: BaseException) -> tuple[Outcome, str]:
             f"out of memory: {error}. Lower training.packing.maxTokens or data.maxLength, use LoRA, or more processes"
         )
     if isinstance(error, OSError) and error.errno in _OUTCOME_OF_ERRNO:
-        return _OUTCOME_OF_ERRNO[error.errno], f"{error.strerror}: {error.filename or 'a file'}"
-    distributed = isinstance(error, dist.DistError)
-    if distributed or (isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER)):
+        where = error.filename or "a file of the run directory, of the cache (DPO_CACHE_DIR) or of TMPDIR"
+        return _OUTCOME_OF_ERRNO[error.errno], f"{where}: {error.strerror}"
+    if lost_contact(error):
         return Outcome.Communication, f"lost contact with another process ({_first_line(error)})"
     return Outcome.Internal, f"{type(error).__name__}: {_first_line(error)}"
 
@@ -46,7 +49,6 @@ def _first_line(error: BaseException) -> str:
 
 def work(arguments: argparse.Namespace) -> int:
     """Run this process's part; returns the outcome's exit code, or leaves at once after a failure."""
-    follow_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     rank = int(os.environ.get("RANK", "0"))
@@ -54,16 +56,19 @@ def work(arguments: argparse.Namespace) -> int:
     try:
         job = load_manifest(arguments.spec)
         stop = StopRequest(limit_seconds=job.spec.training.max_run_seconds)
-        stop.listen()
         parallel = job.spec.parallelism
         world = World.join(tensor=parallel.tensor, pipeline=parallel.pipeline, seed=job.spec.training.seed)
+        # Until all processes have met there is nothing to save and nobody to agree with: a signal then simply ends
+        # this one. Were it only noted, those that are here would wait for those that it has ended.
+        stop.listen()
         run = Run(job, world, stop, RunOptions.of(arguments))
         run.execute()
         result = run.result(rank, Outcome.Succeeded, "")
     except BaseException as error:  # noqa: BLE001 - whatever it is becomes this rank's result
         outcome, message = explain(error)
         if outcome is Outcome.Internal:
-            traceback.print_exc()
+            with suppress(OSError):  # the log may lie on the very disk that is full
+                traceback.print_exc()
         if run is not None:
             run.failed(outcome, message)
             result = run.result(rank, outcome, message)
@@ -73,8 +78,9 @@ def work(arguments: argparse.Namespace) -> int:
     code = Outcome[result.outcome].exit_code
     if code != 0:
         # Other ranks may wait in a collective for this one: tearing the groups down would wait for them in turn.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
     world.leave()
     return code

@@ -144,6 +144,7 @@ CASES = [
     Case(
         "adapter that starts elsewhere", {"lora.rowInit": "normal"}, "warning", "spec.lora.rowInit", "not the reference"
     ),
+    Case("merging no adapter", {"output.merge": False}, "warning", "spec.output.merge", "no effect without lora"),
     Case(
         "layer beyond",
         {"lora.layers": [0, 32]},

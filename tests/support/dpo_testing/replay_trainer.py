@@ -1,7 +1,7 @@
 """Stands in for the trainer in tests of the screen: replays recorded progress, then ends as it is told.
 
 The script is a JSON file named by $DPO_REPLAY: {"events": [Progress, …], "metrics": [line, …], "log": text,
-"lastWords": {…} | null, "code": int, "hang": bool, "ignore_term": bool}.
+"lastWords": {…} | null, "code": int, "hang": bool, "ignoreTerm": bool, "claimed": bool (spec.json is written)}.
 """
 
 import argparse
@@ -27,7 +27,8 @@ def main() -> int:
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
     store, run_dir = open_store(), arguments.run_dir
-    store.write(join_uri(run_dir, "spec.json"), Path(arguments.spec).read_bytes())
+    if script.get("claimed", True):
+        store.write(join_uri(run_dir, "spec.json"), Path(arguments.spec).read_bytes())
     store.write(join_uri(run_dir, "arguments.json"), json.dumps(vars(arguments)).encode())
     metrics = "".join(json.dumps(line) + "\n" for line in script.get("metrics", []))
     store.write(join_uri(run_dir, "metrics.jsonl"), metrics.encode())
@@ -48,7 +49,7 @@ def main() -> int:
         words, code = script.get("stoppedWords", {"outcome": "Stopped", "step": 2, "total": 4}), 143
     if words is not None:
         Path(arguments.last_words).write_text(json.dumps(words))
-    return code
+    return int(code)
 
 
 def index() -> int:
@@ -56,7 +57,7 @@ def index() -> int:
     print(script.get("log", ""), file=sys.stderr)
     if "index" in script or "lastWords" in script:
         print(json.dumps(script.get("index") or script["lastWords"]))
-    return script.get("code", 0)
+    return int(script.get("code", 0))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def make(folder: Path, *, pairs: int = 21, validation: int = 5, **overrides: Any
         "data": {
             "train": [{"uri": str(folder / "train.jsonl")}],
             "validation": [{"name": "held-out", "uri": str(folder / "valid.jsonl")}],
-            "maxLength": 128,
+            "maxLength": 64,
             "boundary": "separate",
         },
         "training": {

@@ -138,6 +138,16 @@ def test_nan_is_left_out_and_a_finished_run_says_so(tracker: ProgressTracker, cl
     assert (last.phase, last.step, last.total, last.metrics) == ("done", 4, 4, {"val/acc": 0.9})
 
 
+def test_warnings_are_one_line_and_stay_at_status(tracker: ProgressTracker, events: Path) -> None:
+    tracker.phase("index")
+    tracker.warn([])
+    assert len(lines(events)) == 1
+    tracker.warn(["few pairs", "no end"])
+    tracker.phase("train")
+    assert [line.warnings for line in lines(events)] == [(), ("few pairs", "no end"), ()]
+    assert tracker.newest.warnings == ("few pairs", "no end")
+
+
 def test_an_unknown_total_has_no_estimate(tracker: ProgressTracker, clock: Clock) -> None:
     assert take(tracker, clock, 1, seconds=1.0).eta_seconds is None
 

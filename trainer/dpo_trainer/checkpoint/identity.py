@@ -1,7 +1,13 @@
 """What a checkpoint belongs to: resumed with another model, other data or another loss it would be a different run."""
 
+import re
+
+from pydantic import BaseModel
+
 from dpo_api.errors import IncompatibleCheckpointError
 from dpo_api.spec import DPOJobSpec
+
+_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 Identity = dict[str, str]
 """Name of the spec's field (or of what it leads to) -> a comparable text."""
@@ -18,18 +24,27 @@ def identity_of(spec: DPOJobSpec, *, model: str, data: str) -> Identity:
     fields: dict[str, object] = {
         "model": model,
         "data.train": data,
-        "dpo": spec.dpo.model_dump(mode="json", by_alias=True),
-        "lora": spec.lora.model_dump(mode="json", by_alias=True) if spec.lora else None,
+        **_fields("dpo", spec.dpo),
+        "lora": "given" if spec.lora else "absent",
+        **(_fields("lora", spec.lora) if spec.lora else {}),
         "training.globalBatchSize": training.global_batch_size,
         "training.seed": training.seed,
         "training.dropLast": training.drop_last,
         "training.precision": training.precision,
         "training.limitTrainBatches": training.limit_train_batches,
         "training.learningRate": training.learning_rate,
+        **_fields("training.schedule", training.schedule),
         "training.weightDecay": training.weight_decay,
+        "training.betas": training.betas,
+        "training.eps": training.eps,
         "training.gradientClip": training.gradient_clip,
     }
     return {name: str(value) for name, value in fields.items()}
+
+
+def _fields(path: str, section: BaseModel) -> dict[str, object]:
+    """A section's fields by their names in the manifest."""
+    return {f"{path}.{name}": value for name, value in section.model_dump(mode="json", by_alias=True).items()}
 
 
 def check_identity(saved: Identity, now: Identity, uri: str) -> None:
@@ -37,7 +52,7 @@ def check_identity(saved: Identity, now: Identity, uri: str) -> None:
     differing = [name for name in now if name in saved and saved[name] != now[name]]
     if not differing:
         return
-    said = "; ".join(f"{name} was {_short(saved[name])}, now {_short(now[name])}" for name in differing)
+    said = "; ".join(f"spec.{name} was {_short(saved[name])}, now {_short(now[name])}" for name in differing)
     raise IncompatibleCheckpointError(
         f"{uri} belongs to another run: {said}. Undo the change, or give this run a directory of its own "
         "(checkpoint.uri, or --output)."
@@ -45,4 +60,5 @@ def check_identity(saved: Identity, now: Identity, uri: str) -> None:
 
 
 def _short(value: str) -> str:
+    value = _DIGEST.sub(r"\1", value)
     return value if len(value) <= 120 else value[:117] + "…"

@@ -83,6 +83,9 @@ def build_indexes(
     See ``build_index`` for the other arguments and the errors.
     """
     rejected_needed = spec.dpo.preference_weight != 0
+    if vocabulary is not None:
+        for doubt in tokenizer.check_vocabulary(vocabulary):
+            (listener or Listener()).message(f"warning: {doubt}")
 
     def build(name: str, sources: Sequence[Source]) -> PairIndex:
         return build_index(

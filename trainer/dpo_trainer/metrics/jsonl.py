@@ -60,7 +60,8 @@ class LocalLog:
 def truncate(path: Path, resume_step: int | None) -> set[tuple[int, str]]:
     """Drop events above ``resume_step`` (None: all) and a torn last line; returns the (step, group) pairs that stay.
 
-    The file is replaced in one step, and only when something is dropped.
+    The file is replaced in one step, always: an attempt that still has it open, and does not know yet that this one has
+    taken over, then writes to a file that nobody reads.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -79,13 +80,12 @@ def truncate(path: Path, resume_step: int | None) -> set[tuple[int, str]]:
         if resume_step is not None and step <= resume_step and line.endswith(b"\n"):
             kept.append(line)
             seen.update((step, name.partition("/")[0]) for name in event if name != "step")
-    if len(kept) != len(lines):
-        spare = path.with_name(f".{path.name}.new")
-        with spare.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        spare.replace(path)
+    spare = path.with_name(f".{path.name}.new")
+    with spare.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    spare.replace(path)
     return seen
 
 

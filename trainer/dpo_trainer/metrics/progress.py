@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -55,6 +55,7 @@ class ProgressTracker:
         self._stepping = 0.0  # seconds spent in steps since then
         self._last_line = -QUIET_SECONDS
         self._broken = False
+        self._untold = False  # whether the warnings are not in the events file yet
 
     @property
     def newest(self) -> Progress:
@@ -77,6 +78,13 @@ class ProgressTracker:
             self._update(eta_seconds=None)
         self._update(phase=phase, done=done, of=of, message=message[:1024])
         self._emit(always=entered or done is None or done == of)
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Say what will probably not go as meant: one line of the events file, and at /status from now on."""
+        if warnings:
+            self._untold = True
+            self._update(warnings=(*self._state.warnings, *warnings))
+            self._emit(always=True)
 
     def finished(self, step: int, metrics: Mapping[str, float]) -> None:
         """The run had ended before this attempt began: all its steps are done."""
@@ -138,9 +146,11 @@ class ProgressTracker:
         if self._events_path is None or not (always or clock - self._last_line >= QUIET_SECONDS):
             return
         self._last_line = clock
+        line = self._state if self._untold else self._state.model_copy(update={"warnings": ()})
+        self._untold = False
         try:
             with self._events_path.open("ab", buffering=0) as file:
-                file.write((self._state.to_json() + "\n").encode())
+                file.write((line.to_json() + "\n").encode())
         except OSError as error:
             if not self._broken:
                 log.warning("progress cannot be written to %s (%s)", self._events_path, summary(error))

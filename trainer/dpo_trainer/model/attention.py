@@ -68,7 +68,7 @@ def pieces_of(segments: tuple[Segment, ...], size: int) -> tuple[Piece, ...]:
 
 
 @dataclass(kw_only=True)
-class PackContext(PackedSeqParams):  # type: ignore[misc]
+class PackContext(PackedSeqParams):
     """A pack on its way through Megatron-Core, which hands ``packed_seq_params`` to every layer's attention.
 
     It survives activation recomputation and pipeline stages, since each call carries it. ``qkv_format`` is none of

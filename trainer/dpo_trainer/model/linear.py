@@ -40,11 +40,11 @@ class _Adaptable:
         return entries
 
 
-class AdaptableColumnParallelLinear(_Adaptable, ColumnParallelLinear):  # type: ignore[misc]
+class AdaptableColumnParallelLinear(_Adaptable, ColumnParallelLinear):
     """Y = XAᵀ with A's rows split over tensor-parallel ranks, and an optional adapter."""
 
 
-class AdaptableRowParallelLinear(_Adaptable, RowParallelLinear):  # type: ignore[misc]
+class AdaptableRowParallelLinear(_Adaptable, RowParallelLinear):
     """Y = XAᵀ with A's columns split over tensor-parallel ranks, and an optional adapter."""
 
 

@@ -1,0 +1,18 @@
+"""For every test: the same examples each time, a cache of its own, and no credentials of whoever runs it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A failure seen once is seen again, by everyone; drawing new examples is for whoever edits a property.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indices and reference tables of a test run never meet the user's, nor another run's."""
+    folder: Path = tmp_path_factory.mktemp("dpo-cache")
+    os.environ["DPO_CACHE_DIR"] = str(folder)
