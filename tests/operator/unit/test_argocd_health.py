@@ -7,9 +7,9 @@ from typing import Any
 
 import lupa.lua51
 import pytest
-from dpo_testing.simcluster import SimCluster, manifest
 
 from dpo_api.errors import Outcome
+from dpo_testing.simcluster import SimCluster, manifest
 
 SCRIPT = (Path(__file__).resolve().parents[3] / "hack" / "argocd" / "health.lua").read_text(encoding="utf-8")
 

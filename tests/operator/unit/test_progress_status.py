@@ -1,4 +1,4 @@
-"""Progress, columns and the run's invariants: from rank 0's answers to what people read, and how often that is written."""
+"""Progress, columns and the run's invariants: from rank 0's answers to what people read, and how often it is told."""
 
 from __future__ import annotations
 
