@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from dpo_api.manifest import API_VERSION, KIND
-from dpo_api.status import ConditionType, DPOJobStatus
+from dpo_api.status import Condition, ConditionType, DPOJobStatus
 from dpo_operator import clock, names
 from dpo_operator.conditions import find, holds
 from dpo_operator.draft import Draft
@@ -77,7 +77,8 @@ def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
             yield Reason.PyTorchJobCreated, f"Created PyTorchJob {attempt.child}.", f"{attempt.number}"
         if attempt.running_time is not None and (before is None or before.running_time is None):
             text = f"All pods of attempt {attempt.number} run."
-            yield Reason.TrainingStarted, text, f"{attempt.number}/{attempt.running_time}"
+            # Only what is stored already may name an event: a write that is lost repeats the pass at another time.
+            yield Reason.TrainingStarted, text, f"{attempt.number}/{old.admitted_since}"
         news = before is None or (before.result, before.reason) != (attempt.result, attempt.reason)
         if attempt.result == "Failed" and news:
             reason = named(attempt.reason)
@@ -98,7 +99,7 @@ def _run(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
     for kind, bad in INVARIANTS:
         before, after = find(old.conditions, kind), find(new.conditions, kind)
         if after is not None and after.status == bad and (before is None or before.status != bad):
-            yield named(after.reason), after.message, f"{new.attempt or 0}/{after.last_transition_time}"
+            yield named(after.reason), after.message, f"{new.attempt or 0}/{_since(before)}"
 
 
 def checkpoint(old: DPOJobStatus, new: DPOJobStatus, every: int) -> Iterator[Told]:
@@ -117,7 +118,12 @@ def _suspension(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
     was, is_now = before is not None and before.status == "True", after is not None and after.status == "True"
     if after is not None and was != is_now:
         reason = Reason.Suspended if is_now else Reason.Resumed
-        yield reason, after.message, f"{new.attempt or 0}/{after.last_transition_time}"
+        yield reason, after.message, f"{new.attempt or 0}/{_since(before)}"
+
+
+def _since(stored: Condition | None) -> str:
+    """Return when a stored condition last changed, which tells one change of it from the next."""
+    return stored.last_transition_time if stored is not None else ""
 
 
 def emit(draft: Draft) -> list[EmitEvent]:
