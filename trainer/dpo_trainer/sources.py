@@ -16,8 +16,8 @@ def store_for(spec: DPOJobSpec, access: StorageAccess | None = None) -> Store:
     """The store of one source or output: its own access settings first, then spec.storage's.
 
     What a pod gets from ConfigMaps and Secrets is mounted: certificates at
-    ``$DPO_CA_DIR/configmap|secret/<name>/<key>`` (``DPO_CA_BUNDLE`` names the common ones), keys of a source's own at ``$DPO_CREDENTIALS_DIR/<name>/``. Without these
-    variables, as on one machine, boto3's usual chain has the credentials.
+    ``$DPO_CA_DIR/configmap|secret/<name>/<key>`` (``DPO_CA_BUNDLE`` names the common ones), keys of a source's own at
+    ``$DPO_CREDENTIALS_DIR/<name>/``. Without these variables, as on one machine, boto3's usual chain has the keys.
     """
     sections = [section for section in (access, spec.storage) if section is not None]
     bundles = [_certificates(section.ca_bundle) for section in sections if section.ca_bundle is not None]
