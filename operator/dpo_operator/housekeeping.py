@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpo_operator import clock
+from dpo_operator.backend import pytorchjob
 from dpo_operator.draft import Draft
 from dpo_operator.types import DeleteChild, DeleteJob
 from dpo_operator.view import attempt_of
@@ -27,6 +28,17 @@ def trim_history(draft: Draft) -> None:
     limit = draft.view.spec.run_policy.attempts_history_limit
     for _, child in sorted(failed, key=lambda pair: pair[0], reverse=True)[limit:]:
         draft.act(DeleteChild(str(child["metadata"]["name"]), str(child["metadata"]["uid"])))
+
+
+def leave_queue(draft: Draft) -> None:
+    """Delete a child that is still queued though its job is over: admitted once more, it would run once more.
+
+    A job that is preempted while its export ends succeeds, and training-operator never hears of it.
+    """
+    for child in draft.view.children.values():
+        waits = pytorchjob.is_held(child) and not pytorchjob.is_over(child)
+        if waits and not child["metadata"].get("deletionTimestamp"):
+            draft.act(DeleteChild(str(child["metadata"]["name"]), str(child["metadata"]["uid"])))
 
 
 def expire(draft: Draft) -> None:

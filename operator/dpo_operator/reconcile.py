@@ -42,6 +42,7 @@ def _decide(draft: Draft) -> None:
             acceptance.unreadable(draft, error)
         return
     if draft.view.status.completion_time is not None:
+        housekeeping.leave_queue(draft)
         housekeeping.trim_history(draft)
         housekeeping.expire(draft)
         return

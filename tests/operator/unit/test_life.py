@@ -672,6 +672,22 @@ def test_resumed_while_old_pods_end_is_a_lost_node_not_a_failure() -> None:
     assert cluster.state == "Restarting"
 
 
+def test_preempted_while_its_export_ends_it_leaves_the_queue() -> None:
+    """Kueue would admit the suspended child again, and training-operator would run the finished job once more."""
+    cluster = SimCluster(manifest(runPolicy={"queueName": "q"}))
+    cluster.run_to("Running")
+    cluster.children["job-1"]["spec"]["runPolicy"]["suspend"] = True
+    cluster.controller()
+    cluster.end_pod("job-1-master-0", Outcome.Succeeded, step=100, total=100)
+    cluster.reconcile()
+    assert cluster.state == "Succeeded"
+    cluster.settle()
+    assert cluster.deleted == ["job-1"]
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.deleted == ["job-1"]
+
+
 # -- limits
 
 
