@@ -180,8 +180,6 @@ def _refine(draft: Draft, child: Object | None) -> None:
     assert attempt is not None  # noqa: S101 - the caller has one in hand
     best = decisive(evidence.causes(draft, attempt, child))
     told = named(attempt.reason)
-    if told is Reason.DeadlineExceeded:
-        return
     if told.value in OURS:
         known = 1
     elif told is Reason.ChildDeleted:

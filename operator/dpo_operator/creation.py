@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_api.status import Attempt, ConditionType
+from dpo_api.status import Attempt, ConditionType, State
 from dpo_operator import clock, conditions, ends, evidence, limits, names
 from dpo_operator.backend import pytorchjob
 from dpo_operator.draft import Draft
@@ -114,13 +114,13 @@ def _blocked(draft: Draft, name: str) -> bool:
     view = draft.view
     if not view.observed.backend_installed:
         text = "The cluster has no PyTorchJob kind; install training-operator v1. This job goes on by itself then."
-        draft.place("Pending", Reason.PyTorchJobMissing, text, progressing=False)
+        draft.place(_before(draft), Reason.PyTorchJobMissing, text, progressing=False)
         draft.wake_in(RETRY_SECONDS)
         return True
     refusal = view.observed.refusals.get(name)
     if refusal is not None:
         text = f"The API server refused PyTorchJob {name}: {clean(refusal.message, 2000)}"
-        draft.place("Pending", Reason.ChildRefused, text, progressing=False)
+        draft.place(_before(draft), Reason.ChildRefused, text, progressing=False)
         draft.wake_in(RETRY_SECONDS)
         return True
     stranger = view.strangers.get(name)
@@ -133,10 +133,15 @@ def _blocked(draft: Draft, name: str) -> bool:
     ghosts += [pod for pod in view.namesake_pods if is_alive(pod) and not pod_is_given_up(draft, pod)]
     if ghosts:
         text = f"Pod {ghosts[0]['metadata']['name']} of a deleted DPOJob of this name is still there."
-        draft.place("Pending", Reason.WaitingForNamesake, text)
+        draft.place(_before(draft), Reason.WaitingForNamesake, text)
         draft.wake_in(NAMESAKE_SECONDS)
         return True
     return False
+
+
+def _before(draft: Draft) -> State:
+    """Return the state of a job whose next attempt cannot be created yet."""
+    return "Restarting" if draft.attempt is not None else "Pending"
 
 
 def pod_is_given_up(draft: Draft, pod: Object) -> bool:
@@ -159,8 +164,8 @@ def _refuse_stranger(draft: Draft, name: str, *, ending: bool) -> None:
     namesake = any(owner.get("kind") == "DPOJob" and owner.get("name") == draft.view.name for owner in owners)
     if ending or namesake:
         text = f"PyTorchJob {name} of a deleted DPOJob of this name is still ending."
-        draft.place("Pending", Reason.WaitingForNamesake, text)
+        draft.place(_before(draft), Reason.WaitingForNamesake, text)
     else:
         text = f"PyTorchJob {name} exists and is not this job's; rename or delete it."
-        draft.place("Pending", Reason.ChildNameTaken, text, progressing=False)
+        draft.place(_before(draft), Reason.ChildNameTaken, text, progressing=False)
     draft.wake_in(NAMESAKE_SECONDS)

@@ -155,7 +155,10 @@ def say(draft: Draft, attempt: Attempt) -> None:
     if hit is None:
         pods, nodes = draft.view.pods(attempt), draft.view.spec.resources.nodes
         running = sum(has_run(pod) for pod in pods)
-        text = f"{running} of {nodes} pods run (attempt {attempt.number})."
+        # A thousand pods start one by one; their status is not written a thousand times.
+        share = max(1, nodes // 10)
+        shown = running if running == nodes else running - running % share
+        text = f"{shown} of {nodes} pods run (attempt {attempt.number})."
         draft.place("Starting", Reason.Starting, text)
         return
     draft.place("Starting", hit.reason, f"{sentence(hit.message)}.", progressing=not hit.needs_somebody)

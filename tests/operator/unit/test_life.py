@@ -87,6 +87,13 @@ def test_success_though_the_pytorchjob_says_failed() -> None:
     assert cluster.condition("Succeeded") == ("True", "Succeeded")
 
 
+def test_rank_zeros_word_counts_before_training_operator_speaks() -> None:
+    cluster = running()
+    cluster.end_pod("job-1-master-0", Outcome.Succeeded, **DONE)
+    cluster.reconcile()
+    assert cluster.state == "Succeeded"
+
+
 def test_the_pytorchjobs_word_alone_is_no_success() -> None:
     cluster = running()
     cluster.end_pod("job-1-master-0", code=0, message="no words")
@@ -551,6 +558,33 @@ def test_refused_pods_show_only_as_an_event(message: str, reason: str) -> None:
     assert message in cluster.status["message"]
 
 
+def test_a_volume_that_is_missing() -> None:
+    cluster = SimCluster()
+    cluster.settle()
+    cluster.cluster_events = [
+        {
+            "metadata": {"creationTimestamp": clock.to_text(START)},
+            "involvedObject": {"kind": "Pod", "name": "job-1-worker-0"},
+            "reason": "FailedMount",
+            "message": 'persistentvolumeclaim "runs" not found',
+        }
+    ]
+    cluster.settle()
+    assert cluster.condition("Progressing") == ("False", "VolumeNotMounted")
+
+
+def test_a_thousand_pods_that_start_are_not_a_thousand_writes() -> None:
+    cluster = SimCluster(manifest(resources={"nodes": 100, "gpusPerNode": 0}))
+    cluster.settle()
+    calls = len(cluster.calls)
+    for pod in cluster.pods.values():
+        pod["status"] = {"phase": "Running", "containerStatuses": [{"name": "pytorch", "state": {"running": {}}}]}
+        cluster.reconcile()
+    assert cluster.state == "Running"
+    assert len(cluster.calls) - calls <= 12
+    assert len(cluster.attempts[0]["pods"]) == 64
+
+
 # -- suspend and resume
 
 
@@ -591,6 +625,21 @@ def test_a_stop_is_first_remembered_and_then_done() -> None:
     assert cluster.deleted == []
     cluster.reconcile()
     assert cluster.deleted == ["job-1"]
+
+
+def test_resumed_while_the_stop_is_under_way() -> None:
+    cluster = running()
+    cluster.edit(suspend=True)
+    cluster.settle()
+    cluster.edit(suspend=False)
+    cluster.settle()
+    assert cluster.created == ["job-1"], "its pods still write their checkpoint"
+    cluster.stop_leaving(40)
+    cluster.reconcile()
+    assert cluster.attempts[0]["endTime"] == clock.to_text(cluster.now)
+    assert cluster.created == ["job-1"], "first the status must remember the end"
+    cluster.reconcile()
+    assert cluster.created == ["job-1", "job-2"]
 
 
 def test_created_suspended() -> None:
