@@ -64,6 +64,13 @@ class Fault:
 Rule = Callable[[Call], Fault | None]
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: clients that are killed leave broken connections."""
+
+
 class ChaosProxy:
     """A context manager. ``url`` is where clients go; ``rules`` may be changed at any time."""
 
@@ -80,8 +87,7 @@ class ChaosProxy:
         self._lock = threading.Lock()
         self.mute = threading.Event()
         """While set, watches bring nothing, though their connections stand: a hung watch."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
