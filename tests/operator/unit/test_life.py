@@ -211,6 +211,19 @@ def test_doubts_are_told_and_do_not_hinder() -> None:
     assert cluster.created == ["job-1"]
 
 
+def test_a_spec_of_a_newer_version_is_left_alone_once_accepted() -> None:
+    """An older operator after a downgrade: it must not end what it cannot read."""
+    cluster = running()
+    assert cluster.job is not None
+    cluster.job["spec"]["dreams"] = {"electric": True}
+    cluster.touch()
+    cluster.settle()
+    assert cluster.condition("Accepted") == ("True", "Accepted")
+    assert cluster.condition("Progressing") == ("False", "SpecUnreadable")
+    assert list(cluster.children) == ["job-1"]
+    assert cluster.state == "Running"
+
+
 # -- names that are taken
 
 
@@ -487,6 +500,7 @@ def test_not_started_in_time_is_torn_down_backed_off_and_told_in_the_pods_words(
         if attempt == 1:
             assert cluster.state == "Restarting"
             cluster.sleep()
+    assert {a["reason"] for a in cluster.attempts} == {"StartTimeout"}
     assert cluster.condition("Failed") == ("True", "RestartsExhausted")
     assert "0/3 nodes: no GPU" in cluster.status["message"]
     assert cluster.deleted == ["job-1", "job-2"]

@@ -75,6 +75,8 @@ def test_what_matters_is_written_at_once() -> None:
     cluster = running()
     cluster.say(step=1, metrics=FINE)
     cluster.settle()
+    assert cluster.condition("Finite") == ("True", "LossFinite")
+    assert cluster.condition("ProgressAvailable") == ("True", "ScrapeSucceeded")
     cluster.advance(1)
     cluster.say(step=2, metrics={"train/acc": 0.6})
     cluster.settle()
@@ -260,9 +262,13 @@ def test_a_stall_is_retryable() -> None:
     cluster.sleep_out()
     cluster.run_to("Running")
     assert cluster.condition("TrainingStalled") is None, "that was the attempt before"
-    cluster.advance(600)
+    cluster.advance(60)
+    cluster.say(step=5, metrics=FINE)
     cluster.settle()
-    assert cluster.state == "Running"
+    assert cluster.state == "Running", "it goes on where the last one stood still"
+    assert cluster.condition("TrainingStalled") == ("False", "StepsAdvance")
+    stand_still(cluster, 180, step=5, metrics=FINE)
+    assert cluster.attempts[1]["reason"] == "Stalled"
 
 
 def test_a_long_reference_pass_is_no_stall() -> None:
