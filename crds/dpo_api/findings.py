@@ -138,7 +138,7 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR
             return f"{value} is not a finite number"
     wanted = _TYPES.get(kind)
     if wanted:
-        hint = ""
+        hint = _form(kind, model, detail["loc"])
         if isinstance(value, str) and kind.startswith(("int", "float", "bool")):
             hint = _unquoted(value, kind)
         return f"{shown(value)} is not {wanted}{hint}"
@@ -177,6 +177,53 @@ HUGGING_FACE_MODULES = {
 """What users of PEFT call the modules that NeMo names otherwise."""
 
 
+USUAL_NAMES = {
+    "lr": "learningRate",
+    "minlr": "minLearningRate",
+    "batchsize": "globalBatchSize",
+    "gbs": "globalBatchSize",
+    "maxepochs": "epochs",
+    "numtrainepochs": "epochs",
+    "valcheckinterval": "validationInterval",
+    "gradientclipval": "gradientClip",
+    "maxgradnorm": "gradientClip",
+    "encoderseqlength": "maxLength",
+    "refpolicyklpenalty": "beta",
+    "preferenceloss": "loss",
+    "losstype": "loss",
+    "r": "rank",
+    "adapterdim": "rank",
+    "lorarank": "rank",
+    "loraalpha": "alpha",
+    "layerselection": "layers",
+    "saveinterval": "everySteps",
+    "savesteps": "everySteps",
+    "savetopk": "keep",
+}
+"""What NeMo-Aligner, TRL and PEFT call fields that have another name here; without _ and in lower case."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was probably meant: the one for another library's, else the most similar."""
+    folded = {field.lower().replace("_", ""): field for field in known}
+    wanted = name.lower().replace("_", "")
+    ours = USUAL_NAMES.get(wanted, "").lower()
+    near = [ours] if ours in folded else difflib.get_close_matches(wanted, folded, 1, 0.6)
+    return folded[near[0]] if near else None
+
+
+def _form(kind: str, model: type[BaseModel], loc: Sequence[int | str]) -> str:
+    """Show what a section, or a list of sections, looks like."""
+    section = _section_at(model, loc)
+    if section is None or kind not in {"model_type", "model_attributes_type", "tuple_type", "list_type"}:
+        return ""
+    fields = {field.alias or attribute: field.is_required() for attribute, field in section.model_fields.items()}
+    if kind.startswith("model"):
+        return f"; known here: {', '.join(fields)}"
+    example = ", ".join(f"{name}: …" for name, required in fields.items() if required)
+    return f"; write it as [{{{example}}}]" if example else ""
+
+
 def _unquoted(value: str, kind: str) -> str:
     """Say so when only the quotes are wrong."""
     try:
@@ -207,11 +254,11 @@ def _unknown_field(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
     known = [field.alias or attribute for attribute, field in section.model_fields.items()]
     if name in section.model_fields:
         return f"unknown field; did you mean {section.model_fields[name].alias}?"
-    folded = {alias.lower().replace("_", ""): alias for alias in known}
-    near = difflib.get_close_matches(name.lower().replace("_", ""), folded, 1, 0.6)
+    near = nearest(name, known)
     if near:
-        return f"unknown field; did you mean {folded[near[0]]}?"
-    elsewhere = _paths_named(model, name)
+        return f"unknown field; did you mean {near}?"
+    folded = name.lower().replace("_", "")
+    elsewhere = _paths_named(model, USUAL_NAMES.get(folded, folded).lower())
     if elsewhere:
         return f"unknown field here; did you mean {' or '.join(elsewhere[:2])}?"
     return f"unknown field; known here: {', '.join(known)}"
@@ -242,12 +289,12 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
 
 
 def _paths_named(model: type[BaseModel], name: str, prefix: str = "") -> list[str]:
-    """List the places elsewhere in the tree that have a field of this name."""
+    """List the places elsewhere in the tree that have a field of this name, given in lower case."""
     paths: list[str] = []
     for attribute, field in model.model_fields.items():
         alias = field.alias or attribute
         path = f"{prefix}.{alias}" if prefix else alias
-        if alias == name:
+        if alias.lower() == name:
             paths.append(path)
         inner = section_class(field.annotation)
         if inner is not None:

@@ -96,9 +96,10 @@ def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int
     warnings: list[Finding] = []
     batch = min(training.global_batch_size, train_pairs)
     if batch < training.global_batch_size:
+        pairs = "1 pair is" if train_pairs == 1 else f"{train_pairs} pairs are"
         text = (
-            f"{train_pairs} pairs are fewer than one global batch of {training.global_batch_size}; each step uses all"
-            f" {train_pairs}, set globalBatchSize: {train_pairs} or less to silence this"
+            f"{pairs} fewer than one global batch of {training.global_batch_size}; each step uses all of the data, so"
+            f" an epoch is one step; set globalBatchSize: {train_pairs} or less"
         )
         warnings.append(Finding("warning", "spec.training.globalBatchSize", text))
     batches = train_pairs // batch if training.drop_last else -(-train_pairs // batch)
@@ -151,7 +152,8 @@ def plan_rates(training: Training, total_steps: int) -> RatePlan:
     if warmup >= total_steps:
         fix = max(0, min(10, total_steps // 10))
         text = (
-            f"{total_steps} steps end within the warm-up of {warmup}: the rate would never stay at {number(peak)};"
+            f"{'1 step ends' if total_steps == 1 else f'{total_steps} steps end'} within the warm-up of {warmup}: the"
+            f" rate would never stay at {number(peak)};"
             f" set warmupSteps: {fix}"
         )
         warnings.append(Finding("warning", "spec.training.schedule.warmupSteps", text))

@@ -86,7 +86,7 @@ class Reference(Section):
         default=None,
         alias="cacheURI",
         description="Folder that keeps the reference's log-probs for other runs with the same model and data:"
-        f" {URI_FORMS}. Not set: the run directory.",
+        f" {URI_FORMS}. Not set: the machine's cache folder.",
     )
     storage: StorageAccess | None = Field(default=None, description="Access to it, if not `spec.storage`.")
 

@@ -301,9 +301,10 @@ def _or(numbers: Sequence[int]) -> str:
 
 def _fits_model(spec: DPOJobSpec, model: ModelFacts) -> Iterator[Finding]:
     if model.max_positions and spec.data.max_length > model.max_positions:
+        default = "" if "max_length" in spec.data.model_fields_set else " (the default)"
         yield _error(
             "data.maxLength",
-            f"{spec.data.max_length} is above the {model.max_positions} positions of the model;"
+            f"{spec.data.max_length}{default} is above the {model.max_positions} positions of the model;"
             f" set it to {model.max_positions} or less",
         )
     lora = spec.lora

@@ -76,7 +76,10 @@ def validate(
 
 @app.command()
 def run(
-    file: Annotated[str, typer.Option("-f", "--file", metavar="FILE", help="Manifest; - reads standard input.")],
+    manifest: Annotated[str | None, typer.Argument(metavar="[FILE]", help="Manifest, as with -f.")] = None,
+    file: Annotated[
+        str | None, typer.Option("-f", "--file", metavar="FILE", help="Manifest; - reads standard input.")
+    ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="DIR", help="Run directory. [checkpoint.uri, or runs/NAME]")
     ] = None,
@@ -94,7 +97,13 @@ def run(
     """Train on this machine, by the same manifest as on a cluster. The same command continues a stopped run."""
     from dpo_cli import run as command
 
-    options = command.RunOptions(file, output, tuple(settings), processes, port, host, name)
+    if (manifest is None) is (file is None):
+        from dpo_api.errors import UsageError
+
+        raise UsageError(
+            "Missing option '-f': dpo run -f FILE" if file is None else f"two manifests: {file}, {manifest}"
+        )
+    options = command.RunOptions(file or manifest or "", output, tuple(settings), processes, port, host, name)
     raise typer.Exit(command.run(options))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args, get_origin
 
 from dpo_api.errors import DPOError, UsageError
-from dpo_api.findings import Finding, ManifestError, dotted, section_class
+from dpo_api.findings import Finding, ManifestError, dotted, nearest, section_class
 from dpo_api.manifest import Document, load_documents
 from dpo_api.spec import DPOJobSpec
 
@@ -76,9 +75,8 @@ def check_path(path: Path, text: str) -> None:
 
 
 def _nearest(name: str, known: Sequence[str], here: str) -> str:
-    folded = {field.lower(): field for field in known}
-    near = difflib.get_close_matches(name.lower().replace("_", ""), folded, 1, 0.6)
-    return f"did you mean {here}.{folded[near[0]]}?" if near else f"{here} has {', '.join(known)}"
+    near = nearest(name, known)
+    return f"did you mean {here}.{near}?" if near else f"{here} has {', '.join(known)}"
 
 
 def _parts(annotation: Any) -> list[Any]:

@@ -144,6 +144,10 @@ class PhaseLog:
         self.metrics.update(progress.metrics)
         if self.current is not None and self.current is not self.training:
             completed.append(self._row(self.current, progress.observed_at))
+        if self.training is not None and progress.step > self.training.newest.step:
+            # Steps that follow each other quickly are not all told of; what interrupts them knows the last one.
+            told = {"phase": "train", "done": None, "of": None, "message": ""}
+            self.training.newest = progress.model_copy(update=told)
         if self.training is not None and progress.phase not in ("train", *PAUSES):
             completed.append(self._row(self.training, progress.observed_at))
             self.training = None
@@ -152,7 +156,9 @@ class PhaseLog:
 
     @staticmethod
     def _continues(before: Progress, after: Progress) -> bool:
-        """Whether an event is about the same phase and, within it, the same set of units."""
+        """Whether an event is about the same phase and, within it, the same step or set of units."""
+        if before.phase in PAUSES and before.step != after.step:
+            return False
         other_set = before.of is not None and after.of is not None and before.of != after.of
         return before.phase == after.phase and not (other_set and after.phase != "train")
 

@@ -46,12 +46,15 @@ def _where_stopped(words: LastWords, run_dir: str) -> str:
 
 
 def compared(log: MetricsLog) -> str:
-    """Say the last validation beside the first, "accuracy 0.99 (before: 0.52)"; the training metrics without one."""
+    """Say the last validation, its loss beside the first one's; the training metrics where there is none.
+
+    Accuracy and margin have no "before": at first the model is its own reference, and both are 0 by definition.
+    """
     prefix = "val/" if log.get("val/loss") else "train/"
     parts = [
-        _pair("accuracy", log.get(f"{prefix}acc"), "{:.1%}".format),
+        _pair("accuracy", log.get(f"{prefix}acc")[-1:], "{:.1%}".format),
         _pair("loss", log.get(f"{prefix}loss")),
-        _pair("margin", margins(log, prefix)),
+        _pair("margin", margins(log, prefix)[-1:]),
     ]
     told = [part for part in parts if part]
     if not told:

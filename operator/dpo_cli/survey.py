@@ -143,7 +143,8 @@ class _Look:
                     info.size for info in store.list(source.uri) if info.uri.endswith(".safetensors")
                 )
             except DPOError as error:
-                result.problems.append(self._problem(name, source.uri, error, hub_hint(source.uri)))
+                hint = hub_hint(source.uri) or _similar(store, source.uri, error)
+                result.problems.append(self._problem(name, source.uri, error, hint))
         if tokenizer is not None:
             result.problems += self._tokenizer(tokenizer.uri, self._stores.reach(tokenizer.storage))
         return result
@@ -163,6 +164,17 @@ class _Look:
         except DPOError as error:
             return _Result([self._problem(name, uri, error)])
         return _Result()
+
+
+def _similar(store: Store, folder: str, error: DPOError) -> str:
+    """Return "; did you mean …?" for a folder that does not exist but is named like one that does."""
+    if error.outcome is not Outcome.NotFound:
+        return ""
+    try:
+        store.expand(folder.rstrip("/") + "/")
+    except DPOError as missing:
+        return "".join(str(missing).partition("; did you mean ")[1:])
+    return ""
 
 
 def estimate_lines(store: Store, objects: Sequence[ObjectInfo]) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_api.crd import custom_resource_definition
-from dpo_api.findings import Finding, ManifestError
+from dpo_api.findings import USUAL_NAMES, Finding, ManifestError
 from dpo_api.manifest import load_documents, parse_job
 from dpo_api.validation import check
 from dpo_testing.crd_schema import problems, unknown_fields
@@ -42,6 +42,21 @@ def test_the_manifest_that_the_cases_change_is_right() -> None:
     assert findings(manifest()) == []
     assert problems(SCHEMA, MINIMAL) == []
     assert unknown_fields(SCHEMA, MINIMAL) == []
+
+
+def test_names_of_other_libraries_stand_for_fields_that_exist() -> None:
+    fields: set[str] = set()
+
+    def collect(schema: dict[str, Any]) -> None:
+        for name, child in schema.get("properties", {}).items():
+            fields.add(name)
+            collect(child)
+        if "items" in schema:
+            collect(schema["items"])
+
+    collect(SCHEMA)
+    assert set(USUAL_NAMES.values()) <= fields
+    assert not any(name in {field.lower() for field in fields} for name in USUAL_NAMES)
 
 
 def test_names_of_cases_are_unique() -> None:

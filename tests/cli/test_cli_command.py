@@ -55,6 +55,7 @@ def test_version(dpo: Dpo) -> None:
         (["validat"], "No such command 'validat'"),
         (["validate"], "Missing argument 'FILE...'"),
         (["run"], "Missing option '-f'"),
+        (["run", "x", "-f", "y"], "two manifests: y, x"),
         (["run", "-f", "x", "--processes", "0"], "Input should be greater than or equal to 1"),
         (["validate", "x", "--output", "xml"], "'xml' is not one of 'text', 'json'"),
         (["completion", "tcsh"], "'tcsh' is not one of"),

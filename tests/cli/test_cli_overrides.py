@@ -39,6 +39,7 @@ def test_paths_and_values(text: str, path: tuple[Any, ...], value: Any) -> None:
         ("=3", "'' is not a path"),
         ("trainig.maxSteps=3", "there is no spec.trainig; did you mean spec.training?"),
         ("training.max_steps=3", "there is no spec.training.max_steps; did you mean spec.training.maxSteps?"),
+        ("training.batch_size=3", "there is no spec.training.batch_size; did you mean spec.training.globalBatchSize?"),
         ("training.foo=3", "there is no spec.training.foo; spec.training has globalBatchSize, "),
         ("data.train.uri=x", "spec.data.train is a list; write spec.data.train[0].uri for its first item"),
         ("dpo[0]=1", "spec.dpo is not a list"),

@@ -69,6 +69,18 @@ def test_validations_show_their_own_results_not_the_last_ones() -> None:
     assert (row.label, row.text, row.seconds) == ("val", "step 1  loss 0.500  acc 0.75", 2.0)
 
 
+def test_validations_and_steps_that_follow_quickly_are_not_lost() -> None:
+    """Between two validations there may be no event of training: steps are told of ten times a second at most."""
+    log = PhaseLog()
+    log.feed(event("train", 0, step=1, total=9, metrics={"train/loss": 0.7}))
+    log.feed(event("validate", 1, step=1, total=9, metrics={"val/loss": 0.69}))
+    [row] = log.feed(event("validate", 2, step=2, total=9, metrics={"val/loss": 0.69, "train/loss": 0.6}))
+    assert (row.label, row.text) == ("val", "step 1  loss 0.690")
+    log.feed(event("validate", 3, step=2, total=9, metrics={"val/loss": 0.5, "train/loss": 0.6}))
+    validation, training = log.feed(event("export", 4, step=2, total=9, metrics={"val/loss": 0.5, "train/loss": 0.6}))
+    assert (validation.text, training.text) == ("step 2  loss 0.500", "step 2/9  loss 0.600")
+
+
 def test_the_sets_of_a_phase_have_rows_of_their_own() -> None:
     lines = plain(
         event("reference", 0, done=0, of=512, message="train"),

@@ -1,7 +1,8 @@
 """The aligned model leaves: a Hugging Face folder, and with LoRA the adapter as a PEFT folder."""
 
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 
 from dpo_api.spec import DPOJobSpec
 from dpo_store import Store, local_path_of
+from dpo_trainer.data.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.export import export
 from dpo_trainer.formats.peft import export_adapter
 from dpo_trainer.model.lora import merged_value
+from dpo_trainer.sources import store_for
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,14 +49,25 @@ def write_formats(model: Any, spec: DPOJobSpec, source: Place, folder: Path) -> 
     if "formats" not in spec.output.model_fields_set:
         wanted.add("peft")
     if "huggingFace" in wanted and (lora is None or spec.output.merge):
-        export(
-            model,
-            store,
-            base,
-            folder,
-            dtype=_DTYPES[spec.output.dtype] if spec.output.dtype else None,
-            tokenizer=spec.tokenizer.uri if spec.tokenizer else None,
-            value_of=merged_value(model) if lora is not None else None,
-        )
+        with _tokenizer(spec) as tokenizer:
+            export(
+                model,
+                store,
+                base,
+                folder,
+                dtype=_DTYPES[spec.output.dtype] if spec.output.dtype else None,
+                tokenizer=tokenizer,
+                value_of=merged_value(model) if lora is not None else None,
+            )
     if lora is not None and "peft" in wanted:
         export_adapter(model, lora, base, folder / "adapter")
+
+
+@contextmanager
+def _tokenizer(spec: DPOJobSpec) -> Iterator[str | None]:
+    """A local folder with the tokenizer's files where it is not the model's own: it has its own access settings."""
+    if spec.tokenizer is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="dpo-tokenizer-") as name:
+        yield str(fetch_tokenizer(store_for(spec, spec.tokenizer.storage), spec.tokenizer.uri, Path(name)))

@@ -78,6 +78,8 @@ class Reporter:
                 epoch=step / plan.steps_per_epoch,
                 last_checkpoint_step=self.last_checkpoint,
             )
+            if resumed:
+                self._hub.progress.phase("starting", message=f"resumed from step {step}")
 
     def stepped(
         self, step: int, values: dict[str, float], *, seconds: float, tokens: int, pairs: int, waited: float

@@ -156,6 +156,14 @@ def test_errors_list_the_first_five_and_the_total(tokenizer: Tokenizer, tmp_path
     assert not list((tmp_path / "cache").rglob("pairs.bin"))
 
 
+def test_a_json_array_gets_advice(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name, indent in (("one-line.json", None), ("many-lines.json", 1)):
+        path = tmp_path / name
+        path.write_text(json.dumps(preference_rows(3), indent=indent))
+        with pytest.raises(InvalidDataError, match=r"jq -c '\.\[\]' FILE makes such lines of a JSON array"):
+            build(path, tokenizer, tmp_path / "cache")
+
+
 def test_skip_counts_by_reason(tokenizer: Tokenizer, tmp_path: Path) -> None:
     first = write_jsonl(tmp_path / "d" / "a.jsonl", [BAD_ROWS[0], *preference_rows(3), "", "   ", *BAD_ROWS[1:]])
     write_jsonl(tmp_path / "d" / "b.jsonl.gz", preference_rows(2, seed=3))
@@ -231,6 +239,7 @@ def test_end_token_warning(tokenizer: Tokenizer, tmp_path: Path) -> None:
         return " ".join(build(write_jsonl(tmp_path / name, rows), tokenizer, cache, **settings).stats["warnings"])
 
     assert "appendEos" in warnings(plain)
+    assert "plain strings do not pass through the model's chat template" in warnings(plain)
     assert warnings(plain, appendEos=True) == ""
     assert warnings(preference_rows(3)) == ""  # all end in the same text, the tutorial's way
     assert warnings(chat_rows(3)) == ""

@@ -113,6 +113,7 @@ def test_sft_alone_needs_and_reads_no_rejected_response() -> None:
 GOOD = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 UNUSABLE: list[tuple[bytes | dict[str, Any], Reason, str]] = [
     (b'{"prompt": "q", "chosen": ', Reason.BROKEN_JSON, "column"),
+    (b'{"prompt": "q', Reason.BROKEN_JSON, "Unterminated string starting at column 12"),
     (b'{"prompt": "q\xff"}', Reason.BROKEN_JSON, "UTF-8"),
     (b'{"chosen_reward": NaN}', Reason.BROKEN_JSON, "NaN"),
     (b'{"chosen_reward": -Infinity}', Reason.BROKEN_JSON, "Infinity"),

@@ -236,6 +236,7 @@ class _Pass:
         self._listener = listener
         self._encoder = PairEncoder(tokenizer, data)
         self._tally = Tally(name, data, [(source.name, source.uri) for source in sources])
+        self._templated = tokenizer.chat is not None
         self._dated = tokenizer.chat is not None and tokenizer.chat.uses_date
         self._rendered = False  # whether any record needed the template
         self._read = 0  # bytes of text
@@ -252,7 +253,9 @@ class _Pass:
                 self._listener.progress(IndexProgress(self._name, total.lines, total.pairs, total.tokens))
             self._tally.check()
             stats = self._tally.stats(
-                [info.uri for _, _, info in self._files], template_date=self._dated and self._rendered
+                [info.uri for _, _, info in self._files],
+                template_date=self._dated and self._rendered,
+                unused_template=self._templated and not self._rendered,
             )
             writer.finish({**stats, "largestId": self._largest[0], "largestIdAt": self._largest[1]})
         except BaseException:

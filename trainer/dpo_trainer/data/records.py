@@ -116,7 +116,8 @@ def _load(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise _UnusableError(Reason.BROKEN_JSON, f"not UTF-8 (byte {error.start + 1} of the line)") from error
     except json.JSONDecodeError as error:
-        raise _UnusableError(Reason.BROKEN_JSON, f"broken JSON: {error.msg} at column {error.colno}") from error
+        problem = error.msg.removesuffix(" at")  # "Unterminated string starting at"
+        raise _UnusableError(Reason.BROKEN_JSON, f"broken JSON: {problem} at column {error.colno}") from error
     except RecursionError as error:
         raise _UnusableError(Reason.BROKEN_JSON, "broken JSON: nested too deeply") from error
     except ValueError as error:  # a number of more digits than Python converts

@@ -104,6 +104,8 @@ class Tally:
         hints = []
         if self._errors[Reason.NOT_A_PREFIX]:
             hints.append(f"{self._errors[Reason.NOT_A_PREFIX]} have no clean boundary: {_SEPARATE}")
+        if self._errors[Reason.BROKEN_JSON] + self._errors[Reason.NOT_AN_OBJECT] == self.total.lines:
+            hints.append("a line must hold one JSON object; jq -c '.[]' FILE makes such lines of a JSON array")
         if set(self._errors) - {Reason.OVER_LENGTH} and self.total.pairs:
             hints.append("spec.data.onInvalid: skip leaves such lines out and counts them")
         if self._errors[Reason.OVER_LENGTH]:
@@ -122,7 +124,7 @@ class Tally:
             text += f"; {_SEPARATE}"
         return text
 
-    def _warnings(self) -> list[str]:
+    def _warnings(self, unused_template: bool) -> list[str]:
         warnings = []
         total = self.total
         broken = total.dropped[Reason.NOT_A_PREFIX]
@@ -138,14 +140,15 @@ class Tally:
                 f"{dropped - broken} of {total.lines} lines of the {self._name} data were dropped ({', '.join(parts)})"
             )
         if not self._ended and len(self._last_ids) > 1:
+            strings = " (plain strings do not pass through the model's chat template)" if unused_template else ""
             warnings.append(
-                f"no response of the {self._name} data ends in an end token, so the model learns no end of its answers;"
-                " write it into the text, use messages with a chat template, or set spec.data.appendEos: true"
+                f"no response of the {self._name} data ends in an end token{strings}, so the model learns no end of its"
+                " answers; write it into the text, use messages with a chat template, or set spec.data.appendEos: true"
             )
         return warnings
 
-    def stats(self, files: list[str], *, template_date: bool) -> dict[str, Any]:
-        """The JSON that PairIndex.stats holds.
+    def stats(self, files: list[str], *, template_date: bool, unused_template: bool = False) -> dict[str, Any]:
+        """The JSON that PairIndex.stats holds. ``unused_template``: there is a chat template, and no record met it.
 
         lines, pairs, tokens (prompt + chosen + rejected), longest (prompt with the longer response), truncated,
         dropped (by reason), endInEndToken (chosen responses that do), sources (the same counts for each, with name and
@@ -160,6 +163,6 @@ class Tally:
                 for (name, uri), count in zip(self._sources, self._by_source, strict=True)
             ],
             "files": files,
-            "warnings": self._warnings(),
+            "warnings": self._warnings(unused_template),
             "templateDate": TEMPLATE_DATE.isoformat() if template_date else None,
         }

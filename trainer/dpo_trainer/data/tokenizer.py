@@ -17,7 +17,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_store import Store, join_uri
+from dpo_store import Store, base_name, join_uri
 from dpo_trainer.data.chat import ChatTemplate
 
 Ids = NDArray[np.int32]
@@ -72,7 +72,9 @@ class _HuggingFace:
             loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises nearly every class there is for a damaged file
             text = str(error).strip().split("\n")[0][:300] or type(error).__name__
-            raise InvalidModelError(f"{name}: the tokenizer cannot be loaded: {text}") from error
+            raise InvalidModelError(
+                f"{name}: the tokenizer cannot be loaded: {text}; copy its files again, or set spec.tokenizer"
+            ) from error
         self._tokenizer: Any = loaded
         self._rust = getattr(loaded, "backend_tokenizer", None)
         if self._rust is not None:  # tokenizer.json may carry the truncation and padding of somebody's training
@@ -214,11 +216,17 @@ def load_tokenizer(folder: Path, *, chat_template: str | None = None, name: str 
 
 
 def fetch_tokenizer(store: Store, uri: str, folder: Path) -> Path:
-    """Copy the tokenizer's files of a model folder at ``uri`` to the local ``folder`` and return it."""
+    """Copy the tokenizer's files of a model folder at ``uri``, or the one file that it names, to the local ``folder``.
+
+    Returns the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)  # of an earlier model at the same place
-    for name in set(store.children(uri)).intersection(TOKENIZER_FILES):
+    names = store.children(uri)
+    if not names and base_name(uri) in _VOCABULARIES:
+        store.download(uri, folder / base_name(uri))
+    for name in set(names).intersection(TOKENIZER_FILES):
         store.download(join_uri(uri, name), folder / name)
     return folder
 

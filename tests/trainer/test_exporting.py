@@ -1,0 +1,74 @@
+"""Which forms of the model a run leaves, and whose tokenizer lies beside it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_testing.corpora import llama_tokenizer
+from dpo_testing.runs import merged, run_here
+from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
+from dpo_testing.training_world import make
+
+LORA = {"rank": 2}
+WHOLE, ADAPTER = {"config.json", "model.safetensors"}, {"adapter"}
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    return merged(make(tmp_path, pairs=4, validation=1), {"training": {"maxSteps": 1}, "checkpoint": None})
+
+
+@pytest.mark.parametrize(
+    ("lora", "output", "written", "missing"),
+    [
+        (None, {}, WHOLE, ADAPTER),
+        (LORA, {}, WHOLE | ADAPTER, set()),
+        (LORA, {"merge": False}, ADAPTER, WHOLE),
+        (LORA, {"formats": ["huggingFace"]}, WHOLE, ADAPTER),
+        (LORA, {"formats": ["peft"]}, ADAPTER, WHOLE),
+        (LORA, {"formats": ["peft", "huggingFace"], "merge": False}, ADAPTER, WHOLE),
+    ],
+)
+def test_the_forms_that_are_asked_for_and_no_other(
+    lora: dict[str, Any] | None,
+    output: dict[str, Any],
+    written: set[str],
+    missing: set[str],
+    spec: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    run_here(merged(spec, {"lora": lora, "output": output}), tmp_path / "out")
+    found = {path.name for path in (tmp_path / "out" / "model").iterdir()}
+    assert written <= found
+    assert not missing & found
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    try:
+        with s3_server() as server:
+            for name, value in server.environment().items():
+                if name != "AWS_ENDPOINT_URL":
+                    monkeypatch.setenv(name, value)
+            yield server
+    except ToolMissingError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("uri", ["s3://tokenizers/tiny/", "s3://tokenizers/tiny/tokenizer.json"])
+def test_a_tokenizer_of_its_own_from_another_store_leaves_with_the_model(
+    uri: str, spec: dict[str, Any], s3: S3Server, tmp_path: Path
+) -> None:
+    """Its endpoint is named in its own section only; the uri is a folder or one file."""
+    s3.make_bucket("tokenizers")
+    other = llama_tokenizer(tmp_path / "other", 300)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        s3.client().upload_file(str(other / name), "tokenizers", f"tiny/{name}")
+    tokenizer = {"uri": uri, "storage": {"endpoint": s3.endpoint}}
+    run_here(merged(spec, {"tokenizer": tokenizer}), tmp_path / "out")
+    got = (tmp_path / "out" / "model" / "tokenizer.json").read_bytes()
+    assert got == (other / "tokenizer.json").read_bytes()
+    assert got != (tmp_path / "model" / "tokenizer.json").read_bytes()
