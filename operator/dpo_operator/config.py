@@ -11,7 +11,7 @@ from dpo_api.version import VERSION
 class Settings:
     """Frozen at start; flags and environment are read by the process."""
 
-    trainer_image: str = f"ghcr.io/dpo-operator/trainer:{VERSION}"
+    trainer_image: str = f"dpo-operator/trainer:{VERSION}"
     """Image of jobs that name none; pinned at acceptance."""
     trainer_port: int = 9400
     """Port of rank 0's /metrics, /status and /healthz."""

@@ -184,7 +184,7 @@ def test_validation_before_the_first_step_tells_it_too_and_later_steps_do_not() 
     cluster.settle()
     assert cluster.condition("ReferenceConsistent") == ("True", "PolicyEqualsReference")
     late = running()
-    late.say(step=2, metrics={**FINE, "train/preference_loss": 0.5})
+    late.say(step=2, metrics={**FINE, "train/preference_loss": 0.5, "val/preference_loss": 0.5})
     late.settle()
     assert late.condition("ReferenceConsistent") is None
 
