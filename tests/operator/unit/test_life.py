@@ -435,6 +435,17 @@ def test_the_cause_outlives_the_pod() -> None:
     assert cluster.attempts[0]["reason"] == "Drained"
 
 
+def test_a_deletion_by_hand_is_remembered_when_it_looks_like_the_clean_up() -> None:
+    cluster = running()
+    cluster.delete_pod("job-1-worker-0")
+    cluster.reconcile()
+    assert cluster.attempts[0]["pods"][0]["reason"] == "PodDeleted"
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.attempts[0]["reason"] == "PodDeleted"
+
+
 def test_a_later_word_can_be_the_decisive_one() -> None:
     cluster = running()
     cluster.end_pod("job-1-master-0", Outcome.Communication)
@@ -446,8 +457,9 @@ def test_a_later_word_can_be_the_decisive_one() -> None:
 
 
 def test_the_next_attempt_prefers_other_nodes() -> None:
+    """Than those that failed: the master's, which only stopped when it was told to, is as good as any."""
     cluster = running()
-    lose_node(cluster, 1)
+    lose_node(cluster, 1, saved=10)
     cluster.sleep()
     template = cluster.children["job-2"]["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
     wish = template["spec"]["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"][0]
