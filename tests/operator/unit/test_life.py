@@ -446,6 +446,19 @@ def test_a_deletion_by_hand_is_remembered_when_it_looks_like_the_clean_up() -> N
     assert cluster.attempts[0]["reason"] == "PodDeleted"
 
 
+def test_each_attempt_is_explained_by_its_own_pods() -> None:
+    cluster = running()
+    for attempt, outcome in ((1, Outcome.Internal), (2, Outcome.Communication)):
+        cluster.end_pod(f"job-{attempt}-worker-0", outcome)
+        cluster.settle()
+        cluster.kill_leaving()
+        cluster.settle()
+        cluster.sleep_out()
+        cluster.run_to("Running")
+    assert "job-1-worker-0" in cluster.pods, "kept for its log"
+    assert [a.get("reason") for a in cluster.attempts] == ["Internal", "Communication", None]
+
+
 def test_a_later_word_can_be_the_decisive_one() -> None:
     cluster = running()
     cluster.end_pod("job-1-master-0", Outcome.Communication)
