@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
@@ -22,8 +22,9 @@ CONFIGMAPS = ("v1", "configmaps")
 class ApiError(Exception):
     """The API server refused: ``status`` is the HTTP status, ``reason`` Kubernetes' word for it."""
 
-    def __init__(self, status: int, reason: str, message: str) -> None:
+    def __init__(self, status: int, reason: str, message: str, causes: Sequence[Object] = ()) -> None:
         super().__init__(f"{status} {reason}: {message}")
+        self.causes = tuple(causes)
         self.status = status
         self.reason = reason
         self.message = message
@@ -80,8 +81,17 @@ class Api:
         if answer.status >= 400:
             reason = parsed.get("reason", "") if isinstance(parsed, dict) else ""
             message = parsed.get("message", text) if isinstance(parsed, dict) else text
-            raise ApiError(answer.status, reason or "", message)
+            causes = (parsed.get("details") or {}).get("causes") if isinstance(parsed, dict) else None
+            raise ApiError(answer.status, reason or "", message, causes or ())
         return parsed
+
+    def stream(self, url: str) -> Iterator[bytes]:
+        """Yield the lines of a watch until the server ends it."""
+        answer = self._pool.request("GET", url, preload_content=False, timeout=urllib3.Timeout(connect=5.0, read=None))
+        rest = b""
+        for part in answer.stream(65536):
+            *lines, rest = (rest + part).split(b"\n")
+            yield from lines
 
     def get(self, resource: tuple[str, str], namespace: str | None, name: str) -> Object:
         found: Object = self.call("GET", path_of(resource, namespace, name))
