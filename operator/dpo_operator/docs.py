@@ -56,7 +56,7 @@ somebody Degraded. kstatus (Flux, Helm) needs nothing.
 With Kueue a job is queued by `runPolicy.queueName` (or the label `kueue.x-k8s.io/queue-name` of the DPOJob). Each
 attempt is a new workload: **a restart queues again**, behind others of its priority;
 `runPolicy.restartPriorityClass` can give restarts a higher one. Only admitted time counts against
-`activeDeadlineSeconds` and `startTimeoutSeconds`. Preemption and the rest: [queueing.md](queueing.md).
+`activeDeadlineSeconds` and `startTimeoutSeconds`. Preemption and the rest: `docs/queueing.md`.
 
 A recreated DPOJob with the same run directory continues the former one. Runs are fenced: attempts carry a number that
 grows with the DPOJob's creation and the attempt, and a lower one never completes a checkpoint in the directory of a
