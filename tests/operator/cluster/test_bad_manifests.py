@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from dpo_api.crd import custom_resource_definition
+from dpo_api.manifest import NAME_MAX
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.jobs import Jobs
 from dpo_testing.kubeapi import DPOJOBS, Api, ApiError, Object, eventually, path_of
-from dpo_testing.manifests import MINIMAL
+from dpo_testing.manifests import MINIMAL, manifest
 from dpo_testing.operatorprocess import OperatorProcess
 from dpo_testing.schema_rules import Schema, SchemaRule, node, without
-from dpo_testing.wrong_manifests import ACCEPTANCE, ADMISSION, CHANGES, DRY_RUN, SCHEMA, Wrong
+from dpo_testing.wrong_manifests import ACCEPTANCE, ADMISSION, CHANGES, COMPLETE, DRY_RUN, SCHEMA, Wrong
 
 _CRDS = ("apiextensions.k8s.io/v1", "customresourcedefinitions")
 STORED: Object = copy.deepcopy(MINIMAL) | {"metadata": {"name": "stored"}}
@@ -94,6 +95,27 @@ def test_admission_names_the_field_and_the_fix(answers: dict[str, ApiError | Non
     assert len(told) == 1 or "type" in str(case.rule), told
     if told[0][0] != case.field:
         assert case.field in told[0][1], told
+
+
+_SOURCES = [{"uri": f"s3://prefs/{n}", "name": f"source-{n}"} for n in range(64)]
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        manifest(),
+        COMPLETE,
+        manifest({"metadata.name": "n" * NAME_MAX}),
+        manifest({"spec.lora.layers": list(range(512))}),
+        manifest({"spec.data.train": _SOURCES, "spec.data.validation": _SOURCES}),
+        manifest({"spec.model.huggingFace.uri": "s3://bucket/" + "k" * 1012}),
+    ],
+    ids=["smallest", "every field", "longest name", "most layers", "most sources", "longest address"],
+)
+def test_the_good_ones_are_admitted(cluster: ControlPlane, space: str, good: Object) -> None:
+    """At their limits too: CEL's rules cost time, and a list within its bounds must not cost too much."""
+    case = Wrong("", {**good, "metadata": {"name": good["metadata"]["name"]}}, "", "")
+    assert ask(cluster.admin, DPOJOBS, space, case) is None
 
 
 # --- a rule that is removed ------------------------------------------------------------------------------------------

@@ -123,8 +123,7 @@ def _within(schema: Schema, keyword: str, value: Any) -> bool:
     kind: Any = {"Length": str, "Items": list, "Properties": dict}[keyword[3:]]
     if not isinstance(value, kind):
         return True
-    size = len(value)
-    return size >= limit if keyword.startswith("min") else size <= limit
+    return bool(len(value) >= limit if keyword.startswith("min") else len(value) <= limit)
 
 
 def _readers(schema: Schema, path: Path) -> Iterator[tuple[Path, Schema]]:
