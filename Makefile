@@ -49,9 +49,10 @@ lint: setup ## ruff, strict types, import contracts
 	$(BIN)/lint-imports
 
 .PHONY: generate
-generate: setup ## rewrite what is generated from dpo_api: the CRD and its reference page
+generate: setup ## rewrite what is generated: the CRD, its reference page, the operations page
 	$(BIN)/python -m dpo_api.crd > crds/dpojobs.yaml
 	$(BIN)/python -m dpo_api.docs > docs/api.md
+	$(BIN)/python -m dpo_operator.docs > docs/operations.md
 
 .PHONY: bench
 bench: setup ## run the benchmarks; each prints a ratio against a peer

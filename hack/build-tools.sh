@@ -4,37 +4,66 @@
 #   hack/build-tools.sh [NAME...]          build the named tools (all by default); print the path of each binary
 #   hack/build-tools.sh --path NAME        print where NAME's binary lies once built; build nothing
 #
-# A tool folder holds go.mod, go.sum and tools.go; the first line of tools.go that reads `import _ "PACKAGE"` names the
-# program, and a file `ldflags`, if present, is added to the linker flags.
+# A folder holds go.mod, go.sum and tools.go. Each line of tools.go that reads `import _ "PACKAGE"` is a program: it is
+# named after the folder, or, where the folder pins several (kubernetes), after the last part of its package. A file
+# `ldflags`, if present, is added to the linker flags.
 # Binaries go to ${DPO_TOOLS_DIR:-~/.cache/dpo-operator/tools}/NAME-<hash of the folder>/NAME, so a changed pin builds
 # anew and an unchanged one is a no-op. Two builders at once are safe: a binary appears by rename.
+# Where KUBEBUILDER_ASSETS names a folder that holds NAME, that binary is taken and nothing is built.
 # Exit codes: 0 built or already there; 2 unknown tool; 3 Go is missing or too old to build; 1 the build failed.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 cache="${DPO_TOOLS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/dpo-operator/tools}"
 
+packages() { # FOLDER -> the packages that its tools.go pins
+  sed -n 's/^import _ "\(.*\)"$/\1/p' "$1/tools.go"
+}
+
+tool_names() {
+  local mod folder
+  for mod in "$here"/tools/*/go.mod; do
+    folder="$(dirname "$mod")"
+    if [[ $(packages "$folder" | wc -l) -eq 1 ]]; then basename "$folder"; else packages "$folder" | sed 's|.*/||'; fi
+  done
+}
+
+folder_of() { # NAME -> the folder that pins it
+  local mod
+  if [[ -f "$here/tools/$1/go.mod" && $(packages "$here/tools/$1" | wc -l) -eq 1 ]]; then echo "$here/tools/$1" && return; fi
+  for mod in "$here"/tools/*/go.mod; do
+    if [[ $(packages "$(dirname "$mod")" | wc -l) -gt 1 ]] && packages "$(dirname "$mod")" | grep -q "/$1\$"; then
+      dirname "$mod" && return
+    fi
+  done
+  echo "build-tools: no tool named '$1' (there are: $(tool_names | tr '\n' ' '))" >&2
+  exit 2
+}
+
+package_of() { # NAME FOLDER -> its package
+  if [[ $(packages "$2" | wc -l) -eq 1 ]]; then packages "$2"; else packages "$2" | grep "/$1\$"; fi
+}
+
 binary_path() { # NAME -> path of its binary
-  local name=$1 folder="$here/tools/$1" hash
-  if [[ ! -f "$folder/go.mod" ]]; then
-    echo "build-tools: no tool named '$name' (there are: $(tool_names | tr '\n' ' '))" >&2
-    exit 2
+  local name=$1 folder hash
+  if [[ -n "${KUBEBUILDER_ASSETS:-}" && -x "$KUBEBUILDER_ASSETS/$name" ]]; then
+    echo "$KUBEBUILDER_ASSETS/$name" && return
   fi
+  folder="$(folder_of "$name")"
   hash="$(cd "$folder" && cat -- go.mod go.sum tools.go $(ls ldflags 2>/dev/null) | sha256sum | cut -c1-16)"
   echo "$cache/$name-$hash/$name"
 }
 
-tool_names() { for mod in "$here"/tools/*/go.mod; do basename "$(dirname "$mod")"; done; }
-
 build() { # NAME
-  local name=$1 folder="$here/tools/$1" target package scratch ldflags='-s -w'
+  local name=$1 folder target package scratch ldflags='-s -w'
   target="$(binary_path "$name")"
   if [[ ! -x "$target" ]]; then
+    folder="$(folder_of "$name")"
     if ! command -v go >/dev/null; then
       echo "build-tools: Go is not installed, so '$name' cannot be built; install Go ($(sed -n 's/^go /needs >= /p' "$folder/go.mod")) from your distribution" >&2
       exit 3
     fi
-    package="$(sed -n 's/^import _ "\(.*\)"$/\1/p' "$folder/tools.go" | head -n 1)"
+    package="$(package_of "$name" "$folder")"
     if [[ -f "$folder/ldflags" ]]; then ldflags+=" $(tr '\n' ' ' <"$folder/ldflags")"; fi
     mkdir -p "$(dirname "$target")"
     # One builder at a time: the others find the binary when their turn comes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dpo_api import overlay
 from dpo_api.findings import Finding
 from dpo_api.spec import DPOJobSpec, Section, StorageAccess
 
@@ -27,6 +28,7 @@ def check(spec: DPOJobSpec) -> Iterator[Finding]:
     """Yield what keeps a spec from running on a cluster, or makes it doubtful."""
     yield from _required(spec)
     yield from _reachable(spec)
+    yield from overlay.check(spec)
     policy = spec.run_policy
     if policy.queue_name is None:
         for name, value in (

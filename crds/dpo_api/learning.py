@@ -120,7 +120,7 @@ class Lora(Section):
     layers: tuple[LayerIndex, ...] | None = Field(
         default=None,
         min_length=1,
-        max_length=1024,
+        max_length=512,
         description="Transformer layers that get adapters, counted from 0 (NeMo's layer_selection counts from 1)."
         " Not set: all.",
     )

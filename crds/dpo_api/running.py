@@ -182,7 +182,7 @@ class RunPolicy(Section):
     )
     queue_name: DnsName | None = Field(default=None, description="Kueue LocalQueue. Not set: not queued.")
     priority_class: DnsName | None = Field(
-        default=None, description="Kueue WorkloadPriorityClass. Not set: the queue's default."
+        default=None, description="Kueue WorkloadPriorityClass. Not set: what `podTemplate.priorityClassName` says."
     )
     restart_priority_class: DnsName | None = Field(
         default=None,

@@ -155,6 +155,7 @@ class StatusProgress(StatusSection):
     )
     last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
     observed_at: Time | None = Field(default=None, description="When this was true.")
+    changed_at: Time | None = Field(default=None, description="When phase, step or units done last changed.")
 
 
 class Summary(StatusSection):
@@ -220,4 +221,8 @@ class DPOJobStatus(StatusSection):
     admitted_seconds: int | None = Field(
         default=None, ge=0, description="Seconds of admitted time so far, counted against activeDeadlineSeconds."
     )
+    admitted_since: Time | None = Field(
+        default=None, description="Since when the current attempt is admitted; not set while it is queued or ended."
+    )
+    next_attempt_time: Time | None = Field(default=None, description="Not before then is the next attempt created.")
     completion_time: Time | None = Field(default=None, description="When the job ended.")

@@ -123,6 +123,19 @@ def report(
 
 
 @app.command()
+def render(
+    file: Annotated[str, typer.Option("-f", "--file", metavar="FILE", help="Manifest; - reads standard input.")],
+    settings: Set = [],  # noqa: B006 - typer reads the default, nobody changes it
+    image: Annotated[str | None, typer.Option(help="The operator's trainer image, for jobs that name none.")] = None,
+    attempt: Annotated[int, typer.Option(min=1, max=999_999, help="Number of the attempt.")] = 1,
+) -> None:
+    """Print the objects that the operator would create on a cluster, offline."""
+    from dpo_cli.render import print_rendered
+
+    print_rendered(file, settings, image=image, attempt=attempt)
+
+
+@app.command()
 def completion(shell: Annotated[Shell, typer.Argument(help="bash, zsh or fish.")]) -> None:
     """Print a completion script: `source <(dpo completion bash)`."""
     from typer.completion import get_completion_script  # type: ignore[attr-defined]

@@ -127,7 +127,7 @@ def test_the_documented_exit_codes_are_the_ones_in_use() -> None:
     assert f"{entry.INTERRUPTED} is a command that was killed by Ctrl-C" in DOCS
 
 
-@pytest.mark.parametrize("command", ["validate", "run", "report"])
+@pytest.mark.parametrize("command", ["validate", "run", "render", "report"])
 def test_every_option_is_documented(dpo: Dpo, command: str) -> None:
     options = set(re.findall(r"--[a-z]+", dpo(command, "--help").out)) - {"--help", "--file"}
     section = DOCS.split(f"## dpo {command}")[1].split("\n## ")[0]

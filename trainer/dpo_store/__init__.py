@@ -8,7 +8,8 @@
 Addresses (URIs) everywhere: ``s3://bucket/key``, a plain path or ``file:///path``, ``pvc://claim/path`` (the folder
 ``$DPO_PVC_ROOT/claim/path``). A folder's address may end with ``/`` or not where a method says "folder".
 
-Credentials come from boto3's usual chain (environment, profile, web identity, instance role) and from nowhere else.
+Credentials come from boto3's usual chain (environment, profile, web identity, instance role), or from a folder of files
+that the options name.
 Every failure is a ``dpo_api.errors.DPOError`` whose message is one sentence; :mod:`dpo_store.errors` is the one table
 from foreign error codes to those classes, and says which are tried again. No torch, no asyncio; safe for threads.
 

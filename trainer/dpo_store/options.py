@@ -51,6 +51,8 @@ class StorageOptions:
     force_path_style: True: ``endpoint/bucket/key``; False: ``bucket.endpoint/key``; None: path style for an explicit
         endpoint, as boto3 does.
     ca_bundle: path of a PEM file of certificate authorities; None: ``AWS_CA_BUNDLE`` or the system's.
+    credentials: folder with the files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and perhaps AWS_SESSION_TOKEN, as a pod
+        gets them from a Secret; None: boto3's usual chain.
     pvc_root: folder under which claims are mounted by name; None: ``DPO_PVC_ROOT``.
     """
 
@@ -58,6 +60,7 @@ class StorageOptions:
     region: str | None = None
     force_path_style: bool | None = None
     ca_bundle: str | None = None
+    credentials: str | None = None
     pvc_root: str | None = None
 
     def __post_init__(self) -> None:
@@ -72,7 +75,9 @@ class StorageOptions:
             raise InvalidSpecError(f"storage.endpoint: {self.endpoint!r} is not a URL like https://s3.example.com")
 
     @classmethod
-    def of(cls, *sections: _StorageSection | None, ca_bundle: str | None = None) -> StorageOptions:
+    def of(
+        cls, *sections: _StorageSection | None, ca_bundle: str | None = None, credentials: str | None = None
+    ) -> StorageOptions:
         """Merge a spec's storage sections, most specific first; each field is the first that is set.
 
         ``StorageOptions.of(source.storage, spec.storage)`` are the options of one data source.
@@ -83,6 +88,7 @@ class StorageOptions:
             region=next((s.region for s in present if s.region is not None), None),
             force_path_style=next((s.force_path_style for s in present if s.force_path_style is not None), None),
             ca_bundle=ca_bundle,
+            credentials=credentials,
         )
 
 

@@ -19,8 +19,29 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _WORD: Final = re.compile(r"[A-Za-z]{1,48}")
+_KEYS: Final = {
+    "AWS_ACCESS_KEY_ID": "aws_access_key_id",
+    "AWS_SECRET_ACCESS_KEY": "aws_secret_access_key",
+    "AWS_SESSION_TOKEN": "aws_session_token",
+}
+"""Files of a credentials folder, and boto3's names for what they hold."""
 _VAGUE: Final = frozenset({"400", "401", "403", "301", "307", "BadRequest", "Forbidden"})
 """Codes of HEAD answers, which have no body to say more."""
+
+
+def _keys(folder: str | None) -> dict[str, Any]:
+    """Read a credentials folder. Raises AccessDeniedError for a file that is missing or may not be read."""
+    if folder is None:
+        return {}
+    keys: dict[str, Any] = {}
+    for name, parameter in _KEYS.items():
+        try:
+            keys[parameter] = (Path(folder) / name).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            if name != "AWS_SESSION_TOKEN":
+                text = f"storage.credentialsSecretRef: the Secret {Path(folder).name} gives no readable {name}"
+                raise AccessDeniedError(text) from error
+    return keys
 
 
 class S3Backend:
@@ -62,7 +83,7 @@ class S3Backend:
         if options.ca_bundle is not None and not Path(options.ca_bundle).is_file():
             raise InvalidSpecError(f"storage.caBundle: {options.ca_bundle} does not exist")
         try:
-            session = boto3.session.Session()
+            session = boto3.session.Session(**_keys(options.credentials))
             return session.client(
                 "s3",
                 endpoint_url=options.endpoint,

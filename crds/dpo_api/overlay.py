@@ -1,0 +1,193 @@
+"""What a podTemplate may not do. Its fields are a closed list; these rules are about what stands inside them.
+
+The command, the security context, the service account and the child's own bookkeeping are the operator's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from dpo_api.findings import Finding, shown
+from dpo_api.spec import DPOJobSpec
+
+FIELD = "spec.podTemplate"
+
+RESERVED_KEYS = ("dpo-operator.dev/", "training.kubeflow.org/", "kueue.x-k8s.io/")
+"""Prefixes of labels and annotations by which controllers know their pods."""
+UNCONFINING = ("container.apparmor.security.beta.kubernetes.io/", "seccomp.security.alpha.kubernetes.io/")
+
+RESERVED_ENV = frozenset(
+    {
+        *("HOME", "TMPDIR", "USER", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+        *("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "LD_PRELOAD", "LD_LIBRARY_PATH", "PATH"),
+    }
+)
+RESERVED_ENV_PREFIXES = ("PET_", "DPO_")
+S3_KEYS = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"})
+VALUE_SOURCES = ("secretKeyRef", "configMapKeyRef", "fieldRef", "resourceFieldRef")
+
+VOLUME_SOURCES = (
+    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"),
+)
+"""What restricted Pod Security allows."""
+RESERVED_VOLUMES = re.compile(r"^(spec|shm|scratch|cache|identity|(claim|credentials|ca)-[0-9]+)$")
+RESERVED_PATHS = (
+    *("/", "/dev", "/etc", "/etc/dpo", "/tmp", "/cache", "/mnt/claims", "/proc", "/sys", "/usr"),  # noqa: S108
+    "/var/run/secrets",
+)
+
+SIDECAR_NAMES = frozenset({"pytorch", "init-pytorch"})
+SIDECAR_FIELDS = frozenset(
+    {
+        *("name", "image", "imagePullPolicy", "command", "args", "workingDir", "env", "envFrom", "ports", "resources"),
+        *("volumeMounts", "livenessProbe", "readinessProbe", "startupProbe", "lifecycle", "restartPolicy"),
+        *("securityContext", "terminationMessagePath", "terminationMessagePolicy"),
+    }
+)
+SIDECAR_SECURITY = frozenset({"runAsUser", "runAsGroup", "readOnlyRootFilesystem"})
+
+
+def check(spec: DPOJobSpec) -> Iterator[Finding]:
+    """Yield an error for everything in a podTemplate that the operator would not write into a pod."""
+    template = spec.pod_template
+    yield from _keys(template.labels, "labels", RESERVED_KEYS)
+    yield from _keys(template.annotations, "annotations", (*RESERVED_KEYS, *UNCONFINING))
+    yield from _environment(spec)
+    yield from _volumes(template.volumes)
+    own = {volume.get("name") for volume in template.volumes}
+    for index, mount in enumerate(template.volume_mounts):
+        yield from _mount({"name": mount.name, "mountPath": mount.mount_path}, f"{FIELD}.volumeMounts[{index}]", own)
+    seen: set[str] = set()
+    for index, sidecar in enumerate(template.sidecars):
+        yield from _sidecar(sidecar, f"{FIELD}.sidecars[{index}]", own, seen)
+    yield from _affinity(template.affinity)
+
+
+def _error(field: str, message: str) -> Finding:
+    return Finding("error", field, message)
+
+
+def _keys(values: Mapping[str, str], name: str, prefixes: tuple[str, ...]) -> Iterator[Finding]:
+    for key in values:
+        if key.startswith(prefixes):
+            prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
+            why = "would loosen the pods' security" if prefix in UNCONFINING else "belongs to a controller"
+            hint = "; set runPolicy.queueName or priorityClass" if prefix.startswith("kueue") else "; leave it out"
+            yield _error(f"{FIELD}.{name}", f"{key} {why}{hint}")
+
+
+def _environment(spec: DPOJobSpec) -> Iterator[Finding]:
+    seen: set[str] = set()
+    logged = {"WANDB_API_KEY"} if spec.logging.wandb and spec.logging.wandb.api_key_secret_ref else set()
+    for index, variable in enumerate(spec.pod_template.env):
+        field, name = f"{FIELD}.env[{index}]", variable.name
+        if name in seen:
+            yield _error(f"{field}.name", f"{name} is set twice; set it once")
+        seen.add(name)
+        if name in RESERVED_ENV or name.startswith(RESERVED_ENV_PREFIXES):
+            yield _error(f"{field}.name", f"{name} is set by the operator; leave it out")
+        elif name in S3_KEYS and spec.storage.credentials_secret_ref is not None:
+            yield _error(f"{field}.name", f"{name} comes from spec.storage.credentialsSecretRef; set one of the two")
+        elif name in logged:
+            yield _error(f"{field}.name", f"{name} comes from spec.logging.wandb.apiKeySecretRef; set one of the two")
+        elif name in S3_KEYS and variable.value is not None:
+            yield _error(
+                f"{field}.value", f"{name} as plain text would be a secret in a spec; use valueFrom.secretKeyRef"
+            )
+        source = variable.value_from
+        if source is not None and (len(source) != 1 or next(iter(source)) not in VALUE_SOURCES):
+            yield _error(f"{field}.valueFrom", f"{_listed(source)}: set exactly one of {', '.join(VALUE_SOURCES)}")
+
+
+def _volumes(volumes: Iterable[Mapping[str, Any]]) -> Iterator[Finding]:
+    seen: set[Any] = set()
+    for index, volume in enumerate(volumes):
+        field, name = f"{FIELD}.volumes[{index}]", volume.get("name")
+        if not isinstance(name, str) or not name:
+            yield _error(f"{field}.name", "must be set")
+            continue
+        if name in seen:
+            yield _error(f"{field}.name", f"{name} is the name of two volumes; give each its own")
+        seen.add(name)
+        if RESERVED_VOLUMES.match(name):
+            yield _error(f"{field}.name", f"{name} is the name of one of the operator's volumes; choose another")
+        sources = set(volume) - {"name"}
+        if len(sources) != 1 or not sources <= set(VOLUME_SOURCES):
+            text = f"{_listed(sources)}: set exactly one of {', '.join(VOLUME_SOURCES)}"
+            yield _error(field, f"{text}, which restricted Pod Security allows")
+        yield from _tokens(volume.get("projected"), f"{field}.projected")
+
+
+def _tokens(projected: Any, field: str) -> Iterator[Finding]:
+    sources = projected.get("sources") if isinstance(projected, Mapping) else None
+    for index, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, Mapping) and "serviceAccountToken" in source:
+            text = (
+                "the trainer's pods hold no token of the cluster; set spec.serviceAccountName for the cloud's storage"
+            )
+            yield _error(f"{field}.sources[{index}].serviceAccountToken", text)
+
+
+def _mount(mount: Mapping[str, Any], field: str, own: set[Any]) -> Iterator[Finding]:
+    if mount.get("name") not in own:
+        names = ", ".join(sorted(str(name) for name in own)) or "none"
+        yield _error(f"{field}.name", f"{shown(mount.get('name'))} is not a volume of podTemplate.volumes ({names})")
+    path = mount.get("mountPath")
+    if not isinstance(path, str) or not path.startswith("/"):
+        yield _error(f"{field}.mountPath", f"{shown(path)} is not an absolute path")
+        return
+    place = "/" + path.strip("/")
+    inside = ("/dev/", "/etc/dpo/", "/mnt/claims/", "/proc/", "/sys/", "/var/run/secrets/")
+    if place in RESERVED_PATHS or f"{place}/".startswith(inside):
+        yield _error(f"{field}.mountPath", f"{path} is where the operator mounts or the system lives; choose another")
+
+
+def _sidecar(sidecar: Mapping[str, Any], field: str, own: set[Any], seen: set[str]) -> Iterator[Finding]:
+    name = sidecar.get("name")
+    if not isinstance(name, str) or not name:
+        yield _error(f"{field}.name", "must be set")
+    elif name in SIDECAR_NAMES or name in seen:
+        why = "is taken by the trainer" if name in SIDECAR_NAMES else "is the name of two sidecars"
+        yield _error(f"{field}.name", f"{name} {why}; choose another")
+    else:
+        seen.add(name)
+    for key in sorted(set(sidecar) - SIDECAR_FIELDS):
+        yield _error(f"{field}.{key}", f"is not a field of sidecars; known: {', '.join(sorted(SIDECAR_FIELDS))}")
+    if sidecar.get("restartPolicy", "Always") != "Always":
+        text = f"{shown(sidecar['restartPolicy'])}: a sidecar runs as an init container with Always; leave it out"
+        yield _error(f"{field}.restartPolicy", text)
+    context = sidecar.get("securityContext", {})
+    for key in sorted(set(context if isinstance(context, Mapping) else {"": 0}) - SIDECAR_SECURITY):
+        text = f"is fixed by restricted Pod Security; only {', '.join(sorted(SIDECAR_SECURITY))} may be set"
+        yield _error(f"{field}.securityContext" + (f".{key}" if key else ""), text)
+    ports = sidecar.get("ports")
+    for index, port in enumerate(ports if isinstance(ports, list) else []):
+        if isinstance(port, Mapping) and port.get("hostPort"):
+            yield _error(f"{field}.ports[{index}].hostPort", "takes the node's port; leave it out")
+    mounts = sidecar.get("volumeMounts")
+    for index, mount in enumerate(mounts if isinstance(mounts, list) else []):
+        if isinstance(mount, Mapping):
+            yield from _mount(mount, f"{field}.volumeMounts[{index}]", own)
+
+
+def _affinity(affinity: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """A wish for other nodes is added here, so that what it is added to must have the right form."""
+    if affinity is None:
+        return
+    known = ("nodeAffinity", "podAffinity", "podAntiAffinity")
+    for key in affinity:
+        if key not in known:
+            yield _error(f"{FIELD}.affinity.{key}", f"unknown field; known here: {', '.join(known)}")
+    node = affinity.get("nodeAffinity", {})
+    if not isinstance(node, Mapping):
+        yield _error(f"{FIELD}.affinity.nodeAffinity", f"{shown(node)} is not a mapping")
+        return
+    name = "preferredDuringSchedulingIgnoredDuringExecution"
+    if not isinstance(node.get(name, []), list):
+        yield _error(f"{FIELD}.affinity.nodeAffinity.{name}", f"{shown(node[name])} is not a list")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing is set"

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from dpo_operator.process import logs, options
+from dpo_operator.process.app import Operator
+from dpo_operator.process.login import LoginError, connection
+
+
+def main() -> int:
+    """Run the operator; return its exit code."""
+    flags, settings = options.parse()
+    logs.configure(flags.log_format, flags.log_level)
+    operator = Operator(flags, settings)
+    try:
+        connection()
+    except LoginError as error:
+        print(f"dpo-operator: {error}", file=sys.stderr)
+        return 2
+    asyncio.run(operator.run())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Whether a job may run: everything that is wrong with it at once, and no child before all of it is right.
+
+At acceptance image and spec are pinned in one immutable ConfigMap that every attempt uses.
+"""
+
+from __future__ import annotations
+
+from dpo_api.findings import Finding, ManifestError
+from dpo_api.status import ConditionType
+from dpo_api.validation import check
+from dpo_operator import conditions, names
+from dpo_operator.backend import pytorchjob
+from dpo_operator.creation import RETRY_SECONDS
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason
+from dpo_operator.texts import clean
+from dpo_operator.types import CheckChild, CreateConfigMap
+from dpo_operator.view import owner_uid
+
+INVALID = frozenset({400, 422})
+"""HTTP status codes by which an API server calls an object wrong; 403 is about rights, quotas and policies."""
+
+
+def is_accepted(draft: Draft) -> bool:
+    """Whether the stored status says that the job was accepted."""
+    accepted = conditions.holds(draft.status.conditions, ConditionType.Accepted)
+    return accepted and draft.status.config_map is not None and draft.status.image is not None
+
+
+def unreadable(draft: Draft, error: ManifestError) -> None:
+    """Report a spec that cannot be parsed: the author's mistake, or after acceptance this operator's age."""
+    if is_accepted(draft):
+        text = f"This operator cannot read the accepted spec, and leaves the job alone: {error}"
+        draft.update(message=clean(text, 4000))
+        draft.condition(ConditionType.Progressing, "False", Reason.SpecUnreadable, text)
+    else:
+        _reject(draft, Reason.Rejected, list(error.findings))
+
+
+def accept(draft: Draft) -> bool:
+    """Accept the job, or say why not; whether it is accepted now."""
+    if is_accepted(draft):
+        return True
+    view = draft.view
+    found = check(view.spec, on_cluster=True)
+    wrong = [finding for finding in found if finding.level == "error"]
+    if wrong:
+        _reject(draft, Reason.Rejected, wrong)
+        return False
+    if not view.observed.backend_installed:
+        text = "The cluster has no PyTorchJob kind; install training-operator v1. This job goes on by itself then."
+        draft.place("Pending", Reason.PyTorchJobMissing, text, progressing=False)
+        draft.wake_in(RETRY_SECONDS)
+        return False
+    image = view.spec.image or draft.settings.trainer_image
+    name = names.config_map(view.name, view.uid)
+    pinned = view.observed.config_map
+    if pinned is not None:
+        if owner_uid(pinned) != view.uid:
+            text = f"ConfigMap {name} exists and is not this job's; delete it."
+            draft.place("Pending", Reason.ChildNameTaken, text, progressing=False)
+            draft.wake_in(RETRY_SECONDS)
+            return False
+        image = pytorchjob.pinned_image(pinned) or image
+    elif not _passes(draft, image, name):
+        return False
+    else:
+        draft.act(CreateConfigMap(pytorchjob.build_config_map(view.job, view.identity, image, draft.settings)))
+    draft.update(
+        image=image,
+        config_map=name,
+        nodes=view.spec.resources.nodes,
+        run_directory=view.spec.checkpoint.uri,
+        restarts=draft.status.restarts or 0,
+        charged_restarts=draft.status.charged_restarts or 0,
+    )
+    doubts = [f"{finding}." for finding in found if finding.level == "warning"]
+    text = " ".join(["The spec is possible; image and spec are fixed.", *(["Doubtful:"] if doubts else []), *doubts])
+    draft.condition(ConditionType.Accepted, "True", Reason.Accepted, text)
+    return True
+
+
+def _passes(draft: Draft, image: str, name: str) -> bool:
+    """Whether the API server would take the child; its open fields (affinity, volumes) are known to it alone."""
+    view, answer = draft.view, draft.view.observed.check
+    refusal = view.observed.refusals.get(name)
+    if answer is None or answer.generation != view.generation:
+        told = conditions.find(draft.status.conditions, ConditionType.Accepted)
+        if (
+            told is not None
+            and told.reason == Reason.ChildInvalid.value
+            and told.observed_generation == view.generation
+        ):
+            return False
+        body = pytorchjob.build_child(view.job, view.identity, 1, image, draft.settings)
+        draft.act(CheckChild(body, view.generation))
+        return False
+    if answer.refusal is not None and answer.refusal.code in INVALID:
+        found = Finding("error", "spec.podTemplate", f"the API server refuses the pods: {answer.refusal.message}")
+        _reject(draft, Reason.ChildInvalid, [found])
+        return False
+    refusal = answer.refusal or refusal
+    if refusal is not None:
+        text = f"The API server refuses this job's objects: {clean(refusal.message, 2000)}"
+        draft.place("Pending", Reason.ChildRefused, text, progressing=False)
+        draft.wake_in(RETRY_SECONDS)
+        return False
+    return True
+
+
+def _reject(draft: Draft, reason: Reason, findings: list[Finding]) -> None:
+    count = "1 error" if len(findings) == 1 else f"{len(findings)} errors"
+    text = f"{count}: " + "; ".join(str(finding) for finding in findings)
+    draft.condition(ConditionType.Accepted, "False", reason, text)
+    draft.place("Rejected", reason, text, progressing=False)

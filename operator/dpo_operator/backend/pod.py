@@ -1,0 +1,254 @@
+"""The trainer's pod: what any kind of child would run on each node. Restricted Pod Security by construction."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_api.spec import DPOJobSpec
+from dpo_operator.backend.volumes import SPEC_FILE, SPEC_FOLDER, Mounts, mounts_of
+from dpo_operator.config import Settings
+
+CONTAINER = "pytorch"
+"""Name of the trainer's container; PyTorchJob wants this one."""
+TERMINATION_LOG = "/dev/termination-log"
+METRICS_PORT = "metrics"
+
+LIVENESS_PERIOD = 30
+LIVENESS_FAILURES = 20
+"""Ten minutes of silence: longer than any pause of a healthy trainer, shorter than a night of idle GPUs."""
+
+NODE_FAILURE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+
+CONTAINER_SECURITY: dict[str, Any] = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+    "runAsNonRoot": True,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+AVOIDED_NODES_MAX = 16
+
+
+def processes(spec: DPOJobSpec) -> int:
+    """Return the training processes of each pod."""
+    return spec.resources.processes_per_node or spec.resources.gpus_per_node or 1
+
+
+def command(spec: DPOJobSpec, fence: int, settings: Settings) -> list[str]:
+    """Return the trainer's command line. ``fence`` orders this attempt among all that use the run directory."""
+    words = ["python", "-m", "dpo_trainer", "launch", "--spec", f"{SPEC_FOLDER}/{SPEC_FILE}"]
+    words += ["--run-dir", str(spec.checkpoint.uri), "--attempt", str(fence), "--last-words", TERMINATION_LOG]
+    words += ["--processes", str(processes(spec)), "--port", str(settings.trainer_port)]
+    return [*words, "--grace-seconds", str(spec.checkpoint.grace_period_seconds)]
+
+
+def pod_template(
+    spec: DPOJobSpec,
+    *,
+    image: str,
+    config_map: str,
+    labels: dict[str, str],
+    fence: int,
+    settings: Settings,
+    leads: bool,
+    avoid: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return a pod template. ``leads``: it is rank 0's, which serves HTTP. ``avoid``: nodes to prefer others to."""
+    overlay = spec.pod_template
+    mounts = mounts_of(spec, config_map, settings)
+    metadata: dict[str, Any] = {"labels": {**dict(settings.labels), **overlay.labels, **labels}}
+    if overlay.annotations:
+        metadata["annotations"] = dict(overlay.annotations)
+    pod: dict[str, Any] = {
+        "automountServiceAccountToken": False,
+        "containers": [_container(spec, image, mounts, fence, settings, leads=leads)],
+        "enableServiceLinks": False,
+        "restartPolicy": "Never",
+        "securityContext": _pod_security(spec),
+        "terminationGracePeriodSeconds": spec.checkpoint.grace_period_seconds,
+        "tolerations": _tolerations(spec, settings),
+        "volumes": [*mounts.volumes, *copy.deepcopy(list(overlay.volumes))],
+    }
+    optional = {
+        "affinity": _affinity(spec, avoid),
+        "imagePullSecrets": [{"name": secret.name} for secret in overlay.image_pull_secrets],
+        "initContainers": [_sidecar(sidecar) for sidecar in overlay.sidecars],
+        "nodeSelector": dict(overlay.node_selector),
+        "priorityClassName": overlay.priority_class_name,
+        "runtimeClassName": overlay.runtime_class_name,
+        "schedulerName": overlay.scheduler_name,
+        "serviceAccountName": spec.service_account_name,
+        "topologySpreadConstraints": copy.deepcopy(list(overlay.topology_spread_constraints)),
+    }
+    pod |= {name: value for name, value in optional.items() if value}
+    return {"metadata": metadata, "spec": dict(sorted(pod.items()))}
+
+
+def _container(
+    spec: DPOJobSpec, image: str, mounts: Mounts, fence: int, settings: Settings, *, leads: bool
+) -> dict[str, Any]:
+    overlay = spec.pod_template
+    user_mounts = [
+        {"name": mount.name, "mountPath": mount.mount_path}
+        | ({"subPath": mount.sub_path} if mount.sub_path else {})
+        | ({"readOnly": True} if mount.read_only else {})
+        for mount in overlay.volume_mounts
+    ]
+    container: dict[str, Any] = {
+        "name": CONTAINER,
+        "image": image,
+        "command": command(spec, fence, settings),
+        "env": _environment(spec, mounts, settings),
+        "ports": [{"name": "pytorchjob-port", "containerPort": settings.rendezvous_port}],
+        "resources": _resources(spec),
+        "securityContext": copy.deepcopy(CONTAINER_SECURITY),
+        "terminationMessagePath": TERMINATION_LOG,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [*mounts.mounts, *user_mounts],
+    }
+    if spec.image_pull_policy is not None:
+        container["imagePullPolicy"] = spec.image_pull_policy
+    if leads:
+        container["ports"].append({"name": METRICS_PORT, "containerPort": settings.trainer_port})
+        container |= _probes(spec)
+    return container
+
+
+def _probes(spec: DPOJobSpec) -> dict[str, Any]:
+    """Rank 0 alone serves HTTP, once all processes have met. It has no readiness probe.
+
+    Workers look the master up by name before they start, and its Service names only ready pods: a master that waits
+    for workers to be ready would wait for ever.
+    """
+    probe = {
+        "httpGet": {"path": "/healthz", "port": METRICS_PORT},
+        "periodSeconds": LIVENESS_PERIOD,
+        "timeoutSeconds": 10,
+    }
+    meeting = spec.run_policy.start_timeout_seconds + 1800  # the rendezvous and the imports come after the last start
+    return {
+        "startupProbe": {**copy.deepcopy(probe), "failureThreshold": -(-meeting // LIVENESS_PERIOD)},
+        "livenessProbe": {**probe, "failureThreshold": LIVENESS_FAILURES},
+    }
+
+
+def _resources(spec: DPOJobSpec) -> dict[str, Any]:
+    """Requests equal limits, so that pods of a run are alike and none is first to be evicted."""
+    resources = spec.resources
+    amounts: dict[str, str] = {}
+    if resources.cpu is not None:
+        amounts["cpu"] = resources.cpu
+    if resources.memory is not None:
+        amounts["memory"] = resources.memory
+    if resources.gpus_per_node:
+        amounts[resources.gpu_resource] = str(resources.gpus_per_node)
+    amounts |= dict(sorted(resources.extended.items()))
+    return {"limits": dict(amounts), "requests": dict(amounts)} if amounts else {}
+
+
+def _environment(spec: DPOJobSpec, mounts: Mounts, settings: Settings) -> list[dict[str, Any]]:
+    """The installation's variables, then ours, then the job's own, each name once: the job's word counts last."""
+    values: dict[str, dict[str, Any]] = {name: {"name": name, "value": value} for name, value in settings.extra_env}
+    for variable in [*_libraries(spec), *mounts.env, *_logging(spec)]:
+        values[variable["name"]] = variable
+    for own in spec.pod_template.env:
+        values[own.name] = (
+            {"name": own.name, "valueFrom": copy.deepcopy(own.value_from)}
+            if own.value_from is not None
+            else {"name": own.name, "value": own.value or ""}
+        )
+    return list(values.values())
+
+
+def _libraries(spec: DPOJobSpec) -> list[dict[str, Any]]:
+    """What NCCL, cuBLAS and Transformer Engine read from the environment alone."""
+    values: dict[str, str] = {}
+    if spec.resources.gpus_per_node:
+        # A time-out leaves a record of the last collectives in scratch space and in the log.
+        values |= {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    engine = spec.transformer_engine
+    switches = {
+        "NVTE_MASKED_SOFTMAX_FUSION": engine.masked_softmax_fusion,
+        "NVTE_FLASH_ATTN": engine.flash_attention,
+        "NVTE_FUSED_ATTN": engine.fused_attention,
+    }
+    values |= {name: str(int(value)) for name, value in switches.items() if value is not None}
+    if spec.training.deterministic:
+        values |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _logging(spec: DPOJobSpec) -> list[dict[str, Any]]:
+    found = Mounts()
+    wandb, mlflow = spec.logging.wandb, spec.logging.mlflow
+    if wandb is not None and wandb.api_key_secret_ref is not None:
+        found.from_secret("WANDB_API_KEY", wandb.api_key_secret_ref.name, wandb.api_key_secret_ref.key)
+    if mlflow is not None and mlflow.token_secret_ref is not None:
+        found.from_secret("MLFLOW_TRACKING_TOKEN", mlflow.token_secret_ref.name, mlflow.token_secret_ref.key)
+    return found.env
+
+
+def _pod_security(spec: DPOJobSpec) -> dict[str, Any]:
+    chosen = spec.pod_template.security
+    context: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if chosen.fs_group is not None:
+        # Only a wrong top folder is changed: walking a volume of checkpoints would take minutes at each start.
+        context |= {"fsGroup": chosen.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
+    if chosen.run_as_user is not None:
+        context["runAsUser"] = chosen.run_as_user
+    if chosen.run_as_group is not None:
+        context["runAsGroup"] = chosen.run_as_group
+    if chosen.supplemental_groups:
+        context["supplementalGroups"] = list(chosen.supplemental_groups)
+    return dict(sorted(context.items()))
+
+
+def _tolerations(spec: DPOJobSpec, settings: Settings) -> list[dict[str, Any]]:
+    """The job's own, then ours for failed nodes: Kubernetes' default would wait 300 s."""
+    own: list[dict[str, Any]] = []
+    for toleration in spec.pod_template.tolerations:
+        values = {
+            "key": toleration.key,
+            "operator": toleration.operator,
+            "value": toleration.value,
+            "effect": toleration.effect,
+            "tolerationSeconds": toleration.toleration_seconds,
+        }
+        own.append({name: value for name, value in values.items() if value is not None})
+    keys = {toleration.get("key") for toleration in own}
+    ours = [
+        {
+            "key": taint,
+            "operator": "Exists",
+            "effect": "NoExecute",
+            "tolerationSeconds": settings.node_failure_toleration_seconds,
+        }
+        for taint in NODE_FAILURE_TAINTS
+        if taint not in keys
+    ]
+    return [*own, *ours]
+
+
+def _affinity(spec: DPOJobSpec, avoid: Sequence[str]) -> dict[str, Any]:
+    """The job's affinity, and a wish for other nodes than the ones that attempts failed on."""
+    affinity: dict[str, Any] = copy.deepcopy(spec.pod_template.affinity or {})
+    if not avoid:
+        return affinity
+    # The API takes one value for each field requirement; requirements of one term must all hold.
+    fields = [
+        {"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in list(avoid)[:AVOIDED_NODES_MAX]
+    ]
+    node_affinity = affinity.setdefault("nodeAffinity", {})
+    wishes = node_affinity.setdefault("preferredDuringSchedulingIgnoredDuringExecution", [])
+    wishes.append({"weight": 100, "preference": {"matchFields": fields}})
+    return affinity
+
+
+def _sidecar(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Return a sidecar as an init container that runs on: it never keeps a finished pod alive."""
+    container = copy.deepcopy(sidecar)
+    context = {**CONTAINER_SECURITY, **container.get("securityContext", {})}
+    return {**container, "restartPolicy": "Always", "securityContext": copy.deepcopy(context)}

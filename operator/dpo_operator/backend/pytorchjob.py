@@ -1,0 +1,205 @@
+"""All knowledge of PyTorchJob (training-operator v1): how to write one, and how to read one back.
+
+Another kind (TrainJob, JobSet) would be a module beside this one with the same functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_api.manifest import API_VERSION, KIND, DPOJob
+from dpo_operator import labels, names
+from dpo_operator.backend.pod import CONTAINER, pod_template, processes
+from dpo_operator.backend.volumes import IMAGE_KEY, SPEC_FILE
+from dpo_operator.config import Settings
+from dpo_operator.types import Object
+
+API_GROUP = "kubeflow.org"
+CHILD_VERSION = "v1"
+CHILD_API_VERSION = f"{API_GROUP}/{CHILD_VERSION}"
+CHILD_KIND = "PyTorchJob"
+CHILD_PLURAL = "pytorchjobs"
+
+REPLICA_TYPE = "training.kubeflow.org/replica-type"
+REPLICA_INDEX = "training.kubeflow.org/replica-index"
+INIT_CONTAINER = "init-pytorch"
+"""The init container that training-operator puts before every worker."""
+
+INIT_CONTAINER_FIX = (
+    "set training-operator's flag --pytorch-init-container-image to an image that the nodes can pull, and its template"
+    " /etc/config/initContainer.yaml to one whose securityContext drops all capabilities, forbids privilege escalation"
+    " and runs as non-root"
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which DPOJob a child belongs to."""
+
+    name: str
+    namespace: str | None
+    uid: str
+    created: int = 0
+    """When the DPOJob was created, Unix seconds; 0 offline."""
+    queue: str | None = None
+    """Kueue's queue that a user wrote as a label of the DPOJob."""
+    priority: str | None = None
+    """Kueue's priority class, the same way."""
+
+
+def owner_reference(identity: Identity) -> dict[str, Any]:
+    """Return the reference by which deletion of the DPOJob takes the object along. Nothing waits for it to be gone."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "name": identity.name,
+        "uid": identity.uid,
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
+
+
+def _metadata(identity: Identity, name: str, own_labels: dict[str, str], settings: Settings) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"name": name, "labels": {**dict(settings.labels), **own_labels}}
+    if identity.namespace is not None:
+        metadata["namespace"] = identity.namespace
+    if identity.uid:
+        metadata["ownerReferences"] = [owner_reference(identity)]
+    return metadata
+
+
+def spec_json(job: DPOJob) -> str:
+    """Return the DPOJob as the trainer reads it: unset fields left out, without what may change later (runPolicy)."""
+    document = job.to_dict()
+    spec = {key: value for key, value in document["spec"].items() if key != "runPolicy"}
+    pinned = {
+        "apiVersion": document["apiVersion"],
+        "kind": document["kind"],
+        "metadata": {"name": job.metadata.name},
+        "spec": spec,
+    }
+    return json.dumps(pinned, indent=1, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n"
+
+
+def build_config_map(job: DPOJob, identity: Identity, image: str, settings: Settings) -> dict[str, Any]:
+    """Return the immutable ConfigMap that pins what every attempt of a job runs."""
+    name = names.config_map(identity.name, identity.uid)
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(identity, name, labels.of_job(identity.name, identity.uid), settings),
+        "immutable": True,
+        "data": {IMAGE_KEY: image, SPEC_FILE: spec_json(job)},
+    }
+
+
+def pinned_image(config_map: Object) -> str | None:
+    """Return the image that a ConfigMap of ours pins."""
+    image = (config_map.get("data") or {}).get(IMAGE_KEY)
+    return image if isinstance(image, str) and image else None
+
+
+def build_child(
+    job: DPOJob, identity: Identity, attempt: int, image: str, settings: Settings, avoid: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the PyTorchJob of one attempt: one Master and, for more than one node, the rest as Workers."""
+    spec = job.spec
+    own = labels.of_attempt(identity.name, identity.uid, attempt)
+
+    def replicas(count: int, *, leads: bool) -> dict[str, Any]:
+        template = pod_template(
+            spec,
+            image=image,
+            config_map=names.config_map(identity.name, identity.uid),
+            labels=own,
+            fence=names.fence(identity.created, attempt),
+            settings=settings,
+            leads=leads,
+            avoid=avoid,
+        )
+        return {"replicas": count, "restartPolicy": "Never", "template": template}
+
+    nodes = spec.resources.nodes
+    specs = {"Master": replicas(1, leads=True)}
+    if nodes > 1:
+        specs["Worker"] = replicas(nodes - 1, leads=False)
+    policy: dict[str, Any] = {"cleanPodPolicy": "Running"}
+    if settings.gang_scheduling:
+        policy["schedulingPolicy"] = {"minAvailable": nodes}
+        if spec.pod_template.priority_class_name is not None:
+            policy["schedulingPolicy"]["priorityClass"] = spec.pod_template.priority_class_name
+    queueing = _queueing(job, identity, attempt) if settings.kueue else {}
+    return {
+        "apiVersion": CHILD_API_VERSION,
+        "kind": CHILD_KIND,
+        "metadata": _metadata(identity, names.child(identity.name, attempt), {**own, **queueing}, settings),
+        "spec": {"nprocPerNode": str(processes(spec)), "runPolicy": policy, "pytorchReplicaSpecs": specs},
+    }
+
+
+def _queueing(job: DPOJob, identity: Identity, attempt: int) -> dict[str, str]:
+    """Kueue's labels: on the child alone, since Kueue would otherwise manage the DPOJob's pods one by one."""
+    policy = job.spec.run_policy
+    queue = policy.queue_name or identity.queue
+    if queue is None:
+        return {}
+    priority = policy.priority_class or identity.priority
+    if attempt > 1 and policy.restart_priority_class is not None:
+        priority = policy.restart_priority_class
+    return {labels.KUEUE_QUEUE: queue} | ({labels.KUEUE_PRIORITY: priority} if priority else {})
+
+
+# -- reading back
+
+
+def _condition(child: Object, kind: str) -> bool:
+    """Whether a condition is True. Their order says nothing: after a resume the last one is Suspended=False."""
+    conditions: Iterable[Mapping[str, Any]] = (child.get("status") or {}).get("conditions") or ()
+    return any(condition.get("type") == kind and condition.get("status") == "True" for condition in conditions)
+
+
+def has_succeeded(child: Object) -> bool:
+    """Whether training-operator calls the child succeeded: as soon as its master is."""
+    return _condition(child, "Succeeded")
+
+
+def has_failed(child: Object) -> bool:
+    """Whether training-operator calls the child failed: any replica failed."""
+    return _condition(child, "Failed")
+
+
+def failure_message(child: Object) -> str:
+    """Return training-operator's words for a failed child; empty if it has none."""
+    for condition in (child.get("status") or {}).get("conditions") or ():
+        if condition.get("type") == "Failed" and condition.get("status") == "True":
+            return str(condition.get("message") or "")
+    return ""
+
+
+def is_over(child: Object) -> bool:
+    """Whether training-operator has finished with the child."""
+    return has_succeeded(child) or has_failed(child)
+
+
+def is_held(child: Object) -> bool:
+    """Whether a queue holds the child back. The field is the queue's alone: nothing here ever writes it."""
+    return bool(((child.get("spec") or {}).get("runPolicy") or {}).get("suspend"))
+
+
+def is_rank_zero(pod: Object) -> bool:
+    """Whether this pod holds rank 0."""
+    return (pod["metadata"].get("labels") or {}).get(REPLICA_TYPE) == "master"
+
+
+def expected_pods(child_name: str, nodes: int) -> list[str]:
+    """Return the names of all pods of a child."""
+    return [f"{child_name}-master-0", *(f"{child_name}-worker-{index}" for index in range(nodes - 1))]
+
+
+def trainer_status(pod: Object) -> Mapping[str, Any] | None:
+    """Return the status of the trainer's container, when there is one yet."""
+    statuses: Iterable[Mapping[str, Any]] = (pod.get("status") or {}).get("containerStatuses") or ()
+    return next((status for status in statuses if status.get("name") == CONTAINER), None)

@@ -1,0 +1,171 @@
+"""What a trainer's pod mounts: the spec, shared memory, scratch space, claims, certificates, credentials, identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_api.cluster import uris
+from dpo_api.spec import CABundle, DPOJobSpec, StorageAccess
+from dpo_operator.config import Settings
+
+SPEC_FOLDER = "/etc/dpo/spec"
+SPEC_FILE = "spec.json"
+IMAGE_KEY = "image"
+SCRATCH = "/tmp"  # noqa: S108 - an emptyDir of the pod's own
+"""HOME, TMPDIR and cache: the one writable place under a read-only root."""
+CACHE = "/cache"
+CLAIMS = "/mnt/claims"
+CREDENTIALS = "/etc/dpo/credentials"
+CERTIFICATES = "/etc/dpo/ca"
+IDENTITY = "/var/run/secrets/dpo-operator/identity"
+
+S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+OPTIONAL_S3_KEYS = frozenset({"AWS_SESSION_TOKEN"})
+
+INPUTS = ("spec.model", "spec.tokenizer", "spec.data")
+"""Fields whose URIs are only read."""
+
+
+@dataclass
+class Mounts:
+    """Volumes, mounts and environment, collected source by source."""
+
+    volumes: list[dict[str, Any]] = field(default_factory=list)
+    mounts: list[dict[str, Any]] = field(default_factory=list)
+    env: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, name: str, path: str, source: dict[str, Any], *, read_only: bool = True) -> None:
+        """Mount one volume at one path."""
+        self.volumes.append({"name": name, **source})
+        self.mounts.append({"name": name, "mountPath": path} | ({"readOnly": True} if read_only else {}))
+
+    def set(self, name: str, value: str) -> None:
+        """Set one environment variable."""
+        self.env.append({"name": name, "value": value})
+
+    def from_secret(self, variable: str, secret: str, key: str, *, optional: bool = False) -> None:
+        """Take one environment variable from a Secret's key; its value never passes through the operator."""
+        reference: dict[str, Any] = {"name": secret, "key": key} | ({"optional": True} if optional else {})
+        self.env.append({"name": variable, "valueFrom": {"secretKeyRef": reference}})
+
+
+def mounts_of(spec: DPOJobSpec, config_map: str, settings: Settings) -> Mounts:
+    """Return everything that the trainer's container mounts, and the environment that says where."""
+    found = Mounts()
+    items = [{"key": SPEC_FILE, "path": SPEC_FILE}]
+    found.add("spec", SPEC_FOLDER, {"configMap": {"name": config_map, "items": items}})
+    default_shm = settings.default_gpu_shm if spec.resources.gpus_per_node else settings.default_shm
+    memory = {"medium": "Memory", "sizeLimit": spec.resources.shm or default_shm}
+    found.add("shm", "/dev/shm", {"emptyDir": memory}, read_only=False)  # noqa: S108
+    scratch = {} if spec.resources.scratch is None else {"sizeLimit": spec.resources.scratch}
+    found.add("scratch", SCRATCH, {"emptyDir": scratch}, read_only=False)
+    for name in ("HOME", "TMPDIR"):
+        found.set(name, SCRATCH)
+    found.set("USER", "dpo")  # an arbitrary UID has no passwd entry to take it from
+    _cache(spec, found)
+    _claims(spec, found)
+    _credentials(spec, found)
+    _certificates(spec, found)
+    _identity(spec, settings, found)
+    return found
+
+
+def _cache(spec: DPOJobSpec, found: Mounts) -> None:
+    claim = spec.storage.cache.claim
+    if claim is None:
+        found.set("DPO_CACHE_DIR", f"{SCRATCH}/cache")
+        return
+    found.add("cache", CACHE, {"persistentVolumeClaim": {"claimName": claim}}, read_only=False)
+    found.set("DPO_CACHE_DIR", CACHE)
+
+
+def _claims(spec: DPOJobSpec, found: Mounts) -> None:
+    """Mount each claim of a pvc:// URI under its own name; those that only inputs name are read-only."""
+    written: dict[str, bool] = {}
+    for name, uri, _ in uris(spec):
+        if uri.startswith("pvc://"):
+            claim = uri.removeprefix("pvc://").partition("/")[0]
+            written[claim] = written.get(claim, False) or not name.startswith(INPUTS)
+    for index, claim in enumerate(sorted(written)):
+        source = {"persistentVolumeClaim": {"claimName": claim}}
+        found.add(f"claim-{index}", f"{CLAIMS}/{claim}", source, read_only=not written[claim])
+    if written:
+        found.set("DPO_PVC_ROOT", CLAIMS)
+
+
+def accesses(spec: DPOJobSpec) -> list[StorageAccess]:
+    """Return the access sections of the sources and outputs that have their own, in the order of their fields."""
+    return [access for _, uri, access in uris(spec) if access is not None and uri.startswith("s3://")]
+
+
+def _credentials(spec: DPOJobSpec, found: Mounts) -> None:
+    """The common keys are environment; a source's own are files below the folder named after their Secret.
+
+    A reader that meets ``credentialsSecretRef`` looks for ``$DPO_CREDENTIALS_DIR/<name>/AWS_ACCESS_KEY_ID`` and so on,
+    and takes the environment where there is no such folder.
+    """
+    common = spec.storage.credentials_secret_ref
+    if common is not None:
+        for key in S3_KEYS:
+            found.from_secret(key, common.name, key, optional=key in OPTIONAL_S3_KEYS)
+    own = {access.credentials_secret_ref.name for access in accesses(spec) if access.credentials_secret_ref is not None}
+    own -= {common.name} if common is not None else set()
+    for index, name in enumerate(sorted(own)):
+        found.add(f"credentials-{index}", f"{CREDENTIALS}/{name}", {"secret": {"secretName": name}})
+    if own:
+        found.set("DPO_CREDENTIALS_DIR", CREDENTIALS)
+
+
+def certificate_folder(bundle: CABundle) -> str | None:
+    """Return where a bundle that comes from a ConfigMap or Secret is mounted; None for a path inside the image."""
+    if bundle.config_map_ref is not None:
+        return f"{CERTIFICATES}/configmap/{bundle.config_map_ref.name}"
+    if bundle.secret_ref is not None:
+        return f"{CERTIFICATES}/secret/{bundle.secret_ref.name}"
+    return None
+
+
+def _certificates(spec: DPOJobSpec, found: Mounts) -> None:
+    """Mount every bundle at ``$DPO_CA_DIR/configmap|secret/<name>/<key>``; the common one is also the S3 client's."""
+    common = spec.storage.ca_bundle
+    bundles = [*([common] if common is not None else []), *(a.ca_bundle for a in accesses(spec) if a.ca_bundle)]
+    keys: dict[str, tuple[CABundle, set[str]]] = {}
+    for bundle in bundles:
+        folder = certificate_folder(bundle)
+        if folder is not None:
+            keys.setdefault(folder, (bundle, set()))[1].add(bundle.key)
+    for index, (folder, (bundle, wanted)) in enumerate(sorted(keys.items())):
+        items = [{"key": key, "path": key} for key in sorted(wanted)]
+        if bundle.config_map_ref is not None:
+            source: dict[str, Any] = {"configMap": {"name": bundle.config_map_ref.name, "items": items}}
+        else:
+            assert bundle.secret_ref is not None  # noqa: S101 - a folder has one or the other
+            source = {"secret": {"secretName": bundle.secret_ref.name, "items": items}}
+        found.add(f"ca-{index}", folder, source)
+    if keys:
+        found.set("DPO_CA_DIR", CERTIFICATES)
+    if common is not None:
+        folder = certificate_folder(common)
+        path = f"{folder}/{common.key}" if folder is not None else str(common.path)
+        found.set("DPO_CA_BUNDLE", path)
+        found.set("AWS_CA_BUNDLE", path)
+
+
+def _identity(spec: DPOJobSpec, settings: Settings, found: Mounts) -> None:
+    """A token for the cloud, not for the cluster's API, and only where a service account was named.
+
+    boto3 is pointed to it only where the job says which role to take: clouds that inject both themselves (IRSA) leave
+    a pod alone in which one of the two variables is set already.
+    """
+    if spec.service_account_name is None or not settings.identity_audience:
+        return
+    token = {
+        "audience": settings.identity_audience,
+        "expirationSeconds": settings.identity_token_seconds,
+        "path": "token",
+    }
+    found.add("identity", IDENTITY, {"projected": {"sources": [{"serviceAccountToken": token}]}})
+    named = {variable.name for variable in spec.pod_template.env}
+    if "AWS_ROLE_ARN" in named and "AWS_WEB_IDENTITY_TOKEN_FILE" not in named:
+        found.set("AWS_WEB_IDENTITY_TOKEN_FILE", f"{IDENTITY}/token")

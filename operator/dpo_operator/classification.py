@@ -1,0 +1,259 @@
+"""Why an attempt ended: one table, from the surest evidence to the weakest, over all of its pods.
+
+The order within a pod: the trainer's last words where they name a cause of their own; the container's reason; what
+Kubernetes did to the pod (DisruptionTarget); the words that only say that another process was lost; the exit code.
+Over all pods the most decisive cause explains the attempt: a permanent one ends the job whatever else happened, and a
+lost node explains why its peers lost contact, not the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from dpo_api.errors import Outcome
+from dpo_api.progress import LAST_WORDS_MAX_BYTES, LastWords
+from dpo_api.status import PodRecord
+from dpo_operator.backend import pytorchjob
+from dpo_operator.reasons import Reason, named, of_outcome
+from dpo_operator.texts import clean, last_line
+from dpo_operator.types import Object
+from dpo_operator.view import moment
+
+FailureClass = Literal["infrastructure", "retryable", "permanent"]
+
+CONSEQUENCES = frozenset({Outcome.Internal, Outcome.Communication, Outcome.Stopped})
+"""Outcomes whose words may only echo what happened elsewhere: what Kubernetes knows outranks them."""
+
+DISRUPTIONS: Mapping[str, Reason] = {
+    "DeletionByTaintManager": Reason.NodeLost,
+    "DeletionByPodGC": Reason.NodeLost,
+    "EvictionByEvictionAPI": Reason.Drained,
+    "PreemptionByScheduler": Reason.Preempted,
+    "TerminationByKubelet": Reason.Evicted,
+}
+"""Reasons of the pod condition DisruptionTarget."""
+
+POD_REASONS: Mapping[str, Reason] = {
+    "Evicted": Reason.Evicted,
+    "NodeLost": Reason.NodeLost,
+    "NodeShutdown": Reason.NodeShutdown,
+    "Shutdown": Reason.NodeShutdown,
+    "Terminated": Reason.NodeShutdown,
+    "Preempting": Reason.Preempted,
+    "UnexpectedAdmissionError": Reason.AdmissionFailed,
+    "NodeAffinity": Reason.AdmissionFailed,
+    "TopologyAffinityError": Reason.AdmissionFailed,
+}
+"""``status.reason`` of a pod; beside these, OutOf<resource> is the kubelet's refusal too."""
+
+CONTAINER_REASONS: Mapping[str, Reason] = {
+    "StartError": Reason.ContainerStartFailed,
+    "ContainerCannotRun": Reason.ContainerStartFailed,
+    "RunContainerError": Reason.ContainerStartFailed,
+    "CreateContainerError": Reason.ContainerStartFailed,
+}
+
+_WEAK = (Reason.PodDeleted, Reason.Communication, Reason.Stopped, Reason.FinalWordsLost, Reason.PodVanished)
+"""Evidence that yields to any other, the strongest first."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a pod, or an attempt, ended."""
+
+    reason: Reason
+    message: str
+    pod: str = ""
+    node: str | None = None
+
+    @property
+    def failure_class(self) -> FailureClass:
+        """Whether another attempt could help."""
+        assert self.reason.retry != "none", self.reason  # noqa: S101 - success is no cause
+        return self.reason.retry
+
+    @property
+    def weakness(self) -> int:
+        """Order of decisiveness: the lowest explains the attempt."""
+        if self.reason in _WEAK:
+            return 10 + _WEAK.index(self.reason)
+        return {"permanent": 0, "infrastructure": 1, "retryable": 2}[self.failure_class]
+
+
+def last_words(pod: Object) -> LastWords | None:
+    """Return what the trainer left in the termination message; None where there is nothing of that form."""
+    terminated = _terminated(pod)
+    text = (terminated or {}).get("message")
+    if not isinstance(text, str) or len(text.encode()) > LAST_WORDS_MAX_BYTES:
+        return None
+    try:
+        return LastWords.from_json(text)
+    except ValidationError:
+        return None
+
+
+def success(pods: Iterable[Object]) -> LastWords | None:
+    """Return rank 0's last words if they report success: it says so only after the export's marker is written."""
+    for pod in pods:
+        if pytorchjob.is_rank_zero(pod):
+            words = last_words(pod)
+            if words is not None and words.known_outcome is Outcome.Succeeded:
+                return words
+    return None
+
+
+def cause_of_pod(pod: Object, *, memory_limit: str | None, over_at: float | None) -> Cause | None:
+    """Return why a pod ended or is ending; None while it runs, or where it ended well.
+
+    ``memory_limit``: the job's own (spec.resources.memory). ``over_at``: when the child was called failed or
+    succeeded; deletions from then on are the clean-up.
+    """
+    words = last_words(pod)
+    if words is not None and words.known_outcome is Outcome.Succeeded:
+        return None
+    specific = words is not None and words.known_outcome not in CONSEQUENCES
+    return (
+        (_of_words(pod, words) if specific else None)
+        or _of_container(pod, memory_limit)
+        or _of_disruption(pod)
+        or (_of_words(pod, words) if words is not None else None)
+        or _of_exit_code(pod)
+        or _of_init_container(pod)
+        or _of_deletion(pod, over_at)
+    )
+
+
+def _cause(reason: Reason, pod: Object, message: str) -> Cause:
+    node = (pod.get("spec") or {}).get("nodeName")
+    return Cause(reason, clean(message), str(pod["metadata"]["name"]), str(node) if node else None)
+
+
+def _place(pod: Object) -> str:
+    node = (pod.get("spec") or {}).get("nodeName")
+    return f"{pod['metadata']['name']} on node {node}" if node else str(pod["metadata"]["name"])
+
+
+def _terminated(pod: Object) -> Mapping[str, Any] | None:
+    status = pytorchjob.trainer_status(pod)
+    state = (status or {}).get("state") or {}
+    terminated: Mapping[str, Any] | None = state.get("terminated")
+    return terminated
+
+
+def _of_words(pod: Object, words: LastWords | None) -> Cause | None:
+    if words is None:
+        return None
+    outcome = words.known_outcome
+    return _cause(of_outcome(outcome), pod, words.message or outcome.description)
+
+
+def _of_container(pod: Object, memory_limit: str | None) -> Cause | None:
+    terminated = _terminated(pod) or {}
+    reason = str(terminated.get("reason") or "")
+    if reason == "OOMKilled":
+        if memory_limit is not None:
+            text = f"pod {_place(pod)} used more memory than spec.resources.memory {memory_limit}; raise it"
+            return _cause(Reason.MemoryLimitExceeded, pod, text)
+        return _cause(Reason.NodeOutOfMemory, pod, f"the node of pod {_place(pod)} ran out of memory")
+    if reason in CONTAINER_REASONS:
+        text = f"pod {_place(pod)} could not start: {clean(str(terminated.get('message') or reason), 500)}"
+        return _cause(CONTAINER_REASONS[reason], pod, text)
+    return None
+
+
+_DONE_TO: Mapping[Reason, str] = {
+    Reason.NodeLost: "node {node} was lost",
+    Reason.Drained: "node {node} was drained",
+    Reason.Preempted: "a pod of higher priority took node {node}",
+    Reason.Evicted: "node {node} evicted its pod",
+    Reason.NodeShutdown: "node {node} was shut down",
+    Reason.AdmissionFailed: "node {node} refused its pod",
+}
+
+
+def _of_disruption(pod: Object) -> Cause | None:
+    status = pod.get("status") or {}
+    detail = str(status.get("message") or "")
+    reason: Reason | None = None
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True":
+            reason = DISRUPTIONS.get(str(condition.get("reason")))
+            detail = detail or str(condition.get("message") or "")
+    named = str(status.get("reason") or "")
+    if reason is None or reason is Reason.Evicted:
+        reason = POD_REASONS.get(named) or (Reason.AdmissionFailed if named.startswith("OutOf") else reason)
+    if reason is None:
+        return None
+    if reason is Reason.Evicted and "exceeds the" in detail and "emptyDir" in detail.replace("EmptyDir", "emptyDir"):
+        reason = Reason.ScratchLimitExceeded
+        text = f"pod {_place(pod)} filled its volume: {clean(detail, 500)}; raise spec.resources.scratch or shm"
+        return _cause(reason, pod, text)
+    node = (pod.get("spec") or {}).get("nodeName") or "unknown"
+    text = f"{_DONE_TO[reason].format(node=node)} (pod {pod['metadata']['name']})"
+    return _cause(reason, pod, f"{text}: {clean(detail, 500)}" if detail else text)
+
+
+def _of_exit_code(pod: Object) -> Cause | None:
+    terminated = _terminated(pod)
+    code = (terminated or {}).get("exitCode")
+    if terminated is None or not isinstance(code, int):
+        return None
+    said = last_line(str(terminated.get("message") or ""))
+    tail = f": {said}" if said else ""
+    outcome = Outcome.of_exit_code(code)
+    if outcome is Outcome.Succeeded:
+        return None
+    if outcome is None:
+        signal = f"signal {code - 128}" if 128 < code < 160 else f"exit code {code}"
+        return _cause(Reason.Killed, pod, f"pod {_place(pod)} ended by {signal} without last words{tail}")
+    return _cause(of_outcome(outcome), pod, f"pod {_place(pod)} ended with exit code {code} ({outcome.name}){tail}")
+
+
+def _of_init_container(pod: Object) -> Cause | None:
+    for status in (pod.get("status") or {}).get("initContainerStatuses") or ():
+        terminated = (status.get("state") or {}).get("terminated")
+        if status.get("name") == pytorchjob.INIT_CONTAINER and terminated and terminated.get("exitCode"):
+            text = f"{pytorchjob.INIT_CONTAINER} of pod {_place(pod)} did not find the master in the cluster's DNS"
+            return _cause(Reason.InitContainerFailed, pod, text)
+    return None
+
+
+def _of_deletion(pod: Object, over_at: float | None) -> Cause | None:
+    due = moment(pod["metadata"].get("deletionTimestamp"))
+    if due is None:
+        return None
+    asked = due - float(pod["metadata"].get("deletionGracePeriodSeconds") or 0)
+    # Times have whole seconds: a deletion in the very second of the failure may be the clean-up, and counts as such.
+    if over_at is not None and asked >= over_at:
+        return None
+    return _cause(Reason.PodDeleted, pod, f"pod {_place(pod)} was deleted while it ran")
+
+
+def record_of(pod: Object, cause: Cause | None) -> PodRecord:
+    """Return what the status keeps of a pod."""
+    code = (_terminated(pod) or {}).get("exitCode")
+    node = (pod.get("spec") or {}).get("nodeName")
+    return PodRecord(
+        name=str(pod["metadata"]["name"]),
+        node=str(node) if node else None,
+        exit_code=code if isinstance(code, int) and 0 <= code <= 255 else None,
+        reason=cause.reason.value if cause is not None else None,
+    )
+
+
+def cause_of_record(record: PodRecord) -> Cause | None:
+    """Return the cause that was recorded of a pod that may be gone by now."""
+    reason = named(record.reason, Reason.Succeeded)
+    if reason.retry == "none":
+        return None
+    where = f"{record.name} on node {record.node}" if record.node else record.name
+    return Cause(reason, f"pod {where}: {reason.meaning}", record.name, record.node)
+
+
+def decisive(causes: Sequence[Cause]) -> Cause | None:
+    """Return the cause that explains an attempt: the most decisive, of equal ones the first pod's."""
+    return min(causes, key=lambda cause: cause.weakness, default=None)

@@ -1,0 +1,171 @@
+"""Between attempts: wait for what must be over, and create the next child under its one possible name."""
+
+from __future__ import annotations
+
+from dpo_api.status import Attempt, ConditionType, State
+from dpo_operator import clock, conditions, ends, evidence, limits, names
+from dpo_operator.backend import pytorchjob
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason
+from dpo_operator.texts import clean
+from dpo_operator.types import CreateChild, Object
+from dpo_operator.view import attempt_of, is_alive, moment
+
+RETRY_SECONDS = 60.0
+"""After a refusal by the API server."""
+NAMESAKE_SECONDS = 10.0
+
+_OF_ATTEMPT = frozenset({ConditionType.TrainingStalled.value, ConditionType.ProgressAvailable.value})
+
+
+def adopt(draft: Draft) -> None:
+    """Take in a child of ours that the status does not know: its create succeeded and the status write did not."""
+    known = draft.attempt.number if draft.attempt is not None else 0
+    for child in sorted(draft.view.children.values(), key=lambda c: attempt_of(c) or 0):
+        number = attempt_of(child)
+        if number is not None and number > known:
+            created = moment(child["metadata"].get("creationTimestamp")) or draft.now
+            former = draft.attempt
+            if former is not None and former.end_time is None:  # a status was lost: its end is nobody's knowledge
+                draft.change_attempt(
+                    result="Failed",
+                    failure_class="infrastructure",
+                    reason=Reason.PodVanished.value,
+                    end_time=clock.to_text(created),
+                )
+            _begin(draft, number, str(child["metadata"]["name"]), created)
+            known = number
+
+
+def _begin(draft: Draft, number: int, child: str, created: float) -> None:
+    progress = draft.status.progress
+    reached = progress.last_checkpoint_step if progress is not None else None
+    attempt = Attempt(number=number, child=child, start_time=clock.to_text(created), from_step=reached or 0)
+    draft.add_attempt(attempt)
+    # What they said was about the attempt before.
+    kept = [c for c in draft.status.conditions if c.type not in _OF_ATTEMPT]
+    draft.update(conditions=tuple(kept))
+    draft.update(next_attempt_time=None, start_time=draft.status.start_time or clock.to_text(created))
+
+
+def between(draft: Draft) -> None:
+    """Suspend, wait, or create the next attempt's child."""
+    last = draft.attempt
+    if draft.view.spec.run_policy.suspend:
+        suspended(draft)
+        return
+    if conditions.holds(draft.status.conditions, ConditionType.Suspended):
+        draft.condition(ConditionType.Suspended, "False", Reason.Resumed, "runPolicy.suspend is false again.")
+    if last is not None and _waits(draft, last):
+        return
+    run = draft.view.observed.finished_run
+    if last is None and run is not None:
+        ends.already_complete(draft, run)
+        return
+    number = 1 if last is None else last.number + 1
+    name = names.child(draft.view.name, number)
+    if _blocked(draft, name):
+        return
+    body = pytorchjob.build_child(
+        draft.view.job,
+        draft.view.identity,
+        number,
+        str(draft.status.image),
+        draft.settings,
+        evidence.broken_nodes(draft.status.attempts),
+    )
+    draft.act(CreateChild(body))
+    _begin(draft, number, name, draft.now)
+    queue = body["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")
+    if queue is not None:
+        draft.place("Queued", Reason.Queued, f"Waits for queue {queue} (attempt {number}).")
+        return
+    limits.admit(draft)
+    nodes = draft.view.spec.resources.nodes
+    draft.place("Starting", Reason.Starting, f"0 of {nodes} pods run (attempt {number}).")
+
+
+def suspended(draft: Draft) -> None:
+    """Rest without nodes."""
+    limits.release(draft)
+    reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
+    start = f"the checkpoint of step {reached}" if reached else "the newest checkpoint, or the start"
+    text = f"runPolicy.suspend is true; false continues from {start}."
+    draft.update(next_attempt_time=None)
+    draft.place("Suspended", Reason.Suspended, text, progressing=False)
+    draft.condition(ConditionType.Suspended, "True", Reason.Suspended, text)
+
+
+def _waits(draft: Draft, last: Attempt) -> bool:
+    """Whether the former attempt's end, or the pause after it, keeps the next one from being created."""
+    stored = draft.view.stored_attempt(last.number)
+    if stored is None or stored.end_time is None:
+        draft.wake_in(0)  # first the status must remember how the last one ended
+        return True
+    due = draft.status.next_attempt_time
+    if due is not None and draft.now < clock.to_moment(due):
+        draft.wake_at(clock.to_moment(due))
+        return True
+    return False
+
+
+def _blocked(draft: Draft, name: str) -> bool:
+    """Whether something outside the job keeps the child from being created; says what."""
+    view = draft.view
+    if not view.observed.backend_installed:
+        text = "The cluster has no PyTorchJob kind; install training-operator v1. This job goes on by itself then."
+        draft.place(_before(draft), Reason.PyTorchJobMissing, text, progressing=False)
+        draft.wake_in(RETRY_SECONDS)
+        return True
+    refusal = view.observed.refusals.get(name)
+    if refusal is not None:
+        text = f"The API server refused PyTorchJob {name}: {clean(refusal.message, 2000)}"
+        draft.place(_before(draft), Reason.ChildRefused, text, progressing=False)
+        draft.wake_in(RETRY_SECONDS)
+        return True
+    stranger = view.strangers.get(name)
+    if stranger is not None:
+        _refuse_stranger(draft, name, ending=bool(stranger["metadata"].get("deletionTimestamp")))
+        return True
+    mine = {*pytorchjob.expected_pods(name, view.spec.resources.nodes)}
+    ghosts = [pod for pod in view.namesake_pods if pod["metadata"]["name"] in mine]
+    # A former DPOJob's pods write to the same run directory as a rule: none may live on beside the new ones.
+    ghosts += [pod for pod in view.namesake_pods if is_alive(pod) and not pod_is_given_up(draft, pod)]
+    if ghosts:
+        text = f"Pod {ghosts[0]['metadata']['name']} of a deleted DPOJob of this name is still there."
+        draft.place(_before(draft), Reason.WaitingForNamesake, text)
+        draft.wake_in(NAMESAKE_SECONDS)
+        return True
+    return False
+
+
+def _before(draft: Draft) -> State:
+    """Return the state of a job whose next attempt cannot be created yet."""
+    return "Restarting" if draft.attempt is not None else "Pending"
+
+
+def pod_is_given_up(draft: Draft, pod: Object) -> bool:
+    """Whether a pod that should be gone counts as gone: its node has been silent since its grace period ended.
+
+    ``deletionTimestamp`` is when the grace period ends. A kubelet that answers would have removed the pod by then.
+    """
+    due = moment(pod["metadata"].get("deletionTimestamp"))
+    if due is None:
+        return False
+    limit = due + draft.settings.unreachable_margin_seconds
+    if draft.now < limit:
+        draft.wake_at(limit)
+        return False
+    return True
+
+
+def _refuse_stranger(draft: Draft, name: str, *, ending: bool) -> None:
+    owners = draft.view.strangers[name]["metadata"].get("ownerReferences") or []
+    namesake = any(owner.get("kind") == "DPOJob" and owner.get("name") == draft.view.name for owner in owners)
+    if ending or namesake:
+        text = f"PyTorchJob {name} of a deleted DPOJob of this name is still ending."
+        draft.place(_before(draft), Reason.WaitingForNamesake, text)
+    else:
+        text = f"PyTorchJob {name} exists and is not this job's; rename or delete it."
+        draft.place(_before(draft), Reason.ChildNameTaken, text, progressing=False)
+    draft.wake_in(NAMESAKE_SECONDS)

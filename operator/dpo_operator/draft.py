@@ -1,0 +1,93 @@
+"""The decision in the making: the next status, the actions, and when to look again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_api.status import Attempt, ConditionType, DPOJobStatus, State
+from dpo_operator import clock, conditions
+from dpo_operator.conditions import Truth
+from dpo_operator.config import Settings
+from dpo_operator.reasons import Reason
+from dpo_operator.texts import clean
+from dpo_operator.types import Action
+from dpo_operator.view import View
+
+ATTEMPTS_KEPT = 128
+"""The status keeps the first attempt and the newest ones."""
+
+
+class Draft:
+    """Mutable within one pass; policies write to it one after the other."""
+
+    def __init__(self, view: View, now: float, settings: Settings) -> None:
+        self.view = view
+        self.now = now
+        self.settings = settings
+        self.status: DPOJobStatus = view.status
+        self.actions: list[Action] = []
+        self._wakes: list[float] = []
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the status."""
+        self.status = self.status.model_copy(update=changes)
+
+    def act(self, action: Action) -> None:
+        """Add an action."""
+        self.actions.append(action)
+
+    def wake_in(self, seconds: float) -> None:
+        """Ask for another pass after so many seconds at the latest."""
+        self._wakes.append(max(0.0, seconds))
+
+    def wake_at(self, moment: float) -> None:
+        """Ask for another pass at a moment at the latest."""
+        self.wake_in(moment - self.now)
+
+    @property
+    def wake(self) -> float | None:
+        """Seconds until the earliest pass that was asked for."""
+        return min(self._wakes, default=None)
+
+    @property
+    def moment(self) -> str:
+        """This pass's time as the status writes it."""
+        return clock.to_text(self.now)
+
+    def condition(self, kind: ConditionType, truth: Truth, reason: Reason, message: str) -> None:
+        """Set a condition."""
+        placed = conditions.put(
+            self.status.conditions,
+            kind,
+            truth,
+            reason,
+            clean(message, 8000),
+            generation=self.view.generation,
+            now=self.now,
+        )
+        self.update(conditions=placed)
+
+    def place(self, state: State, reason: Reason, message: str, *, progressing: bool = True) -> None:
+        """Say where the job is: the state, its message, and the condition Progressing."""
+        self.update(state=state, message=clean(message, 4000))
+        self.condition(ConditionType.Progressing, "True" if progressing else "False", reason, message)
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The newest attempt."""
+        return self.status.attempts[-1] if self.status.attempts else None
+
+    def add_attempt(self, attempt: Attempt) -> None:
+        """Append an attempt; of many, the first and the newest are kept."""
+        attempts = (*self.status.attempts, attempt)
+        if len(attempts) > ATTEMPTS_KEPT:
+            attempts = (attempts[0], *attempts[-(ATTEMPTS_KEPT - 1) :])
+        restarts = max(0, attempt.number - 1)
+        self.update(attempts=attempts, attempt=attempt.number, restarts=restarts)
+
+    def change_attempt(self, **changes: Any) -> Attempt:
+        """Change the newest attempt and return it."""
+        assert self.status.attempts, "there is no attempt to change"  # noqa: S101 - callers have one in hand
+        changed = self.status.attempts[-1].model_copy(update=changes)
+        self.update(attempts=(*self.status.attempts[:-1], changed))
+        return changed

@@ -1,0 +1,73 @@
+"""How a job ends: the conditions Finished, Succeeded and Failed, and what outlives the pods."""
+
+from __future__ import annotations
+
+from dpo_api.progress import LastWords, finite
+from dpo_api.status import ConditionType, State, StatusProgress
+from dpo_operator import progress
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason
+from dpo_operator.types import FinishedRun
+
+
+def succeed(draft: Draft, words: LastWords) -> None:
+    """End the job with its model; the final values are rank 0's last words."""
+    metrics = progress.bounded(finite(words.metrics))
+    former = draft.status.progress
+    final = (former or StatusProgress(phase="done")).model_copy(
+        update={
+            "phase": "done",
+            "step": words.step,
+            "total": words.total,
+            "eta_seconds": 0,
+            "done": None,
+            "of": None,
+            "message": None,
+            "metrics": {**(former.metrics if former is not None else {}), **metrics},
+            "observed_at": draft.moment,
+        }
+    )
+    draft.update(
+        progress=final,
+        final_metrics=final.metrics,
+        model_uri=progress.fitting_uri(words.model_uri),
+        run_directory=progress.fitting_uri(words.run_dir) or draft.status.run_directory,
+        summary=progress.summarise(final),
+    )
+    where = f"; the model is at {words.model_uri}" if draft.status.model_uri else ""
+    _end(draft, Reason.Succeeded, f"Finished after step {words.step} of {words.total}{where}.", succeeded=True)
+
+
+def already_complete(draft: Draft, run: FinishedRun) -> None:
+    """End a job whose run directory holds the finished run of the same spec."""
+    metrics = progress.bounded(finite(dict(run.metrics)))
+    final = StatusProgress(
+        phase="done", step=run.step, total=run.step, metrics=metrics, observed_at=draft.moment, eta_seconds=0
+    )
+    draft.update(
+        progress=final,
+        final_metrics=metrics,
+        model_uri=progress.fitting_uri(run.model_uri),
+        summary=progress.summarise(final),
+    )
+    text = f"The run directory holds the finished run of this spec; the model is at {run.model_uri}."
+    _end(draft, Reason.AlreadyComplete, text, succeeded=True)
+
+
+def fail(draft: Draft, reason: Reason, message: str) -> None:
+    """End the job without a model."""
+    former = draft.status.progress
+    if former is not None:
+        draft.update(final_metrics=dict(former.metrics))
+    if reason is Reason.NonFinite:
+        draft.condition(ConditionType.Finite, "False", Reason.LossNotFinite, message)
+    _end(draft, reason, message, succeeded=False)
+
+
+def _end(draft: Draft, reason: Reason, message: str, *, succeeded: bool) -> None:
+    draft.update(completion_time=draft.moment, next_attempt_time=None, admitted_since=None)
+    state: State = "Succeeded" if succeeded else "Failed"
+    draft.place(state, reason, message, progressing=False)
+    draft.condition(ConditionType.Finished, "True", reason, message)
+    draft.condition(ConditionType.Succeeded, "True" if succeeded else "False", reason, message)
+    draft.condition(ConditionType.Failed, "False" if succeeded else "True", reason, message)

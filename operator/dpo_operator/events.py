@@ -1,0 +1,166 @@
+"""Kubernetes events: one for each transition, under a name that the transition decides, so that it is told once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from dpo_api.manifest import API_VERSION, KIND
+from dpo_api.status import Condition, ConditionType, DPOJobStatus
+from dpo_operator import clock, names
+from dpo_operator.conditions import find, holds
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason, named
+from dpo_operator.types import DeleteJob, EmitEvent
+from dpo_operator.view import View
+
+MESSAGE_MAX = 1000
+CHECKPOINTS_PER_EVENT = 10
+
+Told = tuple[Reason, str, str]
+"""Reason, message, and what tells this transition from others of the same reason and attempt."""
+
+NORMAL = frozenset(
+    {
+        *(Reason.Accepted, Reason.PyTorchJobCreated, Reason.TrainingStarted, Reason.CheckpointSaved, Reason.Queued),
+        *(Reason.Restarting, Reason.Suspended, Reason.Resumed, Reason.Succeeded, Reason.AlreadyComplete),
+        *(Reason.Expired, Reason.AboveChance, Reason.PolicyEqualsReference, Reason.WaitingForNamesake),
+    }
+)
+
+PROGRESS_WARNINGS = frozenset(
+    {
+        *(Reason.PyTorchJobMissing, Reason.ChildRefused, Reason.ChildNameTaken, Reason.Unschedulable),
+        *(Reason.ImagePullFailed, Reason.ContainerConfigError, Reason.VolumeNotMounted, Reason.PodsRefused),
+        *(Reason.InitContainerRefused, Reason.SpecUnreadable, Reason.Queued, Reason.Restarting),
+        Reason.WaitingForNamesake,
+    }
+)
+"""Reasons of Progressing that are worth an event."""
+
+INVARIANTS: tuple[tuple[ConditionType, Literal["True", "False"]], ...] = (
+    (ConditionType.ReferenceConsistent, "False"),
+    (ConditionType.Finite, "False"),
+    (ConditionType.Learning, "False"),
+    (ConditionType.TrainingStalled, "True"),
+    (ConditionType.ProgressAvailable, "False"),
+)
+"""Conditions of the run and the value that is worth a warning."""
+
+
+def transitions(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+    """Yield what happened between two statuses, in the order in which it happened."""
+    yield from _acceptance(old, new)
+    yield from _attempts(old, new)
+    yield from _progressing(old, new)
+    yield from _run(old, new)
+    yield from _suspension(old, new)
+    before, after = find(old.conditions, ConditionType.Finished), find(new.conditions, ConditionType.Finished)
+    if after is not None and before is None:
+        succeeded = holds(new.conditions, ConditionType.Succeeded)
+        yield (named(after.reason) if succeeded else Reason.Failed), after.message, ""
+
+
+def _acceptance(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+    before, after = find(old.conditions, ConditionType.Accepted), find(new.conditions, ConditionType.Accepted)
+    if after is None:
+        return
+    if before is None or (before.status, before.reason) != (after.status, after.reason):
+        yield named(after.reason), after.message, f"{after.observed_generation}"
+
+
+def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+    former = {attempt.number: attempt for attempt in old.attempts}
+    for attempt in new.attempts:
+        before = former.get(attempt.number)
+        if before is None:
+            yield Reason.PyTorchJobCreated, f"Created PyTorchJob {attempt.child}.", f"{attempt.number}"
+        if attempt.running_time is not None and (before is None or before.running_time is None):
+            text = f"All pods of attempt {attempt.number} run."
+            # Only what is stored already may name an event: a write that is lost repeats the pass at another time.
+            yield Reason.TrainingStarted, text, f"{attempt.number}/{old.admitted_since}"
+        news = before is None or (before.result, before.reason) != (attempt.result, attempt.reason)
+        if attempt.result == "Failed" and news:
+            reason = named(attempt.reason)
+            text = attempt.message or reason.meaning
+            yield reason, f"Attempt {attempt.number}: {text}", f"{attempt.number}"
+
+
+def _progressing(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+    before, after = find(old.conditions, ConditionType.Progressing), find(new.conditions, ConditionType.Progressing)
+    if after is None or (before is not None and before.reason == after.reason):
+        return
+    reason = named(after.reason)
+    if reason in PROGRESS_WARNINGS:
+        yield reason, after.message, f"{new.attempt or 0}"
+
+
+def _run(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+    for kind, bad in INVARIANTS:
+        before, after = find(old.conditions, kind), find(new.conditions, kind)
+        if after is not None and after.status == bad and (before is None or before.status != bad):
+            yield named(after.reason), after.message, f"{new.attempt or 0}/{_since(before)}"
+
+
+def checkpoint(old: DPOJobStatus, new: DPOJobStatus, every: int) -> Iterator[Told]:
+    """Yield CheckpointSaved for every tenth checkpoint, of which ``every`` is the distance in steps."""
+
+    def step(status: DPOJobStatus) -> int:
+        return (status.progress.last_checkpoint_step if status.progress is not None else None) or 0
+
+    size = every * CHECKPOINTS_PER_EVENT
+    if step(new) // size > step(old) // size:
+        yield Reason.CheckpointSaved, f"The checkpoint of step {step(new)} is complete.", f"{step(new) // size}"
+
+
+def _suspension(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+    before, after = find(old.conditions, ConditionType.Suspended), find(new.conditions, ConditionType.Suspended)
+    was, is_now = before is not None and before.status == "True", after is not None and after.status == "True"
+    if after is not None and was != is_now:
+        reason = Reason.Suspended if is_now else Reason.Resumed
+        yield reason, after.message, f"{new.attempt or 0}/{_since(before)}"
+
+
+def _since(stored: Condition | None) -> str:
+    """Return when a stored condition last changed, which tells one change of it from the next."""
+    return stored.last_transition_time if stored is not None else ""
+
+
+def emit(draft: Draft) -> list[EmitEvent]:
+    """Return the events of a pass, to be told before its status is written: a lost write repeats both."""
+    view = draft.view
+    told = list(transitions(view.status, draft.status))
+    if draft.status.attempts:
+        told += checkpoint(view.status, draft.status, view.spec.checkpoint.every_steps)
+    if any(isinstance(action, DeleteJob) for action in draft.actions):
+        text = "runPolicy.ttlSecondsAfterFinished has passed; the run directory stays."
+        told.append((Reason.Expired, text, ""))
+    return [build(view, draft.now, *one, component=draft.settings.component) for one in told]
+
+
+def build(view: View, now: float, reason: Reason, message: str, detail: str, *, component: str) -> EmitEvent:
+    """Return one event about a DPOJob."""
+    namespace = view.identity.namespace or "default"
+    text = message if len(message) <= MESSAGE_MAX else message[: MESSAGE_MAX - 1] + "…"
+    body: dict[str, Any] = {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": names.event(view.name, view.uid, reason.value, detail), "namespace": namespace},
+        "involvedObject": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": view.name,
+            "namespace": namespace,
+            "uid": view.uid,
+            "resourceVersion": str(view.metadata.get("resourceVersion") or ""),
+        },
+        "reason": reason.value,
+        "message": text,
+        "type": "Normal" if reason in NORMAL else "Warning",
+        "firstTimestamp": clock.to_text(now),
+        "lastTimestamp": clock.to_text(now),
+        "count": 1,
+        "source": {"component": component},
+        "reportingComponent": component,
+    }
+    return EmitEvent(body)

@@ -1,0 +1,54 @@
+"""What is left when attempts and jobs have ended: children kept for their logs, and the DPOJob's own time to live."""
+
+from __future__ import annotations
+
+from dpo_operator import clock
+from dpo_operator.backend import pytorchjob
+from dpo_operator.draft import Draft
+from dpo_operator.types import DeleteChild, DeleteJob
+from dpo_operator.view import attempt_of
+
+
+def trim_history(draft: Draft) -> None:
+    """Delete all but the newest children that failed; the pods that they keep hold logs and nothing else."""
+    stored = draft.view.status
+    newest = stored.attempts[-1].number if stored.attempts else 0
+    over = stored.completion_time is not None
+    results = {attempt.number: attempt for attempt in stored.attempts}
+    failed = []
+    for child in draft.view.children.values():
+        number = attempt_of(child)
+        if number is None or child["metadata"].get("deletionTimestamp"):
+            continue
+        attempt = results.get(number)
+        if attempt is not None and (attempt.end_time is None or attempt.result == "Succeeded"):
+            continue
+        if number < newest or (number == newest and (over or attempt is not None)):
+            failed.append((number, child))
+    limit = draft.view.spec.run_policy.attempts_history_limit
+    for _, child in sorted(failed, key=lambda pair: pair[0], reverse=True)[limit:]:
+        draft.act(DeleteChild(str(child["metadata"]["name"]), str(child["metadata"]["uid"])))
+
+
+def leave_queue(draft: Draft) -> None:
+    """Delete a child that is still queued though its job is over: admitted once more, it would run once more.
+
+    A job that is preempted while its export ends succeeds, and training-operator never hears of it.
+    """
+    for child in draft.view.children.values():
+        waits = pytorchjob.is_held(child) and not pytorchjob.is_over(child)
+        if waits and not child["metadata"].get("deletionTimestamp"):
+            draft.act(DeleteChild(str(child["metadata"]["name"]), str(child["metadata"]["uid"])))
+
+
+def expire(draft: Draft) -> None:
+    """Delete a finished DPOJob when its time to live is over; owner references take everything else along."""
+    limit = draft.view.spec.run_policy.ttl_seconds_after_finished
+    ended = draft.view.status.completion_time
+    if limit is None or ended is None:
+        return
+    due = clock.to_moment(ended) + limit
+    if draft.now < due:
+        draft.wake_at(due)
+    else:
+        draft.act(DeleteJob(draft.view.name, draft.view.uid))

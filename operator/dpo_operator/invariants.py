@@ -1,0 +1,113 @@
+"""What the run itself must show: the reference agrees, the loss is finite, it learns, and steps follow each other."""
+
+from __future__ import annotations
+
+import math
+
+from dpo_api.spec import DPOJobSpec
+from dpo_api.status import ConditionType, StatusProgress
+from dpo_operator import clock
+from dpo_operator.conditions import Truth, find
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason
+
+TOLERANCE = 0.02
+"""Relative. Equal policy and reference differ by bf16's rounding alone, which averages out over a batch."""
+CHANCE = 0.55
+
+
+def first_loss(spec: DPOJobSpec) -> float | None:
+    """Return the preference loss of a policy that equals its reference (Delta = 0); None where data decides it.
+
+    dpo: -log sigmoid(0) = ln 2. ipo: (0 - 1/(2 beta))^2. The rpo losses measure against each record's reward gap.
+    """
+    if spec.dpo.preference_weight == 0 or (spec.lora is not None and spec.lora.row_init != "zero"):
+        return None
+    if spec.dpo.loss == "dpo":
+        return math.log(2)
+    return (1 / (2 * spec.dpo.beta)) ** 2 if spec.dpo.loss == "ipo" else None
+
+
+def apply(draft: Draft) -> None:
+    """Judge the newest progress."""
+    progress, attempt = draft.status.progress, draft.attempt
+    if progress is None or attempt is None or attempt.result is not None or progress.phase == "starting":
+        return
+    # What an earlier attempt said is no news of this one.
+    if attempt.running_time is None or (progress.observed_at or "") < attempt.running_time:
+        return
+    spec = draft.view.spec
+    _reference(draft, spec, progress)
+    _finite(draft, progress)
+    if spec.dpo.preference_weight > 0:
+        _learning(draft, progress)
+    _stalled(draft, progress, attempt.running_time)
+
+
+def _reference(draft: Draft, spec: DPOJobSpec, progress: StatusProgress) -> None:
+    expected = first_loss(spec)
+    if expected is None or progress.step > 1 or find(draft.status.conditions, ConditionType.ReferenceConsistent):
+        return
+    group = "train" if progress.step == 1 else "val"
+    seen = progress.metrics.get(f"{group}/preference_loss")
+    if seen is None:
+        return
+    where = "step 1" if group == "train" else "the validation before step 1"
+    if abs(seen - expected) <= TOLERANCE * expected:
+        text = f"The loss of {where} is {seen:.4f}; equal policy and reference give {expected:.4f}."
+        draft.condition(ConditionType.ReferenceConsistent, "True", Reason.PolicyEqualsReference, text)
+        return
+    text = (
+        f"The loss of {where} is {seen:.4f}, but equal policy and reference give {expected:.4f}: the reference's"
+        " log-probs, the data or the model do not match. Stop the job and delete the reference cache."
+    )
+    draft.condition(ConditionType.ReferenceConsistent, "False", Reason.PolicyDiffersFromReference, text)
+
+
+def _finite(draft: Draft, progress: StatusProgress) -> None:
+    """A value that is not finite is left out by the trainer: JSON has no NaN."""
+    if progress.step < 1 or not any(name.startswith("train/") for name in progress.metrics):
+        return
+    if "train/loss" not in progress.metrics:
+        text = f"At step {progress.step} the loss is not finite."
+        draft.condition(ConditionType.Finite, "False", Reason.LossNotFinite, text)
+    else:
+        draft.condition(ConditionType.Finite, "True", Reason.LossFinite, "The losses seen are finite.")
+
+
+def _learning(draft: Draft, progress: StatusProgress) -> None:
+    place = "val" if "val/acc" in progress.metrics and progress.step > 0 else "train"
+    accuracy, margin = progress.metrics.get(f"{place}/acc"), progress.metrics.get(f"{place}/rewards_margin")
+    if accuracy is None or margin is None:
+        return
+    truth: Truth
+    source = "validation" if place == "val" else "training"
+    if accuracy > CHANCE and margin > 0:
+        truth, reason = "True", Reason.AboveChance
+        text = "Accuracy and margin are above chance."
+    elif progress.step < draft.settings.learning_after_steps:
+        if find(draft.status.conditions, ConditionType.Learning) is not None:
+            return
+        truth, reason = "Unknown", Reason.TooEarly
+        text = f"Judged after step {draft.settings.learning_after_steps}."
+    elif margin < 0:
+        truth, reason = "False", Reason.MarginNegative
+        text = f"The margin of {source} is negative: rejected responses are rewarded more; are they swapped?"
+    else:
+        truth, reason = "False", Reason.AtChance
+        text = f"The accuracy of {source} is still at chance."
+    draft.condition(ConditionType.Learning, truth, reason, text)
+
+
+def _stalled(draft: Draft, progress: StatusProgress, running_time: str) -> None:
+    """Only a trainer that answers can be seen to stand still."""
+    if progress.changed_at is None or progress.observed_at is None:
+        return
+    since = max(progress.changed_at, running_time)
+    still = clock.to_moment(progress.observed_at) - clock.to_moment(since)
+    limit = draft.view.spec.run_policy.stall_timeout_seconds or draft.settings.stalled_after_seconds
+    if still >= limit:
+        text = f"Phase {progress.phase}, step {progress.step}: unchanged since {since}."
+        draft.condition(ConditionType.TrainingStalled, "True", Reason.NoStep, text)
+    else:
+        draft.condition(ConditionType.TrainingStalled, "False", Reason.StepsAdvance, "Steps follow each other.")

@@ -1,0 +1,24 @@
+"""Labels and annotations of everything that the operator creates."""
+
+from __future__ import annotations
+
+from dpo_api.manifest import GROUP
+
+JOB = f"{GROUP}/job"
+JOB_UID = f"{GROUP}/job-uid"
+ATTEMPT = f"{GROUP}/attempt"
+MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGER = "dpo-operator"
+
+KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
+
+
+def of_job(name: str, uid: str) -> dict[str, str]:
+    """Return the labels that tie an object to its DPOJob; one that is only rendered has no UID yet."""
+    return {JOB: name} | ({JOB_UID: uid} if uid else {}) | {MANAGED_BY: MANAGER}
+
+
+def of_attempt(name: str, uid: str, attempt: int) -> dict[str, str]:
+    """Return the labels of one attempt's child and pods."""
+    return {**of_job(name, uid), ATTEMPT: str(attempt)}

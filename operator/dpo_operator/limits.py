@@ -1,0 +1,59 @@
+"""Limits on a running attempt: the deadline, counted while admitted, and the stall."""
+
+from __future__ import annotations
+
+from dpo_api.status import Attempt
+from dpo_operator import clock
+from dpo_operator.classification import Cause
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason
+
+
+def admit(draft: Draft) -> None:
+    """Start the clock of an attempt that holds nodes, or may."""
+    if draft.status.admitted_since is None:
+        draft.update(admitted_since=draft.moment)
+
+
+def release(draft: Draft) -> None:
+    """Stop the clock: the attempt is queued or over."""
+    since = draft.status.admitted_since
+    if since is not None:
+        draft.update(admitted_since=None, admitted_seconds=int(admitted_seconds(draft)))
+
+
+def admitted_seconds(draft: Draft) -> float:
+    """Return how long the job has been admitted in all."""
+    since = draft.status.admitted_since
+    current = max(0.0, draft.now - clock.to_moment(since)) if since is not None else 0.0
+    return (draft.status.admitted_seconds or 0) + current
+
+
+def deadline(draft: Draft) -> Cause | None:
+    """Return the cause DeadlineExceeded once the admitted time is used up; else ask to be woken then."""
+    limit = draft.view.spec.run_policy.active_deadline_seconds
+    if limit is None or draft.status.admitted_since is None:
+        return None
+    left = limit - admitted_seconds(draft)
+    if left > 0:
+        draft.wake_in(left)
+        return None
+    return Cause(Reason.DeadlineExceeded, f"admitted for runPolicy.activeDeadlineSeconds {limit} s")
+
+
+def stall(draft: Draft, attempt: Attempt) -> Cause | None:
+    """Return the cause Stalled when a trainer that answers has stood still for too long."""
+    limit = draft.view.spec.run_policy.stall_timeout_seconds
+    progress = draft.status.progress
+    if limit is None or attempt.running_time is None or progress is None or progress.changed_at is None:
+        return None
+    seen = progress.observed_at
+    # What an earlier attempt said is no news of this one.
+    if seen is None or clock.to_moment(seen) < clock.to_moment(attempt.running_time):
+        return None
+    start = max(clock.to_moment(progress.changed_at), clock.to_moment(attempt.running_time))
+    still = clock.to_moment(seen) - start
+    if still < limit:
+        return None
+    text = f"phase {progress.phase}, step {progress.step} unchanged for {int(still)} s while the trainer answered"
+    return Cause(Reason.Stalled, text)

@@ -1,0 +1,40 @@
+"""Names of everything that the operator creates: deterministic, so that a repeated create meets its first one."""
+
+from __future__ import annotations
+
+import hashlib
+
+ATTEMPT_LIMIT = 1_000_000
+
+
+def child(job: str, attempt: int) -> str:
+    """Return the name of an attempt's PyTorchJob: ``<job>-<attempt>``."""
+    return f"{job}-{attempt}"
+
+
+def config_map(job: str, uid: str) -> str:
+    """Return the name of the ConfigMap that pins a job; with the UID, since a recreated job is another one."""
+    return f"{job}-spec-{_digest(uid)[:8]}" if uid else f"{job}-spec"
+
+
+def event(job: str, uid: str, reason: str, detail: str) -> str:
+    """Return the name of an event: the same for the same transition, so that it is told once."""
+    return f"{job}.{_digest(f'{uid}/{reason}/{detail}')[:16]}"
+
+
+def fence(created: int, attempt: int) -> int:
+    """Return the number by which the run directory orders attempts, of this job and of its namesakes before it.
+
+    ``created``: when the DPOJob was created, Unix seconds; 0 when it never was (rendered offline). A job that is
+    deleted and created again starts at attempt 1, and yet comes after every attempt of the former one.
+    """
+    return created * ATTEMPT_LIMIT + attempt
+
+
+def attempt_of_fence(number: int) -> int:
+    """Return the attempt of a fence number."""
+    return number % ATTEMPT_LIMIT
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,178 @@
+"""The operator as a whole: what is started, in which order, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from typing import Any
+
+from dpo_api.version import VERSION
+from dpo_operator.config import Settings
+from dpo_operator.process import login
+from dpo_operator.process.cache import Cache, Key, job_of
+from dpo_operator.process.client import ApiError, Client, Unreachable
+from dpo_operator.process.metrics import Metrics
+from dpo_operator.process.options import Options
+from dpo_operator.process.queue import WorkQueue
+from dpo_operator.process.resources import CHILDREN, JOBS, WATCHED, Resource
+from dpo_operator.process.scraper import Scraper
+from dpo_operator.process.server import serve
+from dpo_operator.process.watchdog import Watchdog
+from dpo_operator.process.watches import Watches
+from dpo_operator.process.worker import Worker
+
+_DISCOVERY_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class Operator:
+    """One process. ``run`` returns when it is told to stop."""
+
+    def __init__(self, options: Options, settings: Settings) -> None:
+        """Wire everything together; nothing starts yet."""
+        self._options = options
+        if options.kubeconfig:
+            # kopf reads its kubeconfig from the environment alone.
+            os.environ["KUBECONFIG"] = options.kubeconfig
+        self._client = Client(login.connection, user_agent=f"dpo-operator/{VERSION}")
+        self._cache = Cache()
+        self._queue: WorkQueue[Key] = WorkQueue(clock=time.monotonic)
+        self._watches = Watches(login.connection, options.namespaces, self._hear)
+        self._watchdog = Watchdog(
+            self._client, self._cache, options.namespaces, self._queue.add,
+            interval=options.relist_seconds, dead_after=options.dead_watch_seconds,
+        )  # fmt: skip
+        self.health = self._watchdog.health
+        way = options.scrape_by
+        if way == "auto":
+            way = "pod-ip" if login.in_cluster() else "api-proxy"
+        self._scraper = Scraper(
+            self._client, way, self._queue.add,
+            interval=options.scrape_seconds, write_interval=settings.progress_write_seconds,
+        )  # fmt: skip
+        self._metrics = Metrics(self._cache.jobs, self._gauges, job_limit=options.job_metrics_limit)
+        self._worker = Worker(
+            self._client, self._cache, self._queue, self._scraper, self._metrics, settings,
+ ready=lambda: self.health.synced,
+            backend_installed=lambda: CHILDREN.plural not in self.health.missing,
+        )  # fmt: skip
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work until SIGTERM or SIGINT."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        runner, port = await serve(
+            self._options.address, self._options.port, metrics=self._metrics.text, alive=self.alive, ready=self.ready
+        )
+        where = ", ".join(self._options.namespaces) or "all namespaces"
+        _log.info("dpo-operator %s serves %s; metrics and probes on port %d", VERSION, where, port)
+        tasks = [asyncio.create_task(self._discover(), name="discovery")]
+        tasks += [asyncio.create_task(self._watchdog.run(), name="watchdog")]
+        tasks += [asyncio.create_task(self._worker.run(), name=f"worker {n}") for n in range(self._options.workers)]
+        stopped = asyncio.create_task(stop.wait(), name="stop")
+        try:
+            done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopped}:
+                task.result()  # none of them ends by itself: raise what ended it
+        finally:
+            # A pass that is cut short is repeated by the next process; nothing here needs a grace period.
+            for task in (*tasks, stopped):
+                task.cancel()
+            await asyncio.gather(*tasks, stopped, return_exceptions=True)
+            await self._scraper.close()
+            await self._watches.stop()
+            await runner.cleanup()
+            await self._client.close()
+        _log.info("stopped")
+
+    async def _discover(self) -> None:
+        """Watch the kinds that the cluster knows; look for the missing ones now and then."""
+        served: tuple[Resource, ...] = ()
+        failures = self._watches.failures
+        while True:
+            with contextlib.suppress(Unreachable):
+                missing = frozenset([r.plural for r in WATCHED if not await self._knows(r)])
+                for plural in sorted(missing - self.health.missing):
+                    _log.warning("the cluster does not know %s yet; waiting for its CustomResourceDefinition", plural)
+                for plural in sorted(self.health.missing - missing):
+                    _log.info("the cluster knows %s now", plural)
+                self.health.missing = missing
+                found = tuple(r for r in WATCHED if r.plural not in missing)
+                if found != served:
+                    for gone in set(served) - set(found):
+                        self._cache.clear(gone)
+                    self.health.synced = False
+                    self._watchdog.resources = found if JOBS in found else ()
+                    await self._watches.serve(found)
+                    served = found
+                    for key in self._cache.job_keys():
+                        self._queue.add(key)
+            # A kind whose definition is deleted shows as a watch that fails.
+            for _ in range(60):
+                await asyncio.sleep(_DISCOVERY_SECONDS)
+                if self.health.missing or self._watches.failures != failures:
+                    break
+            failures = self._watches.failures
+
+    async def _knows(self, resource: Resource) -> bool:
+        try:
+            listed = await self._client.request("GET", resource.api)
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            # Refused or failing: that says nothing, and is no reason to stop watching.
+            raise Unreachable(str(error)) from error
+        return any(kind.get("name") == resource.plural for kind in listed.get("resources") or ())
+
+    # -- news ---------------------------------------------------------------------------------------------------------
+
+    def _hear(self, resource: Resource, kind: str | None, item: dict[str, Any]) -> None:
+        metadata = item["metadata"]
+        if kind == "DELETED":
+            key = self._cache.remove(resource, metadata["namespace"], metadata["name"], metadata["uid"])
+            key = key or job_of(resource, item)
+        else:
+            key = self._cache.put(resource, item, watched=True)
+        if key is not None:
+            self._queue.add(key)
+
+    # -- probes -------------------------------------------------------------------------------------------------------
+
+    def alive(self) -> str:
+        """Return why this process should be restarted: a dead watch, never an API server that is away."""
+        if self.health.dead:
+            return f"dead watch: {', '.join(sorted(self.health.dead))}"
+        return ""
+
+    def ready(self) -> str:
+        """Return why the caches cannot be relied on yet."""
+        if JOBS.plural in self.health.missing:
+            return "the cluster does not know dpojobs yet"
+        return "" if self.health.synced else "the caches are being filled"
+
+    def _gauges(self) -> dict[str, tuple[str, float]]:
+        checked = self.health.checked_at
+        gauges: dict[str, tuple[str, float]] = {
+            "dpo_operator_queue_depth": ("DPOJobs that wait for a pass.", self._queue.depth),
+            "dpo_operator_queue_oldest_seconds": ("Wait of the DPOJob that waits longest.", self._queue.oldest()),
+            "dpo_operator_watches_dead": ("Kinds whose watch is dead.", len(self.health.dead)),
+            "dpo_operator_watch_restarts": ("Times that the watches were started anew.", self._watches.failures),
+            "dpo_operator_synced": ("1 once the caches are filled.", float(self.health.synced)),
+            "dpo_operator_backend_installed": (
+                "1 where the cluster knows PyTorchJob.", float(CHILDREN.plural not in self.health.missing)
+            ),
+            "dpo_operator_scrape_failures": ("Trainers that did not answer, so far.", self._scraper.failures),
+        }  # fmt: skip
+        if checked is not None:
+            text = "Unix time at which the watches were last compared with the cluster."
+            gauges["dpo_operator_watch_checked_timestamp_seconds"] = (text, checked)
+        return gauges

@@ -1,0 +1,121 @@
+"""Flags and environment of the process: each flag is also the variable DPO_OPERATOR_<NAME>, and a flag wins."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from dpo_api.version import VERSION
+from dpo_operator.config import Settings
+
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+
+ScrapeBy = Literal["auto", "pod-ip", "api-proxy", "off"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How this process runs; ``Settings`` is what it does."""
+
+    namespaces: tuple[str, ...] = ()
+    """Namespaces to serve; empty: all."""
+    kubeconfig: str = ""
+    log_format: Literal["json", "text"] = "json"
+    log_level: str = "info"
+    address: str = "0.0.0.0"  # noqa: S104 - probes and Prometheus come from outside the pod
+    port: int = 8080
+    """Port of /metrics, /healthz and /readyz; 0: any free one, which the log names."""
+    workers: int = 8
+    """DPOJobs that are reconciled at the same time."""
+    scrape_by: ScrapeBy = "auto"
+    scrape_seconds: float = 30.0
+    relist_seconds: float = 300.0
+    """Between two comparisons of the caches with the cluster."""
+    dead_watch_seconds: float = 60.0
+    """How long the cluster may know something that a watch has not brought."""
+    job_metrics_limit: int = 1000
+    """DPOJobs whose own gauges are exported, the newest first."""
+
+
+def parse(
+    arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> tuple[Options, Settings]:
+    """Read the command line. Ends the process with one clear line for a mistake, as argparse does (exit code 2)."""
+    parser = _parser(environment)
+    got = vars(parser.parse_args(arguments))
+    namespaces = tuple(sorted({part.strip() for part in got.pop("namespaces").split(",") if part.strip()}))
+    for namespace in namespaces:
+        if not _NAMESPACE.fullmatch(namespace):
+            parser.error(f"--namespaces: {namespace!r} is no namespace; give names, separated by commas")
+    settings = Settings()
+    given = {f.name: got.pop(f.name) for f in fields(Settings) if got.get(f.name) is not None}
+    for name in [f.name for f in fields(Settings)]:
+        got.pop(name, None)
+    if "extra_env" in given:
+        given["extra_env"] = tuple(_pair(parser, text) for text in given["extra_env"].split(",") if text)
+    settings = replace(settings, **given)
+    options = Options(namespaces=namespaces, **got)
+    for name in ("scrape_seconds", "relist_seconds", "dead_watch_seconds"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')}: must be above 0")
+    return options, settings
+
+
+def _pair(parser: argparse.ArgumentParser, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        parser.error(f"--extra-env: {text!r} is not NAME=VALUE")
+    return name.strip(), value
+
+
+def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpo-operator",
+        description="Runs DPOJobs on Kubernetes through training-operator's PyTorchJob.",
+        epilog="Every flag can be given as an environment variable too: --log-format is DPO_OPERATOR_LOG_FORMAT.",
+    )
+    parser.add_argument("--version", action="version", version=f"dpo-operator {VERSION}")
+
+    def flag(name: str, default: Any, text: str, **more: Any) -> None:
+        variable = "DPO_OPERATOR_" + name.upper().replace("-", "_")
+        # A default that is a string is read like a flag's value, type and mistakes included.
+        parser.add_argument(f"--{name}", default=environment.get(variable, default), help=text, **more)
+
+    d, s = Options(), Settings()
+    flag("namespaces", "", "namespaces to serve, separated by commas; default: all")
+    flag("kubeconfig", "", "kubeconfig file; default: $KUBECONFIG, the pod's service account, ~/.kube/config")
+    flag("log-format", d.log_format, "json or text; default %(default)s", choices=("json", "text"))
+    flag("log-level", d.log_level, "default %(default)s", choices=("debug", "info", "warning", "error"))
+    flag("address", d.address, "address of metrics and probes; default %(default)s")
+    flag("port", d.port, "port of /metrics, /healthz and /readyz, 0: any; default %(default)s", type=int)
+    flag("workers", d.workers, "DPOJobs reconciled at the same time; default %(default)s", type=int)
+    flag(
+        "scrape-by", d.scrape_by, choices=("auto", "pod-ip", "api-proxy", "off"),
+        text="how to reach a trainer's /status; auto: pod-ip in the cluster, api-proxy outside; default %(default)s",
+    )  # fmt: skip
+    flag("scrape-seconds", d.scrape_seconds, "between two looks at a trainer; default %(default)s", type=float)
+    flag("relist-seconds", d.relist_seconds, "between two checks of the watches; default %(default)s", type=float)
+    flag("dead-watch-seconds", d.dead_watch_seconds, "silence that makes a watch dead; default %(default)s", type=float)
+    flag("resync-seconds", s.resync_seconds, "between two passes over a quiet DPOJob; default %(default)s", type=float)
+    flag("job-metrics-limit", d.job_metrics_limit, "DPOJobs with gauges of their own; default %(default)s", type=int)
+    # What follows sets Settings.
+    flag("trainer-image", s.trainer_image, "trainer image of jobs that name none; default %(default)s")
+    flag("default-shm", s.default_shm, "size of /dev/shm on CPU; default %(default)s")
+    flag("default-gpu-shm", s.default_gpu_shm, "size of /dev/shm with GPUs; default %(default)s")
+    flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")
+    flag("extra-env", None, "environment of every trainer: NAME=VALUE, separated by commas")
+    flag("backoff-base-seconds", s.backoff_base_seconds, "first wait before a restart; default %(default)s", type=float)
+    flag("backoff-max-seconds", s.backoff_max_seconds, "longest wait before a restart; default %(default)s", type=float)
+    flag(
+        "node-failure-toleration-seconds", s.node_failure_toleration_seconds, type=int,
+        text="how long pods stay on a node that does not answer; default %(default)s",
+    )  # fmt: skip
+    flag("progress-write-seconds", s.progress_write_seconds, type=float,
+         text="least time between status writes that only bring progress; default %(default)s")  # fmt: skip
+    flag("stalled-after-seconds", s.stalled_after_seconds, type=float,
+         text="without a step for this long a job counts as stalled; default %(default)s")  # fmt: skip
+    return parser

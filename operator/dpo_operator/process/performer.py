@@ -1,0 +1,177 @@
+"""Performs what a pass decided, one action after the other, and says what the API server answered.
+
+All actions are safe to repeat: creates meet their first one by name, deletes carry a UID, the status a version. So a
+process that is killed between any two of them only has to look again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+
+from dpo_operator.process.cache import Cache, Key
+from dpo_operator.process.client import ApiError, Client
+from dpo_operator.process.resources import CHILDREN, CONFIG_MAPS, EVENTS, JOBS
+from dpo_operator.types import (
+    Action,
+    CheckChild,
+    ChildCheck,
+    CreateChild,
+    CreateConfigMap,
+    DeleteChild,
+    DeleteJob,
+    EmitEvent,
+    LookUpChild,
+    Object,
+    Observed,
+    PatchStatus,
+    Refusal,
+)
+
+_REFUSALS = frozenset({400, 403, 404, 413, 422})
+
+_log = logging.getLogger(__name__)
+
+
+class Outdated(Exception):  # noqa: N818 - not an error: the world went on
+    """The DPOJob changed or went; the decision is void."""
+
+
+class Performer:
+    """Acts on the API server, and keeps the cache ahead of the watches with what it wrote."""
+
+    def __init__(self, client: Client, cache: Cache) -> None:
+        """Act through ``client``."""
+        self._client = client
+        self._cache = cache
+
+    async def perform(self, key: Key, observed: Observed, actions: Iterable[Action]) -> Observed | None:
+        """Perform actions in order. Return None when all are done, or what is observed now that one brought news.
+
+        Raises ApiError and Unreachable for what may pass (429, 5xx, no answer), and Outdated.
+        """
+        for action in actions:
+            news = await self._one(key[0], observed, action)
+            if news is not None:
+                return news
+        return None
+
+    async def _one(self, namespace: str, observed: Observed, action: Action) -> Observed | None:  # noqa: PLR0911
+        match action:
+            case CreateConfigMap(body):
+                return await self._create_config_map(namespace, observed, body)
+            case CheckChild(body, generation):
+                return await self._check(namespace, observed, body, generation)
+            case CreateChild(body):
+                return await self._create_child(namespace, observed, body)
+            case LookUpChild(name):
+                found = await self._client.find(CHILDREN, namespace, name)
+                return _with_child(observed, found) if found else _without_child(observed, name)
+            case DeleteChild(name, uid):
+                return await self._delete_child(namespace, observed, name, uid)
+            case DeleteJob(name, uid):
+                await self._delete_job(namespace, name, uid)
+                return None
+            case EmitEvent(body):
+                await self._emit(namespace, body)
+                return None
+            case PatchStatus(body):
+                return await self._patch_status(namespace, observed, body)
+
+    async def _create_config_map(self, namespace: str, observed: Observed, body: Object) -> Observed | None:
+        name = body["metadata"]["name"]
+        try:
+            await self._client.create(CONFIG_MAPS, namespace, body)
+        except ApiError as error:
+            if error.status != 409:
+                return _refused(observed, name, error)
+            # Deleted since? Then the POST of the next pass makes it.
+            return replace(observed, config_map=await self._client.get(CONFIG_MAPS, namespace, name))
+        return None
+
+    async def _check(self, namespace: str, observed: Observed, body: Object, generation: int) -> Observed:
+        refusal = None
+        try:
+            await self._client.create(CHILDREN, namespace, body, dry_run=True)
+        except ApiError as error:
+            if error.status != 409:  # one of its name is there: it was admitted
+                refusal = _refusal(error)
+        return replace(observed, check=ChildCheck(generation, refusal))
+
+    async def _create_child(self, namespace: str, observed: Observed, body: Object) -> Observed | None:
+        name = body["metadata"]["name"]
+        try:
+            made = await self._client.create(CHILDREN, namespace, body)
+        except ApiError as error:
+            if error.status != 409:
+                return _refused(observed, name, error)
+            return _with_child(observed, await self._client.get(CHILDREN, namespace, name))
+        self._cache.put(CHILDREN, made, watched=False)
+        return None
+
+    async def _delete_child(self, namespace: str, observed: Observed, name: str, uid: str) -> Observed | None:
+        try:
+            await self._client.delete(CHILDREN, namespace, name, uid)
+        except ApiError as error:
+            if error.status in {404, 409}:  # gone, or another one of its name
+                self._cache.remove(CHILDREN, namespace, name, uid)
+                return None
+            return _refused(observed, name, error)
+        return None
+
+    async def _delete_job(self, namespace: str, name: str, uid: str) -> None:
+        try:
+            await self._client.delete(JOBS, namespace, name, uid)
+        except ApiError as error:
+            if error.status not in {404, 409}:
+                raise
+
+    async def _emit(self, namespace: str, body: Object) -> None:
+        try:
+            await self._client.create(EVENTS, namespace, body)
+        except ApiError as error:
+            if error.status not in _REFUSALS | {409}:
+                raise
+            if error.status != 409:
+                # A namespace that is being deleted takes no events. No job waits for one.
+                _log.info("an event was refused: %s", error)
+
+    async def _patch_status(self, namespace: str, observed: Observed, body: Object) -> Observed | None:
+        name = observed.job["metadata"]["name"]
+        try:
+            done = await self._client.patch_status(JOBS, namespace, name, body)
+        except ApiError as error:
+            if error.status not in {404, 409}:
+                raise
+            # The watch may bring it late; without it the next pass would meet the same.
+            newer = await self._client.find(JOBS, namespace, name)
+            uid = observed.job["metadata"]["uid"]
+            if newer is None or newer["metadata"]["uid"] != uid:
+                self._cache.remove(JOBS, namespace, name, uid)
+            if newer is not None:
+                self._cache.put(JOBS, newer, watched=False)
+            raise Outdated from error
+        self._cache.put(JOBS, done, watched=False)
+        return None
+
+
+def _refusal(error: ApiError) -> Refusal:
+    if error.status not in _REFUSALS:
+        raise error
+    return Refusal(error.status, error.message)
+
+
+def _refused(observed: Observed, name: str, error: ApiError) -> Observed:
+    return replace(observed, refusals={**observed.refusals, name: _refusal(error)})
+
+
+def _with_child(observed: Observed, child: Object) -> Observed:
+    name = child["metadata"]["name"]
+    others = [c for c in observed.children if c["metadata"]["name"] != name]
+    return replace(observed, children=(*others, child), absent=observed.absent - {name})
+
+
+def _without_child(observed: Observed, name: str) -> Observed:
+    others = tuple(c for c in observed.children if c["metadata"]["name"] != name)
+    return replace(observed, children=others, absent=observed.absent | {name})

@@ -1,0 +1,155 @@
+"""Asks rank 0 of each running job how far it is. What it answers is the user's code speaking: bounded, then parsed.
+
+A failed question is news about the connection, never about the training: it restarts nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import aiohttp
+from pydantic import ValidationError
+
+from dpo_api.progress import Progress
+from dpo_operator.process.cache import Key
+from dpo_operator.process.client import ApiError, Client, Unreachable, bounded
+from dpo_operator.types import Scrape, ScrapeTarget
+
+MAX_BYTES = 64 * 1024
+SECONDS = 2.0
+"""An answer takes no longer than this, from connecting to its last byte."""
+
+_log = logging.getLogger(__name__)
+
+
+class Scraper:
+    """One task a running job. ``news`` is called with a job's key when a pass should look at an answer."""
+
+    def __init__(
+        self,
+        client: Client,
+        way: Literal["pod-ip", "api-proxy", "off"],
+        news: Callable[[Key], None],
+        *,
+        interval: float,
+        write_interval: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``interval``: seconds between two questions. ``write_interval``: between two passes for mere progress."""
+        self._client = client
+        self._way = way
+        self._news = news
+        self._interval = interval
+        self._write_interval = write_interval
+        self._clock = clock
+        self._targets: dict[Key, ScrapeTarget] = {}
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._newest: dict[Key, Scrape] = {}
+        self._session: aiohttp.ClientSession | None = None
+        self._at_once = asyncio.Semaphore(64)
+        self.failures = 0
+        self.answers = 0
+
+    def newest(self, key: Key) -> Scrape | None:
+        """Return the newest answer of a job's rank 0, or the newest failure to get one."""
+        return self._newest.get(key)
+
+    def aim(self, key: Key, target: ScrapeTarget | None) -> None:
+        """Ask this pod from now on; None: nobody."""
+        if self._targets.get(key) == target:
+            return
+        task = self._tasks.pop(key, None)
+        if task is not None:
+            task.cancel()
+        if target is None or self._way == "off":
+            self._targets.pop(key, None)
+            if target is None and key in self._newest:
+                del self._newest[key]
+            return
+        self._targets[key] = target
+        self._tasks[key] = asyncio.create_task(self._follow(key, target), name=f"scrape {key[0]}/{key[1]}")
+
+    async def close(self) -> None:
+        """Stop asking."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    async def _follow(self, key: Key, target: ScrapeTarget) -> None:
+        told: Scrape | None = None
+        told_at = float("-inf")
+        while True:
+            async with self._at_once:
+                answer = await self._ask(target)
+            self._newest[key] = answer
+            now = time.monotonic()
+            due = now - told_at >= self._write_interval * random.uniform(1.0, 1.2)
+            if due or told is None or _matters(told, answer):
+                told, told_at = answer, now
+                self._news(key)
+            # Jobs that started together are not asked together for ever.
+            await asyncio.sleep(self._interval * random.uniform(0.8, 1.2))
+
+    async def _ask(self, target: ScrapeTarget) -> Scrape:
+        at = self._clock()
+        try:
+            async with asyncio.timeout(SECONDS):
+                text = await self._get(target)
+            progress = Progress.from_json(text)
+        except (TimeoutError, aiohttp.ClientError, ApiError, Unreachable, OSError) as error:
+            why = f"no answer within {SECONDS:.0f} s" if isinstance(error, TimeoutError) else _brief(error)
+            self.failures += 1
+            return Scrape(at=at, child=target.child, error=f"{target.pod} did not say how far it is: {why}")
+        except (ValidationError, ValueError) as error:
+            self.failures += 1
+            count = error.error_count() if isinstance(error, ValidationError) else 1
+            return Scrape(
+                at=at, child=target.child, error=f"the answer of {target.pod} is no progress ({count} errors)"
+            )
+        self.answers += 1
+        return Scrape(at=at, child=target.child, progress=progress)
+
+    async def _get(self, target: ScrapeTarget) -> bytes:
+        if self._way == "api-proxy":
+            path = f"/api/v1/namespaces/{target.namespace}/pods/{target.pod}:{target.port}/proxy/status"
+            return await self._client.raw(path, MAX_BYTES)
+        if not target.ip:
+            raise aiohttp.ClientError("the pod has no address")
+        if self._session is None:
+            # A fresh connection each time: 1,000 idle ones would cost more than they save. No proxy, no cookies.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+            )
+        host = f"[{target.ip}]" if ":" in target.ip else target.ip
+        async with self._session.get(f"http://{host}:{target.port}/status", allow_redirects=False) as answer:
+            if answer.status != 200:
+                raise aiohttp.ClientError(f"HTTP {answer.status}")
+            return await bounded(answer, MAX_BYTES)
+
+
+def _matters(old: Scrape, new: Scrape) -> bool:
+    """Tell whether people should hear of a change sooner than of one more step."""
+    if (old.progress is None) != (new.progress is None):
+        return True
+    if old.progress is None or new.progress is None:
+        return False
+    return (
+        old.progress.phase != new.progress.phase
+        or old.progress.attempt != new.progress.attempt
+        or (old.progress.step == 0) != (new.progress.step == 0)
+    )
+
+
+def _brief(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:200]

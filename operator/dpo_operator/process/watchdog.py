@@ -1,0 +1,150 @@
+"""Compares the caches with the cluster now and then: finds dead watches, and repairs what they missed.
+
+A watch can hang without an error, and on a quiet cluster silence proves nothing. So every few minutes each kind is
+listed, metadata only and page by page. What the cluster has had for a while and no watch has brought means that the
+watch is dead; liveness then fails. In any case the missing news is put into the cache, so that jobs go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_operator.process.cache import Cache, Key, job_of, version
+from dpo_operator.process.client import METADATA_ONLY, ApiError, Client, Unreachable
+from dpo_operator.process.resources import Resource
+
+_log = logging.getLogger(__name__)
+
+_Suspect = tuple[Resource, str, str]
+"""Kind, UID and what is wrong with it: the resourceVersion that no watch brought, or "gone"."""
+
+
+@dataclass
+class Health:
+    """What probes and metrics ask."""
+
+    synced: bool = False
+    """The caches held everything that the cluster had, at least once. Never withdrawn: a pass looks before it acts."""
+    dead: frozenset[str] = frozenset()
+    """Plural names of the kinds whose watch is dead."""
+    checked_at: float | None = None
+    """When all kinds were last compared, Unix seconds."""
+    errors: int = 0
+    missing: frozenset[str] = field(default_factory=frozenset)
+    """Plural names of kinds that the cluster does not know."""
+
+
+class Watchdog:
+    """Runs until cancelled. ``changed`` is called with each DPOJob that a repair is about."""
+
+    def __init__(
+        self,
+        client: Client,
+        cache: Cache,
+        namespaces: Collection[str],
+        changed: Callable[[Key], None],
+        *,
+        interval: float,
+        dead_after: float,
+    ) -> None:
+        """``interval``: seconds between comparisons. ``dead_after``: seconds of silence that make a watch dead."""
+        self._client = client
+        self._cache = cache
+        self._scopes: tuple[str | None, ...] = tuple(namespaces) or (None,)
+        self._changed = changed
+        self._interval = interval
+        self._dead_after = dead_after
+        self._suspects: dict[_Suspect, float] = {}
+        self.health = Health()
+        self.resources: tuple[Resource, ...] = ()
+        """The kinds that are watched now."""
+
+    async def run(self) -> None:
+        """Compare for ever: often until the caches are filled, seldom then."""
+        while True:
+            try:
+                agrees = await self.compare()
+            except (ApiError, Unreachable) as error:
+                # An API server that is away is no fault of ours, and says nothing about the watches.
+                self.health.errors += 1
+                _log.info("the watches could not be checked: %s", error)
+                agrees = False
+            if agrees and not self.health.synced:
+                self.health.synced = True
+                _log.info("the caches are filled: %d DPOJobs", len(self._cache.job_keys()))
+                for key in self._cache.job_keys():
+                    self._changed(key)
+            await asyncio.sleep(self._wait())
+
+    def _wait(self) -> float:
+        if not self.health.synced:
+            return 0.5
+        if self._suspects:
+            # A second look settles whether a watch is dead or was only slower than this list.
+            return min(self._interval, self._dead_after / 2)
+        return self._interval
+
+    async def compare(self) -> bool:
+        """Compare once; return whether the watches have brought everything."""
+        if not self.resources:
+            return False
+        suspects: set[_Suspect] = set()
+        for resource in self.resources:
+            for scope in self._scopes:
+                suspects |= await self._compare(resource, scope)
+        now = time.monotonic()
+        self._suspects = {suspect: self._suspects.get(suspect, now) for suspect in suspects}
+        dead = {s[0].plural for s, since in self._suspects.items() if now - since >= self._dead_after}
+        for plural in sorted(dead - self.health.dead):
+            _log.error("the watch of %s is dead: the cluster has news that it has not brought", plural)
+        self.health.dead = frozenset(dead)
+        self.health.checked_at = time.time()
+        return not suspects
+
+    async def _compare(self, resource: Resource, scope: str | None) -> set[_Suspect]:
+        before = {k: uid for k, uid in self._cache.known(resource).items() if scope in {None, k[0]}}
+        suspects: set[_Suspect] = set()
+        listed: set[Key] = set()
+        async for page in self._client.pages(resource, scope, accept=METADATA_ONLY):
+            for item in page:
+                metadata = item["metadata"]
+                namespace, name, uid = metadata["namespace"], metadata["name"], metadata["uid"]
+                listed.add((namespace, name))
+                if before.get((namespace, name)) not in {None, uid}:
+                    listed.discard((namespace, name))
+                seen_uid, seen_version = self._cache.seen(resource, namespace, name)
+                if seen_uid == uid and seen_version >= version(item):
+                    continue
+                suspects.add((resource, uid, metadata["resourceVersion"]))
+                await self._repair(resource, item)
+        for key in before.keys() - listed:
+            suspects |= await self._bury(resource, key, before[key])
+        return suspects
+
+    async def _repair(self, resource: Resource, item: dict[str, Any]) -> None:
+        """Read what no watch brought; the list held its metadata only."""
+        if not self.health.synced or job_of(resource, item) is None:
+            return
+        found = await self._client.find(resource, item["metadata"]["namespace"], item["metadata"]["name"])
+        if found is not None:
+            key = self._cache.put(resource, found, watched=False)
+            if key is not None:
+                self._changed(key)
+
+    async def _bury(self, resource: Resource, key: Key, uid: str) -> set[_Suspect]:
+        """Forget what the cluster no longer has, after one more look: it may have come after the list."""
+        if self._cache.known(resource).get(key) != uid:
+            return set()
+        found = await self._client.find(resource, *key)
+        if found is not None and found["metadata"]["uid"] == uid:
+            return set()
+        # kopf never tells of what was deleted while its watch was down, so this alone does not make a watch dead.
+        job = self._cache.remove(resource, *key, uid)
+        if job is not None:
+            self._changed(job)
+        return set()

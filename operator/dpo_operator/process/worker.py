@@ -1,0 +1,211 @@
+"""One pass over one DPOJob: look, decide, act; again while acting brings news."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dpo_operator.config import Settings
+from dpo_operator.labels import ATTEMPT, JOB
+from dpo_operator.process.cache import Cache, Key, trimmed
+from dpo_operator.process.client import ApiError, Client, Unreachable
+from dpo_operator.process.metrics import Metrics
+from dpo_operator.process.performer import Outdated, Performer
+from dpo_operator.process.queue import WorkQueue
+from dpo_operator.process.resources import CHILDREN, EVENTS, JOBS, PODS
+from dpo_operator.process.scraper import Scraper
+from dpo_operator.reconcile import reconcile
+from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, Object, Observed
+
+_ROUNDS = 8
+"""Of news within one pass; more mean that something changes as fast as we look."""
+
+_EVENTS_SECONDS = 15.0
+"""Between two looks at the events of a child whose pods do not come."""
+
+_log = logging.getLogger(__name__)
+
+
+class Unsettled(Exception):  # noqa: N818 - a pass that found no end
+    """Every round of a pass brought more news."""
+
+
+class Worker:
+    """Works off the queue. Any number of ``run`` may go on at once."""
+
+    def __init__(
+        self,
+        client: Client,
+        cache: Cache,
+        queue: WorkQueue[Key],
+        scraper: Scraper,
+        metrics: Metrics,
+        settings: Settings,
+        *,
+        ready: Callable[[], bool],
+        backend_installed: Callable[[], bool],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``ready``: whether the caches are filled; nothing is decided before."""
+        self._client = client
+        self._cache = cache
+        self._queue = queue
+        self._scraper = scraper
+        self._metrics = metrics
+        self._settings = settings
+        self._resync = settings.resync_seconds
+        self._ready = ready
+        self._backend_installed = backend_installed
+        self._clock = clock
+        self._performer = Performer(client, cache)
+        self._events: dict[Key, tuple[float, tuple[Object, ...]]] = {}
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            key = await self._queue.get()
+            if not self._ready():
+                self._queue.done(key)  # the watchdog adds every job once the caches are filled
+                continue
+            await self._handle(key)
+
+    async def _handle(self, key: Key) -> None:
+        said = {"job": f"{key[0]}/{key[1]}"}
+        try:
+            with self._metrics.pass_time():
+                wake = await self._pass(key)
+        except Outdated:
+            # Not a failure: what made it void is the next pass's news.
+            self._queue.done(key, again_in=0.0)
+        except (ApiError, Unreachable) as error:
+            self._metrics.error(str(error.status) if isinstance(error, ApiError) else "unreachable")
+            wait = self._queue.failed(key, at_least=getattr(error, "retry_after", None) or 0.0)
+            _log.info("the pass is repeated in %.1f s: %s", wait, error, extra=said)
+        except Unsettled:
+            self._metrics.error("unsettled")
+            self._queue.failed(key)
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # noqa: BLE001 - a mistake of ours costs this job a wait, and no other job anything
+            self._metrics.error("exception")
+            wait = self._queue.failed(key)
+            _log.exception("the pass failed and is repeated in %.1f s", wait, extra=said)
+        else:
+            if wake is None:
+                self._queue.done(key)
+                self._queue.forget(key)
+            else:
+                self._queue.done(key, again_in=min(wake, self._resync))
+
+    async def _pass(self, key: Key) -> float | None:
+        """Run one pass; return the seconds until the next, or None for a job that is gone."""
+        job = self._cache.job(key)
+        if job is None:
+            self._scraper.aim(key, None)
+            self._events.pop(key, None)
+            return None
+        observed = await self._observe(key, job)
+        certain = False
+        for _ in range(_ROUNDS):
+            decision = reconcile(observed, self._clock(), self._settings)
+            if not certain and _is_weighty(decision, observed.job):
+                # A cache may lag, and each kind by another time: a child that is over, and not yet its pods' last
+                # words. What cannot be taken back is decided on what the API server says now.
+                observed, certain = await self._look(key, observed), True
+                continue
+            news = await self._performer.perform(key, observed, decision.actions)
+            if news is None:
+                self._settle(key, job, decision)
+                return self._resync if decision.wake is None else decision.wake
+            observed = news
+        raise Unsettled
+
+    def _settle(self, key: Key, job: Object, decision: Decision) -> None:
+        self._scraper.aim(key, decision.scrape)
+        self._metrics.transition(job.get("status") or {}, decision.status)
+
+    async def _observe(self, key: Key, job: Object) -> Observed:
+        observed = Observed(
+            job=job,
+            children=tuple(self._cache.of_job(CHILDREN, key)),
+            pods=tuple(self._cache.of_job(PODS, key)),
+            scrape=self._scraper.newest(key),
+            backend_installed=self._backend_installed(),
+        )
+        return replace(observed, events=await self._words(key, observed))
+
+    async def _look(self, key: Key, observed: Observed) -> Observed:
+        """Read the DPOJob, its children and its pods from the API server, into the cache too."""
+        job = await self._client.find(JOBS, *key)
+        if job is None:
+            self._cache.remove(JOBS, *key, observed.job["metadata"]["uid"])
+            raise Outdated
+        self._cache.put(JOBS, job, watched=False)
+        # Children before pods: whatever a child's status tells of has left its traces in the pods by then.
+        for resource in (CHILDREN, PODS):
+            items = []
+            async for page in self._client.pages(resource, key[0], selector=f"{JOB}={key[1]}"):
+                items += page
+            self._cache.replace(resource, key, items)
+        return replace(
+            observed,
+            job=trimmed(JOBS, job),
+            children=tuple(self._cache.of_job(CHILDREN, key)),
+            pods=tuple(self._cache.of_job(PODS, key)),
+        )
+
+    async def _words(self, key: Key, observed: Observed) -> tuple[Object, ...]:
+        """Return the warnings about children whose pods do not come: a refused pod leaves no other trace."""
+        lacking = [child for child in observed.children if _lacks_pods(child, observed.pods)]
+        if not lacking:
+            self._events.pop(key, None)
+            return ()
+        now = time.monotonic()
+        asked, words = self._events.get(key, (float("-inf"), ()))
+        if now - asked >= _EVENTS_SECONDS:
+            found: list[Object] = []
+            for child in lacking:
+                selector = f"involvedObject.uid={child['metadata']['uid']},type=Warning"
+                params = {"fieldSelector": selector, "limit": "50"}
+                page: Any = await self._client.request("GET", EVENTS.path(key[0]), params=params)
+                found.extend(page.get("items") or ())
+            words = tuple(found)
+            self._events[key] = (now, words)
+        return words
+
+
+def _is_weighty(decision: Decision, job: Object) -> bool:
+    """Tell whether a decision cannot be taken back: it ends or follows an attempt, or deletes."""
+    for action in decision.actions:
+        if isinstance(action, DeleteChild | DeleteJob):
+            return True
+        if isinstance(action, CreateChild) and action.body["metadata"]["labels"].get(ATTEMPT) != "1":
+            return True
+    before = job.get("status") or {}
+    if decision.status.get("completionTime") and not before.get("completionTime"):
+        return True
+    return _results(decision.status) != _results(before)
+
+
+def _results(status: Object) -> dict[int, str | None]:
+    return {a["number"]: a.get("result") for a in status.get("attempts") or () if a.get("result")}
+
+
+def _lacks_pods(child: Object, pods: Sequence[Object]) -> bool:
+    """Tell whether a child that is not over has fewer pods than it should, a while after its creation."""
+    status = child.get("status") or {}
+    if child["metadata"].get("deletionTimestamp") or status.get("completionTime"):
+        return False
+    if child["spec"].get("runPolicy", {}).get("suspend"):
+        return False
+    over = {c["type"] for c in status.get("conditions") or () if c["status"] == "True"}
+    if over & {"Succeeded", "Failed"} or not status:
+        return False
+    wanted = sum(int(replica.get("replicas", 1)) for replica in child["spec"]["pytorchReplicaSpecs"].values())
+    name = child["metadata"]["name"]
+    there = sum((p["metadata"].get("labels") or {}).get("training.kubeflow.org/job-name") == name for p in pods)
+    return bool(there < wanted)

@@ -1,0 +1,137 @@
+"""status.progress and the columns of `kubectl get`, from what rank 0 answered. The answer is not trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from dpo_api.progress import Progress
+from dpo_api.status import ConditionType, StatusProgress, Summary
+from dpo_operator import clock, names
+from dpo_operator.conditions import find
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason
+from dpo_operator.texts import clean
+
+METRICS_MAX = 128
+INT_MAX = 2**53
+PATIENCE_SECONDS = 300.0
+"""Time that rank 0 has after all pods run before its silence is worth a condition."""
+
+
+def bounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return as many metrics as the status holds, with names of a sane length."""
+    kept = [(name, value) for name, value in metrics.items() if 0 < len(name) <= 128 and name.isprintable()]
+    return {name: float(value) for name, value in sorted(kept)[:METRICS_MAX] if math.isfinite(value)}
+
+
+def fitting_uri(uri: str | None) -> str | None:
+    """Return a URI that the status can hold; never a part of one."""
+    return uri if uri and len(uri) <= 1024 and uri.isprintable() else None
+
+
+def _count(value: float | None) -> int | None:
+    return None if value is None else int(min(value, INT_MAX))
+
+
+def status_of(said: Progress, at: float, former: StatusProgress | None) -> StatusProgress:
+    """Return the status' form of an answer that was given at ``at``."""
+    changed = clock.to_text(at)
+    if former is not None and former.changed_at is not None and _same_place(said, former):
+        changed = former.changed_at
+    return StatusProgress(
+        phase=said.phase,
+        step=min(said.step, INT_MAX),
+        total=min(said.total, INT_MAX),
+        epoch=round(min(said.epoch, 1e9), 4),
+        eta_seconds=_count(said.eta_seconds),
+        tokens_per_second=None if said.tokens_per_second is None else round(min(said.tokens_per_second, 1e15), 1),
+        done=_count(said.done),
+        of=_count(said.of),
+        message=clean(said.message) or None,
+        metrics=bounded(said.metrics),
+        last_checkpoint_step=_count(said.last_checkpoint_step),
+        observed_at=clock.to_text(at),
+        changed_at=changed,
+    )
+
+
+def _same_place(said: Progress, former: StatusProgress) -> bool:
+    return (said.phase, said.step, said.done) == (former.phase, former.step, former.done)
+
+
+def apply(draft: Draft) -> None:
+    """Take the newest answer of the current attempt's rank 0 into the status, or say that there is none."""
+    attempt, scrape = draft.attempt, draft.view.observed.scrape
+    if attempt is None or attempt.result is not None or scrape is None or scrape.child != attempt.child:
+        return
+    said = scrape.progress
+    if said is None or names.attempt_of_fence(said.attempt) != attempt.number:
+        _silence(draft, scrape.error or "its answer is about another attempt")
+        return
+    former = draft.status.progress
+    current = status_of(said, scrape.at, former)
+    checkpoint = max(current.last_checkpoint_step or 0, (former and former.last_checkpoint_step) or 0)
+    if current.last_checkpoint_step is None and checkpoint:
+        current = current.model_copy(update={"last_checkpoint_step": checkpoint})
+    draft.update(progress=current, summary=summarise(current))
+    if current.step > (attempt.last_step or 0):
+        draft.change_attempt(last_step=current.step)
+    draft.condition(ConditionType.ProgressAvailable, "True", Reason.ScrapeSucceeded, "Rank 0 answers.")
+
+
+def _silence(draft: Draft, error: str) -> None:
+    """Silence is a condition, never a stall: the network between us and the pod may be all that is wrong."""
+    attempt = draft.attempt
+    running = None if attempt is None or attempt.running_time is None else clock.to_moment(attempt.running_time)
+    told = find(draft.status.conditions, ConditionType.ProgressAvailable)
+    if running is None or (told is None and draft.now < running + PATIENCE_SECONDS):
+        return
+    if told is not None and told.status == "False":
+        return  # its words may change with each try; they are worth no write
+    text = f"Rank 0 does not answer: {clean(error, 300)}."
+    draft.condition(ConditionType.ProgressAvailable, "False", Reason.ScrapeFailed, text)
+
+
+def summarise(progress: StatusProgress) -> Summary:
+    """Return the columns: validation's accuracy and margin once there are any, else training's."""
+    metrics = progress.metrics
+    place = "val" if "val/acc" in metrics else "train"
+    left = progress.eta_seconds
+    return Summary(
+        step=f"{progress.step}/{progress.total}"[:32] if progress.total else None,
+        accuracy=_number(metrics.get(f"{place}/acc"), 2),
+        margin=_number(metrics.get(f"{place}/rewards_margin"), 2),
+        loss=_number(metrics.get("train/loss"), 4),
+        eta=clock.duration(left)[:32] if left and progress.phase != "done" else None,
+    )
+
+
+def _number(value: float | None, digits: int) -> str | None:
+    if value is None:
+        return None
+    text = f"{value:.{digits}f}"
+    return text if len(text) <= 16 else f"{value:.3g}"[:16]
+
+
+def sentence(progress: StatusProgress | None) -> str:
+    """Say in words where a running attempt is."""
+    if progress is None:
+        return "All pods run."
+    where = {
+        "starting": "Loads the model",
+        "index": "Reads the data",
+        "reference": "Computes the reference's log-probs",
+        "validate": "Validates",
+        "train": "Trains",
+        "checkpoint": "Writes a checkpoint",
+        "export": "Exports the model",
+        "done": "Done",
+        "failed": "Failing",
+    }[progress.phase]
+    if progress.phase in ("index", "reference", "validate") and progress.done is not None:
+        units = {"index": "pairs", "reference": "pairs", "validate": "batches"}[progress.phase]
+        where += f": {progress.done:,} {units}" + (f" of {progress.of:,}" if progress.of else "")
+    elif progress.total and progress.step:
+        where += f", step {progress.step} of {progress.total}"
+    return f"{where}."

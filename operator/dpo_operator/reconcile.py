@@ -1,0 +1,113 @@
+"""One pure function from what was observed to what should be done. Each policy has a module of its own."""
+
+from __future__ import annotations
+
+from dpo_api.findings import ManifestError
+from dpo_operator import acceptance, attempts, clock, events, housekeeping, patches
+from dpo_operator.backend import pytorchjob
+from dpo_operator.config import Settings
+from dpo_operator.draft import Draft
+from dpo_operator.types import (
+    CheckChild,
+    Decision,
+    DeleteJob,
+    EmitEvent,
+    LookUpChild,
+    Observed,
+    PatchStatus,
+    ScrapeTarget,
+)
+from dpo_operator.view import View, is_alive
+
+
+def reconcile(observed: Observed, now: float, settings: Settings) -> Decision:
+    """Decide what to do about one DPOJob. ``now``: Unix seconds. Pure: equal arguments give equal decisions.
+
+    Raises pydantic's ValidationError for a stored status of a form that no operator writes.
+    """
+    view = View.of(observed)
+    if view.metadata.get("deletionTimestamp"):  # owner references take along what it owns; nothing waits for us
+        return Decision(status=patches.to_json(view.status))
+    draft = Draft(view, now, settings)
+    _decide(draft)
+    draft.update(observed_generation=view.generation)
+    return _conclude(draft)
+
+
+def _decide(draft: Draft) -> None:
+    try:
+        _ = draft.view.spec
+    except ManifestError as error:
+        if draft.status.completion_time is None:
+            acceptance.unreadable(draft, error)
+        return
+    if draft.view.status.completion_time is not None:
+        housekeeping.leave_queue(draft)
+        housekeeping.trim_history(draft)
+        housekeeping.expire(draft)
+        return
+    if not acceptance.accept(draft):
+        return
+    attempts.step(draft)
+    housekeeping.trim_history(draft)
+    if draft.status.completion_time is not None:
+        draft.wake_in(0)
+    else:
+        draft.wake_in(draft.settings.resync_seconds)
+
+
+def _conclude(draft: Draft) -> Decision:
+    """Put actions, events and the status patch in their order."""
+    view = draft.view
+    scrape = _target(draft)
+    asks = any(isinstance(action, CheckChild | LookUpChild) for action in draft.actions)
+    if asks or _is_progress_alone(draft):  # an answer comes first; what was drafted without it is void
+        return Decision(tuple(draft.actions), patches.to_json(view.status), draft.wake, scrape)
+    told = _events(draft)
+    if any(isinstance(action, DeleteJob) for action in draft.actions):
+        return Decision((*told, *draft.actions), patches.to_json(view.status), draft.wake, scrape)
+    patch = patches.difference(patches.to_json(view.status), patches.to_json(draft.status))
+    written = []
+    if patch:
+        version = view.metadata.get("resourceVersion")
+        written.append(PatchStatus({"metadata": {"resourceVersion": version}, "status": patch}))
+    return Decision((*draft.actions, *told, *written), patches.to_json(draft.status), draft.wake, scrape)
+
+
+def _events(draft: Draft) -> list[EmitEvent]:
+    try:
+        return events.emit(draft)
+    except ManifestError:  # a spec that cannot be read has no intervals to count
+        return [
+            events.build(draft.view, draft.now, *told, component=draft.settings.component)
+            for told in events.transitions(draft.view.status, draft.status)
+        ]
+
+
+def _is_progress_alone(draft: Draft) -> bool:
+    """Whether the pass brings nothing but progress, and the last write of it is young."""
+    former = draft.view.status.progress
+    if former is None or former.observed_at is None:
+        return False
+    if draft.now - clock.to_moment(former.observed_at) >= draft.settings.progress_write_seconds:
+        return False
+    return patches.without_progress(draft.view.status) == patches.without_progress(draft.status)
+
+
+def _target(draft: Draft) -> ScrapeTarget | None:
+    """Return rank 0's pod of the current attempt while it runs."""
+    attempt = draft.attempt
+    if attempt is None or attempt.result is not None or draft.status.completion_time is not None:
+        return None
+    for pod in draft.view.pods(attempt):
+        status = pod.get("status") or {}
+        running = status.get("phase") == "Running" and status.get("podIP") and is_alive(pod)
+        if pytorchjob.is_rank_zero(pod) and running and not pod["metadata"].get("deletionTimestamp"):
+            return ScrapeTarget(
+                child=attempt.child,
+                namespace=draft.view.identity.namespace or "default",
+                pod=str(pod["metadata"]["name"]),
+                ip=str(status["podIP"]),
+                port=draft.settings.trainer_port,
+            )
+    return None

@@ -1,0 +1,70 @@
+"""Whether another attempt follows, and when: a budget for each class of failure, and exponential back-off."""
+
+from __future__ import annotations
+
+import hashlib
+
+from dpo_api.status import Attempt
+from dpo_operator import clock, ends
+from dpo_operator.config import Settings
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason, named
+from dpo_operator.texts import sentence
+
+JITTER = 0.1
+"""Share of a pause by which jobs that failed together are spread."""
+
+
+def without_progress(draft: Draft) -> int:
+    """Return how many of the newest attempts failed in a row without a new checkpoint between, this one included."""
+    reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
+    count = 0
+    for attempt in reversed(draft.status.attempts):
+        if attempt.result != "Failed" or (reached or 0) > (attempt.from_step or 0):
+            break
+        count += 1
+    return count
+
+
+def backoff(failures: int, key: str, settings: Settings) -> float:
+    """Return the seconds before the next attempt after so many failures in a row; spread by ``key``, not by chance."""
+    pause = min(settings.backoff_max_seconds, settings.backoff_base_seconds * 2.0 ** min(max(0, failures - 1), 32))
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
+    return pause * (1 + JITTER * share)
+
+
+def conclude(draft: Draft, attempt: Attempt) -> None:
+    """Decide what follows an attempt that is over and did not succeed."""
+    if attempt.result == "Stopped":
+        draft.update(next_attempt_time=None)
+        return
+    reason = named(attempt.reason)
+    said = sentence(attempt.message or reason.meaning)
+    policy = draft.view.spec.run_policy
+    failures = without_progress(draft)
+    if attempt.failure_class == "permanent":
+        ends.fail(draft, reason, f"{said}.")
+        return
+    if attempt.failure_class == "retryable":
+        charged = draft.status.charged_restarts or 0
+        if charged >= policy.max_restarts:
+            text = f"{said}. runPolicy.maxRestarts {policy.max_restarts} is used up ({reason.value})."
+            ends.fail(draft, Reason.RestartsExhausted, text)
+            return
+        draft.update(charged_restarts=charged + 1)
+    elif failures > draft.settings.infrastructure_restarts_without_progress:
+        text = f"{failures} attempts in a row were lost without a new checkpoint between; the last: {said}."
+        ends.fail(draft, Reason.RestartsWithoutProgress, text)
+        return
+    pause = backoff(max(1, failures), f"{draft.view.uid}/{attempt.number}", draft.settings)
+    draft.update(next_attempt_time=clock.to_text(draft.now + pause + 0.999))
+    place_restart(draft, attempt)
+
+
+def place_restart(draft: Draft, attempt: Attempt) -> None:
+    """Say that the next attempt is on its way."""
+    reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
+    start = f"from step {reached}" if reached else "from the newest checkpoint, or from the start"
+    said = sentence(attempt.message or attempt.reason or "the attempt ended")
+    text = f"Attempt {attempt.number} ended ({attempt.reason}): {said}. Attempt {attempt.number + 1} continues {start}."
+    draft.place("Restarting", Reason.Restarting, text)

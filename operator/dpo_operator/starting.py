@@ -1,0 +1,164 @@
+"""An attempt whose pods do not all run yet: what they wait for, in their own words, and for how long they may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_api.status import Attempt
+from dpo_operator import clock
+from dpo_operator.backend import pytorchjob
+from dpo_operator.classification import Cause
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason
+from dpo_operator.texts import clean, sentence
+from dpo_operator.types import Object
+from dpo_operator.view import moment
+
+PULL_REASONS = frozenset(
+    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
+)
+CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+MOUNT_REASONS = frozenset({"FailedMount", "FailedAttachVolume"})
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """What a pod, or the lack of one, waits for."""
+
+    reason: Reason
+    message: str
+
+    @property
+    def needs_somebody(self) -> bool:
+        """Whether waiting alone will not do."""
+        return self.reason is not Reason.Unschedulable
+
+
+def has_run(pod: Object) -> bool:
+    """Whether the trainer's container of a pod has been running, now or before its end."""
+    status = pytorchjob.trainer_status(pod)
+    state = (status or {}).get("state") or {}
+    if "running" in state or "terminated" in state:
+        return True
+    return status is None and (pod.get("status") or {}).get("phase") == "Running"
+
+
+def started(draft: Draft, attempt: Attempt) -> bool:
+    """Whether every pod of an attempt has been running."""
+    pods = draft.view.pods(attempt)
+    return len(pods) >= draft.view.spec.resources.nodes and all(has_run(pod) for pod in pods)
+
+
+def obstacle(draft: Draft, attempt: Attempt) -> Obstacle | None:
+    """Return what stands in the way, the most telling first: what nobody will mend by waiting."""
+    pods = draft.view.pods(attempt)
+    found = [hit for pod in pods for hit in _of_pod(pod, draft.view.observed.events)]
+    if len(pods) < draft.view.spec.resources.nodes:
+        found += _of_child(draft, attempt)
+    order = [
+        Reason.InitContainerRefused,
+        Reason.ImagePullFailed,
+        Reason.ContainerConfigError,
+        Reason.PodsRefused,
+        Reason.VolumeNotMounted,
+        Reason.Unschedulable,
+    ]
+    return min(found, key=lambda hit: order.index(hit.reason), default=None)
+
+
+def _of_pod(pod: Object, events: Iterable[Object]) -> Iterable[Obstacle]:
+    name, status = pod["metadata"]["name"], pod.get("status") or {}
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
+            yield Obstacle(Reason.Unschedulable, f"pod {name}: {clean(str(condition.get('message') or ''))}")
+    for container in status.get("initContainerStatuses") or ():
+        yield from _of_container(pod, container, init=True)
+    for container in status.get("containerStatuses") or ():
+        yield from _of_container(pod, container, init=False)
+    if status.get("phase") == "Pending" and (pod.get("spec") or {}).get("nodeName"):
+        for event in _newest_first(events, "Pod", str(name)):
+            if event.get("reason") in MOUNT_REASONS:
+                yield Obstacle(Reason.VolumeNotMounted, f"pod {name}: {clean(str(event.get('message') or ''))}")
+                return
+
+
+def _of_container(pod: Object, container: Mapping[str, Any], *, init: bool) -> Iterable[Obstacle]:
+    waiting = (container.get("state") or {}).get("waiting") or {}
+    reason, said = str(waiting.get("reason") or ""), clean(str(waiting.get("message") or ""))
+    if reason not in PULL_REASONS | CONFIG_REASONS:
+        return
+    name, label = pod["metadata"]["name"], container.get("name")
+    text = f"pod {name}, container {label}: {reason}" + (f": {said}" if said else "")
+    if init and label == pytorchjob.INIT_CONTAINER:
+        yield Obstacle(Reason.InitContainerRefused, f"{sentence(text)}; {pytorchjob.INIT_CONTAINER_FIX}")
+    else:
+        yield Obstacle(Reason.ImagePullFailed if reason in PULL_REASONS else Reason.ContainerConfigError, text)
+
+
+def _of_child(draft: Draft, attempt: Attempt) -> Iterable[Obstacle]:
+    """Pods that were refused exist nowhere but in an event of the child."""
+    for event in _newest_first(draft.view.observed.events, pytorchjob.CHILD_KIND, attempt.child):
+        if event.get("reason") != "FailedCreatePod":
+            continue
+        said = clean(str(event.get("message") or ""))
+        if pytorchjob.INIT_CONTAINER in said:
+            yield Obstacle(Reason.InitContainerRefused, f"{sentence(said)}; {pytorchjob.INIT_CONTAINER_FIX}")
+        else:
+            yield Obstacle(Reason.PodsRefused, said)
+        return
+
+
+def _newest_first(events: Iterable[Object], kind: str, name: str) -> list[Object]:
+    mine = [e for e in events if _about(e).get("kind") == kind and _about(e).get("name") == name]
+    return sorted(mine, key=_seen, reverse=True)
+
+
+def _about(event: Object) -> Mapping[str, Any]:
+    about: Mapping[str, Any] = event.get("involvedObject") or event.get("regarding") or {}
+    return about
+
+
+def _seen(event: Object) -> float:
+    series = event.get("series") or {}
+    times = (
+        series.get("lastObservedTime"),
+        event.get("lastTimestamp"),
+        event.get("eventTime"),
+        event["metadata"].get("creationTimestamp"),
+    )
+    return next((moment(time) or 0.0 for time in times if time), 0.0)
+
+
+def overdue(draft: Draft, attempt: Attempt) -> Cause | None:
+    """Return the cause StartTimeout when pods have waited too long since admission; else ask to be woken then."""
+    admitted = draft.status.admitted_since
+    if attempt.running_time is not None or admitted is None:
+        return None
+    limit = draft.view.spec.run_policy.start_timeout_seconds
+    due = clock.to_moment(admitted) + limit
+    if draft.now < due:
+        draft.wake_at(due)
+        return None
+    hit = obstacle(draft, attempt)
+    pods, nodes = draft.view.pods(attempt), draft.view.spec.resources.nodes
+    running = sum(has_run(pod) for pod in pods)
+    why = hit.message if hit is not None else f"{len(pods)} pods exist, {nodes} are wanted"
+    text = f"{running} of {nodes} pods ran within {limit} s of admission: {why}"
+    return Cause(Reason.StartTimeout, clean(text, 2000))
+
+
+def say(draft: Draft, attempt: Attempt) -> None:
+    """Place an attempt that is starting."""
+    hit = obstacle(draft, attempt)
+    if hit is None:
+        pods, nodes = draft.view.pods(attempt), draft.view.spec.resources.nodes
+        running = sum(has_run(pod) for pod in pods)
+        # A thousand pods start one by one; their status is not written a thousand times.
+        share = max(1, nodes // 10)
+        shown = running if running == nodes else running - running % share
+        text = f"{shown} of {nodes} pods run (attempt {attempt.number})."
+        draft.place("Starting", Reason.Starting, text)
+        return
+    draft.place("Starting", hit.reason, f"{sentence(hit.message)}.", progressing=not hit.needs_somebody)

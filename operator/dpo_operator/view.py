@@ -1,0 +1,132 @@
+"""The facts of one pass: the observed objects, read once and sorted by attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from dpo_api.manifest import DPOJob, parse_job
+from dpo_api.spec import DPOJobSpec
+from dpo_api.status import Attempt, DPOJobStatus
+from dpo_operator import clock, labels
+from dpo_operator.backend import pytorchjob
+from dpo_operator.backend.pytorchjob import Identity
+from dpo_operator.types import Object, Observed
+
+
+def moment(text: object) -> float | None:
+    """Return a Kubernetes time as Unix seconds; None where there is none."""
+    return clock.to_moment(text) if isinstance(text, str) and text else None
+
+
+def attempt_of(thing: Object) -> int | None:
+    """Return the attempt that an object's label names."""
+    value = (thing["metadata"].get("labels") or {}).get(labels.ATTEMPT, "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 8 else None
+
+
+def owner_uid(thing: Object) -> str | None:
+    """Return the UID of an object's controller."""
+    owners = thing["metadata"].get("ownerReferences") or []
+    return next((str(owner.get("uid")) for owner in owners if owner.get("controller")), None)
+
+
+def is_alive(pod: Object) -> bool:
+    """Whether a pod may still run something: neither of its final phases."""
+    return (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pass knows."""
+
+    observed: Observed
+    status: DPOJobStatus
+    """The status as it is stored."""
+
+    @classmethod
+    def of(cls, observed: Observed) -> View:
+        """Read the stored status. Raises ValidationError for one that nobody of ours wrote."""
+        return cls(observed, DPOJobStatus.model_validate(observed.job.get("status") or {}))
+
+    @cached_property
+    def metadata(self) -> Mapping[str, object]:
+        """Metadata of the DPOJob."""
+        metadata: Mapping[str, object] = self.observed.job["metadata"]
+        return metadata
+
+    @cached_property
+    def name(self) -> str:
+        """Name of the DPOJob."""
+        return str(self.metadata["name"])
+
+    @cached_property
+    def uid(self) -> str:
+        """UID of the DPOJob."""
+        return str(self.metadata["uid"])
+
+    @cached_property
+    def generation(self) -> int:
+        """Generation of the spec."""
+        return int(str(self.metadata.get("generation") or 1))
+
+    @cached_property
+    def job(self) -> DPOJob:
+        """The DPOJob, validated. Raises ManifestError."""
+        return parse_job(self.observed.job)
+
+    @property
+    def spec(self) -> DPOJobSpec:
+        """Its spec. Raises ManifestError."""
+        return self.job.spec
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What ties children to the job."""
+        own: Mapping[str, str] = self.observed.job["metadata"].get("labels") or {}
+        return Identity(
+            name=self.name,
+            namespace=str(self.metadata["namespace"]) if self.metadata.get("namespace") else None,
+            uid=self.uid,
+            created=int(moment(self.metadata.get("creationTimestamp")) or 0),
+            queue=own.get(labels.KUEUE_QUEUE),
+            priority=own.get(labels.KUEUE_PRIORITY),
+        )
+
+    @cached_property
+    def children(self) -> dict[str, Object]:
+        """Our own children by name."""
+        return {str(c["metadata"]["name"]): c for c in self.observed.children if owner_uid(c) == self.uid}
+
+    @cached_property
+    def strangers(self) -> dict[str, Object]:
+        """Children with the job's label, or met under a name of ours, that somebody else owns."""
+        return {str(c["metadata"]["name"]): c for c in self.observed.children if owner_uid(c) != self.uid}
+
+    def is_gone(self, child: str) -> bool:
+        """Whether a child of ours is known, not by a cache alone, to be no more."""
+        return child in self.observed.absent or child in self.strangers
+
+    def pods(self, attempt: Attempt) -> list[Object]:
+        """Return an attempt's pods, rank 0's first."""
+        mine = [
+            pod
+            for pod in self.observed.pods
+            if (pod["metadata"].get("labels") or {}).get(labels.JOB_UID) == self.uid
+            and attempt_of(pod) == attempt.number
+        ]
+        return sorted(mine, key=lambda pod: (not pytorchjob.is_rank_zero(pod), str(pod["metadata"]["name"])))
+
+    @cached_property
+    def namesake_pods(self) -> list[Object]:
+        """Pods of a former DPOJob of this name that still stand in the way."""
+        return [
+            pod
+            for pod in self.observed.pods
+            if (pod["metadata"].get("labels") or {}).get(labels.JOB_UID) not in (self.uid, None)
+        ]
+
+    def stored_attempt(self, number: int) -> Attempt | None:
+        """Return what the stored status, not this pass, says of an attempt."""
+        return next((attempt for attempt in self.status.attempts if attempt.number == number), None)

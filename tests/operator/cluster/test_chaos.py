@@ -1,0 +1,244 @@
+"""The operator is killed, misled and doubled; jobs must not notice more than a delay."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from dpo_testing.chaosproxy import Call, ChaosProxy, Fault, nth, once
+from dpo_testing.controlplane import ControlPlane
+from dpo_testing.fakekubelet import FakeKubelet, last_words
+from dpo_testing.jobs import Jobs, manifest
+from dpo_testing.kubeapi import DPOJOBS, eventually
+from dpo_testing.operatorprocess import OperatorProcess
+
+DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
+
+_MOMENTS = re.compile(r'"[0-9]{4}-[0-9-]+T[0-9:.]+Z"|"resourceVersion": "[0-9]+"|"admittedSeconds": [0-9]+')
+
+
+@pytest.fixture
+def proxy(cluster: ControlPlane) -> Iterator[ChaosProxy]:
+    with ChaosProxy(cluster.url, cluster.tls()) as made:
+        yield made
+
+
+@contextmanager
+def serving(cluster: ControlPlane, proxy: ChaosProxy, namespace: str) -> Iterator[OperatorProcess]:
+    """Run an operator that sees the cluster through the proxy."""
+    kubeconfig = cluster.identity("admin", ["system:masters"], server=proxy.url)
+    with OperatorProcess(kubeconfig, "--scrape-by=off", namespaces=namespace) as process:
+        yield process
+        assert process.exceptions() == []
+
+
+def live(jobs: Jobs, kubelet: FakeKubelet, name: str, step: Callable[[Callable[[], object]], None]) -> None:
+    """Lead a job through a restart, a suspension and its end. ``step`` waits for what the operator should do."""
+    jobs.create(manifest(name, run_policy={"maxRestarts": 1, "ttlSecondsAfterFinished": 3600}))
+    step(lambda: f"{name}-1" in jobs.children())
+    kubelet.finish(jobs.namespace, f"{name}-1-master-0", last_words("Communication", message="lost a peer"), 75)
+    step(lambda: f"{name}-2" in jobs.children())
+    kubelet.pod(jobs.namespace, f"{name}-2-master-0")
+    step(lambda: jobs.status(name).get("state") == "Running")
+    jobs.patch(name, {"runPolicy": {"suspend": True}})
+    step(lambda: jobs.status(name).get("state") == "Suspended")
+    jobs.patch(name, {"runPolicy": {"suspend": False}})
+    step(lambda: f"{name}-3" in jobs.children())
+    kubelet.finish(jobs.namespace, f"{name}-3-master-0", DONE)
+    step(lambda: jobs.status(name).get("state") == "Succeeded")
+
+
+def check(jobs: Jobs, proxy: ChaosProxy, name: str) -> None:
+    """Whatever happened: one child an attempt, the right budgets, no further writes once it is over."""
+    status = jobs.status(name)
+    assert [(a["number"], a["result"]) for a in status["attempts"]] == [
+        (1, "Failed"), (2, "Stopped"), (3, "Succeeded"),
+    ]  # fmt: skip
+    assert status["chargedRestarts"] == 1
+    made = Counter(json.loads(call.body)["metadata"]["name"] for call in proxy.calls if call.kind == "POST pytorchjobs")
+    assert made == {f"{name}-{n}": 1 for n in (1, 2, 3)}
+    pods = [p for p in jobs.pods().values() if p["status"].get("phase") == "Running"]
+    assert pods == []
+    told = [(e["reason"], e.get("count", 1)) for e in jobs.events(name).values()]
+    assert all(count == 1 for _, count in told), told
+
+
+@pytest.mark.slow
+def test_a_kill_before_or_after_any_write_leaves_one_child_an_attempt(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
+) -> None:
+    """First an undisturbed life is written down; then each of its writes in turn is the moment of a SIGKILL."""
+    jobs = Jobs(cluster.admin, namespace)
+    with serving(cluster, proxy, namespace):
+        live(jobs, kubelet, "calm", lambda done: eventually(done, seconds=60, what="a step of a calm life") and None)
+        check(jobs, proxy, "calm")
+    writes = [call.kind for call in proxy.calls]
+    assert {"POST configmaps", "POST pytorchjobs", "DELETE pytorchjobs", "PATCH dpojobs/status"} <= set(writes)
+    # The two lives share nothing, so they are led at the same time.
+    with ThreadPoolExecutor(2) as pool:
+        for life in [pool.submit(_life_with_kills, cluster, kubelet, when, writes) for when in ("before", "after")]:
+            life.result()
+
+
+def _life_with_kills(cluster: ControlPlane, kubelet: FakeKubelet, when: str, writes: list[str]) -> None:
+    name = f"killed-{when}"
+    with cluster.namespace() as namespace, ChaosProxy(cluster.url, cluster.tls()) as proxy:
+        jobs = Jobs(cluster.admin, namespace)
+        with serving(cluster, proxy, namespace) as operator:
+
+            def step(done: Callable[[], object]) -> None:
+                def look() -> object:
+                    if not operator.running:
+                        operator.start()
+                    return done()
+
+                eventually(look, seconds=120, what=f"a step of a life with kills {when} its writes")
+
+            kills: list[str] = []
+            proxy.rules[:] = [_kill_at_each_new_write(operator, when, kills)]
+            live(jobs, kubelet, name, step)
+            # Let it meet the kills of the last writes too, and settle.
+            step(lambda: operator.get("/readyz")[0] == 200)
+            check(jobs, proxy, name)
+            # Some writes of the calm life are one here, as time passes between two looks; none of its kinds is missing.
+            assert set(kills) >= set(writes) - {"POST events"}
+            assert Counter(kills)["POST pytorchjobs"] == 3
+            assert len(proxy.calls) <= len(writes) + 4
+
+
+def _kill_at_each_new_write(operator: OperatorProcess, when: str, kills: list[str]) -> Callable[[Call], Fault | None]:
+    seen: set[tuple[str, str]] = set()
+
+    def rule(call: Call) -> Fault | None:
+        if not call.mutating or (when == "before" and call.kind == "POST events"):
+            return None  # before an event is after what comes before it
+        # The same write comes again with another time and version, and must not be the end for ever.
+        identity = (call.kind, _MOMENTS.sub("", call.body.decode()))
+        if identity in seen:
+            return None
+        seen.add(identity)
+        kills.append(call.kind)
+        return Fault(before=operator.kill) if when == "before" else Fault(after=operator.kill)
+
+    return rule
+
+
+def test_errors_of_the_api_server_delay_and_nothing_more(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
+) -> None:
+    jobs = Jobs(cluster.admin, namespace)
+    with serving(cluster, proxy, namespace) as operator:
+        proxy.rules[:] = [
+            *(once(_is("POST pytorchjobs"), Fault(status=code)) for code in (429, 500, 503)),
+            *(once(_is("PATCH dpojobs/status"), Fault(status=code)) for code in (409, 500, 503)),
+            nth(3, lambda call: call.kind == "PATCH dpojobs/status", Fault(status=429, headers={"Retry-After": "1"})),
+            once(_is("DELETE pytorchjobs"), Fault(status=503)),
+            once(_is("POST configmaps"), Fault(after=lambda: None)),  # carried out, and the answer lost
+            once(lambda call: call.watch and "pods" in call.path, Fault(status=410)),
+            once(lambda call: call.watch and "dpojobs" in call.path, Fault(status=500)),
+        ]
+        proxy.drop_watches()
+        live(jobs, kubelet, "errors", lambda done: eventually(done, seconds=90, what="a step despite errors") and None)
+        check(jobs, proxy, "errors")
+        assert operator.get("/healthz")[0] == 200
+
+
+def _is(kind: str) -> Callable[[Call], bool]:
+    return lambda call: call.kind == kind and "dryRun" not in call.query
+
+
+def test_dropped_and_hung_watches_are_noticed_and_made_good(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
+) -> None:
+    jobs = Jobs(cluster.admin, namespace)
+    with serving(cluster, proxy, namespace) as operator:
+        jobs.create(manifest("heard"))
+        jobs.wait_child("heard-1")
+        proxy.drop_watches()
+        kubelet.finish(namespace, "heard-1-master-0", DONE)
+        jobs.wait_state("Succeeded", name="heard")
+        assert operator.get("/healthz")[0] == 200
+
+        # A watch that stands and brings nothing: the re-list finds what it missed, and liveness fails.
+        proxy.mute.set()
+        jobs.create(manifest("unheard"))
+        jobs.wait_child("unheard-1")
+        kubelet.finish(namespace, "unheard-1-master-0", DONE)
+        jobs.wait_state("Succeeded", name="unheard", seconds=60)
+        eventually(lambda: operator.get("/healthz")[0] == 503, seconds=60, what="liveness fails")
+        assert "dead watch" in operator.get("/healthz")[1]
+        proxy.mute.clear()
+
+
+def test_two_operators_do_no_harm(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
+) -> None:
+    jobs = Jobs(cluster.admin, namespace)
+    with serving(cluster, proxy, namespace), serving(cluster, proxy, namespace):
+        live(
+            jobs, kubelet, "twice", lambda done: eventually(done, seconds=90, what="a step with two operators") and None
+        )
+        check(jobs, proxy, "twice")
+
+
+def test_an_api_server_that_restarts_is_waited_for(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
+) -> None:
+    jobs = Jobs(cluster.admin, namespace)
+    with serving(cluster, proxy, namespace) as operator:
+        jobs.create(manifest("outage"))
+        jobs.wait_child("outage-1")
+        kubelet.pod(namespace, "outage-1-master-0")
+        cluster.restart_apiserver()
+        assert operator.get("/healthz")[0] == 200
+        kubelet.finish(namespace, "outage-1-master-0", DONE)
+        jobs.wait_state("Succeeded", name="outage", seconds=90)
+
+
+def test_deletion_needs_no_operator(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
+) -> None:
+    jobs = Jobs(cluster.admin, namespace)
+    with serving(cluster, proxy, namespace):
+        jobs.create(manifest("orphan"))
+        kubelet.pod(namespace, "orphan-1-master-0")
+        jobs.wait_state("Running", name="orphan")
+    jobs.delete("orphan")
+    eventually(lambda: not jobs.children() and not jobs.pods(), seconds=60, what="child and pods are collected")
+    jobs.create(manifest("left"))
+    cluster.admin.delete(("v1", "namespaces"), None, namespace)
+    eventually(lambda: cluster.admin.find(("v1", "namespaces"), None, namespace) is None, seconds=60,
+               what="the namespace is gone")  # fmt: skip
+
+
+def test_a_recreated_job_waits_for_its_namesakes_pods(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
+) -> None:
+    jobs = Jobs(cluster.admin, namespace)
+    with serving(cluster, proxy, namespace):
+        first = jobs.create(manifest("again"))
+        pod = kubelet.pod(namespace, "again-1-master-0")
+        jobs.wait_state("Running", name="again")
+        kubelet.keep_terminating(namespace)
+        jobs.delete("again")
+        eventually(lambda: jobs.pods()["again-1-master-0"]["metadata"].get("deletionTimestamp"), what="it terminates")
+        second = jobs.create(manifest("again"))
+        assert second["metadata"]["uid"] != first["metadata"]["uid"]
+        eventually(
+            lambda: jobs.conditions("again").get("Progressing") or {},
+            until=lambda c: c.get("reason") == "WaitingForNamesake",
+            what="WaitingForNamesake",
+        )
+        assert "again-1" not in jobs.children()
+        kubelet.finish_terminating(namespace)
+        jobs.wait_child("again-1")
+        assert kubelet.pod(namespace, "again-1-master-0")["metadata"]["uid"] != pod["metadata"]["uid"]
+        kubelet.finish(namespace, "again-1-master-0", DONE)
+        jobs.wait_state("Succeeded", name="again")
+        assert cluster.admin.get(DPOJOBS, namespace, "again")["status"]["restarts"] == 0

@@ -1,0 +1,359 @@
+"""The shipped Role is enough for a job's whole life, and no right in it is one too many."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import kopf
+import pytest
+
+from dpo_operator import rbac
+from dpo_operator.process.cache import Cache
+from dpo_operator.process.client import ApiError, Client, Unreachable
+from dpo_operator.process.performer import Outdated, Performer
+from dpo_operator.process.resources import CHILDREN, EVENTS, JOBS, PODS, Resource
+from dpo_operator.process.scraper import Scraper
+from dpo_operator.process.watchdog import Watchdog
+from dpo_operator.types import (
+    Action,
+    CreateChild,
+    CreateConfigMap,
+    DeleteChild,
+    DeleteJob,
+    EmitEvent,
+    LookUpChild,
+    Observed,
+    PatchStatus,
+    ScrapeTarget,
+)
+from dpo_testing.controlplane import ControlPlane
+from dpo_testing.fakekubelet import FakeKubelet, last_words
+from dpo_testing.jobs import Jobs, manifest
+from dpo_testing.kubeapi import DPOJOBS, PYTORCHJOBS, Object, eventually, path_of
+from dpo_testing.operatorprocess import OperatorProcess
+
+_ACCOUNTS = ("v1", "serviceaccounts")
+_RBAC = "rbac.authorization.k8s.io/v1"
+ACCOUNT = "dpo-operator"
+DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
+
+
+@dataclass(frozen=True)
+class Account:
+    """A service account with a token, which holds some of the table's rules."""
+
+    name: str
+    namespace: str
+    token: str
+
+    def kubeconfig(self, cluster: ControlPlane) -> Path:
+        """Return a kubeconfig with the token."""
+        config = json.loads(cluster.kubeconfig.read_text())
+        config["users"][0]["user"] = {"token": self.token}
+        path = cluster.folder / f"{self.namespace}-{self.name}.kubeconfig"
+        path.write_text(json.dumps(config))
+        return path
+
+
+def account(
+    cluster: ControlPlane, namespace: str, role: Object, *, name: str = ACCOUNT, everywhere: bool = False
+) -> Account:
+    """Make a service account and bind a Role, or with ``everywhere`` a ClusterRole, to it as shipped."""
+    api = cluster.admin
+    api.create(_ACCOUNTS, namespace, {"metadata": {"name": name}})
+    bound = rbac.binding(None if everywhere else namespace, account=name, account_namespace=namespace, name=name)
+    where, kinds = (
+        (None, ("clusterroles", "clusterrolebindings")) if everywhere else (namespace, ("roles", "rolebindings"))
+    )
+    for kind, body in zip(kinds, (role, bound), strict=True):
+        api.apply((_RBAC, kind), where, body)
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
+    answer = api.call("POST", path_of(_ACCOUNTS, namespace, name, "token"), request)
+    return Account(name, namespace, answer["status"]["token"])
+
+
+def may(cluster: ControlPlane, who: Account, group: str, resource: str, verb: str, namespace: str = "") -> bool:
+    """Ask the API server's authorizer."""
+    resource, _, sub = resource.partition("/")
+    attributes = {"group": group, "resource": resource, "subresource": sub, "verb": verb}
+    attributes["namespace"] = namespace or who.namespace
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {"user": f"system:serviceaccount:{who.namespace}:{who.name}", "resourceAttributes": attributes},
+    }
+    answer = cluster.admin.call("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
+    return bool(answer["status"]["allowed"])
+
+
+# --- enough ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["one namespace", "all namespaces"])
+def limited(request: pytest.FixtureRequest, cluster: ControlPlane, namespace: str) -> Iterator[OperatorProcess]:
+    """The operator as its service account, with the shipped Role or ClusterRole and nothing else."""
+    everywhere = request.param == "all namespaces"
+    role = rbac.cluster_role(outside=True) if everywhere else rbac.role(namespace, outside=True)
+    who = account(cluster, namespace, role, everywhere=everywhere)
+    eventually(lambda: may(cluster, who, "", "pods", "watch"), what="the authorizer knows the role")
+    served = "" if everywhere else namespace
+    with OperatorProcess(who.kubeconfig(cluster), "--scrape-by=api-proxy", namespaces=served) as process:
+        yield process
+        assert process.exceptions() == []
+    if everywhere:
+        for kind in ("clusterrolebindings", "clusterroles"):
+            cluster.admin.delete((_RBAC, kind), None, ACCOUNT)
+
+
+def test_a_whole_life_passes_under_the_shipped_role(
+    limited: OperatorProcess, cluster: ControlPlane, kubelet: FakeKubelet, namespace: str
+) -> None:
+    jobs = Jobs(cluster.admin, namespace)
+    jobs.create(manifest("job", nodes=2, run_policy={"maxRestarts": 1, "attemptsHistoryLimit": 0}))
+    kubelet.finish(namespace, "job-1-master-0", last_words("Communication", message="lost a peer"), 75)
+    kubelet.pod(namespace, "job-2-master-0")
+    jobs.wait_state("Running")
+    jobs.patch("job", {"runPolicy": {"suspend": True}})
+    jobs.wait_state("Suspended")
+    jobs.patch("job", {"runPolicy": {"suspend": False}})
+    kubelet.finish(namespace, "job-3-master-0", DONE)
+    jobs.wait_state("Succeeded")
+    assert {"Accepted", "PyTorchJobCreated", "Restarting", "Suspended", "Succeeded"} <= set(jobs.events())
+    jobs.patch("job", {"runPolicy": {"ttlSecondsAfterFinished": 1}})
+    eventually(lambda: cluster.admin.find(DPOJOBS, namespace, "job") is None, what="the DPOJob is deleted")
+    # RBAC's refusals read: User "…" cannot list resource "…".
+    assert " cannot " not in limited.log()
+    assert 'cause="403"' not in limited.get("/metrics")[1]
+
+
+def test_it_has_no_right_beyond_the_table(cluster: ControlPlane, namespace: str) -> None:
+    who = account(cluster, namespace, rbac.role(namespace))
+    eventually(lambda: may(cluster, who, "", "pods", "watch"), what="the authorizer knows the role")
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": namespace},
+    }
+
+    async def ask() -> Any:
+        async with client_of(cluster, who) as client:
+            return await client.request("POST", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", review)
+
+    rules = asyncio.run(ask())["status"]["resourceRules"]
+    had = {(g, r, v) for rule in rules for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
+    everyone = {"authorization.k8s.io", "authentication.k8s.io"}  # reviews of oneself
+    assert {right for right in had if right[0] not in everyone} == RIGHTS - {("", "pods/proxy", "get")}
+    for resource in ("secrets", "pods/exec", "pods/log", "serviceaccounts/token"):
+        assert not may(cluster, who, "", resource, "get")
+    assert not may(cluster, who, "", "pods", "list", namespace="default")
+
+
+# --- not too much ----------------------------------------------------------------------------------------------------
+
+RIGHTS = {(rule.group, rule.resource, verb) for rule in rbac.RULES for verb in rule.verbs}
+Right = tuple[str, str, str]
+
+
+@asynccontextmanager
+async def client_of(cluster: ControlPlane, who: Account) -> AsyncIterator[Client]:
+    """The operator's own client, as an account."""
+    info = kopf.ConnectionInfo(server=cluster.url, ca_path=str(cluster.ca_file), token=who.token)
+    client = Client(lambda: info, user_agent="tests")
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+class Stage:
+    """What a scenario plays on: the operator's client under some account, and objects that an admin has made."""
+
+    def __init__(self, client: Client, jobs: Jobs) -> None:
+        self.client = client
+        self.jobs = jobs
+        self.cache = Cache()
+        self.performer = Performer(client, self.cache)
+
+    async def perform(self, action: Action) -> Observed | None:
+        """Carry out one action of a pass over the DPOJob `job`; raise Denied where the API server forbids it."""
+        job = self.jobs.get()
+        news = await self.performer.perform((self.jobs.namespace, "job"), Observed(job=job), [action])
+        refusals = news.refusals.values() if news is not None else ()
+        if any(refusal.code == 403 for refusal in refusals):
+            raise ApiError(403, "Forbidden", str(refusals))
+        return news
+
+
+def _named(kind: str, name: str, **more: Any) -> Object:
+    version = {"PyTorchJob": PYTORCHJOBS[0]}.get(kind, "v1")
+    return {
+        "apiVersion": version,
+        "kind": kind,
+        "metadata": {"name": name, "labels": {"dpo-operator.dev/job": "job"}},
+        **more,
+    }
+
+
+def _child(name: str) -> Object:
+    container = {"name": "pytorch", "image": "localhost/trainer:1"}
+    master = {"replicas": 1, "template": {"spec": {"containers": [container]}}}
+    return _named("PyTorchJob", name, spec={"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Master": master}})
+
+
+def _event(name: str, namespace: str) -> Object:
+    about = {"kind": "DPOJob", "name": "job", "namespace": namespace, "apiVersion": DPOJOBS[0]}
+    return _named("Event", name, reason="Accepted", message="x", type="Normal", involvedObject=about)
+
+
+async def lists(stage: Stage, resource: Resource) -> None:
+    """The comparison that fills the caches and finds dead watches."""
+    watchdog = Watchdog(stage.client, stage.cache, [stage.jobs.namespace], lambda _: None, interval=60, dead_after=60)
+    watchdog.resources = (resource,)
+    await watchdog.compare()
+
+
+async def watches(stage: Stage, resource: Resource) -> None:
+    """The request by which kopf watches a kind."""
+    params = {"watch": "true", "timeoutSeconds": "1", "labelSelector": resource.selector}
+    try:
+        await stage.client.request("GET", resource.path(stage.jobs.namespace), params=params)
+    except Unreachable as error:
+        # It was allowed: a watch answers with lines, of which there may be none.
+        assert "no JSON" in str(error)  # noqa: PT017 - any other would be a failure of the connection
+
+
+async def job_get(stage: Stage) -> None:
+    """A status write of an old version: the newer object is read."""
+    body = {"metadata": {"resourceVersion": "1"}, "status": {"message": "old"}}
+    with pytest.raises(Outdated):
+        await stage.perform(PatchStatus(body))
+
+
+async def job_delete(stage: Stage) -> None:
+    """The end of ttlSecondsAfterFinished."""
+    await stage.perform(DeleteJob("job", "another-uid"))
+
+
+async def status_patch(stage: Stage) -> None:
+    """The one status write of a pass."""
+    version = stage.jobs.get()["metadata"]["resourceVersion"]
+    await stage.perform(PatchStatus({"metadata": {"resourceVersion": version}, "status": {"message": "seen"}}))
+
+
+async def child_get(stage: Stage) -> None:
+    """A child that the cache does not show is looked up before it counts as gone."""
+    await stage.perform(LookUpChild("job-9"))
+
+
+async def child_create(stage: Stage) -> None:
+    """The start of an attempt."""
+    await stage.perform(CreateChild(_child("job-2")))
+
+
+async def child_delete(stage: Stage) -> None:
+    """A suspension, or the trimming of the history."""
+    uid = stage.jobs.children()["job-1"]["metadata"]["uid"]
+    await stage.perform(DeleteChild("job-1", uid))
+
+
+async def config_map_create(stage: Stage) -> None:
+    """The pinning of a spec."""
+    await stage.perform(CreateConfigMap(_named("ConfigMap", "pin-2", immutable=True)))
+
+
+async def config_map_get(stage: Stage) -> None:
+    """The pinning of a spec by an operator that was killed right after it did so."""
+    await stage.perform(CreateConfigMap(_named("ConfigMap", "pin-1", immutable=True)))
+
+
+async def event_create(stage: Stage) -> None:
+    """The news of a transition; no job waits for it, so the refusal shows by the event that is not there."""
+    await stage.perform(EmitEvent(_event("told", stage.jobs.namespace)))
+    if stage.jobs.api.find(("v1", "events"), stage.jobs.namespace, "told") is None:
+        raise ApiError(403, "Forbidden", "no event was made")
+
+
+async def event_list(stage: Stage) -> None:
+    """The words of a refused pod, which stand in an event alone."""
+    params = {"fieldSelector": "involvedObject.uid=x,type=Warning", "limit": "50"}
+    await stage.client.request("GET", EVENTS.path(stage.jobs.namespace), params=params)
+
+
+async def proxy_get(stage: Stage) -> None:
+    """The question for progress, from outside the cluster. No pod answers here, but the API server lets it through."""
+    scraper = Scraper(stage.client, "api-proxy", lambda _: None, interval=60, write_interval=60)
+    target = ScrapeTarget(child="job-1", namespace=stage.jobs.namespace, pod="job-1-master-0", ip="", port=9400)
+    scraper.aim((stage.jobs.namespace, "job"), target)
+    while (answer := scraper.newest((stage.jobs.namespace, "job"))) is None:
+        await asyncio.sleep(0.05)
+    await scraper.close()
+    if "403" in answer.error:
+        raise ApiError(403, "Forbidden", answer.error)
+
+
+OURS, THEIRS = JOBS.group, CHILDREN.group
+SCENARIOS: dict[Right, Callable[[Stage], Awaitable[None]]] = {
+    (OURS, "dpojobs", "get"): job_get,
+    (OURS, "dpojobs", "list"): lambda stage: lists(stage, JOBS),
+    (OURS, "dpojobs", "watch"): lambda stage: watches(stage, JOBS),
+    (OURS, "dpojobs", "delete"): job_delete,
+    (OURS, "dpojobs/status", "patch"): status_patch,
+    (THEIRS, "pytorchjobs", "get"): child_get,
+    (THEIRS, "pytorchjobs", "list"): lambda stage: lists(stage, CHILDREN),
+    (THEIRS, "pytorchjobs", "watch"): lambda stage: watches(stage, CHILDREN),
+    (THEIRS, "pytorchjobs", "create"): child_create,
+    (THEIRS, "pytorchjobs", "delete"): child_delete,
+    ("", "pods", "list"): lambda stage: lists(stage, PODS),
+    ("", "pods", "watch"): lambda stage: watches(stage, PODS),
+    ("", "configmaps", "get"): config_map_get,
+    ("", "configmaps", "create"): config_map_create,
+    ("", "events", "create"): event_create,
+    ("", "events", "list"): event_list,
+    ("", "pods/proxy", "get"): proxy_get,
+}
+"""What the operator does with each right, by its own code."""
+
+
+def test_every_right_has_a_scenario() -> None:
+    assert set(SCENARIOS) == RIGHTS
+
+
+def lacking(right: Right) -> list[rbac.Rule]:
+    """Return the table without one right."""
+    group, resource, verb = right
+    kept = [
+        replace(rule, verbs=tuple(v for v in rule.verbs if (rule.group, rule.resource, v) != (group, resource, verb)))
+        for rule in rbac.RULES
+    ]
+    return [rule for rule in kept if rule.verbs]
+
+
+@pytest.mark.parametrize("right", sorted(SCENARIOS), ids=lambda right: f"{right[2]} {right[1]}")
+def test_a_scenario_fails_without_its_right(cluster: ControlPlane, namespace: str, right: Right) -> None:
+    jobs = Jobs(cluster.admin, namespace)
+    body = manifest("job", run_policy={"suspend": True})
+    jobs.create(body)
+    cluster.admin.create(PYTORCHJOBS, namespace, _child("job-1"))
+    cluster.admin.create(("v1", "configmaps"), namespace, _named("ConfigMap", "pin-1", immutable=True))
+    whole = account(cluster, namespace, rbac.role(namespace, name="whole", outside=True), name="whole")
+    reduced = account(
+        cluster, namespace, rbac.role(namespace, name="reduced", outside=True, rules=lacking(right)), name="reduced"
+    )
+    other = next(kept for kept in sorted(RIGHTS) if kept != right)
+    for who, asked in ((whole, right), (reduced, other)):
+        eventually(lambda who=who, asked=asked: may(cluster, who, *asked), what=f"the role {who.name}")  # type: ignore[misc]
+
+    async def play(who: Account) -> None:
+        async with client_of(cluster, who) as client:
+            await SCENARIOS[right](Stage(client, jobs))
+
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(play(reduced))
+    assert refused.value.status == 403
+    asyncio.run(play(whole))

@@ -1,0 +1,69 @@
+"""The cache: newest version wins, deletions stick, and a name used again is another object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_operator.process.cache import Cache
+from dpo_operator.process.resources import CHILDREN, JOBS, PODS
+
+
+def item(name: str, version: int, uid: str = "u1", job: str | None = "job", **more: Any) -> dict[str, Any]:
+    labels = {"dpo-operator.dev/job": job} if job else {}
+    metadata = {"namespace": "ns", "name": name, "uid": uid, "resourceVersion": str(version), "labels": labels}
+    return {"metadata": {**metadata, "managedFields": [{"much": "text"}]}, **more}
+
+
+def test_an_older_version_changes_nothing() -> None:
+    cache = Cache()
+    assert cache.put(JOBS, item("job", 5, status={"state": "Running"}), watched=False) == ("ns", "job")
+    # 10 is newer than 9: versions are numbers, not words.
+    assert cache.put(JOBS, item("job", 4, status={"state": "Pending"}), watched=True) is None
+    assert cache.put(JOBS, item("job", 10), watched=True) == ("ns", "job")
+    assert cache.put(JOBS, item("job", 9), watched=True) is None
+    found = cache.job(("ns", "job"))
+    assert found is not None
+    assert found["metadata"]["resourceVersion"] == "10"
+    assert "managedFields" not in found["metadata"]
+
+
+def test_what_is_gone_does_not_come_back_by_a_late_answer() -> None:
+    cache = Cache()
+    cache.put(CHILDREN, item("job-1", 3), watched=True)
+    assert cache.remove(CHILDREN, "ns", "job-1", "u1") == ("ns", "job")
+    assert cache.put(CHILDREN, item("job-1", 2), watched=False) is None
+    assert cache.of_job(CHILDREN, ("ns", "job")) == []
+    # Another object of the same name is another object.
+    assert cache.put(CHILDREN, item("job-1", 4, uid="u2"), watched=True) == ("ns", "job")
+    assert cache.remove(CHILDREN, "ns", "job-1", "u1") is None
+    assert [c["metadata"]["uid"] for c in cache.of_job(CHILDREN, ("ns", "job"))] == ["u2"]
+
+
+def test_objects_are_found_by_their_job_and_follow_its_label() -> None:
+    cache = Cache()
+    for name in ("b", "a"):
+        cache.put(PODS, item(name, 1, uid=name), watched=True)
+    assert [p["metadata"]["name"] for p in cache.of_job(PODS, ("ns", "job"))] == ["a", "b"]
+    assert cache.of_job(PODS, ("other", "job")) == []
+    cache.put(PODS, item("a", 2, uid="a", job="other"), watched=True)
+    assert [p["metadata"]["name"] for p in cache.of_job(PODS, ("ns", "job"))] == ["b"]
+    assert [p["metadata"]["name"] for p in cache.of_job(PODS, ("ns", "other"))] == ["a"]
+    assert cache.put(PODS, item("a", 3, uid="a", job=None), watched=True) is None
+    assert cache.of_job(PODS, ("ns", "other")) == []
+
+
+def test_only_watches_count_as_seen() -> None:
+    cache = Cache()
+    cache.put(JOBS, item("job", 7), watched=False)
+    assert cache.seen(JOBS, "ns", "job") == ("", 0)
+    cache.put(JOBS, item("job", 7), watched=True)
+    assert cache.seen(JOBS, "ns", "job") == ("u1", 7)
+
+
+def test_pods_and_children_are_kept_without_what_nobody_reads() -> None:
+    cache = Cache()
+    spec = {"nodeName": "n", "containers": [{"name": "pytorch", "image": "i", "env": [1]}], "volumes": [1]}
+    cache.put(PODS, item("p", 1, spec=spec), watched=True)
+    (pod,) = cache.of_job(PODS, ("ns", "job"))
+    assert pod["spec"] == {"nodeName": "n", "containers": [{"name": "pytorch"}], "initContainers": []}
+    assert spec["volumes"] == [1]  # the event's own object is not touched

@@ -1,0 +1,39 @@
+"""Flags and environment of the operator."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpo_operator.config import Settings
+from dpo_operator.process.options import Options, parse
+
+
+def test_defaults_are_those_of_the_classes() -> None:
+    assert parse([], {}) == (Options(), Settings())
+
+
+def test_a_flag_wins_over_the_environment() -> None:
+    environment = {"DPO_OPERATOR_NAMESPACES": "b,a", "DPO_OPERATOR_PORT": "1", "DPO_OPERATOR_TRAINER_IMAGE": "i:2"}
+    options, settings = parse(["--port=2", "--extra-env=NCCL_DEBUG=INFO,A=b=c"], environment)
+    assert (options.namespaces, options.port) == (("a", "b"), 2)
+    assert settings.trainer_image == "i:2"
+    assert settings.extra_env == (("NCCL_DEBUG", "INFO"), ("A", "b=c"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["--namespaces=Team_A"], {}, "'Team_A' is no namespace"),
+        (["--scrape-seconds=0"], {}, "--scrape-seconds: must be above 0"),
+        (["--extra-env=NCCL"], {}, "'NCCL' is not NAME=VALUE"),
+        (["--log-format=xml"], {}, "invalid choice"),
+        ([], {"DPO_OPERATOR_PORT": "eighty"}, "invalid int value: 'eighty'"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(
+    arguments: list[str], environment: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments, environment)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,308 @@
+"""Progress, columns and the run's invariants: from rank 0's answers to what people read, and how often it is told."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from dpo_api.errors import Outcome
+from dpo_api.progress import Progress
+from dpo_operator import clock, names
+from dpo_operator.progress import status_of, summarise
+from dpo_operator.types import Scrape
+from dpo_testing.simcluster import START, SimCluster, manifest
+
+FINE = {"train/loss": 0.69, "train/acc": 0.6, "train/rewards_margin": 0.1}
+
+
+def running(**spec: Any) -> SimCluster:
+    cluster = SimCluster(manifest(**spec))
+    cluster.run_to("Running")
+    return cluster
+
+
+def test_progress_and_columns() -> None:
+    cluster = running()
+    metrics = {"train/loss": 0.4321, "train/acc": 0.7, "train/rewards_margin": 0.3}
+    cluster.say(step=41, epoch=0.4321987, eta_seconds=11_530.7, tokens_per_second=12_345.678, metrics=metrics)
+    cluster.settle()
+    assert cluster.status["summary"] == {
+        "step": "41/100",
+        "accuracy": "0.70",
+        "margin": "0.30",
+        "loss": "0.4321",
+        "eta": "3h12m",
+    }
+    assert cluster.status["progress"] == {
+        "phase": "train",
+        "step": 41,
+        "total": 100,
+        "epoch": 0.4322,
+        "etaSeconds": 11_530,
+        "tokensPerSecond": 12_345.7,
+        "metrics": metrics,
+        "observedAt": clock.to_text(START),
+        "changedAt": clock.to_text(START),
+    }
+    assert cluster.status["message"] == "Trains, step 41 of 100."
+    assert cluster.attempts[0]["lastStep"] == 41
+
+
+def test_validation_comes_before_training_in_the_columns() -> None:
+    cluster = running()
+    cluster.say(step=50, metrics={**FINE, "val/acc": 0.81, "val/rewards_margin": 0.9})
+    cluster.settle()
+    assert cluster.status["summary"]["accuracy"] == "0.81"
+    assert cluster.status["summary"]["margin"] == "0.90"
+
+
+def test_progress_alone_is_written_once_a_minute() -> None:
+    cluster = running()
+    cluster.say(step=1, metrics=FINE)
+    cluster.settle()
+    writes = cluster.calls.count("PatchStatus")
+    for step in range(2, 62):
+        cluster.advance(10)
+        cluster.say(step=step, metrics=FINE)
+        cluster.settle()
+    assert cluster.calls.count("PatchStatus") - writes == 10
+
+
+def test_what_matters_is_written_at_once() -> None:
+    cluster = running()
+    cluster.say(step=1, metrics=FINE)
+    cluster.settle()
+    assert cluster.condition("Finite") == ("True", "LossFinite")
+    assert cluster.condition("ProgressAvailable") == ("True", "ScrapeSucceeded")
+    cluster.advance(1)
+    cluster.say(step=2, metrics={"train/acc": 0.6})
+    cluster.settle()
+    assert cluster.condition("Finite") == ("False", "LossNotFinite")
+
+
+def test_a_failed_scrape_is_no_stall_and_no_restart() -> None:
+    cluster = running(runPolicy={"stallTimeoutSeconds": 60})
+    cluster.say(step=5, metrics=FINE)
+    cluster.settle()
+    seen = cluster.status["progress"]["observedAt"]
+    calls = len(cluster.calls)
+    for _ in range(100):
+        cluster.advance(30)
+        cluster.scrape = Scrape(at=cluster.now, child="job-1", error="connection refused")
+        cluster.settle()
+    assert cluster.condition("ProgressAvailable") == ("False", "ScrapeFailed")
+    assert "connection refused" in next(
+        c["message"] for c in cluster.status["conditions"] if c["type"] == "ProgressAvailable"
+    )
+    assert cluster.status["progress"]["observedAt"] == seen, "it ages, and says so"
+    assert cluster.condition("TrainingStalled") == ("False", "StepsAdvance")
+    assert cluster.state == "Running"
+    assert cluster.created == ["job-1"]
+    assert len(cluster.calls) - calls <= 2, "one condition, one event"
+
+
+def test_silence_before_rank_zero_serves_is_no_news() -> None:
+    cluster = running()
+    cluster.scrape = Scrape(at=cluster.now, child="job-1", error="HTTP 503")
+    cluster.settle()
+    assert cluster.condition("ProgressAvailable") is None
+
+
+def test_words_about_another_attempt_are_not_believed() -> None:
+    cluster = running()
+    said = Progress(phase="train", step=7, total=9, attempt=names.fence(int(START), 2))
+    cluster.scrape = Scrape(at=cluster.now, child="job-1", progress=said)
+    cluster.settle()
+    assert "progress" not in cluster.status
+    cluster.scrape = Scrape(at=cluster.now, child="job-9", progress=said.model_copy(update={"attempt": 1}))
+    cluster.settle()
+    assert "progress" not in cluster.status
+
+
+def test_what_a_trainer_says_is_not_trusted() -> None:
+    hostile = Progress(
+        phase="train",
+        step=10**30,
+        total=10**30,
+        epoch=1e300,
+        eta_seconds=1e300,
+        tokens_per_second=1e300,
+        message="x" * 1000 + "\x00\n",
+        metrics={**{f"m{i}": 1.0 for i in range(500)}, "a" * 5000: 1.0, "b\n": 1.0, "big": 1e308},
+    )
+    status = status_of(hostile, START, None)
+    assert len(status.metrics) == 128
+    assert all(len(name) <= 128 and name.isprintable() for name in status.metrics)
+    text = json.dumps(status.model_dump(mode="json", by_alias=True), allow_nan=False)
+    assert len(text) < 8000
+    summary = summarise(status)
+    assert all(len(value) <= 32 for value in summary.model_dump().values() if value)
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 1e-300, 123456789.123])
+def test_columns_stay_narrow(value: float) -> None:
+    said = Progress(phase="train", step=1, total=2, metrics={"train/loss": value, "train/acc": value})
+    summary = summarise(status_of(said, START, None))
+    assert summary.loss is not None
+    assert len(summary.loss) <= 16
+
+
+# -- the run's invariants
+
+
+@pytest.mark.parametrize(
+    ("spec", "loss", "verdict"),
+    [
+        ({}, math.log(2), ("True", "PolicyEqualsReference")),
+        ({}, math.log(2) * 1.01, ("True", "PolicyEqualsReference")),
+        ({}, 0.65, ("False", "PolicyDiffersFromReference")),
+        ({}, 0.75, ("False", "PolicyDiffersFromReference")),
+        ({"dpo": {"loss": "ipo", "beta": 0.1}}, 25.0, ("True", "PolicyEqualsReference")),
+        ({"dpo": {"loss": "ipo", "beta": 0.1}}, 24.0, ("False", "PolicyDiffersFromReference")),
+        ({"dpo": {"loss": "rpo_sq"}}, 0.9, None),
+        ({"dpo": {"preferenceWeight": 0, "sftWeight": 1}}, 2.0, None),
+        ({"lora": {"rowInit": "xavier"}}, 0.9, None),
+    ],
+)
+def test_the_first_loss_is_that_of_equal_policy_and_reference(
+    spec: dict[str, Any], loss: float, verdict: tuple[str, str] | None
+) -> None:
+    cluster = running(**spec)
+    cluster.say(step=1, metrics={**FINE, "train/preference_loss": loss})
+    cluster.settle()
+    assert cluster.condition("ReferenceConsistent") == verdict
+    warned = "PolicyDiffersFromReference" in cluster.told()
+    assert warned == (verdict is not None and verdict[0] == "False")
+
+
+def test_validation_before_the_first_step_tells_it_too_and_later_steps_do_not() -> None:
+    cluster = running()
+    cluster.say(phase="validate", step=0, metrics={"val/preference_loss": math.log(2)})
+    cluster.settle()
+    assert cluster.condition("ReferenceConsistent") == ("True", "PolicyEqualsReference")
+    late = running()
+    late.say(step=2, metrics={**FINE, "train/preference_loss": 0.5, "val/preference_loss": 0.5})
+    late.settle()
+    assert late.condition("ReferenceConsistent") is None
+
+
+@pytest.mark.parametrize(
+    ("step", "accuracy", "margin", "verdict"),
+    [
+        (1, 0.9, 1.0, ("True", "AboveChance")),
+        (99, 0.5, 0.0, ("Unknown", "TooEarly")),
+        (100, 0.55, 0.1, ("False", "AtChance")),
+        (100, 0.56, 0.1, ("True", "AboveChance")),
+        (100, 0.9, -0.1, ("False", "MarginNegative")),
+        (100, 0.5, 0.0, ("False", "AtChance")),
+    ],
+)
+def test_learning(step: int, accuracy: float, margin: float, verdict: tuple[str, str]) -> None:
+    cluster = running()
+    cluster.say(
+        step=step, total=1000, metrics={"train/loss": 0.6, "train/acc": accuracy, "train/rewards_margin": margin}
+    )
+    cluster.settle()
+    assert cluster.condition("Learning") == verdict
+
+
+def test_fine_tuning_alone_is_not_asked_for_accuracy() -> None:
+    cluster = running(dpo={"preferenceWeight": 0, "sftWeight": 1})
+    cluster.say(step=500, total=1000, metrics={"train/loss": 0.6, "train/acc": 0.0, "train/rewards_margin": 0.0})
+    cluster.settle()
+    assert cluster.condition("Learning") is None
+
+
+def test_non_finite_ends_and_says_so() -> None:
+    cluster = running()
+    cluster.end_pod("job-1-master-0", Outcome.NonFinite, message="step 7: the loss is NaN")
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.condition("Finite") == ("False", "LossNotFinite")
+    assert cluster.condition("Failed") == ("True", "NonFinite")
+
+
+def stand_still(cluster: SimCluster, seconds: int, **progress: Any) -> None:
+    for _ in range(seconds // 30):
+        cluster.advance(30)
+        cluster.say(**progress)
+        cluster.settle()
+
+
+def test_standing_still_is_a_condition_and_with_a_limit_an_end() -> None:
+    cluster = running()
+    cluster.say(step=5, metrics=FINE)
+    cluster.settle()
+    stand_still(cluster, 570, step=5, metrics=FINE)
+    assert cluster.condition("TrainingStalled") == ("False", "StepsAdvance")
+    stand_still(cluster, 90, step=5, metrics=FINE)
+    assert cluster.condition("TrainingStalled") == ("True", "NoStep")
+    assert cluster.state == "Running", "no stallTimeoutSeconds, no restart"
+    cluster.advance(30)
+    cluster.say(step=6, metrics=FINE)
+    cluster.settle()
+    assert cluster.condition("TrainingStalled") == ("False", "StepsAdvance")
+    assert cluster.told().count("NoStep") == 1
+
+
+def test_a_stall_is_retryable() -> None:
+    cluster = running(runPolicy={"stallTimeoutSeconds": 120, "maxRestarts": 1})
+    cluster.say(step=5, metrics=FINE)
+    cluster.settle()
+    stand_still(cluster, 180, step=5, metrics=FINE)
+    assert cluster.attempts[0]["reason"] == "Stalled"
+    assert cluster.deleted == ["job-1"]
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.status["chargedRestarts"] == 1
+    cluster.sleep_out()
+    cluster.run_to("Running")
+    assert cluster.condition("TrainingStalled") is None, "that was the attempt before"
+    cluster.advance(60)
+    cluster.say(step=5, metrics=FINE)
+    cluster.settle()
+    assert cluster.state == "Running", "it goes on where the last one stood still"
+    assert cluster.condition("TrainingStalled") == ("False", "StepsAdvance")
+    stand_still(cluster, 180, step=5, metrics=FINE)
+    assert cluster.attempts[1]["reason"] == "Stalled"
+
+
+def test_a_long_reference_pass_is_no_stall() -> None:
+    cluster = running(runPolicy={"stallTimeoutSeconds": 60})
+    for done in range(100):
+        cluster.advance(45)
+        cluster.say(phase="reference", step=0, total=0, done=done, of=1000)
+        cluster.settle()
+    assert cluster.state == "Running"
+    assert cluster.status["message"].startswith("Computes the reference's log-probs: ")
+
+
+def test_every_tenth_checkpoint_is_told() -> None:
+    cluster = running(checkpoint={"uri": "s3://runs/job/", "everySteps": 10})
+    for step in range(0, 351, 10):
+        cluster.advance(70)
+        cluster.say(step=step, total=1000, metrics=FINE, last_checkpoint_step=step or None)
+        cluster.settle()
+    assert cluster.told().count("CheckpointSaved") == 3
+
+
+def test_an_event_is_told_once_whatever_is_repeated() -> None:
+    """Events go before the status that they tell of: a pass that is lost between the two tells them again, by name."""
+    cluster = running()
+    cluster.end_pod("job-1-worker-0", Outcome.InvalidData)
+    snapshots = []
+    for calls in range(12):
+        try:
+            cluster.controller()
+            cluster.reconcile(budget=calls)
+        except Exception:  # noqa: BLE001, S110 - the operator is killed at every call in turn
+            pass
+        snapshots.append(len(cluster.events))
+    cluster.kill_leaving()
+    cluster.settle()
+    told = cluster.told()
+    assert len(told) == len(set(told)), told

@@ -1,0 +1,57 @@
+"""Plays rank 0's HTTP server: answers GET /status at a pod's address with what a test says."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+from dpo_testing.fakekubelet import PORT
+
+
+class FakeTrainer:
+    """A context manager that serves at one loopback address. ``say`` changes the answer."""
+
+    def __init__(self, address: str, port: int = PORT) -> None:
+        """Bind ``address``:``port``."""
+        self.status = 200
+        self.body = b"{}"
+        self.headers: dict[str, str] = {}
+        self.delay = 0.0
+        self.asked = 0
+        trainer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                trainer.asked += 1
+                time.sleep(trainer.delay)
+                try:
+                    self.send_response(trainer.status)
+                    for name, value in trainer.headers.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(trainer.body)
+                except OSError:
+                    pass  # whoever asked has gone
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer((address, port), Handler)
+        self._server.daemon_threads = True
+
+    def __enter__(self) -> Self:
+        """Start serving."""
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def say(self, **progress: Any) -> None:
+        """Answer with this progress from now on, camelCase as the trainer writes it."""
+        self.body = json.dumps({"phase": "train", "observedAt": time.time(), **progress}).encode()

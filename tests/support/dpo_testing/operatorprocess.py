@@ -1,0 +1,126 @@
+"""The operator as its users run it: one process, started, looked at, and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Self
+
+from dpo_testing.kubeapi import eventually
+from dpo_testing.s3server import free_port
+
+_REPOSITORY = Path(__file__).resolve().parents[3]
+
+QUICK = (
+    "--backoff-base-seconds=1", "--backoff-max-seconds=4", "--scrape-seconds=1", "--progress-write-seconds=1",
+    "--relist-seconds=5", "--dead-watch-seconds=10", "--log-format=json",
+)  # fmt: skip
+"""Flags that make waits short; nothing else differs from what is shipped."""
+
+
+class OperatorProcess:
+    """``dpo-operator`` against one kubeconfig. A context manager."""
+
+    def __init__(self, kubeconfig: Path, *flags: str, namespaces: str = "") -> None:
+        """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all."""
+        self.port = free_port()
+        self._log = Path(tempfile.mkstemp(prefix="dpo-operator-", suffix=".log")[1])
+        self._command = [
+            sys.executable, "-m", "dpo_operator", f"--kubeconfig={kubeconfig}", "--address=127.0.0.1",
+            f"--port={self.port}", *QUICK, *flags,
+        ]  # fmt: skip
+        if namespaces:
+            self._command.append(f"--namespaces={namespaces}")
+        self._process: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+
+    def __enter__(self) -> Self:
+        """Start and wait until it is ready."""
+        self.start()
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it and remove its log."""
+        self.kill()
+        self._log.unlink(missing_ok=True)
+
+    def start(self) -> None:
+        """Start the process; its log goes on where that of the last one ended."""
+        rooms = [str(_REPOSITORY / room) for room in ("crds", "operator")]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DPO_OPERATOR_")}
+        environment["PYTHONPATH"] = os.pathsep.join(rooms)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        self.starts += 1
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        """End it as a lost node does: SIGKILL, and no word."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait(30)
+
+    def terminate(self) -> int:
+        """Ask it to stop; return its exit code."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(30)
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Return status and text of /metrics, /healthz or /readyz; status 0 when nobody answers."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5.0) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def wait_ready(self) -> None:
+        """Wait until its caches are filled."""
+
+        def ready() -> bool:
+            if not self.running:
+                raise AssertionError(f"the operator ended:\n{self.log()[-4000:]}")
+            return self.get("/readyz")[0] == 200
+
+        eventually(ready, seconds=60, what="the operator is ready")
+
+    def metric(self, name: str) -> float:
+        """Return the value of one series, labels included in ``name``."""
+        for line in self.get("/metrics")[1].splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.rpartition(" ")[2])
+        raise AssertionError(f"no series {name}")
+
+    def log(self) -> str:
+        """Return everything that it has logged."""
+        return self._log.read_text(errors="replace")
+
+    def exceptions(self) -> list[str]:
+        """Return the log's tracebacks; there should never be one."""
+        found = []
+        for line in self.log().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                found.append(line)
+                continue
+            if "exception" in entry:
+                found.append(f"{entry['message']}\n{entry['exception']}")
+        return found
