@@ -7,6 +7,7 @@ tokens).
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -112,7 +113,7 @@ class Engine:
 
     def evaluate(self, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues) -> Tensor:
         """The metrics' sums over this rank's packs and all other ranks', without gradient: see metrics.sums."""
-        with torch.no_grad():
+        with self._without_training():
             return self._losses(self.model, packs, reference, rewards, forward_only=True)
 
     def log_prob_sums(self, packs: Sequence[Pack]) -> list[tuple[Tensor, Tensor]]:
@@ -123,9 +124,19 @@ class Engine:
             found.append((pack.pairs.cpu(), sums.detach().cpu()))
             return sums.sum(), counts.sum().int()
 
-        with torch.no_grad():
+        with self._without_training():
             self._run(self.model, packs, consume, forward_only=True)
         return found
+
+    @contextmanager
+    def _without_training(self) -> Iterator[None]:
+        """No gradient, and no dropout in adapters: what is measured is the model that would be exported now."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
 
     def _losses(
         self,
