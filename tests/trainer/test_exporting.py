@@ -46,6 +46,18 @@ def test_the_forms_that_are_asked_for_and_no_other(
     assert not missing & found
 
 
+def test_an_export_leaves_no_weights_of_an_earlier_one(spec: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "model of two runs"
+    (model / "adapter").mkdir(parents=True)
+    old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter/adapter_model.safetensors"]
+    for name in [*old, "README.md"]:
+        (model / name).write_text("old")
+    run_here(merged(spec, {"output": {"uri": str(model)}}), tmp_path / "out")
+    assert [name for name in old if (model / name).exists()] == []
+    assert (model / "README.md").read_text() == "old"
+    assert (model / "model.safetensors").stat().st_size > 1000
+
+
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     try:

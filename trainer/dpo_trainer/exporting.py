@@ -1,5 +1,6 @@
 """The aligned model leaves: a Hugging Face folder, and with LoRA the adapter as a PEFT folder."""
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from dpo_api.spec import DPOJobSpec
-from dpo_store import Store, local_path_of
+from dpo_store import Store, join_uri, local_path_of
 from dpo_trainer.data.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.export import export
@@ -18,6 +19,8 @@ from dpo_trainer.model.lora import merged_value
 from dpo_trainer.sources import store_for
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 Place = tuple[Store, str]
 """A folder and the store that reaches it."""
@@ -31,6 +34,7 @@ def export_model(model: Any, spec: DPOJobSpec, world: World, source: Place, targ
     if not world.is_main:
         return
     store, uri = target
+    _remove_earlier(store, uri)
     folder = local_path_of(uri)
     scratch = tempfile.TemporaryDirectory(prefix="dpo-export-") if folder is None else nullcontext(str(folder))
     with scratch as name:
@@ -39,6 +43,19 @@ def export_model(model: Any, spec: DPOJobSpec, world: World, source: Place, targ
         write_formats(model, spec, source, path)
         if folder is None:
             store.upload_tree(path, uri + "/")
+
+
+def _remove_earlier(store: Store, uri: str) -> None:
+    """Delete the weights of an earlier export to the same place.
+
+    Another number of files, or no adapter this time, would leave old ones beside the new, and readers differ in which
+    of model.safetensors and an index they take.
+    """
+    for name in store.children(uri + "/"):
+        if _WEIGHTS.fullmatch(name):
+            store.delete(join_uri(uri, name))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        store.delete(join_uri(uri, f"adapter/{name}"))
 
 
 def write_formats(model: Any, spec: DPOJobSpec, source: Place, folder: Path) -> None:
