@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from dpo_api.errors import Outcome
+from dpo_api.errors import InvalidSpecError, Outcome
 from dpo_testing.runs import job_of
-from dpo_trainer.launch import RankResult, launch, read_results, summarise, switches
+from dpo_trainer.distributed import check_device
+from dpo_trainer.launch import RankResult, launch, processes_here, read_results, summarise, switches
 
 SPEC: dict[str, Any] = {"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}}
 
@@ -22,6 +23,27 @@ def test_switches_are_set_only_where_the_spec_asks() -> None:
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
+
+
+@pytest.mark.parametrize(
+    ("stated", "resources", "expected"),
+    [
+        ({}, {}, 1),
+        ({}, {"gpusPerNode": 8}, 8),
+        ({}, {"gpusPerNode": 0, "processesPerNode": 3}, 3),
+        ({}, {"gpusPerNode": 8, "processesPerNode": 4}, 4),
+        ({"PET_NPROC_PER_NODE": "2"}, {"gpusPerNode": 8}, 2),
+        ({"PET_NPROC_PER_NODE": "auto"}, {"gpusPerNode": 8}, 8),
+    ],
+)
+def test_how_many_processes_a_node_starts(stated: dict[str, str], resources: dict[str, int], expected: int) -> None:
+    assert processes_here(stated, job_of({**SPEC, "resources": resources}).spec.resources) == expected
+
+
+def test_a_process_without_a_gpu_is_told_so() -> None:
+    check_device(1, 2)
+    with pytest.raises(InvalidSpecError, match=r"process 2 .*there are 2; start 2 with resources.processesPerNode"):
+        check_device(2, 2)
 
 
 def test_a_field_that_is_not_implemented_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dpo_api.errors import InvalidSpecError
 from dpo_trainer import bridge
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL error", "Broken pipe")
@@ -23,6 +24,15 @@ def lost_contact(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError | CheckpointException) and any(text in str(error) for text in _LOST_PEER)
+
+
+def check_device(local_rank: int, gpus: int) -> None:
+    """Raise InvalidSpecError where a process would have no GPU of its own, which NCCL cannot share."""
+    if local_rank >= gpus:
+        raise InvalidSpecError(
+            f"process {local_rank} of this node (counted from 0) has no GPU: there {'is' if gpus == 1 else 'are'} "
+            f"{gpus}; start {gpus} with resources.processesPerNode (dpo run: --processes)"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class World:
         rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         gpu = torch.cuda.is_available()
         if gpu:
+            check_device(local_rank, torch.cuda.device_count())
             torch.cuda.set_device(local_rank)
         else:
             bridge.install()

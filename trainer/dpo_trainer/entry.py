@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
 
     launch = commands.add_parser("launch", parents=[run], help="start the processes of this node and wait for them")
     launch.add_argument(
-        "--processes", type=int, help="processes on this node (default: PET_NPROC_PER_NODE, the spec's, 1)"
+        "--processes", type=int, help="processes on this node (default: PET_NPROC_PER_NODE, the spec's, one a GPU, 1)"
     )
     launch.add_argument("--last-words", type=Path, help="file for the outcome (a pod's termination message)")
     launch.add_argument(

@@ -22,7 +22,7 @@ from typing import Any, Self
 from dpo_api.errors import DPOError, InvalidSpecError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_api.progress import LastWords
-from dpo_api.spec import DPOJobSpec
+from dpo_api.spec import DPOJobSpec, Resources
 from dpo_api.validation import check
 
 CONSEQUENCES = (Outcome.Communication, Outcome.Stopped)
@@ -83,7 +83,7 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
         _refuse_errors(job.spec)
     except DPOError as error:
         return LastWords(outcome=error.outcome.name, message=str(error))
-    processes = arguments.processes or _processes(os.environ, job.spec.resources.processes_per_node)
+    processes = arguments.processes or processes_here(os.environ, job.spec.resources)
     command = [sys.executable, "-m", "dpo_trainer", "agent", *_rendezvous(os.environ), f"--nproc-per-node={processes}"]
     command += ["--max-restarts=0", "-m", "dpo_trainer", "worker", "--results", str(results)]
     for name in ("spec", "run_dir", "attempt", "events", "port", "host"):
@@ -157,10 +157,10 @@ def switches(spec: DPOJobSpec) -> dict[str, str]:
     return found
 
 
-def _processes(environment: Mapping[str, str], of_spec: int | None) -> int:
-    """How many processes to start here: the cluster's word, then the spec's, else one."""
+def processes_here(environment: Mapping[str, str], resources: Resources) -> int:
+    """How many processes to start: the cluster's word, then the spec's, else one a GPU that it asks for, else one."""
     stated = environment.get("PET_NPROC_PER_NODE", "")
-    return int(stated) if stated.isdigit() else of_spec or 1
+    return int(stated) if stated.isdigit() else resources.processes_per_node or resources.gpus_per_node or 1
 
 
 def _rendezvous(environment: Mapping[str, str]) -> list[str]:
