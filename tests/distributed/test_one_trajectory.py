@@ -10,16 +10,12 @@ import pytest
 
 from dpo_testing.runs import Finished, merged, run_here, run_processes
 from dpo_testing.training_world import make
+from dpo_testing.trajectories import differences
 from dpo_trainer import batches
 from dpo_trainer.data import collate
 from dpo_trainer.model.pack import Pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trajectory")]
-
-SERIES = ("train/loss", "train/preference_loss", "train/grad_norm", "val/loss")
-REWARDS = ("train/rewards_chosen_mean", "train/rewards_rejected_mean", "train/rewards_all_std")
-REWARD_NOISE = 1e-6
-"""A reward is β times the difference of two sums near -50, each good to 1e-6 in fp32: no relative bound near zero."""
 
 EQUIVALENT = {
     "micro-batches of 1": {"training": {"microBatchSize": 1}},
@@ -46,24 +42,6 @@ def spec(world: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def base(spec: dict[str, Any], world: Path) -> Finished:
     return run_here(spec, world / "base")
-
-
-def differences(one: Finished, other: Finished) -> list[str]:
-    """Sentences that say where two runs differ; none when they are one trajectory."""
-    found = []
-    for key in (*SERIES, *REWARDS):
-        expected, got = np.array(one.series(key)), np.array(other.series(key))
-        if expected.shape != got.shape:
-            found.append(f"{key} has {len(got)} values, not {len(expected)}")
-            continue
-        noise = REWARD_NOISE if key in REWARDS else 0.0
-        bad = np.abs(got - expected) > 1e-5 * np.abs(expected) + noise
-        found += [f"{key}[{i}] is {got[i]!r}, not {expected[i]!r}" for i in np.flatnonzero(bad)[:2]]
-    for name, tensor in one.weights.items():
-        gap = (tensor - other.weights[name]).abs().max().item()
-        if gap > 1e-5:
-            found.append(f"{name} ends {gap:.1e} away")
-    return found
 
 
 def test_the_run_is_worth_comparing(base: Finished) -> None:

@@ -8,7 +8,7 @@ from dpo_testing.runs import Finished
 from dpo_trainer.rundir import MARKER
 
 SERIES = ("train/loss", "train/preference_loss", "train/grad_norm", "train/lr", "train/consumed_samples", "val/loss")
-REWARDS = ("train/rewards_chosen_mean", "train/rewards_rejected_mean", "val/rewards_margin")
+REWARDS = ("train/rewards_chosen_mean", "train/rewards_rejected_mean", "train/rewards_all_std", "val/rewards_margin")
 REWARD_NOISE = 1e-6
 """A reward near zero is the difference of two sums near -50: fp32 bounds it absolutely, not relatively."""
 TOLERANCE = 1e-5
