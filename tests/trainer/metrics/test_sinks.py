@@ -18,7 +18,7 @@ from dpo_api.errors import AccessDeniedError, PortInUseError
 from dpo_api.manifest import DPOJob, parse_job
 from dpo_store import Store, open_store
 from dpo_trainer.metrics import wandb as wandb_sink
-from dpo_trainer.metrics.hub import Hub
+from dpo_trainer.metrics.hub import Hub, shown_settings
 from dpo_trainer.metrics.tensorboard import TensorBoardWriter
 from dpo_trainer.metrics.writer import Background, Guarded, Writers
 
@@ -163,6 +163,14 @@ def test_wandb_online_without_a_key_is_refused_before_anything_else(
     Hub(job(wandb={"project": "p"})).close()
     monkeypatch.setenv("WANDB_API_KEY", "x")
     Hub(job(wandb={"project": "p", "baseURL": "https://wandb.example"})).close()
+
+
+def test_a_services_settings_hold_no_pod_environment() -> None:
+    document = json.loads(job(wandb={"project": "p"}).to_json())
+    document["spec"]["podTemplate"] = {"env": [{"name": "HF_TOKEN", "value": "hf_secret"}]}
+    shown = shown_settings(parse_job(document))
+    assert "hf_secret" not in json.dumps(shown)
+    assert shown["logging"] == {"wandb": {"project": "p"}}
 
 
 def test_attempts_of_a_run_directory_share_a_wandb_id() -> None:

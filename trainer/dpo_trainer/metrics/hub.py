@@ -4,6 +4,7 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dpo_api.errors import DPOError
 from dpo_api.manifest import DPOJob
@@ -106,9 +107,15 @@ class Hub:
             job=self._job.metadata.name,
             run_dir=run_dir,
             folder=folder,
-            # Of the spec what the manifest says. It names secrets; it never holds one.
-            config=self._job.spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            config=shown_settings(self._job),
         )
+
+
+def shown_settings(job: DPOJob) -> dict[str, Any]:
+    """Of the spec what the manifest says, for a service outside. It names secrets and holds none, but what users write
+    into a pod's environment is theirs: podTemplate stays here.
+    """
+    return job.spec.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"pod_template"})
 
 
 def _record(store: Store, run_dir: str, attempt: int, resume_step: int | None) -> MetricsWriter:
