@@ -201,7 +201,8 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
             return LastWords(outcome=Outcome.Stopped.name, message="stopped before training began")
         return LastWords(
             outcome=Outcome.Internal.name,
-            message=f"the processes ended (code {agent_code}) without a word: killed, perhaps for lack of memory",
+            message=f"the processes ended (code {agent_code}) without a word: if the log does not say why, they were "
+            "killed, perhaps for lack of memory",
         )
     failures = [result for result in results if result.outcome != Outcome.Succeeded.name]
     causes = [result for result in failures if result.outcome not in {outcome.name for outcome in CONSEQUENCES}]
