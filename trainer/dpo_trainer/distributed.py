@@ -35,6 +35,14 @@ def check_device(local_rank: int, gpus: int) -> None:
         )
 
 
+LONGEST_WAIT_SECONDS = 6 * 3600
+"""How long a rank waits for the others in one collective.
+
+Rank 0 may write a model of hundreds of gigabytes meanwhile. A run that hangs for another reason is the operator's to
+find (``runPolicy.stallTimeoutSeconds``).
+"""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the run's processes, as torchrun's environment describes it."""
@@ -45,7 +53,9 @@ class World:
     device: torch.device
 
     @classmethod
-    def join(cls, *, tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_seconds: int = 1800) -> Self:
+    def join(
+        cls, *, tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_seconds: int = LONGEST_WAIT_SECONDS
+    ) -> Self:
         """Join the run's process group and Megatron-Core's groups; NCCL where a GPU is present, else Gloo.
 
         Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a run of one process.

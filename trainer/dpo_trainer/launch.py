@@ -23,7 +23,7 @@ from dpo_api.errors import DPOError, InvalidSpecError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_api.progress import LastWords
 from dpo_api.spec import DPOJobSpec, Resources
-from dpo_api.validation import check
+from dpo_api.validation import ModelFacts, check
 
 CONSEQUENCES = (Outcome.Communication, Outcome.Stopped)
 """Outcomes that one rank's failure causes in the others: they explain a run only where nothing else does."""
@@ -80,7 +80,7 @@ def launch(arguments: argparse.Namespace) -> int:
 def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
     try:
         job = load_manifest(arguments.spec)
-        _refuse_errors(job.spec)
+        refuse_errors(job.spec)
     except DPOError as error:
         return LastWords(outcome=error.outcome.name, message=str(error))
     processes = arguments.processes or processes_here(os.environ, job.spec.resources)
@@ -135,9 +135,9 @@ class _Forwarding:
             self._child.terminate()
 
 
-def _refuse_errors(spec: DPOJobSpec) -> None:
+def refuse_errors(spec: DPOJobSpec, model: ModelFacts | None = None) -> None:
     """Raise InvalidSpecError for what types cannot say, as `dpo validate` does: nothing is ever ignored."""
-    errors = [finding for finding in check(spec) if finding.level == "error"]
+    errors = [finding for finding in check(spec, model) if finding.level == "error"]
     if errors:
         raise InvalidSpecError("; ".join(f"{finding.field}: {finding.message}" for finding in errors))
 

@@ -23,7 +23,7 @@ from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import export_model
 from dpo_trainer.formats.huggingface import load_weights, read_config
-from dpo_trainer.launch import RankResult
+from dpo_trainer.launch import RankResult, refuse_errors
 from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora
 from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable, complete, reference_key
@@ -32,6 +32,9 @@ from dpo_trainer.rundir import RunDirectory, SavedCheckpoint
 from dpo_trainer.sources import model_source, open_tokenizer, store_for
 from dpo_trainer.stopping import StopRequest
 from dpo_trainer.training import Inputs, Training
+
+REFERENCE_SAVE_SECONDS = 300.0
+"""Time between two saves of an unfinished reference table."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class Run:
         self.reporter.phase("index")
         store, folder = model_source(self.spec)
         self.config = read_config(store, folder)
+        refuse_errors(self.spec, self.config.facts)
 
         def progress(at: IndexProgress) -> None:
             if self.stop.reason is not None:  # no collective here: the other processes wait for this one, or read alone
@@ -223,8 +227,14 @@ class Run:
         if not missing:
             return
 
+        kept = time.monotonic()
+
         def after(done: int, of: int) -> None:
+            nonlocal kept
             self.reporter.phase("reference", done=total - of + done, of=total, message=message)
+            if self.world.is_main and time.monotonic() - kept > REFERENCE_SAVE_SECONDS:
+                cache.write(key, table)  # so that a crash costs minutes, not the pass
+                kept = time.monotonic()
             if done < of and self.stop.agreed(self.world):
                 self._on_main(lambda: cache.write(key, table))
                 raise StoppedError("asked to stop during the reference pass; what was computed is kept in the cache")

@@ -81,6 +81,7 @@ class Training:
         self.step = 0
         self._epoch: tuple[int, list[Pairs]] = (-1, [])
         self._consumed = 0
+        self._validated = True  #: whether the validation that this step is due has been done
 
     def resume_from(self, newest: SavedCheckpoint | None) -> None:
         """Continue from a complete checkpoint, or start at step 0.
@@ -94,6 +95,7 @@ class Training:
             restore(self.engine, lambda sharded: checkpoints.load(self.directory, self.world, sharded, newest))
             self.step = newest.step
             self.reporter.latest |= marker.metrics
+            self._validated = marker.validated
         epochs, rest = divmod(self.step, self.plan.steps_per_epoch)
         whole = sum(len(batch) for batch in self.inputs.epoch(0)) if epochs else 0
         self._consumed = epochs * whole + sum(len(batch) for batch in self.inputs.epoch(epochs)[:rest])
@@ -102,14 +104,14 @@ class Training:
     def run(self) -> None:
         """Train to the last step. Raises StoppedError, after a checkpoint, when asked to stop."""
         plan = self.plan
-        if self.step == 0 and plan.validates_after(0):
-            self.validate()
+        if plan.validates_after(self.step) and (self.step == 0 or not self._validated):
+            self._validate_or_stop()
         while self.step < plan.total_steps:
             if self.stop.agreed(self.world):
                 self._stop_here()
             self._one_step()
             if plan.validates_after(self.step):
-                self.validate()
+                self._validate_or_stop()
             if plan.checkpoints_after(self.step):
                 self.checkpoint()
 
@@ -153,8 +155,18 @@ class Training:
         }
         self.reporter.stepped(self.step, values, seconds=seconds, tokens=tokens, pairs=len(pairs), waited=waited)
 
-    def validate(self) -> None:
-        """All validation sources with the current weights: means over all their pairs together, and by source."""
+    def _validate_or_stop(self) -> None:
+        """Validate; when asked to stop meanwhile, save the step as one that still owes its validation, and leave."""
+        self._validated = False
+        self._validated = self.validate()
+        if not self._validated:
+            self._stop_here()
+
+    def validate(self) -> bool:
+        """All validation sources with the current weights: means over all their pairs together, and by source.
+
+        Returns False, and reports nothing, when asked to stop before the end.
+        """
         of = sum(self.plan.validation_batches)
         self.reporter.phase("validate", done=0, of=of)
         began = time.monotonic()
@@ -168,18 +180,25 @@ class Training:
                 tables[data.name] = tables[data.name] + sums if data.name in tables else sums
                 done += 1
                 self.reporter.phase("validate", done=done, of=of)
+                if done < of and self.stop.agreed(self.world):
+                    return False
         values = means(torch.stack(list(tables.values())).sum(0))
         if len(tables) > 1:
             values |= {f"{name}/{key}": value for name, table in tables.items() for key, value in means(table).items()}
         values["validation_step_time"] = time.monotonic() - began
         self.reporter.validated(self.step, values)
+        return True
 
     def checkpoint(self) -> None:
         """Save this step on all ranks and forget the oldest."""
         self.reporter.phase("checkpoint", message=f"step {self.step}")
         self.reporter.flush()
         marker = checkpoints.Marker(
-            step=self.step, attempt=self.directory.attempt, identity=self.identity, metrics=self.reporter.finite_latest
+            step=self.step,
+            attempt=self.directory.attempt,
+            identity=self.identity,
+            metrics=self.reporter.finite_latest,
+            validated=self._validated,
         )
         checkpoints.save(self.directory, self.world, collect(self.engine), marker)
         if self.world.is_main:

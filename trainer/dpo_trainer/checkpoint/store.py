@@ -46,6 +46,7 @@ class Marker:
     attempt: int
     identity: Identity
     metrics: dict[str, float] = field(default_factory=dict)
+    validated: bool = True  #: False: a stop came before the validation that this step was due
     format: int = FORMAT
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dpo_api.errors import InvalidModelError
+from dpo_api.validation import ModelFacts
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
@@ -65,6 +66,20 @@ class ModelConfig:
         if self.window is None or (self.windowed_layers and not self.windowed_layers[layer]):
             return None
         return self.window
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the spec's validation needs to know of the model."""
+        return ModelFacts(
+            layers=self.num_layers,
+            heads=self.num_attention_heads,
+            kv_heads=self.num_query_groups,
+            hidden=self.hidden_size,
+            ffn=self.ffn_hidden_size,
+            vocab=self.vocab_size,
+            max_positions=self.max_positions,
+            family=self.family,
+        )
 
     @property
     def fingerprint(self) -> str:
