@@ -64,6 +64,12 @@ class OperatorProcess:
         self.starts += 1
 
     @property
+    def pid(self) -> int:
+        """Process id of the running operator."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         """Whether the process lives."""
         return self._process is not None and self._process.poll() is None
