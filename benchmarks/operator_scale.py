@@ -121,8 +121,8 @@ class World:
         }  # fmt: skip
         status = {"phase": "Running", "podIP": address, "startTime": now(), "containerStatuses": [container]}
         await self.client.patch_status(PODS, NAMESPACE, pod, {"status": status})
-        running = {"type": "Running", "status": "True", "reason": "JobRunning", "message": "", "lastTransitionTime": now(),
-                   "lastUpdateTime": now()}  # fmt: skip
+        running = {"type": "Running", "status": "True", "reason": "JobRunning", "message": "",
+                   "lastTransitionTime": now(), "lastUpdateTime": now()}  # fmt: skip
         replicas = {"replicaStatuses": {"Master": {"active": 1}}, "startTime": now()}
         await self.client.patch_status(CHILDREN, NAMESPACE, name, {"status": {"conditions": [running], **replicas}})
 
