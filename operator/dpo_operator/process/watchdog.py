@@ -72,6 +72,7 @@ class Watchdog:
             except (ApiError, Unreachable) as error:
                 # An API server that is away is no fault of ours, and says nothing about the watches.
                 self.health.errors += 1
+                self._suspects.clear()  # watches had no better chance: their time begins anew
                 _log.info("the watches could not be checked: %s", error)
                 agrees = False
             if agrees and not self.health.synced:
