@@ -56,7 +56,10 @@ def test_nothing_is_said_of_a_good_spec() -> None:
         {"runPolicy": {"queueName": "team-a", "priorityClass": "high"}},
         {
             "model.huggingFace.uri": "/data/llama",
-            "podTemplate": {"volumes": [{"name": "d"}], "volumeMounts": [{"name": "d", "mountPath": "/data"}]},
+            "podTemplate": {
+                "volumes": [{"name": "d", "emptyDir": {}}],
+                "volumeMounts": [{"name": "d", "mountPath": "/data"}],
+            },
         },
         {"logging.wandb": {"project": "p", "mode": "offline"}},
         {**SFT, "dpo.sftAverageLogProbs": False, "training.learningRate": 1e-3},

@@ -72,6 +72,7 @@ class Watchdog:
             except (ApiError, Unreachable) as error:
                 # An API server that is away is no fault of ours, and says nothing about the watches.
                 self.health.errors += 1
+                self._suspects.clear()  # watches had no better chance: their time begins anew
                 _log.info("the watches could not be checked: %s", error)
                 agrees = False
             if agrees and not self.health.synced:
@@ -130,17 +131,23 @@ class Watchdog:
         """Read what no watch brought; the list held its metadata only."""
         if not self.health.synced or job_of(resource, item) is None:
             return
-        found = await self._client.find(resource, item["metadata"]["namespace"], item["metadata"]["name"])
+        found = await self._read(resource, (item["metadata"]["namespace"], item["metadata"]["name"]))
         if found is not None:
             key = self._cache.put(resource, found, watched=False)
             if key is not None:
                 self._changed(key)
 
+    async def _read(self, resource: Resource, key: Key) -> dict[str, Any] | None:
+        """Read one object by a list of one: the operator may list pods, and not get them."""
+        params = {"fieldSelector": f"metadata.name={key[1]}"}
+        page = await self._client.request("GET", resource.path(key[0]), params=params)
+        return next(iter(page.get("items") or ()), None)
+
     async def _bury(self, resource: Resource, key: Key, uid: str) -> set[_Suspect]:
         """Forget what the cluster no longer has, after one more look: it may have come after the list."""
         if self._cache.known(resource).get(key) != uid:
             return set()
-        found = await self._client.find(resource, *key)
+        found = await self._read(resource, key)
         if found is not None and found["metadata"]["uid"] == uid:
             return set()
         # kopf never tells of what was deleted while its watch was down, so this alone does not make a watch dead.

@@ -24,8 +24,11 @@ from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, Ob
 _ROUNDS = 8
 """Of news within one pass; more mean that something changes as fast as we look."""
 
+_PODS_SECONDS = 3.0
+"""A child whose pods have not come for this long is worth a look at its events."""
+
 _EVENTS_SECONDS = 15.0
-"""Between two looks at the events of a child whose pods do not come."""
+"""Between two such looks."""
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +123,8 @@ class Worker:
             news = await self._performer.perform(key, observed, decision.actions)
             if news is None:
                 self._settle(key, job, decision)
-                return self._resync if decision.wake is None else decision.wake
+                wake = self._resync if decision.wake is None else decision.wake
+                return min(wake, self._events_due(key))
             observed = news
         raise Unsettled
 
@@ -158,6 +162,11 @@ class Worker:
             pods=tuple(self._cache.of_job(PODS, key)),
         )
 
+    def _events_due(self, key: Key) -> float:
+        """Return the seconds until the events of a child without pods are looked at; nothing else may bring a pass."""
+        due = self._events.get(key)
+        return float("inf") if due is None else max(0.1, due[0] - time.monotonic())
+
     async def _words(self, key: Key, observed: Observed) -> tuple[Object, ...]:
         """Return the warnings about children whose pods do not come: a refused pod leaves no other trace."""
         lacking = [child for child in observed.children if _lacks_pods(child, observed.pods)]
@@ -165,8 +174,8 @@ class Worker:
             self._events.pop(key, None)
             return ()
         now = time.monotonic()
-        asked, words = self._events.get(key, (float("-inf"), ()))
-        if now - asked >= _EVENTS_SECONDS:
+        due, words = self._events.setdefault(key, (now + _PODS_SECONDS, ()))
+        if now >= due:
             found: list[Object] = []
             for child in lacking:
                 selector = f"involvedObject.uid={child['metadata']['uid']},type=Warning"
@@ -174,7 +183,7 @@ class Worker:
                 page: Any = await self._client.request("GET", EVENTS.path(key[0]), params=params)
                 found.extend(page.get("items") or ())
             words = tuple(found)
-            self._events[key] = (now, words)
+            self._events[key] = (now + _EVENTS_SECONDS, words)
         return words
 
 
@@ -203,7 +212,7 @@ def _lacks_pods(child: Object, pods: Sequence[Object]) -> bool:
     if child["spec"].get("runPolicy", {}).get("suspend"):
         return False
     over = {c["type"] for c in status.get("conditions") or () if c["status"] == "True"}
-    if over & {"Succeeded", "Failed"} or not status:
+    if over & {"Succeeded", "Failed"}:
         return False
     wanted = sum(int(replica.get("replicas", 1)) for replica in child["spec"]["pytorchReplicaSpecs"].values())
     name = child["metadata"]["name"]

@@ -12,6 +12,7 @@ from dpo_testing.jobs import Jobs
 from dpo_testing.operatorprocess import OperatorProcess
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/operator/cluster/" in item.path.as_posix():

@@ -197,7 +197,7 @@ def _made(api: Api, namespace: str, body: Object) -> bool:
     try:
         api.create((body["apiVersion"], "dpojobs"), namespace, body)
     except ApiError as error:
-        if error.status != 404:
+        if error.status not in {404, 429, 503}:  # not served yet, or its storage is being made
             raise
         return False
     return True

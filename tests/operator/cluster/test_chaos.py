@@ -146,7 +146,7 @@ def test_errors_of_the_api_server_delay_and_nothing_more(
         proxy.drop_watches()
         live(jobs, kubelet, "errors", lambda done: eventually(done, seconds=90, what="a step despite errors") and None)
         check(jobs, proxy, "errors")
-        assert operator.get("/healthz")[0] == 200
+        eventually(lambda: operator.get("/healthz")[0] == 200, what="all watches are back")
 
 
 def _is(kind: str) -> Callable[[Call], bool]:

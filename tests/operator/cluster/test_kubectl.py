@@ -57,7 +57,8 @@ def test_a_typo_is_refused_by_name(cluster: ControlPlane, namespace: str) -> Non
 
 
 def test_examples_are_admitted(cluster: ControlPlane, namespace: str) -> None:
-    found = sorted(REPOSITORY.glob("examples/**/*.yaml"))
+    # quickstart.yaml and the folder of its parts are for one machine: `dpo run`.
+    found = sorted(set(REPOSITORY.glob("examples/*.yaml")) - {REPOSITORY / "examples" / "quickstart.yaml"})
     assert found
     for path in found:
         done = cluster.kubectl("apply", "-n", namespace, "--dry-run=server", "-f", str(path), check=False)

@@ -10,8 +10,10 @@ import base64
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import tempfile
@@ -25,7 +27,7 @@ from typing import Any
 
 from dpo_testing.kubeapi import PYTORCHJOBS, Api, ApiError, Object, eventually
 from dpo_testing.pki import Authority, Pair, service_account_keys
-from dpo_testing.s3server import free_port, tool
+from dpo_testing.s3server import tool
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 _CRDS = ("apiextensions.k8s.io/v1", "customresourcedefinitions")
@@ -66,10 +68,10 @@ class ControlPlane:
         ).write(self._pki, "apiserver")
         self._sa_key, self._sa_pub = service_account_keys(self._pki)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._etcd_port, self._port = free_port(), free_port()
+        self._etcd_port, self._port = stable_port(), stable_port()
         self.url = f"https://127.0.0.1:{self._port}"
         self.kubeconfig = self.identity("admin", ["system:masters"])
-        certificate, key = self._pki / "admin.crt", self._pki / "admin.key"
+        certificate, key = self._ca.client("admin", ["system:masters"]).write(self._pki, "admin")
         self.admin = Api(self.url, str(self.ca_file), str(certificate), str(key))
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class ControlPlane:
             raise RuntimeError(f"{name} ended with {self._processes[name].returncode}:\n{self.log(name)[-4000:]}")
 
     def _etcd_arguments(self) -> list[str]:
-        client, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{free_port()}"
+        client, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{stable_port()}"
         return [
             "--name=t", f"--data-dir={self.folder}/etcd", "--unsafe-no-fsync", "--log-level=error",
             f"--listen-client-urls={client}", f"--advertise-client-urls={client}", f"--listen-peer-urls={peer}",
@@ -152,7 +154,7 @@ class ControlPlane:
     def _controller_manager_arguments(self) -> list[str]:
         kubeconfig = self.identity("system:kube-controller-manager", ["system:masters"])
         return [
-            f"--kubeconfig={kubeconfig}", "--bind-address=127.0.0.1", f"--secure-port={free_port()}",
+            f"--kubeconfig={kubeconfig}", "--bind-address=127.0.0.1", f"--secure-port={stable_port()}",
             f"--service-account-private-key-file={self._sa_key}", f"--root-ca-file={self._pki}/ca.crt",
             "--leader-elect=false", "--authentication-skip-lookup", "--controllers=" + ",".join(_CONTROLLERS),
             # A node is lost a few seconds after its lease stops; pods leave it as soon as their toleration ends.
@@ -179,14 +181,14 @@ class ControlPlane:
     # -- training-operator ------------------------------------------------------------------------------------------
 
     def _start_training_operator(self) -> None:
-        health, port = free_port(), free_port()
+        health, port = stable_port(), stable_port()
         certificates = self._webhook_certificates(port)
         template = self.folder / "init-container.yaml"
         template.write_text(INIT_CONTAINER)
         self._run(
             "training-operator",
             [
-                "--enable-scheme=pytorchjob", f"--metrics-bind-address=127.0.0.1:{free_port()}",
+                "--enable-scheme=pytorchjob", f"--metrics-bind-address=127.0.0.1:{stable_port()}",
                 f"--health-probe-bind-address=127.0.0.1:{health}", f"--webhook-server-port={port}",
                 "--pytorch-init-container-image=localhost/busybox:1",
                 f"--pytorch-init-container-template-file={template}",
@@ -287,9 +289,9 @@ class ControlPlane:
 
     def identity(self, user: str, groups: list[str] | None = None, *, server: str | None = None) -> Path:
         """Return a kubeconfig for a user of these groups, at ``server`` (a proxy) or the API server itself."""
-        name = user.replace(":", "-")
+        name = f"{user.replace(':', '-')}-{uuid.uuid4().hex[:6]}"
         certificate, key = self._ca.client(user, groups or []).write(self._pki, name)
-        path = self._pki / f"{name}-{uuid.uuid4().hex[:6]}.kubeconfig"
+        path = self._pki / f"{name}.kubeconfig"
         path.write_text(kubeconfig(server or self.url, self.ca_file, certificate, key))
         return path
 
@@ -318,6 +320,17 @@ class ControlPlane:
         finally:
             with contextlib.suppress(ApiError):
                 self.admin.delete(_NAMESPACES, None, name)
+
+
+def stable_port() -> int:
+    """Return a free loopback port that the kernel gives to no outgoing connection, so that a restart finds it free."""
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    for _ in range(100):
+        port = random.randrange(min(20_000, first_ephemeral - 2_000), first_ephemeral)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port below the ephemeral ones")
 
 
 def kubeconfig(server: str, ca: Path, certificate: Path, key: Path) -> str:

@@ -19,10 +19,10 @@ from typing import Any, Self
 
 import yaml
 
-from dpo_testing.controlplane import REPOSITORY, ControlPlane
+from dpo_testing.controlplane import REPOSITORY, ControlPlane, stable_port
 from dpo_testing.kubeapi import PYTORCHJOBS, Api, ApiError, Object, eventually
 from dpo_testing.pki import Authority
-from dpo_testing.s3server import free_port, tool
+from dpo_testing.s3server import tool
 
 MANAGED = "dpo-testing/kueue"
 """Label of the namespaces that Kueue looks after."""
@@ -47,7 +47,7 @@ class Kueue:
         self._cluster = cluster
         self._folder = cluster.folder / "kueue"
         self._process: subprocess.Popen[bytes] | None = None
-        self._health, self._port = free_port(), free_port()
+        self._health, self._port = stable_port(), stable_port()
 
     def __enter__(self) -> Self:
         """Install Kueue's kinds and webhooks, start it, and return once it suspends a PyTorchJob of a queue."""

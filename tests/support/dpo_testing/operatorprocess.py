@@ -13,8 +13,8 @@ import urllib.request
 from pathlib import Path
 from typing import Self
 
+from dpo_testing.controlplane import stable_port
 from dpo_testing.kubeapi import eventually
-from dpo_testing.s3server import free_port
 
 _REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -30,7 +30,7 @@ class OperatorProcess:
 
     def __init__(self, kubeconfig: Path, *flags: str, namespaces: str = "") -> None:
         """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all."""
-        self.port = free_port()
+        self.port = stable_port()
         self._log = Path(tempfile.mkstemp(prefix="dpo-operator-", suffix=".log")[1])
         self._command = [
             sys.executable, "-m", "dpo_operator", f"--kubeconfig={kubeconfig}", "--address=127.0.0.1",
@@ -62,6 +62,12 @@ class OperatorProcess:
                 self._command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
         self.starts += 1
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running operator."""
+        assert self._process is not None
+        return self._process.pid
 
     @property
     def running(self) -> bool:

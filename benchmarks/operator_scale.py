@@ -1,0 +1,313 @@
+"""The operator under many jobs: latency, CPU, memory, and what a restart costs.
+
+    python benchmarks/operator_scale.py [--jobs 1000 --rate 20 --idle 60]
+
+A real etcd, kube-apiserver and kube-controller-manager serve it. training-operator and the kubelets are played: each
+PyTorchJob gets one running pod, and each pod an address of its own at which GET /status is answered, at the shipped
+interval. The goals are those of the issue: p99 from create to child under 5 s, idle under 5 % of a core, under 200 MiB.
+The last line is JSON.
+"""
+
+# ruff: noqa: E402 - the test support lies where only pytest finds it by itself
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kopf
+import urllib3
+from aiohttp import web
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / room) for room in ("crds", "operator", "tests/support")]
+
+from dpo_operator.process.client import Client
+from dpo_operator.process.resources import CHILDREN, JOBS, PODS
+from dpo_testing.controlplane import ControlPlane, pytorchjob_crd
+from dpo_testing.fakekubelet import PORT, last_words, now
+from dpo_testing.jobs import manifest
+from dpo_testing.operatorprocess import OperatorProcess
+
+NAMESPACE = "scale"
+GOALS = {"create_to_child_p99_s": 5.0, "idle_cores": 0.05, "memory_mib": 200.0}
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmRSS")
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that this share of the values does not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+class World:
+    """The cluster's other half: notes when children come, and lets their pods run."""
+
+    def __init__(self, plane: ControlPlane, client: Client) -> None:
+        self.plane, self.client = plane, client
+        self.seen: dict[str, float] = {}
+        self._stop = threading.Event()
+        self._pending: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Follow PyTorchJobs; run in a thread."""
+        path = f"{self.plane.url}{CHILDREN.path(NAMESPACE)}?watch=true&timeoutSeconds=3000"
+        while not self._stop.is_set():
+            # Right after its definition a kind's storage may not be ready; then, and at a watch's end: again.
+            for line in self._lines(path):
+                event = json.loads(line)
+                child = event.get("object")
+                if event.get("type") == "ADDED" and child["metadata"]["name"] not in self.seen:
+                    self.seen[child["metadata"]["name"]] = time.monotonic()
+                    loop.call_soon_threadsafe(self._pending.put_nowait, child)
+            self._stop.wait(0.5)
+
+    def _lines(self, path: str) -> Iterator[bytes]:
+        with contextlib.suppress(urllib3.exceptions.HTTPError):  # at the end, the server goes first
+            yield from self.plane.admin.stream(path)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def play(self) -> None:
+        """Give each new child one running pod, eight at a time."""
+
+        async def one() -> None:
+            while True:
+                child = await self._pending.get()
+                await self._run(child)
+
+        await asyncio.gather(*(one() for _ in range(8)))
+
+    async def _run(self, child: dict[str, Any]) -> None:
+        name, index = child["metadata"]["name"], len(self.seen) + 1000
+        template = child["spec"]["pytorchReplicaSpecs"]["Master"]["template"]
+        labels = {
+            **template["metadata"]["labels"], "training.kubeflow.org/job-name": name,
+            "training.kubeflow.org/replica-type": "master", "training.kubeflow.org/replica-index": "0",
+            "training.kubeflow.org/job-role": "master", "training.kubeflow.org/operator-name": "pytorchjob-controller",
+        }  # fmt: skip
+        owner = {
+            "apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "name": name, "uid": child["metadata"]["uid"],
+            "controller": True,
+        }  # fmt: skip
+        pod = f"{name}-master-0"
+        spec = {**template["spec"], "nodeName": f"node-{index % 100}"}
+        metadata = {"name": pod, "labels": labels, "ownerReferences": [owner]}
+        await self.client.request("POST", PODS.path(NAMESPACE), {"metadata": metadata, "spec": spec})
+        address = f"127.{64 + index // 62500}.{index // 250 % 250}.{index % 250 + 1}"
+        container = {
+            "name": "pytorch", "image": "i", "imageID": "i", "ready": True, "restartCount": 0,
+            "state": {"running": {"startedAt": now()}},
+        }  # fmt: skip
+        status = {"phase": "Running", "podIP": address, "startTime": now(), "containerStatuses": [container]}
+        await self.client.patch_status(PODS, NAMESPACE, pod, {"status": status})
+        running = {"type": "Running", "status": "True", "reason": "JobRunning", "message": "",
+                   "lastTransitionTime": now(), "lastUpdateTime": now()}  # fmt: skip
+        replicas = {"replicaStatuses": {"Master": {"active": 1}}, "startTime": now()}
+        await self.client.patch_status(CHILDREN, NAMESPACE, name, {"status": {"conditions": [running], **replicas}})
+
+
+async def trainers() -> web.AppRunner:
+    """Answer GET /status at every loopback address."""
+    start = time.time()
+
+    async def status(_: web.Request) -> web.Response:
+        done = int(time.time() - start)
+        metrics = {"train/loss": 0.5, "train/acc": 0.7, "train/rewards_margin": 0.4}
+        said = {"phase": "train", "step": done, "total": 100_000, "epoch": 0.1, "etaSeconds": 1e4, "metrics": metrics,
+                "observedAt": time.time(), "attempt": 1}  # fmt: skip
+        return web.json_response(said)
+
+    application = web.Application()
+    application.router.add_get("/status", status)
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "0.0.0.0", PORT).start()  # noqa: S104 - all of 127/8, which a test machine keeps inside
+    return runner
+
+
+async def until(look: Callable[[], Any], seconds: float = 600.0) -> float:
+    """Wait until ``look`` is true (it may be a coroutine function); return the seconds that it took."""
+    begin = time.monotonic()
+    while True:
+        seen = look()
+        if asyncio.iscoroutine(seen):
+            seen = await seen
+        if seen:
+            return time.monotonic() - begin
+        if time.monotonic() - begin > seconds:
+            raise TimeoutError("the benchmark waited in vain")
+        await asyncio.sleep(0.05)
+
+
+async def versions(client: Client) -> dict[str, str]:
+    """resourceVersion of each DPOJob."""
+    found = {}
+    async for page in client.pages(JOBS, NAMESPACE):
+        found.update({item["metadata"]["name"]: item["metadata"]["resourceVersion"] for item in page})
+    return found
+
+
+async def arrive(client: Client, world: World, jobs: int, rate: float) -> list[float]:
+    """Create jobs at a steady rate; return the seconds from each create's answer to its child."""
+    made: dict[str, float] = {}
+
+    async def create(name: str) -> None:
+        await client.request("POST", JOBS.path(NAMESPACE), manifest(name))
+        made[name] = time.monotonic()
+
+    begin, tasks = time.monotonic(), []
+    for index in range(jobs):
+        await asyncio.sleep(max(0.0, begin + index / rate - time.monotonic()))
+        tasks.append(asyncio.create_task(create(f"job-{index:04}")))
+    await asyncio.gather(*tasks)
+    await until(lambda: len(world.seen) >= jobs)
+    return [max(0.0, world.seen[f"{name}-1"] - moment) for name, moment in made.items()]
+
+
+async def finish(client: Client, names: list[str]) -> list[float]:
+    """End jobs one by one; return the seconds from the pod's end to the DPOJob's."""
+    waits = []
+    words = last_words("Succeeded", step=9, total=9, modelUri="s3://runs/m/", runDir="s3://runs/j/")
+    for name in names:
+        terminated = {"exitCode": 0, "reason": "Completed", "finishedAt": now(), "startedAt": now(),
+                      "message": words}  # fmt: skip
+        container = {"name": "pytorch", "image": "i", "imageID": "i", "ready": False, "restartCount": 0,
+                     "state": {"terminated": terminated}}  # fmt: skip
+        done = {"type": "Succeeded", "status": "True", "reason": "JobSucceeded", "message": "",
+                "lastTransitionTime": now(), "lastUpdateTime": now()}  # fmt: skip
+        status = {"phase": "Succeeded", "containerStatuses": [container]}
+        await client.patch_status(PODS, NAMESPACE, f"{name}-1-master-0", {"status": status})
+        begin = time.monotonic()
+        child = {"status": {"conditions": [done], "completionTime": now()}}
+        await client.patch_status(CHILDREN, NAMESPACE, f"{name}-1", child)
+
+        async def over(name: str = name) -> bool:
+            job = await client.get(JOBS, NAMESPACE, name)
+            return bool((job.get("status") or {}).get("completionTime"))
+
+        await until(over)
+        waits.append(time.monotonic() - begin)
+    return waits
+
+
+async def bench(options: argparse.Namespace, plane: ControlPlane) -> dict[str, float]:  # noqa: PLR0915 - a protocol, step by step
+    """Run everything; return the figures by name."""
+
+    def login() -> kopf.ConnectionInfo:
+        config = json.loads(plane.kubeconfig.read_text(encoding="utf-8"))
+        user = config["users"][0]["user"]
+        return kopf.ConnectionInfo(
+            server=plane.url, ca_path=str(plane.ca_file), certificate_path=user["client-certificate"],
+            private_key_path=user["client-key"],
+        )  # fmt: skip
+
+    client = Client(login, user_agent="benchmark")
+    plane.admin.create(("v1", "namespaces"), None, {"metadata": {"name": NAMESPACE}})
+    await until(lambda: plane.admin.find(("v1", "serviceaccounts"), NAMESPACE, "default"))
+    world, runner = World(plane, client), await trainers()
+    threading.Thread(target=world.watch, args=(asyncio.get_running_loop(),), daemon=True).start()
+    player = asyncio.create_task(world.play())
+    shipped = ("--scrape-seconds=30", "--progress-write-seconds=60", "--relist-seconds=300", "--scrape-by=pod-ip")
+    operator = OperatorProcess(plane.kubeconfig, *shipped)
+    results: dict[str, float] = {}
+    try:
+        operator.start()
+        await until(lambda: operator.get("/readyz")[0] == 200)
+        results["memory_empty_mib"] = resident_mib(operator.pid)
+        cpu, begin = cpu_seconds(operator.pid), time.monotonic()
+        waits = await arrive(client, world, options.jobs, options.rate)
+        results["arrival_s"] = time.monotonic() - begin
+        results["busy_cores"] = (cpu_seconds(operator.pid) - cpu) / results["arrival_s"]
+        results["create_to_child_p50_s"] = statistics.median(waits)
+        results["create_to_child_p99_s"] = percentile(waits, 0.99)
+        # Every job must run before what is idle can be measured.
+        await until(lambda: operator.metric('dpo_operator_jobs{state="Running"}') >= options.jobs)
+        await asyncio.sleep(35.0)  # each trainer has been asked once
+        cpu, begin, before = cpu_seconds(operator.pid), time.monotonic(), await versions(client)
+        await asyncio.sleep(options.idle)
+        seconds = time.monotonic() - begin
+        results["idle_cores"] = (cpu_seconds(operator.pid) - cpu) / seconds
+        after = await versions(client)
+        results["idle_status_writes_per_job_minute"] = (
+            sum(before[name] != after[name] for name in before) / options.jobs / seconds * 60
+        )
+        results["memory_mib"] = resident_mib(operator.pid)
+        changes = await finish(client, [f"job-{index:04}" for index in range(min(30, options.jobs))])
+        results["change_to_status_p50_s"] = statistics.median(changes)
+        results["change_to_status_max_s"] = max(changes)
+
+        before = await versions(client)
+        operator.kill()
+        begin = time.monotonic()
+        operator.start()
+        await until(lambda: operator.get("/readyz")[0] == 200)
+        results["restart_ready_s"] = time.monotonic() - begin
+        passes = "dpo_operator_reconcile_duration_seconds_count"
+        await until(
+            lambda: operator.metric(passes) >= options.jobs and operator.metric("dpo_operator_queue_depth") == 0
+        )
+        results["restart_steady_s"] = time.monotonic() - begin
+        after = await versions(client)
+        results["restart_status_writes"] = sum(before[name] != after[name] for name in before)
+        results["restart_children_made"] = len(world.seen) - options.jobs
+        results["exceptions"] = len(operator.exceptions())
+    finally:
+        print(operator.log()[-1500:], file=sys.stderr)
+        operator.kill()
+        world.stop()
+        player.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await player
+        await runner.cleanup()
+        await client.close()
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The operator under many jobs.")
+    parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=20.0, help="jobs a second")
+    parser.add_argument("--idle", type=float, default=60.0, help="seconds over which idle CPU is measured")
+    options = parser.parse_args()
+    plane = ControlPlane()
+    try:
+        plane.start(training_operator=False)
+        plane.install_crd(pytorchjob_crd())
+        results = asyncio.run(bench(options, plane))
+    finally:
+        plane.stop()
+    for name, value in results.items():
+        goal = GOALS.get(name)
+        verdict = (
+            ""
+            if goal is None
+            else f"   goal < {goal:g}: {'met' if value < goal else 'MISSED'} (ratio {value / goal:.2f})"
+        )
+        print(f"{name:36} {value:10.3f}{verdict}")
+    print(json.dumps({"jobs": options.jobs, "rate": options.rate, **{k: round(v, 4) for k, v in results.items()}}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

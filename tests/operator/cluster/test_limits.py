@@ -1,0 +1,109 @@
+"""What a job may not do, and what it may not wait for: in a namespace that enforces restricted Pod Security."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from dpo_testing.chaosproxy import ChaosProxy, Fault
+from dpo_testing.controlplane import ControlPlane
+from dpo_testing.fakekubelet import FakeKubelet
+from dpo_testing.jobs import Jobs, manifest
+from dpo_testing.kubeapi import ApiError, eventually
+from dpo_testing.operatorprocess import OperatorProcess
+
+
+@pytest.fixture(scope="module")
+def space(cluster: ControlPlane, kubelet: FakeKubelet) -> Iterator[str]:
+    with cluster.namespace("limits", {"pod-security.kubernetes.io/enforce": "restricted"}) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: ControlPlane, space: str) -> Iterator[Jobs]:
+    with OperatorProcess(cluster.kubeconfig, "--scrape-by=off", namespaces=space) as process:
+        yield Jobs(cluster.admin, space)
+        assert process.exceptions() == []
+
+
+def progressing(jobs: Jobs, name: str, reason: str, seconds: float = 40.0) -> str:
+    """Wait until Progressing has this reason; return its message."""
+    found = eventually(
+        lambda: jobs.conditions(name).get("Progressing") or {},
+        until=lambda condition: condition.get("reason") == reason,
+        seconds=seconds,
+        what=reason,
+    )
+    return str(found["message"])
+
+
+def test_pods_pass_the_restricted_level_and_hold_no_token(jobs: Jobs, kubelet: FakeKubelet, space: str) -> None:
+    jobs.create(manifest("strict", nodes=2))
+    for name in ("strict-1-master-0", "strict-1-worker-0"):
+        pod = kubelet.pod(space, name)
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert not [v for v in pod["spec"]["volumes"] if "projected" in v]
+    jobs.wait_state("Running", name="strict")
+    jobs.delete("strict")
+
+
+def test_refused_pods_are_explained_by_the_event_that_alone_tells_of_them(jobs: Jobs) -> None:
+    jobs.create(manifest("refused", podTemplate={"priorityClassName": "no-such-class"}))
+    assert "no-such-class" in progressing(jobs, "refused", "PodsRefused")
+    jobs.delete("refused")
+
+
+def test_a_start_that_takes_too_long_is_torn_down(jobs: Jobs, kubelet: FakeKubelet, space: str) -> None:
+    kubelet.hold(space)
+    try:
+        jobs.create(manifest("slow", run_policy={"startTimeoutSeconds": 10, "maxRestarts": 0}))
+        eventually(lambda: "slow-1-master-0" in jobs.pods(), what="the pod is there")
+        kubelet.unschedulable(space, "slow-1-master-0", "0/4 nodes are available: 4 Insufficient cpu.")
+        status = jobs.wait_state("Failed", name="slow")
+        assert status["attempts"][0]["reason"] == "StartTimeout"
+        assert "Insufficient cpu" in jobs.conditions("slow")["Failed"]["message"]
+        eventually(lambda: "slow-1-master-0" not in jobs.pods(), what="no pod waits for nodes any more")
+    finally:
+        kubelet.release(space)
+
+
+def test_the_deadline_counts_admitted_time(jobs: Jobs, kubelet: FakeKubelet, space: str) -> None:
+    jobs.create(manifest("late", run_policy={"activeDeadlineSeconds": 2}))
+    kubelet.pod(space, "late-1-master-0")
+    jobs.wait_state("Failed", name="late")
+    assert jobs.conditions("late")["Failed"]["reason"] == "DeadlineExceeded"
+    eventually(lambda: "late-1-master-0" not in jobs.pods(), what="its pod is gone")
+
+
+def test_only_the_run_policy_may_be_changed(jobs: Jobs) -> None:
+    jobs.create(manifest("fixed", run_policy={"suspend": True}))
+    jobs.wait_state("Suspended", name="fixed")
+    with pytest.raises(ApiError) as refused:
+        jobs.patch("fixed", {"dpo": {"beta": 0.2}})
+    assert refused.value.status == 422
+    assert "runPolicy" in refused.value.message
+    jobs.patch("fixed", {"runPolicy": {"maxRestarts": 7}})
+    generation = jobs.get("fixed")["metadata"]["generation"]
+    eventually(lambda: jobs.status("fixed").get("observedGeneration") == generation, what="the edit is observed")
+    assert jobs.children().keys().isdisjoint({"fixed-1"})
+
+
+def test_a_cluster_without_pytorchjob_is_waited_for(
+    cluster: ControlPlane, kubelet: FakeKubelet, namespace: str
+) -> None:
+    jobs = Jobs(cluster.admin, namespace)
+    with ChaosProxy(cluster.url, cluster.tls()) as proxy:
+        proxy.rules[:] = [lambda call: Fault(status=404) if call.path.startswith("/apis/kubeflow.org") else None]
+        kubeconfig = cluster.identity("admin", ["system:masters"], server=proxy.url)
+        with OperatorProcess(kubeconfig, "--scrape-by=off", namespaces=namespace) as operator:
+            assert operator.metric("dpo_operator_backend_installed") == 0
+            jobs.create(manifest("early"))
+            assert "PyTorchJob" in progressing(jobs, "early", "PyTorchJobMissing")
+            proxy.rules.clear()
+            jobs.wait_child("early-1")
+            kubelet.pod(namespace, "early-1-master-0")
+            jobs.wait_state("Running", name="early")
+            assert operator.metric("dpo_operator_backend_installed") == 1
+            assert operator.exceptions() == []
+            assert operator.terminate() == 0
