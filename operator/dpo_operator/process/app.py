@@ -18,7 +18,7 @@ from dpo_operator.process.client import ApiError, Client, Unreachable
 from dpo_operator.process.metrics import Metrics
 from dpo_operator.process.options import Options
 from dpo_operator.process.queue import WorkQueue
-from dpo_operator.process.resources import CHILDREN, JOBS, WATCHED, Resource
+from dpo_operator.process.resources import CHILDREN, JOBS, PODS, WATCHED, Resource
 from dpo_operator.process.scraper import Scraper
 from dpo_operator.process.server import serve
 from dpo_operator.process.watchdog import Watchdog
@@ -140,6 +140,8 @@ class Operator:
         if kind == "DELETED":
             key = self._cache.remove(resource, metadata["namespace"], metadata["name"], metadata["uid"])
             key = key or job_of(resource, item)
+            if resource == PODS and key is not None:
+                self._cache.depart(key, item)
         else:
             key = self._cache.put(resource, item, watched=True)
         if key is not None:

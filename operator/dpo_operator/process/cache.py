@@ -7,7 +7,7 @@ indices are not used, because they keep what was deleted while a watch was down.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,7 @@ class Cache:
         """Start empty."""
         self._shelves = {resource: _Shelf() for resource in (JOBS, CHILDREN, PODS)}
         self._gone: OrderedDict[str, None] = OrderedDict()
+        self._departed: dict[Key, dict[str, dict[str, Any]]] = {}
 
     # -- filling ------------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,26 @@ class Cache:
                 self.remove(resource, job[0], old["metadata"]["name"], old["metadata"]["uid"])
         for item in items:
             self.put(resource, item, watched=False)
+
+    def depart(self, job: Key, pod: Mapping[str, Any]) -> None:
+        """Keep a deleted pod's last words until a pass has heard them: it may have come and gone between two passes."""
+        kept = trimmed(PODS, pod)
+        status = kept.get("status") or {}
+        if status.get("phase") not in {"Succeeded", "Failed"}:
+            kept["status"] = {**status, "phase": "Failed"}  # it is gone, so nothing of it runs
+        self._departed.setdefault(job, {})[kept["metadata"]["uid"]] = kept
+
+    def departed(self, job: Key) -> list[dict[str, Any]]:
+        """Return a DPOJob's pods that were deleted since ``heard`` was called."""
+        return list(self._departed.get(job, {}).values())
+
+    def heard(self, job: Key, pods: Iterable[Mapping[str, Any]]) -> None:
+        """Forget departed pods that a pass has taken into the status."""
+        kept = self._departed.get(job, {})
+        for pod in pods:
+            kept.pop(pod["metadata"]["uid"], None)
+        if not kept:
+            self._departed.pop(job, None)
 
     @staticmethod
     def _unlink(resource: Resource, shelf: _Shelf, old: Mapping[str, Any]) -> None:

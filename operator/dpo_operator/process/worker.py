@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_operator.config import Settings
-from dpo_operator.labels import ATTEMPT, JOB
+from dpo_operator.labels import ATTEMPT, JOB, JOB_UID
 from dpo_operator.process.cache import Cache, Key, trimmed
 from dpo_operator.process.client import ApiError, Client, Unreachable
 from dpo_operator.process.metrics import Metrics
@@ -110,6 +110,7 @@ class Worker:
         if job is None:
             self._scraper.aim(key, None)
             self._events.pop(key, None)
+            self._cache.heard(key, self._cache.departed(key))
             return None
         observed = await self._observe(key, job)
         certain = False
@@ -123,6 +124,7 @@ class Worker:
             news = await self._performer.perform(key, observed, decision.actions)
             if news is None:
                 self._settle(key, job, decision)
+                self._cache.heard(key, observed.pods)
                 wake = self._resync if decision.wake is None else decision.wake
                 return min(wake, self._events_due(key))
             observed = news
@@ -136,7 +138,7 @@ class Worker:
         observed = Observed(
             job=job,
             children=tuple(self._cache.of_job(CHILDREN, key)),
-            pods=tuple(self._cache.of_job(PODS, key)),
+            pods=self._pods(key, job),
             scrape=self._scraper.newest(key),
             backend_installed=self._backend_installed(),
         )
@@ -159,8 +161,20 @@ class Worker:
             observed,
             job=trimmed(JOBS, job),
             children=tuple(self._cache.of_job(CHILDREN, key)),
-            pods=tuple(self._cache.of_job(PODS, key)),
+            pods=self._pods(key, job),
         )
+
+    def _pods(self, key: Key, job: Object) -> tuple[Object, ...]:
+        """Return a DPOJob's pods, those included that were deleted since the last pass."""
+        pods = self._cache.of_job(PODS, key)
+        there = {pod["metadata"]["uid"] for pod in pods}
+        for pod in self._cache.departed(key):
+            metadata = pod["metadata"]
+            if (metadata.get("labels") or {}).get(JOB_UID) != job["metadata"]["uid"]:
+                self._cache.heard(key, [pod])  # a former job's of this name
+            elif metadata["uid"] not in there:
+                pods.append(pod)
+        return tuple(pods)
 
     def _events_due(self, key: Key) -> float:
         """Return the seconds until the events of a child without pods are looked at; nothing else may bring a pass."""
