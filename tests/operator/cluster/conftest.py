@@ -19,6 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
             # The cluster is expensive: all of these run in the process that has it.
             item.add_marker(pytest.mark.xdist_group("cluster"))
+            # A dozen real processes on two shared cores: what fails three times in a row is wrong.
+            item.add_marker(pytest.mark.flaky(reruns=2))
 
 
 @pytest.fixture(scope="session")

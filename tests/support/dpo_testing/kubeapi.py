@@ -142,6 +142,10 @@ class Api:
                 raise
 
 
+PATIENCE = 4
+"""Factor of every limit below: a busy machine makes nothing wrong, only slow."""
+
+
 def eventually[T](
     look: Callable[[], T], *, until: Callable[[T], object] = bool, seconds: float = 30.0, what: str = ""
 ) -> T:
@@ -149,6 +153,7 @@ def eventually[T](
 
     The limit only bounds a failing test; nothing is asserted about time.
     """
+    seconds *= PATIENCE
     deadline = time.monotonic() + seconds
     while True:
         seen = look()
