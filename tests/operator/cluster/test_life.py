@@ -212,7 +212,9 @@ def test_a_trainer_that_does_not_answer_restarts_nothing(
     jobs.delete("silent")
 
 
-def test_pods_are_children_and_never_the_users(jobs: Jobs, space: str, cluster: ControlPlane) -> None:
+def test_a_strangers_child_is_neither_adopted_nor_touched(
+    jobs: Jobs, kubelet: FakeKubelet, space: str, cluster: ControlPlane
+) -> None:
     """A PyTorchJob of the child's name that somebody else made is neither adopted nor touched."""
     stranger = {
         "apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": "taken-1"},
@@ -228,6 +230,9 @@ def test_pods_are_children_and_never_the_users(jobs: Jobs, space: str, cluster: 
     )
     assert "taken-1" in said["message"]
     assert jobs.children()["taken-1"]["metadata"]["uid"] == made["metadata"]["uid"]
-    cluster.admin.delete(("kubeflow.org/v1", "pytorchjobs"), space, "taken-1")
-    jobs.delete("taken")
     assert cluster.admin.list(PODS, space, labelSelector="dpo-operator.dev/job=taken") == []
+    # Once the name is free the job has its own.
+    cluster.admin.delete(("kubeflow.org/v1", "pytorchjobs"), space, "taken-1")
+    kubelet.finish(space, "taken-1-master-0", DONE)
+    jobs.wait_state("Succeeded", name="taken")
+    assert jobs.children()["taken-1"]["metadata"]["uid"] != made["metadata"]["uid"]
