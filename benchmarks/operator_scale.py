@@ -28,7 +28,9 @@ from aiohttp import web
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / room) for room in ("crds", "operator", "tests/support")]
 
+from dpo_operator.config import Settings
 from dpo_operator.process.client import Client
+from dpo_operator.process.options import Options
 from dpo_operator.process.resources import CHILDREN, JOBS, PODS
 from dpo_testing.controlplane import ControlPlane, pytorchjob_crd
 from dpo_testing.fakekubelet import PORT, last_words, now
@@ -228,7 +230,10 @@ async def bench(options: argparse.Namespace, plane: ControlPlane) -> dict[str, f
     world, runner = World(plane, client), await trainers()
     threading.Thread(target=world.watch, args=(asyncio.get_running_loop(),), daemon=True).start()
     player = asyncio.create_task(world.play())
-    shipped = ("--scrape-seconds=30", "--progress-write-seconds=60", "--relist-seconds=300", "--scrape-by=pod-ip")
+    shipped = (
+        f"--scrape-seconds={Options().scrape_seconds}", f"--relist-seconds={Options().relist_seconds}",
+        f"--progress-write-seconds={Settings().progress_write_seconds}", "--scrape-by=pod-ip",
+    )  # fmt: skip
     operator = OperatorProcess(plane.kubeconfig, *shipped)
     results: dict[str, float] = {}
     try:
@@ -243,7 +248,7 @@ async def bench(options: argparse.Namespace, plane: ControlPlane) -> dict[str, f
         results["create_to_child_p99_s"] = percentile(waits, 0.99)
         # Every job must run before what is idle can be measured.
         await until(lambda: operator.metric('dpo_operator_jobs{state="Running"}') >= options.jobs)
-        await asyncio.sleep(35.0)  # each trainer has been asked once
+        await asyncio.sleep(Options().scrape_seconds + 5.0)  # each trainer has been asked once
         cpu, begin, before = cpu_seconds(operator.pid), time.monotonic(), await versions(client)
         await asyncio.sleep(options.idle)
         seconds = time.monotonic() - begin
@@ -290,7 +295,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=20.0, help="jobs a second")
     parser.add_argument("--idle", type=float, default=60.0, help="seconds over which idle CPU is measured")
     options = parser.parse_args()
-    plane = ControlPlane()
+    plane = ControlPlane(nodes=False)
     try:
         plane.start(training_operator=False)
         plane.install_crd(pytorchjob_crd())

@@ -29,10 +29,11 @@ class Options:
     address: str = "0.0.0.0"  # noqa: S104 - probes and Prometheus come from outside the pod
     port: int = 8080
     """Port of /metrics, /healthz and /readyz; 0: any free one, which the log names."""
-    workers: int = 8
-    """DPOJobs that are reconciled at the same time."""
+    workers: int = 32
+    """DPOJobs that are reconciled at the same time; they mostly wait for the API server."""
     scrape_by: ScrapeBy = "auto"
-    scrape_seconds: float = 30.0
+    scrape_seconds: float = 60.0
+    """Between two looks at a trainer; mere progress is written once a minute at most."""
     relist_seconds: float = 300.0
     """Between two comparisons of the caches with the cluster."""
     dead_watch_seconds: float = 60.0

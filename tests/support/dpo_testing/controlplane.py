@@ -47,6 +47,8 @@ _CONTROLLERS = (
     "namespace-controller",
     "serviceaccount-controller",
     "serviceaccount-token-controller",
+)
+_NODE_CONTROLLERS = (
     "pod-garbage-collector-controller",
     "node-lifecycle-controller",
     "taint-eviction-controller",
@@ -56,8 +58,12 @@ _CONTROLLERS = (
 class ControlPlane:
     """One cluster without a kubelet. ``admin`` talks to it with every right."""
 
-    def __init__(self) -> None:
-        """Make folders, certificates and choose ports; ``start`` runs the programs."""
+    def __init__(self, *, nodes: bool = True) -> None:
+        """Make folders, certificates and choose ports; ``start`` runs the programs.
+
+        ``nodes``: whether the controllers run that take pods from nodes that are lost or were never there.
+        """
+        self._controllers = (*_CONTROLLERS, *_NODE_CONTROLLERS) if nodes else _CONTROLLERS
         self.folder = Path(tempfile.mkdtemp(prefix="dpo-cluster-"))
         self._pki = self.folder / "pki"
         self._pki.mkdir()
@@ -156,7 +162,7 @@ class ControlPlane:
         return [
             f"--kubeconfig={kubeconfig}", "--bind-address=127.0.0.1", f"--secure-port={stable_port()}",
             f"--service-account-private-key-file={self._sa_key}", f"--root-ca-file={self._pki}/ca.crt",
-            "--leader-elect=false", "--authentication-skip-lookup", "--controllers=" + ",".join(_CONTROLLERS),
+            "--leader-elect=false", "--authentication-skip-lookup", "--controllers=" + ",".join(self._controllers),
             # A node is lost a few seconds after its lease stops; pods leave it as soon as their toleration ends.
             "--node-monitor-period=1s", "--node-monitor-grace-period=8s", "--node-startup-grace-period=20s",
             "--node-eviction-rate=100", "--secondary-node-eviction-rate=100",
