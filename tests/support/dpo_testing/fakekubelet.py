@@ -10,6 +10,7 @@ import contextlib
 import datetime as dt
 import itertools
 import json
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ NODES = ("v1", "nodes")
 LEASES = ("coordination.k8s.io/v1", "leases")
 LEASE_NAMESPACE = "kube-node-lease"
 PORT = 9400
+_NETWORK = 130 + os.getpid() % 120
+"""Second octet of this process's pods: trainers listen on a fixed port, and two test runs may share a machine."""
 
 
 def now() -> str:
@@ -157,7 +160,7 @@ class FakeKubelet:
 
     def _run(self, pod: Object) -> None:
         index = next(self._addresses)
-        address = f"127.{64 + index // 62500 % 64}.{index // 250 % 250}.{index % 250 + 1}"
+        address = f"127.{_NETWORK}.{index // 250 % 250}.{index % 250 + 1}"
         status = {
             "phase": "Running", "startTime": now(), "podIP": address, "podIPs": [{"ip": address}], "reason": None,
             "conditions": [_condition(kind) for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")],
