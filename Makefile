@@ -58,6 +58,10 @@ generate: setup ## rewrite what is generated: the CRD, its reference page, the o
 bench: setup ## run the benchmarks; each prints a ratio against a peer
 	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
 
+.PHONY: soak
+soak: setup tools ## long runs under faults: the operator killed, misled and doubled
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
 .PHONY: lock
 lock: setup ## rewrite constraints.txt (needs uv)
 	@mkdir -p build && PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock.sh
