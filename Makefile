@@ -59,7 +59,7 @@ bench: setup ## run the benchmarks; each prints a ratio against a peer
 	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
 
 .PHONY: soak
-soak: setup tools ## long runs under faults: the operator killed, misled and doubled
+soak: setup tools ## lives of jobs on a real control plane: faults, lost nodes, Kueue
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 .PHONY: lock

@@ -11,6 +11,9 @@ from dpo_testing.fakekubelet import FakeKubelet
 from dpo_testing.jobs import Jobs
 from dpo_testing.operatorprocess import OperatorProcess
 
+STEADY = frozenset({"test_bad_manifests", "test_kubectl", "test_rbac_rights"})
+"""Modules of `make test`. The others live whole lives of jobs against the clock of real processes: `make soak`."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("cluster"))
             # A dozen real processes on two shared cores: what fails three times in a row is wrong.
             item.add_marker(pytest.mark.flaky(reruns=2))
+            if item.path.stem not in STEADY:
+                item.add_marker(pytest.mark.soak)
 
 
 @pytest.fixture(scope="session")

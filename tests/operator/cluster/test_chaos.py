@@ -18,9 +18,6 @@ from dpo_testing.jobs import Jobs, manifest
 from dpo_testing.kubeapi import DPOJOBS, eventually
 from dpo_testing.operatorprocess import OperatorProcess
 
-# Minutes of faults; kopf can lose its watches under them (docs/operator.md), so these run by `make soak`.
-pytestmark = pytest.mark.soak
-
 DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
 
 _MOMENTS = re.compile(r'"[0-9]{4}-[0-9-]+T[0-9:.]+Z"|"resourceVersion": "[0-9]+"|"admittedSeconds": [0-9]+')
