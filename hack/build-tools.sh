@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Build the Go programs that the tests run, each pinned by hack/tools/<name>/{go.mod,go.sum}.
 #
-#   hack/build-tools.sh [NAME...]          build the named tools (all by default); print the path of each binary
+#   hack/build-tools.sh [NAME...]          build the named tools (by default all but the marked ones); print their paths
+#   hack/build-tools.sh --only MARK        build the tools marked `// MARK`: those of e2e need not wait in `make test`
 #   hack/build-tools.sh --path NAME        print where NAME's binary lies once built; build nothing
 #
 # A folder holds go.mod, go.sum and tools.go. Each line of tools.go that reads `import _ "PACKAGE"` is a program: it is
-# named after the folder, or, where the folder pins several (kubernetes), after the last part of its package. A file
-# `ldflags`, if present, is added to the linker flags.
+# named after the folder, or, where the folder pins several (kubernetes), after the last part of its package. A comment
+# `// MARK` at its end keeps it from being built by default. A file `ldflags`, if present, is added to the linker flags.
 # Binaries go to ${DPO_TOOLS_DIR:-~/.cache/dpo-operator/tools}/NAME-<hash of the folder>/NAME, so a changed pin builds
 # anew and an unchanged one is a no-op. Two builders at once are safe: a binary appears by rename.
 # Where KUBEBUILDER_ASSETS names a folder that holds NAME, that binary is taken and nothing is built.
@@ -16,15 +17,21 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 cache="${DPO_TOOLS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/dpo-operator/tools}"
 
-packages() { # FOLDER -> the packages that its tools.go pins
-  sed -n 's/^import _ "\(.*\)"$/\1/p' "$1/tools.go"
+packages() { # FOLDER [MARK] -> the packages that its tools.go pins, or those with this mark ('': with none)
+  local mark='\( *\/\/.*\)\{0,1\}'
+  if [[ $# -gt 1 ]]; then mark="${2:+ *\/\/ $2}"; fi
+  sed -n "s/^import _ \"\([^\"]*\)\"$mark\$/\1/p" "$1/tools.go"
 }
 
-tool_names() {
+tool_names() { # [MARK]
   local mod folder
   for mod in "$here"/tools/*/go.mod; do
     folder="$(dirname "$mod")"
-    if [[ $(packages "$folder" | wc -l) -eq 1 ]]; then basename "$folder"; else packages "$folder" | sed 's|.*/||'; fi
+    if [[ $(packages "$folder" | wc -l) -gt 1 ]]; then
+      packages "$folder" "$@" | sed 's|.*/||'
+    elif [[ -n "$(packages "$folder" "$@")" ]]; then
+      basename "$folder"
+    fi
   done
 }
 
@@ -83,5 +90,9 @@ if [[ "${1:-}" == --path ]]; then
   exit 0
 fi
 names=("$@")
-if [[ ${#names[@]} -eq 0 ]]; then mapfile -t names < <(tool_names); fi
+if [[ "${1:-}" == --only ]]; then
+  mapfile -t names < <(tool_names "${2:?usage: hack/build-tools.sh --only MARK}")
+elif [[ ${#names[@]} -eq 0 ]]; then
+  mapfile -t names < <(tool_names '')
+fi
 for name in "${names[@]}"; do build "$name"; done
