@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, StringConstraints
 
@@ -32,6 +33,12 @@ URI_FORMS = "s3://bucket/key, pvc://claim/path, or a path of the machine itself 
 def _one_of(*names: str) -> str:
     """Return the CEL sum that counts which of the named optional fields are set."""
     return " + ".join(f"(has(self.{name}) ? 1 : 0)" for name in names)
+
+
+def _place(endpoint: str) -> tuple[str, str]:
+    """Return what tells two endpoints apart: scheme and host are of any case, and a last slash says nothing."""
+    base = urlsplit(endpoint.rstrip("/"))
+    return f"{base.scheme}://{base.netloc}".lower(), base.path
 
 
 class CABundle(Section):
@@ -118,9 +125,14 @@ class Storage(StorageAccess):
         own = own or StorageAccess()
         names = [name for name in StorageAccess.model_fields if name != "credentials_secret_ref"]
         chosen = {name: getattr(own, name) if getattr(own, name) is not None else getattr(self, name) for name in names}
-        same = own.endpoint is None or own.endpoint == self.endpoint
-        credentials = own.credentials_secret_ref or (self.credentials_secret_ref if same else None)
-        return StorageAccess(**chosen, credentials_secret_ref=credentials)
+        common = self.credentials_secret_ref if self.is_reached_by(own) else None
+        return StorageAccess(**chosen, credentials_secret_ref=own.credentials_secret_ref or common)
+
+    def is_reached_by(self, own: StorageAccess | None) -> bool:
+        """Tell whether a source whose own settings are ``own`` lies at the common endpoint."""
+        if own is None or own.endpoint is None:
+            return True
+        return self.endpoint is not None and _place(own.endpoint) == _place(self.endpoint)
 
 
 class HuggingFaceSource(Section):

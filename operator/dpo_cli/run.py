@@ -27,10 +27,11 @@ from dpo_cli.events import EventTail
 from dpo_cli.jobs import LoadedJob, load_one
 from dpo_cli.report import SUMMARY, Written, read_spec, write_report
 from dpo_cli.screen import Screen, clean, open_screen
-from dpo_cli.stores import CA_BUNDLE, Stores
+from dpo_cli.stores import Stores
 from dpo_cli.summary import ending
 from dpo_cli.validate import Options, Verdict, judge_job
 from dpo_store import Store, join_uri, local_path_of
+from dpo_store.access import CA_BUNDLE
 from dpo_store.errors import from_os_error
 
 LOG = "trainer.log"

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 from dpo_api.spec import DPOJobSpec, StorageAccess
 from dpo_store import RetryPolicy, StorageOptions, Store, open_store
+from dpo_store.access import options_of
 
 PATIENCE = RetryPolicy(attempts=4, base=0.3, cap=3.0, connect_timeout=5.0, read_timeout=20.0)
 """A person waits for the answer: give up within about half a minute where a run would try for minutes."""
-
-CA_BUNDLE = "DPO_CA_BUNDLE"
-"""Environment variable by which the trainer learns the path of the certificates to trust."""
 
 
 class Stores:
@@ -23,10 +19,7 @@ class Stores:
 
     def reach(self, access: StorageAccess | None = None) -> Store:
         """Return the store for a source or output with this `storage` section, completed by `spec.storage`."""
-        sections = (access, self._spec.storage)
-        bundles = [s.ca_bundle.path for s in sections if s is not None and s.ca_bundle is not None]
-        bundle = next((path for path in bundles if path), os.environ.get(CA_BUNDLE))
-        options = StorageOptions.of(*sections, ca_bundle=bundle)
+        options = options_of(self._spec.storage, access)
         if options not in self._open:
             self._open[options] = open_store(options, retry=PATIENCE)
         return self._open[options]

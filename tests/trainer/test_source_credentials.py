@@ -1,13 +1,17 @@
 """Sources with credentials and certificates of their own, as a pod gets them: against two real S3 servers."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_api.errors import AccessDeniedError, DPOError
-from dpo_api.spec import DPOJobSpec
+from dpo_api.spec import DPOJobSpec, StorageAccess
+from dpo_cli.stores import Stores
+from dpo_store import Store
 from dpo_testing.runs import job_of
 from dpo_testing.s3server import S3Server, ToolMissingError, no_aws, s3_server
 from dpo_trainer.sources import store_for
@@ -51,7 +55,7 @@ def spec_of(servers: tuple[S3Server, S3Server], **source: Any) -> DPOJobSpec:
             "data": {
                 "train": [
                     {"uri": "s3://prefs/a.jsonl"},
-                    {"uri": "s3://prefs/a.jsonl", "storage": {"endpoint": theirs.endpoint, **source}},
+                    {"uri": "s3://prefs/a.jsonl", "storage": {"endpoint": theirs.endpoint} | source},
                 ]
             },
             "storage": {"endpoint": ours.endpoint, "credentialsSecretRef": {"name": "common"}},
@@ -69,9 +73,80 @@ def test_each_source_is_read_with_its_own_keys(servers: tuple[S3Server, S3Server
     assert read(spec, 1) == b"theirs"
 
 
-def test_without_its_own_a_source_shows_the_common_keys(servers: tuple[S3Server, S3Server], pod: Path) -> None:
+class Stranger:
+    """An endpoint that is not ours: refuses everything and keeps what it was shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+        stranger = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                stranger.shown.append(f"{self.path} {self.headers}")
+                self.send_response(403)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_HEAD = do_GET  # noqa: N815 - the name that the base class looks for
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def stranger() -> Iterator[Stranger]:
+    stranger = Stranger()
+    thread = threading.Thread(target=stranger.server.serve_forever)
+    thread.start()
+    yield stranger
+    stranger.server.shutdown()
+    thread.join()
+    stranger.server.server_close()
+
+
+def openers(spec: DPOJobSpec, access: StorageAccess | None) -> list[Callable[[], Store]]:
+    """Every way in which a spec's section becomes a store: the trainer's and the client's."""
+    return [lambda: store_for(spec, access), lambda: Stores(spec).reach(access)]
+
+
+@pytest.mark.parametrize("own", [{}, {"credentialsSecretRef": {"name": "nowhere"}}])
+@pytest.mark.parametrize("opener", [0, 1], ids=["trainer", "client"])
+def test_no_other_endpoint_is_shown_the_common_keys(
+    servers: tuple[S3Server, S3Server],
+    pod: Path,
+    stranger: Stranger,
+    monkeypatch: pytest.MonkeyPatch,
+    own: dict[str, Any],
+    opener: int,
+) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-session-token")
+    spec = spec_of(servers, **{**own, "endpoint": stranger.endpoint})
+    store = openers(spec, spec.data.train[1].storage)[opener]()
+    with pytest.raises(AccessDeniedError, match=r"those of spec\.storage belong to another one; name a Secret by"):
+        store.read("s3://prefs/a.jsonl")
+    assert not [text for text in stranger.shown if servers[0].access_key in text or "a-session-token" in text]
+    # The same endpoint with the keys named for it is shown them, so the stranger does see what it is shown.
+    spec = spec_of(servers, endpoint=stranger.endpoint, credentialsSecretRef={"name": "common"})
     with pytest.raises(DPOError):
-        read(spec_of(servers), 1)
+        openers(spec, spec.data.train[1].storage)[opener]().read("s3://prefs/a.jsonl")
+    assert [text for text in stranger.shown if servers[0].access_key in text]
+
+
+def test_another_endpoint_gets_the_machines_other_keys(
+    servers: tuple[S3Server, S3Server], pod: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the usual chain is searched: here a profile, on a cluster the pod's identity."""
+    theirs = servers[1]
+    profile = pod / "profile"
+    profile.write_text(
+        f"[default]\naws_access_key_id = {theirs.access_key}\naws_secret_access_key = {theirs.secret_key}\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
+    assert read(spec_of(servers), 1) == b"theirs"
+    assert read(spec_of(servers), 0) == b"ours"
 
 
 def test_a_secret_that_lacks_a_key_is_named(servers: tuple[S3Server, S3Server], pod: Path) -> None:

@@ -46,6 +46,8 @@ class _StorageSection(Protocol):
 class StorageOptions:
     """How to reach S3. Holds no credentials, so it may be logged.
 
+    :func:`dpo_store.access.options_of` makes them from a spec.
+
     endpoint: URL of an S3-compatible server; None: ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL`` or Amazon's own.
     region: None: boto3's usual sources, then us-east-1.
     force_path_style: True: ``endpoint/bucket/key``; False: ``bucket.endpoint/key``; None: path style for an explicit
@@ -53,6 +55,8 @@ class StorageOptions:
     ca_bundle: path of a PEM file of certificate authorities; None: ``AWS_CA_BUNDLE`` or the system's.
     credentials: folder with the files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and perhaps AWS_SESSION_TOKEN, as a pod
         gets them from a Secret; None: boto3's usual chain.
+    environment_keys: whether that chain begins with the keys in the environment. False where they belong to another
+        endpoint, which no request may then show them to.
     pvc_root: folder under which claims are mounted by name; None: ``DPO_PVC_ROOT``.
     """
 
@@ -61,6 +65,7 @@ class StorageOptions:
     force_path_style: bool | None = None
     ca_bundle: str | None = None
     credentials: str | None = None
+    environment_keys: bool = True
     pvc_root: str | None = None
 
     def __post_init__(self) -> None:
@@ -76,19 +81,21 @@ class StorageOptions:
 
     @classmethod
     def of(
-        cls, *sections: _StorageSection | None, ca_bundle: str | None = None, credentials: str | None = None
+        cls,
+        section: _StorageSection,
+        *,
+        ca_bundle: str | None = None,
+        credentials: str | None = None,
+        environment_keys: bool = True,
     ) -> StorageOptions:
-        """Merge a spec's storage sections, most specific first; each field is the first that is set.
-
-        ``StorageOptions.of(source.storage, spec.storage)`` are the options of one data source.
-        """
-        present = [section for section in sections if section is not None]
+        """Return the options that one complete storage section stands for."""
         return cls(
-            endpoint=next((s.endpoint for s in present if s.endpoint is not None), None),
-            region=next((s.region for s in present if s.region is not None), None),
-            force_path_style=next((s.force_path_style for s in present if s.force_path_style is not None), None),
+            endpoint=section.endpoint,
+            region=section.region,
+            force_path_style=section.force_path_style,
             ca_bundle=ca_bundle,
             credentials=credentials,
+            environment_keys=environment_keys,
         )
 
 

@@ -16,6 +16,7 @@ from dpo_store.options import ObjectInfo, RetryPolicy, StorageOptions, Timing
 from dpo_store.uris import Location
 
 if TYPE_CHECKING:
+    from botocore.session import Session as BotocoreSession
     from mypy_boto3_s3 import S3Client
 
 _WORD: Final = re.compile(r"[A-Za-z]{1,48}")
@@ -27,6 +28,22 @@ _KEYS: Final = {
 """Files of a credentials folder, and boto3's names for what they hold."""
 _VAGUE: Final = frozenset({"400", "401", "403", "301", "307", "BadRequest", "Forbidden"})
 """Codes of HEAD answers, which have no body to say more."""
+
+
+_OTHERS_KEYS: Final = (
+    "no S3 credentials for this endpoint, and those of spec.storage belong to another one; name a Secret by"
+    " credentialsSecretRef beside this endpoint (on one machine: its keys are files in $DPO_CREDENTIALS_DIR/NAME/)"
+)
+
+
+def _chain(options: StorageOptions) -> BotocoreSession:
+    """Return boto3's usual search for keys; without the environment where its keys are another endpoint's."""
+    from botocore.session import get_session
+
+    session = get_session()
+    if not options.environment_keys:
+        session.get_component("credential_provider").remove("env")
+    return session
 
 
 def _keys(folder: str | None) -> dict[str, Any]:
@@ -83,7 +100,7 @@ class S3Backend:
         if options.ca_bundle is not None and not Path(options.ca_bundle).is_file():
             raise InvalidSpecError(f"storage.caBundle: {options.ca_bundle} does not exist")
         try:
-            session = boto3.session.Session(**_keys(options.credentials))
+            session = boto3.session.Session(botocore_session=_chain(options), **_keys(options.credentials))
             return session.client(
                 "s3",
                 endpoint_url=options.endpoint,
@@ -106,7 +123,9 @@ class S3Backend:
     def _explain(self, error: BaseException) -> tuple[Rule, str] | None:
         response = getattr(error, "response", None)
         if not isinstance(response, dict) or "Error" not in response:
-            return retry.explain(error)
+            found = retry.explain(error)
+            keyless = found is not None and type(error).__name__ == "NoCredentialsError"
+            return (found[0], _OTHERS_KEYS) if found and keyless and not self._options.environment_keys else found
         code = str(response["Error"].get("Code", ""))
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         rule = rule_of_code(code, status)

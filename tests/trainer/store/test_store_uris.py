@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpo_api.errors import InvalidSpecError, NotFoundError
+from dpo_api.spec import Storage, StorageAccess
 from dpo_store import StorageOptions, base_name, is_remote, join_uri, local_path_of, open_store
+from dpo_store.access import options_of
 from dpo_store.uris import parse
 
 
@@ -65,18 +67,61 @@ def test_a_claim_is_a_folder_below_the_root(tmp_path: Path, monkeypatch: pytest.
         store.read("pvc://models/llama/config.json")
 
 
-@dataclass(frozen=True)
-class Section:
-    endpoint: str | None = None
-    region: str | None = None
-    force_path_style: bool | None = None
+COMMON = Storage.model_validate(
+    {
+        "endpoint": "https://s3.example.com",
+        "region": "us-east-1",
+        "forcePathStyle": True,
+        "credentialsSecretRef": {"name": "common"},
+    }
+)
+
+
+def own(**fields: Any) -> StorageAccess:
+    return StorageAccess.model_validate(fields)
 
 
 def test_the_most_specific_storage_section_wins_field_by_field() -> None:
-    merged = StorageOptions.of(
-        Section(region="eu-west-1", force_path_style=False), None, Section("https://s3.example.com", "us-east-1", True)
-    )
+    merged = options_of(COMMON, own(region="eu-west-1", forcePathStyle=False), {})
     assert merged == StorageOptions(endpoint="https://s3.example.com", region="eu-west-1", force_path_style=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "allowed"),
+    [
+        (None, True),
+        (own(region="eu-west-1"), True),
+        (own(endpoint="https://S3.Example.com/"), True),
+        (own(endpoint="https://s3.example.com", credentialsSecretRef={"name": "writer"}), True),
+        (own(endpoint="https://vendor.example.com", credentialsSecretRef={"name": "common"}), True),
+        (own(endpoint="https://vendor.example.com"), False),
+        (own(endpoint="http://s3.example.com"), False),
+        (own(endpoint="https://s3.example.com:8443"), False),
+        (own(endpoint="https://s3.example.com/other"), False),
+        (own(endpoint="https://vendor.example.com", credentialsSecretRef={"name": "vendor"}), False),
+    ],
+)
+def test_the_common_keys_belong_to_the_common_endpoint(section: StorageAccess | None, allowed: bool) -> None:
+    assert options_of(COMMON, section, {}).environment_keys is allowed
+    named = section is not None and section.credentials_secret_ref is not None
+    assert (COMMON.access(section).credentials_secret_ref is not None) == (allowed or named)
+
+
+def test_keys_that_no_spec_names_are_the_machines_own() -> None:
+    anywhere = own(endpoint="https://vendor.example.com")
+    assert options_of(Storage(), anywhere, {}).environment_keys
+    assert options_of(Storage(), anywhere, {}).endpoint == "https://vendor.example.com"
+
+
+def test_certificates_are_the_sources_own_else_the_common_ones() -> None:
+    storage = Storage.model_validate({"caBundle": {"path": "/common.pem"}})
+    assert options_of(storage, own(region="eu-west-1"), {}).ca_bundle == "/common.pem"
+    nearest = own(caBundle={"path": "/own.pem"})
+    assert options_of(storage, nearest, {"DPO_CA_BUNDLE": "/env.pem"}).ca_bundle == "/own.pem"
+    mounted = own(caBundle={"secretRef": {"name": "ca"}, "key": "tls.pem"})
+    assert options_of(storage, mounted, {"DPO_CA_DIR": "/ca"}).ca_bundle == "/ca/secret/ca/tls.pem"
+    assert options_of(storage, mounted, {}).ca_bundle == "/common.pem"  # nothing mounts it on one machine
+    assert options_of(Storage(), mounted, {"DPO_CA_BUNDLE": "/env.pem"}).ca_bundle == "/env.pem"
 
 
 def test_an_endpoint_is_a_url_without_credentials() -> None:
