@@ -85,6 +85,14 @@ class Plan:
         return step > 0 and (step % self.checkpoint_every == 0 or step == self.total_steps)
 
 
+def batches_per_epoch(pairs: int, global_batch_size: int, *, drop_last: bool) -> int:
+    """Return the global batches in an epoch. Fewer pairs than one batch are one smaller batch, dropped or not."""
+    full, rest = divmod(pairs, global_batch_size)
+    if full == 0:
+        return 1 if rest else 0
+    return full if drop_last or rest == 0 else full + 1
+
+
 def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int] = ()) -> Plan:
     """Derive a run's values. ``validation_pairs`` has one number for each source of ``data.validation``.
 
@@ -102,7 +110,7 @@ def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int
             f" an epoch is one step; set globalBatchSize: {train_pairs} or less"
         )
         warnings.append(Finding("warning", "spec.training.globalBatchSize", text))
-    batches = train_pairs // batch if training.drop_last else -(-train_pairs // batch)
+    batches = batches_per_epoch(train_pairs, batch, drop_last=training.drop_last)
     steps_per_epoch = _limited(batches, training.limit_train_batches)
     total = training.max_steps or training.epochs * steps_per_epoch
     rates = plan_rates(training, total)
@@ -125,7 +133,8 @@ def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int
         min_learning_rate=rates.min_learning_rate,
         validation_pairs=tuple(validation_pairs),
         validation_batches=tuple(
-            _limited(-(-pairs // batch), training.limit_validation_batches) for pairs in validation_pairs
+            _limited(batches_per_epoch(pairs, batch, drop_last=False), training.limit_validation_batches)
+            for pairs in validation_pairs
         ),
         pack_max_tokens=training.packing.max_tokens or 2 * spec.data.max_length,
         pack_max_pairs=training.micro_batch_size if training.packing.enabled else 1,

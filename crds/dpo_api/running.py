@@ -78,6 +78,16 @@ class Resources(Section):
         default={}, max_length=16, description="Further extended resources of each pod, such as rdma/ib: 1."
     )
 
+    def processes(self, gpus: int | None = None) -> int:
+        """Return the training processes of each node: what is stated, else one a GPU, else one.
+
+        ``gpus``: those that a node really has; None: what the spec asks for. No GPU is shared.
+        """
+        if gpus is None:
+            return self.processes_per_node or self.gpus_per_node or 1
+        stated = self.processes_per_node or gpus or 1
+        return min(stated, gpus) if gpus else stated
+
 
 class Reference(Section):
     """The reference model's log-probs: computed once, kept, reused."""

@@ -119,9 +119,9 @@ def _parallelism(spec: DPOJobSpec) -> Iterator[Finding]:
         yield _warning(
             "resources.processesPerNode", f"{processes} processes leave {gpus - processes} of {gpus} GPUs idle"
         )
-    local = processes or gpus or (1 if gpus == 0 else None)
-    if local is None:
-        return
+    if processes is None and gpus is None:
+        return  # `dpo run` takes what the machine has
+    local = resources.processes()
     world, model_size = local * resources.nodes, sizes.tensor * sizes.pipeline * sizes.context
     if world % model_size:
         yield _error(

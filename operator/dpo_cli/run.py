@@ -121,16 +121,14 @@ def choose_processes(asked: int | None, resources: Resources, gpus: int) -> tupl
     """
     if asked is not None:
         return asked, []
-    stated = resources.processes_per_node
-    if gpus == 0:
-        wanted = resources.gpus_per_node or 0
-        notes = [f"no GPU was found here (the manifest asks for {wanted} a node): training on CPU"] if wanted else []
-        return stated or 1, notes
-    if stated is not None and stated > gpus:
-        return gpus, [
-            f"resources.processesPerNode is {stated}, but this machine has {gpus} GPUs: starting {gpus} processes"
+    chosen, stated, wanted = resources.processes(gpus), resources.processes_per_node, resources.gpus_per_node
+    if gpus == 0 and wanted:
+        return chosen, [f"no GPU was found here (the manifest asks for {wanted} a node): training on CPU"]
+    if stated is not None and stated > chosen:
+        return chosen, [
+            f"resources.processesPerNode is {stated}, but this machine has {gpus} GPUs: starting {chosen} processes"
         ]
-    return stated or gpus, []
+    return chosen, []
 
 
 def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Sequence[str]) -> Verdict:

@@ -160,7 +160,7 @@ def switches(spec: DPOJobSpec) -> dict[str, str]:
 def processes_here(environment: Mapping[str, str], resources: Resources) -> int:
     """How many processes to start: the cluster's word, then the spec's, else one a GPU that it asks for, else one."""
     stated = environment.get("PET_NPROC_PER_NODE", "")
-    return int(stated) if stated.isdigit() else resources.processes_per_node or resources.gpus_per_node or 1
+    return int(stated) if stated.isdigit() else resources.processes()
 
 
 def _rendezvous(environment: Mapping[str, str]) -> list[str]:

@@ -34,7 +34,7 @@ AVOIDED_NODES_MAX = 16
 
 def processes(spec: DPOJobSpec) -> int:
     """Return the training processes of each pod."""
-    return spec.resources.processes_per_node or spec.resources.gpus_per_node or 1
+    return spec.resources.processes()
 
 
 def command(spec: DPOJobSpec, fence: int, settings: Settings) -> list[str]:

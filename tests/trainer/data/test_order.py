@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_trainer.data.order import batch_pairs, batches_per_epoch, epoch_order, validation_batches
+from dpo_api.plan import batches_per_epoch
+from dpo_trainer.data.order import batch_pairs, epoch_order, validation_batches
 
 sizes = st.integers(0, 400)
 batch_sizes = st.integers(1, 70) | st.sampled_from([1, 2, 5])  # small ones often divide

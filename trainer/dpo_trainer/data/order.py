@@ -11,6 +11,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_api.plan import batches_per_epoch
+
 PairIds = NDArray[np.int64]
 """[n] int64, positions in the PairIndex."""
 
@@ -22,14 +24,6 @@ def epoch_order(pairs: int, seed: int, epoch: int) -> PairIds:
     words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(pairs)
     # Equal words (about pairs²/2⁶⁵) are ordered by position, since the sort is stable.
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
-
-
-def batches_per_epoch(pairs: int, global_batch_size: int, *, drop_last: bool) -> int:
-    """Global batches in an epoch. Fewer pairs than one batch are one smaller batch, whatever ``drop_last`` says."""
-    full, rest = divmod(pairs, global_batch_size)
-    if full == 0:
-        return 1 if rest else 0
-    return full if drop_last or rest == 0 else full + 1
 
 
 def batch_pairs(pairs: int, global_batch_size: int, seed: int, epoch: int, *, drop_last: bool) -> list[PairIds]:
