@@ -29,7 +29,7 @@ def name_of(requirement: str) -> str:
 
 
 def kept_versions(patterns: Sequence[str], installed: Mapping[str, str]) -> dict[str, str]:
-    """Return name and version of each installed distribution that a pattern names: the base image's, to be left alone."""
+    """Return name and version of each installed distribution that a pattern names: the base's, to be left alone."""
     return {name: version for name, version in installed.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
 
 
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.extra is not None and given.extra not in extras:
             parser.error(f"--extra: {given.pyproject} has no {given.extra!r}; it has {', '.join(extras)}")
         wanted = [*project["project"]["dependencies"], *(extras[given.extra] if given.extra else ())]
-    installed = {normalised(found.metadata["Name"]): found.version for found in metadata.distributions()}
+    installed: dict[str, str] = {}
+    for found in metadata.distributions():  # in the order of sys.path: the first of a name is the one imported
+        installed.setdefault(normalised(found.metadata["Name"]), found.version)
     kept = kept_versions(given.keep, installed)
     lines, pins = written(wanted, given.constraints.read_text().splitlines(), kept)
     given.out.mkdir(parents=True, exist_ok=True)
