@@ -44,7 +44,7 @@ class Operator:
         self._queue: WorkQueue[Key] = WorkQueue(clock=time.monotonic)
         self._watches = Watches(login.connection, options.namespaces, self._hear)
         self._watchdog = Watchdog(
-            self._client, self._cache, options.namespaces, self._queue.add,
+            self._client, self._cache, options.namespaces, self._queue.add, self._watches.restart,
             interval=options.relist_seconds, dead_after=options.dead_watch_seconds,
         )  # fmt: skip
         self.health = self._watchdog.health
@@ -121,7 +121,9 @@ class Operator:
                 await asyncio.sleep(_DISCOVERY_SECONDS)
                 if self.health.missing or self._watches.failures != failures:
                     break
-            failures = self._watches.failures
+            if self._watches.failures != failures:
+                failures = self._watches.failures
+                self._watchdog.soon()
 
     async def _knows(self, resource: Resource) -> bool:
         try:
@@ -143,6 +145,8 @@ class Operator:
             if resource == PODS and key is not None:
                 self._cache.depart(key, item)
         else:
+            if kind is None and self.health.synced:
+                self._watchdog.soon()  # listed anew: kopf does not tell what went meanwhile
             key = self._cache.put(resource, item, watched=True)
         if key is not None:
             self._queue.add(key)

@@ -1,16 +1,18 @@
-"""Compares the caches with the cluster now and then: finds dead watches, and repairs what they missed.
+"""Compares the caches with the cluster now and then: finds dead watches, revives them, repairs what they missed.
 
 A watch can hang without an error, and on a quiet cluster silence proves nothing. So every few minutes each kind is
 listed, metadata only and page by page. What the cluster has had for a while and no watch has brought means that the
-watch is dead; liveness then fails. In any case the missing news is put into the cache, so that jobs go on.
+watch is dead: the watches are started anew, and where that does not help liveness fails. In any case the missing news
+is put into the cache, so that jobs go on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +20,13 @@ from dpo_operator.process.cache import Cache, Key, job_of, version
 from dpo_operator.process.client import METADATA_ONLY, ApiError, Client, Unreachable
 from dpo_operator.process.resources import Resource
 
+_GATHER_SECONDS = 3.0
+"""Between being asked for a comparison and making it."""
+
 _log = logging.getLogger(__name__)
 
-_Suspect = tuple[Resource, str, str]
-"""Kind, UID and what is wrong with it: the resourceVersion that no watch brought, or "gone"."""
+_Suspect = tuple[Resource, str, int]
+"""Kind, UID and the version that a watch brought last: the same for as long as the watch stands still."""
 
 
 @dataclass
@@ -48,15 +53,22 @@ class Watchdog:
         cache: Cache,
         namespaces: Collection[str],
         changed: Callable[[Key], None],
+        revive: Callable[[str], Awaitable[None]],
         *,
         interval: float,
         dead_after: float,
     ) -> None:
-        """``interval``: seconds between comparisons. ``dead_after``: seconds of silence that make a watch dead."""
+        """``interval``: seconds between comparisons. ``dead_after``: seconds of silence that make a watch dead.
+
+        ``revive`` starts the watches anew and is told why; it is called at half of that time.
+        """
         self._client = client
         self._cache = cache
         self._scopes: tuple[str | None, ...] = tuple(namespaces) or (None,)
         self._changed = changed
+        self._revive = revive
+        self._revived = float("-inf")
+        self._asked = asyncio.Event()
         self._interval = interval
         self._dead_after = dead_after
         self._suspects: dict[_Suspect, float] = {}
@@ -80,7 +92,16 @@ class Watchdog:
                 _log.info("the caches are filled: %d DPOJobs", len(self._cache.job_keys()))
                 for key in self._cache.job_keys():
                     self._changed(key)
-            await asyncio.sleep(self._wait())
+            # Whoever asks does so in bursts: one comparison answers them all.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._wait()):
+                    await self._asked.wait()
+                    await asyncio.sleep(_GATHER_SECONDS)
+            self._asked.clear()
+
+    def soon(self) -> None:
+        """Compare soon: the watches have a gap, and what was deleted in it no watch tells."""
+        self._asked.set()
 
     def _wait(self) -> float:
         if not self.health.synced:
@@ -105,7 +126,15 @@ class Watchdog:
             _log.error("the watch of %s is dead: the cluster has news that it has not brought", plural)
         self.health.dead = frozenset(dead)
         self.health.checked_at = time.time()
+        await self._revive_silent(now)
         return not suspects
+
+    async def _revive_silent(self, now: float) -> None:
+        """Start the watches anew at half of the time that makes them dead; then give them time to catch up."""
+        due = {s[0].plural for s, since in self._suspects.items() if now - since >= self._dead_after / 2}
+        if due and self.health.synced and now - self._revived >= self._dead_after:
+            self._revived = now
+            await self._revive(f"the cluster has {', '.join(sorted(due))} that they have not brought")
 
     async def _compare(self, resource: Resource, scope: str | None) -> set[_Suspect]:
         before = {k: uid for k, uid in self._cache.known(resource).items() if scope in {None, k[0]}}
@@ -121,7 +150,7 @@ class Watchdog:
                 seen_uid, seen_version = self._cache.seen(resource, namespace, name)
                 if seen_uid == uid and seen_version >= version(item):
                     continue
-                suspects.add((resource, uid, metadata["resourceVersion"]))
+                suspects.add((resource, uid, seen_version if seen_uid == uid else 0))
                 await self._repair(resource, item)
         for key in before.keys() - listed:
             suspects |= await self._bury(resource, key, before[key])

@@ -1,8 +1,11 @@
 """kopf's part: lists and watches. Its handlers only pass on what they hear; they decide nothing.
 
-kopf runs in a thread with an event loop of its own, because it ends every task of its loop when a watch fails beyond
-repair. Here that costs one restart of the watches, and no work in progress. No timer, daemon or delete handler is
-ever registered, so kopf writes nothing to any object: no finalizer, no annotation.
+kopf runs in a thread with an event loop of its own, so that its end costs a restart of the watches and no work in
+progress. It ends as a whole when one watch fails beyond repair, and kopf 1.45 cannot always do even that: a watch that
+is cancelled while it connects takes the cancellation for a pause and goes on, and ``kopf.operator`` then waits for it
+for ever (the "Exception in callback request_cancel_callback" of its log). So its tasks are watched and ended here. No
+timer, daemon or delete handler is ever registered: kopf writes nothing to any object, no finalizer, no annotation, and
+so it may be dropped at any moment.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import kopf
@@ -21,6 +25,12 @@ from dpo_operator.process.resources import Resource
 
 Hear = Callable[[Resource, str | None, dict[str, Any]], None]
 """Called in the main loop with the kind, the event's type (None while listing) and the object."""
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+"""Seconds before the watches are started anew; doubled each time that they end soon after."""
+
+_STEADY_SECONDS = 60.0
+"""Watches that lasted this long count as sound: the next wait is the first again."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +46,32 @@ class _Backoffs:
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+def _note(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Tell of what went wrong outside any task: kopf's affair, unless a watch dies of it, which is noticed."""
+    _log.info("kopf: %s: %r", context.get("message"), context.get("exception"))
+
+
+def _reason(done: Iterable[asyncio.Future[Any]]) -> str:
+    """Return in one line why kopf's tasks ended."""
+    for task in done:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            return f"{type(error).__name__}: {error}"
+    return "they ended by themselves"
+
+
+async def _drop_tasks() -> None:
+    """Cancel every other task of this loop, more than once: some of kopf's swallow a cancellation."""
+    for _ in range(20):
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        if not tasks:
+            return
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=0.2)
+    _log.info("%d tasks of kopf do not end and are left behind", len(tasks))
 
 
 class Watches:
@@ -57,72 +93,104 @@ class Watches:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._end: Callable[[], None] = _nothing
+        self._changing = asyncio.Lock()
+        self._resources: tuple[Resource, ...] = ()
         self.failures = 0
-        """Times that the watches ended by themselves and were started anew."""
+        """Times that the watches were started anew because they had ended or were dead."""
 
     async def serve(self, resources: Collection[Resource]) -> None:
         """Watch exactly these kinds from now on."""
-        await self.stop()
-        self._stop = threading.Event()
-        loop = asyncio.get_running_loop()
-        arguments = (tuple(resources), loop, self._stop)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="watches", daemon=True)
-        self._thread.start()
+        async with self._changing:
+            await self._start(tuple(resources))
+
+    async def restart(self, reason: str) -> None:
+        """Drop the watches, whatever state they are in, and start them anew with full lists."""
+        async with self._changing:
+            if self._thread is None:
+                return
+            self.failures += 1
+            _log.warning("the watches are started anew: %s", reason)
+            await self._start(self._resources)
 
     async def stop(self) -> None:
         """End the watches."""
+        async with self._changing:
+            await self._halt()
+
+    async def _start(self, resources: tuple[Resource, ...]) -> None:
+        await self._halt()
+        self._resources, self._stop = resources, threading.Event()
+        arguments = (resources, asyncio.get_running_loop(), self._stop)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="watches", daemon=True)
+        self._thread.start()
+
+    async def _halt(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._stop.set()
             self._end()
-            # A watch that hangs must not keep the process: the thread is a daemon.
+            # A thread that hangs must keep neither the process nor its successor: it is a daemon, and heard no more.
             await asyncio.to_thread(thread.join, 10.0)
 
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread is not None and self._thread.is_alive()
-
     def _run(self, resources: tuple[Resource, ...], loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
-        wait = 0.5
+        wait = _FIRST_WAIT
         while not stop.is_set():
+            began = time.monotonic()
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    asyncio.run(self._operate(resources, loop, stop))
-                reason = "they ended by themselves"
+                    reason = self._live(resources, loop, stop)
             except Exception as error:  # noqa: BLE001 - whatever ends the watches, they are needed again
                 reason = f"{type(error).__name__}: {error}"
             if stop.is_set():
                 return
+            if time.monotonic() - began > _STEADY_SECONDS:
+                wait = _FIRST_WAIT
             self.failures += 1
             _log.warning("the watches are started anew in %.1f s: %s", wait, reason)
             stop.wait(wait)
-            wait = min(30.0, wait * 2)
+            wait = min(_LONGEST_WAIT, wait * 2)
+
+    def _live(self, resources: tuple[Resource, ...], loop: asyncio.AbstractEventLoop, stop: threading.Event) -> str:
+        """Run kopf until it ends or is told to; return why it ended."""
+        inner = asyncio.new_event_loop()
+        inner.set_exception_handler(_note)
+        try:
+            return inner.run_until_complete(self._operate(resources, loop, stop))
+        finally:
+            # Not asyncio.run: it waits for every task, and so for those that do not end.
+            inner.close()
 
     async def _operate(
         self, resources: tuple[Resource, ...], loop: asyncio.AbstractEventLoop, stop: threading.Event
-    ) -> None:
-        # A flag of this loop: kopf would wait for a threading.Event in a pool thread that outlives it.
-        flag, inner = asyncio.Event(), asyncio.get_running_loop()
+    ) -> str:
+        told, inner = asyncio.Event(), asyncio.get_running_loop()
 
         def end() -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
-                inner.call_soon_threadsafe(flag.set)
+                inner.call_soon_threadsafe(told.set)
 
         self._end = end
         if stop.is_set():
-            return
-        await kopf.operator(
-            registry=self._registry(resources, loop),
-            settings=self._settings(resources),
-            standalone=True,
-            clusterwide=not self._namespaces,
-            namespaces=self._namespaces,
-            stop_flag=flag,
-        )
+            return "stopped"
+        try:
+            tasks = await kopf.spawn_tasks(
+                registry=self._registry(resources, loop, stop),
+                settings=self._settings(resources),
+                standalone=True,
+                clusterwide=not self._namespaces,
+                namespaces=self._namespaces,
+            )
+            # kopf's own tasks all run for ever: the first to end ends the watches.
+            ends = {*tasks, asyncio.ensure_future(told.wait())}
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return _reason(done)
+        finally:
+            await _drop_tasks()
 
-    def _registry(self, resources: tuple[Resource, ...], loop: asyncio.AbstractEventLoop) -> kopf.OperatorRegistry:
+    def _registry(
+        self, resources: tuple[Resource, ...], loop: asyncio.AbstractEventLoop, stop: threading.Event
+    ) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
 
         @kopf.on.login(registry=registry)
@@ -135,7 +203,8 @@ class Watches:
                 registry=registry, id=f"hear-{resource.plural}",
             )  # fmt: skip
             async def hear(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 - kopf's name
-                loop.call_soon_threadsafe(self._hear, resource, type, dict(body))
+                if not stop.is_set():
+                    loop.call_soon_threadsafe(self._hear, resource, type, dict(body))
 
         for resource in resources:
             listen(resource)
@@ -144,7 +213,7 @@ class Watches:
     def _settings(self, resources: tuple[Resource, ...]) -> kopf.OperatorSettings:
         settings = kopf.OperatorSettings()
         settings.posting.enabled = False
-        # Else kopf kills this process some minutes after watches that ended by themselves.
+        # Else kopf kills this process some minutes after watches that were ended.
         settings.process.ultimate_exiting_timeout = None
         settings.scanning.disabled = True
         settings.networking.error_backoffs = _Backoffs()

@@ -22,8 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
             # The cluster is expensive: all of these run in the process that has it.
             item.add_marker(pytest.mark.xdist_group("cluster"))
-            # A dozen real processes on two shared cores: what fails three times in a row is wrong.
-            item.add_marker(pytest.mark.flaky(reruns=2))
             if item.path.stem not in STEADY:
                 item.add_marker(pytest.mark.soak)
 

@@ -30,10 +30,10 @@ def proxy(cluster: ControlPlane) -> Iterator[ChaosProxy]:
 
 
 @contextmanager
-def serving(cluster: ControlPlane, proxy: ChaosProxy, namespace: str) -> Iterator[OperatorProcess]:
+def serving(cluster: ControlPlane, proxy: ChaosProxy, namespace: str, *flags: str) -> Iterator[OperatorProcess]:
     """Run an operator that sees the cluster through the proxy."""
     kubeconfig = cluster.identity("admin", ["system:masters"], server=proxy.url)
-    with OperatorProcess(kubeconfig, "--scrape-by=off", namespaces=namespace) as process:
+    with OperatorProcess(kubeconfig, "--scrape-by=off", *flags, namespaces=namespace) as process:
         yield process
         assert process.exceptions() == []
 
@@ -133,7 +133,7 @@ def test_errors_of_the_api_server_delay_and_nothing_more(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
 ) -> None:
     jobs = Jobs(cluster.admin, namespace)
-    with serving(cluster, proxy, namespace):
+    with serving(cluster, proxy, namespace) as operator:
         proxy.rules[:] = [
             *(once(_is("POST pytorchjobs"), Fault(status=code)) for code in (429, 500, 503)),
             *(once(_is("PATCH dpojobs/status"), Fault(status=code)) for code in (409, 500, 503)),
@@ -146,12 +146,41 @@ def test_errors_of_the_api_server_delay_and_nothing_more(
         proxy.drop_watches()
         live(jobs, kubelet, "errors", lambda done: eventually(done, seconds=90, what="a step despite errors") and None)
         check(jobs, proxy, "errors")
-        # Whether each watch comes back by itself is kopf's affair (one of its callbacks can fail and end them all): the
-        # job above was carried by the re-lists, and a dead watch fails liveness, as the next test shows.
+        eventually(lambda: operator.get("/healthz")[0] == 200, what="all watches are back")
 
 
 def _is(kind: str) -> Callable[[Call], bool]:
     return lambda call: call.kind == kind and "dryRun" not in call.query
+
+
+RELIST_LATER = "--relist-seconds=3600"
+"""Leaves the operator to its watches: no comparison with the cluster makes good what they miss."""
+
+
+@pytest.mark.parametrize("status", [410, 404, 400])
+def test_watches_that_end_for_good_are_started_anew(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str, status: int
+) -> None:
+    """kopf gives all watches up at such an answer, and cannot always end itself: it is dropped and begun again."""
+    jobs = Jobs(cluster.admin, namespace)
+    with serving(cluster, proxy, namespace, RELIST_LATER) as operator:
+        jobs.create(manifest("anew"))
+        kubelet.pod(namespace, "anew-1-master-0")
+        jobs.wait_state("Running", name="anew")
+        for plural in ("pods", "pytorchjobs", "dpojobs"):
+            before = operator.metric("dpo_operator_watch_restarts")
+            proxy.rules[:] = [once(lambda call, p=plural: call.watch and p in call.path, Fault(status=status))]  # type: ignore[misc]
+            proxy.drop_watches()
+            eventually(
+                lambda b=before: operator.metric("dpo_operator_watch_restarts") > b,  # type: ignore[misc]
+                what=f"the watches are started anew after the end of that of {plural}",
+            )
+        # Each watch has to bring something now: the end of the pod and of the child, and a new job.
+        kubelet.finish(namespace, "anew-1-master-0", DONE)
+        jobs.wait_state("Succeeded", name="anew")
+        jobs.create(manifest("later"))
+        jobs.wait_child("later-1")
+        assert operator.get("/healthz")[0] == 200
 
 
 def test_dropped_and_hung_watches_are_noticed_and_made_good(
@@ -166,15 +195,26 @@ def test_dropped_and_hung_watches_are_noticed_and_made_good(
         jobs.wait_state("Succeeded", name="heard")
         assert operator.get("/healthz")[0] == 200
 
-        # A watch that stands and brings nothing: the re-list finds what it missed, and liveness fails.
+        # A watch that stands and brings nothing: the re-list finds what it missed, and the watches begin anew.
         proxy.mute.set()
         jobs.create(manifest("unheard"))
         jobs.wait_child("unheard-1")
         kubelet.finish(namespace, "unheard-1-master-0", DONE)
         jobs.wait_state("Succeeded", name="unheard", seconds=60)
+        eventually(lambda: operator.metric("dpo_operator_watch_restarts") >= 1, what="the hung watches are dropped")
+        proxy.mute.clear()
+        eventually(lambda: operator.get("/healthz")[0] == 200, what="the watches are back")
+
+        # Where a new beginning does not help either, liveness fails: the watches get no answer, all others do.
+        proxy.rules[:] = [lambda call: Fault(status=503) if "kopf" in call.agent else None]
+        proxy.drop_watches()
+        jobs.create(manifest("unheard-too"))
+        jobs.wait_child("unheard-too-1")
         eventually(lambda: operator.get("/healthz")[0] == 503, seconds=60, what="liveness fails")
         assert "dead watch" in operator.get("/healthz")[1]
-        proxy.mute.clear()
+        # And it is no one-way street.
+        proxy.rules.clear()
+        eventually(lambda: operator.get("/healthz")[0] == 200, seconds=60, what="the watches are back")
 
 
 def test_two_operators_do_no_harm(

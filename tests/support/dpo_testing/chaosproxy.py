@@ -29,6 +29,8 @@ class Call:
     path: str
     query: str = ""
     body: bytes = b""
+    agent: str = ""
+    """The client's User-Agent."""
 
     @property
     def mutating(self) -> bool:
@@ -140,7 +142,7 @@ class ChaosProxy:
         """Pass one request on, or fail it."""
         path, _, query = handler.path.partition("?")
         length = int(handler.headers.get("Content-Length") or 0)
-        call = Call(handler.command, path, query, handler.rfile.read(length))
+        call = Call(handler.command, path, query, handler.rfile.read(length), handler.headers.get("User-Agent") or "")
         fault = self.fault(call)
         if fault is not None and fault.before is not None:
             fault.before()
