@@ -1,0 +1,91 @@
+"""What this machine must be and have: Linux, root, Go, a handful of Debian packages, and nothing of another cluster."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from dpo_testing.realcluster.layout import BRIDGE, FIXED_PATHS, Layout
+
+PACKAGES = {
+    "containerd": "containerd",
+    "ctr": "containerd",
+    "runc": "runc",
+    "debootstrap": "debootstrap",
+    "iptables": "iptables",
+    "ip": "iproute2",
+    "conntrack": "conntrack",
+    "gcc": "gcc",
+    "/usr/lib/cni/bridge": "containernetworking-plugins",
+    "/bin/busybox": "busybox-static",
+    "/usr/include/stdlib.h": "libc6-dev",
+    "/sbin/modprobe": "kmod",
+}
+"""A program or file, and the Debian package that brings it."""
+
+OWNED = "owned-paths"
+"""A file in the run folder: fixed paths that were not there before, which are removed at the end."""
+
+
+class UnsuitableError(Exception):
+    """This machine can't hold the cluster; the text says why and what to do."""
+
+
+def unsuitable() -> str | None:
+    """Return why no cluster can run here, or None."""
+    if sys.platform != "linux":
+        return "the cluster's node is this machine, and that needs Linux"
+    if os.geteuid() != 0:
+        return "containers, bridges and packages need root"
+    if shutil.which("go") is None:
+        return "Go is not installed, so the cluster's programs cannot be built"
+    if missing() and shutil.which("apt-get") is None:
+        return f"these are missing and there is no apt-get to install them: {', '.join(missing())}"
+    return None
+
+
+def missing() -> list[str]:
+    """Return the packages that are not installed yet."""
+    return sorted({package for name, package in PACKAGES.items() if not _there(name)})
+
+
+def install() -> None:
+    """Install what is missing."""
+    wanted = missing()
+    if not wanted:
+        return
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update", "-q"], ["install", "-y", "--no-install-recommends", *wanted]):
+        done = subprocess.run(["apt-get", *command], env=quiet, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise UnsuitableError(f"apt-get {' '.join(command)} failed:\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+
+
+def claim(layout: Layout) -> None:
+    """Refuse a machine on which another cluster lives; remember which fixed paths are ours to remove."""
+    owned = layout.run / OWNED
+    if owned.exists():
+        return
+    if Path(f"/sys/class/net/{BRIDGE}").exists():
+        raise UnsuitableError(f"the network link {BRIDGE} is there already: another cluster runs, or left it behind")
+    used = [str(path) for path in FIXED_PATHS if path.exists() and any(path.iterdir())]
+    foreign = [path for path in used if path in {"/var/lib/cni", "/var/lib/kubelet", "/run/containerd"}]
+    if foreign:
+        raise UnsuitableError(
+            f"{', '.join(foreign)}: in use by another container runtime or kubelet; use E2E_KUBECONFIG for its cluster"
+        )
+    layout.make()
+    owned.write_text("\n".join(str(path) for path in FIXED_PATHS if not path.exists()) + "\n")
+
+
+def owned_paths(layout: Layout) -> list[Path]:
+    """Return the fixed paths that ``claim`` found absent."""
+    owned = layout.run / OWNED
+    return [Path(line) for line in owned.read_text().split()] if owned.exists() else []
+
+
+def _there(name: str) -> bool:
+    return Path(name).exists() if name.startswith("/") else shutil.which(name) is not None
