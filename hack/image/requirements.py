@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--constraints", type=Path, default=Path("constraints.txt"))
     parser.add_argument("--extra", help="the optional list that is wanted beside the base list")
     parser.add_argument("--build", action="store_true", help="what building our own wheel takes, and nothing else")
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="NAME", help="leave these out: the image never uses them"
+    )
     parser.add_argument("--keep", nargs="*", default=[], metavar="PATTERN", help="leave these as the base has them")
     parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
     given = parser.parse_args(argv)
@@ -65,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for found in metadata.distributions():  # in the order of sys.path: the first of a name is the one imported
         installed.setdefault(normalised(found.metadata["Name"]), found.version)
     kept = kept_versions(given.keep, installed)
+    unused = {normalised(name) for name in given.without}
+    if unknown := unused - {name_of(line) for line in wanted}:
+        parser.error(f"--without: {given.pyproject} does not ask for {', '.join(sorted(unknown))}")
+    wanted = [line for line in wanted if name_of(line) not in unused]
     lines, pins = written(wanted, given.constraints.read_text().splitlines(), kept)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "requirements.txt").write_text("\n".join(lines) + "\n")
