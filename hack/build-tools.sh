@@ -6,7 +6,8 @@
 #   hack/build-tools.sh --path NAME        print where NAME's binary lies once built; build nothing
 #
 # A folder holds go.mod, go.sum and tools.go. Each line of tools.go that reads `import _ "PACKAGE"` is a program: it is
-# named after the folder, or, where the folder pins several (kubernetes), after the last part of its package. A comment
+# named after the folder, or, where the folder pins several (kubernetes) or holds the program itself in its cmd/
+# (prometheus-operator), after the last part of its package. A comment
 # `// MARK` at its end keeps it from being built by default. A file `ldflags`, if present, is added to the linker flags.
 # Binaries go to ${DPO_TOOLS_DIR:-~/.cache/dpo-operator/tools}/NAME-<hash of the folder>/NAME, so a changed pin builds
 # anew and an unchanged one is a no-op. Two builders at once are safe: a binary appears by rename.
@@ -23,11 +24,15 @@ packages() { # FOLDER [MARK] -> the packages that its tools.go pins, or those wi
   sed -n "s/^import _ \"\([^\"]*\)\"$mark\$/\1/p" "$1/tools.go"
 }
 
+by_package() { # FOLDER -> whether its programs are named after their packages
+  [[ -d "$1/cmd" || $(packages "$1" | wc -l) -gt 1 ]]
+}
+
 tool_names() { # [MARK]
   local mod folder
   for mod in "$here"/tools/*/go.mod; do
     folder="$(dirname "$mod")"
-    if [[ $(packages "$folder" | wc -l) -gt 1 ]]; then
+    if by_package "$folder"; then
       packages "$folder" "$@" | sed 's|.*/||'
     elif [[ -n "$(packages "$folder" "$@")" ]]; then
       basename "$folder"
@@ -37,9 +42,9 @@ tool_names() { # [MARK]
 
 folder_of() { # NAME -> the folder that pins it
   local mod
-  if [[ -f "$here/tools/$1/go.mod" && $(packages "$here/tools/$1" | wc -l) -eq 1 ]]; then echo "$here/tools/$1" && return; fi
+  if [[ -f "$here/tools/$1/go.mod" ]] && ! by_package "$here/tools/$1"; then echo "$here/tools/$1" && return; fi
   for mod in "$here"/tools/*/go.mod; do
-    if [[ $(packages "$(dirname "$mod")" | wc -l) -gt 1 ]] && packages "$(dirname "$mod")" | grep -q "/$1\$"; then
+    if by_package "$(dirname "$mod")" && packages "$(dirname "$mod")" | grep -q "/$1\$"; then
       dirname "$mod" && return
     fi
   done
@@ -57,7 +62,7 @@ binary_path() { # NAME -> path of its binary
     echo "$KUBEBUILDER_ASSETS/$name" && return
   fi
   folder="$(folder_of "$name")"
-  hash="$(cd "$folder" && cat -- go.mod go.sum tools.go $(ls ldflags 2>/dev/null) | sha256sum | cut -c1-16)"
+  hash="$(cd "$folder" && cat -- go.mod go.sum tools.go $(ls ldflags cmd/*/*.go 2>/dev/null) | sha256sum | cut -c1-16)"
   echo "$cache/$name-$hash/$name"
 }
 
