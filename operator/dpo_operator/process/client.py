@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -63,8 +65,8 @@ class Client:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=64, ssl=info.as_ssl_context()),
             headers={**info.as_http_headers(), "User-Agent": self._agent},
-            proxy=info.proxy_url,
-            trust_env=bool(info.trust_env),
+            # Found once: with trust_env aiohttp would look for it, and for a .netrc, at every request.
+            proxy=info.proxy_url or (_proxy(self._server) if info.trust_env else None),
         )
         self._since = time.monotonic()
         if old is not None:
@@ -191,6 +193,15 @@ async def bounded(answer: aiohttp.ClientResponse, limit: int) -> bytes:
             raise aiohttp.ClientError(f"the answer is longer than {limit} bytes")
         parts.append(part)
     return b"".join(parts)
+
+
+def _proxy(server: str) -> str | None:
+    """Return the proxy that the environment names for a server (HTTPS_PROXY, NO_PROXY and so on)."""
+    parts = urllib.parse.urlsplit(server)
+    if urllib.request.proxy_bypass(parts.netloc):
+        return None
+    found = urllib.request.getproxies()
+    return found.get(parts.scheme) or found.get("all")
 
 
 def _error(status: int, payload: bytes, retry_after: str | None) -> ApiError:

@@ -42,6 +42,7 @@ class WorkQueue[K: Hashable]:
         self._again: dict[K, float] = {}
         self._last: dict[K, float] = {}
         self._failures: dict[K, int] = {}
+        self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
 
     @property
@@ -70,10 +71,16 @@ class WorkQueue[K: Hashable]:
             return
         self._due[key] = when
         heapq.heappush(self._heap, (when, next(self._order), key))
-        self._changed.set()
+        if self._heap[0][2] == key:
+            self._changed.set()
 
     async def get(self) -> K:
         """Wait for the next due key and take it. Give it back with ``done`` or ``failed``."""
+        # One worker watches the clock; were all of them woken by each change, that would be most of an idle day's work.
+        async with self._turn:
+            return await self._next()
+
+    async def _next(self) -> K:
         while True:
             self._changed.clear()
             wait = None
@@ -87,8 +94,6 @@ class WorkQueue[K: Hashable]:
                     heapq.heappop(self._heap)
                     del self._due[key]
                     self._busy.add(key)
-                    # Another worker may sleep on what is now the first key.
-                    self._changed.set()
                     return key
                 break
             try:

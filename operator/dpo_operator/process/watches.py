@@ -44,6 +44,13 @@ class _Backoffs:
             yield 10.0
 
 
+class _NoEssence(kopf.AnnotationsDiffBaseStorage):
+    """No copy of each object for kopf's comparison with its last handled state: nothing here is told of differences."""
+
+    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:  # noqa: ARG002 - kopf's names
+        return kopf.BodyEssence({})
+
+
 def _nothing() -> None:
     """Do nothing."""
 
@@ -229,7 +236,7 @@ class Watches:
         # Nothing is ever stored in objects; should a later kopf want to, then under our own names.
         settings.persistence.finalizer = "dpo-operator.dev/finalizer"
         settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix="dpo-operator.dev")
-        settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix="dpo-operator.dev")
+        settings.persistence.diffbase_storage = _NoEssence(prefix="dpo-operator.dev")
         for resource in resources:
             if resource.selector:
                 settings.watching.label_selectors[resource.group, resource.version, resource.plural] = resource.selector

@@ -106,6 +106,10 @@ class ControlPlane:
         self._end("kube-apiserver", signal.SIGKILL)
         self._start_apiserver()
 
+    def pid(self, name: str) -> int:
+        """Return the process id of a program that runs."""
+        return self._processes[name].pid
+
     def log(self, name: str) -> str:
         """Return what a program has written."""
         return (self.folder / f"{name}.log").read_text(errors="replace")

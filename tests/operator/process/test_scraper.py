@@ -1,0 +1,151 @@
+"""How the operator asks a trainer, over real connections: what it takes, what it refuses, and that it then goes on."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from dpo_operator.process import scraper
+from dpo_operator.process.client import Client
+from dpo_operator.process.scraper import MAX_BYTES, Scraper
+from dpo_operator.types import Scrape, ScrapeTarget
+from dpo_testing.faketrainer import FakeTrainer
+
+KEY = ("team", "job")
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def trainer(port: int) -> Iterator[FakeTrainer]:
+    with FakeTrainer("127.0.0.1", port) as trainer:
+        trainer.say(step=7, total=9)
+        yield trainer
+
+
+def no_login() -> None:
+    raise AssertionError("a pod is asked at its own address, past the API server")
+
+
+async def ask(port: int, ip: str = "127.0.0.1") -> Scrape:
+    """Return the first answer of a scraper."""
+    told = asyncio.Event()
+    client = Client(no_login, user_agent="test")  # type: ignore[arg-type]
+    asker = Scraper(client, "pod-ip", lambda _: told.set(), interval=60, write_interval=60)
+    asker.aim(KEY, ScrapeTarget(child="job-1", namespace="team", pod="job-1-master-0", ip=ip, port=port))
+    async with asyncio.timeout(30):
+        await told.wait()
+    answer = asker.newest(KEY)
+    await asker.close()
+    assert answer is not None
+    return answer
+
+
+def test_a_trainer_says_how_far_it_is(trainer: FakeTrainer, port: int) -> None:
+    answer = asyncio.run(ask(port))
+    assert answer.progress is not None
+    assert (answer.progress.step, answer.progress.total, answer.error) == (7, 9, "")
+
+
+def test_a_redirect_is_not_followed(trainer: FakeTrainer, port: int) -> None:
+    trainer.status, trainer.headers = 302, {"Location": f"http://127.0.0.1:{port}/elsewhere"}
+    answer = asyncio.run(ask(port))
+    assert answer.progress is None
+    assert answer.error == "job-1-master-0 did not say how far it is: HTTP 302"
+    assert trainer.asked == 1
+
+
+@pytest.mark.parametrize("size", [MAX_BYTES + 1, 64 * MAX_BYTES])
+def test_a_long_answer_is_not_taken(trainer: FakeTrainer, port: int, size: int) -> None:
+    trainer.body = b" " * size
+    assert "longer than 65536 bytes" in asyncio.run(ask(port)).error
+
+
+def test_an_answer_of_the_greatest_size_is(trainer: FakeTrainer, port: int) -> None:
+    trainer.body = trainer.body.ljust(MAX_BYTES)
+    assert asyncio.run(ask(port)).progress is not None
+
+
+def test_a_slow_answer_is_not_waited_for(trainer: FakeTrainer, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scraper, "SECONDS", 0.2)
+    trainer.delay = 5.0
+    assert "no answer within" in asyncio.run(ask(port)).error
+
+
+def test_nobody_there(port: int) -> None:
+    assert "did not say how far it is" in asyncio.run(ask(port)).error
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        (b"", "closed connection"),
+        (b"\xff\x00 garbage\r\n\r\n", "did not say"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}", "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "did not say"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200, "headers"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[1, 2]", "is no progress"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 60_000, "is no progress"),
+    ],
+)
+def test_what_is_no_answer_is_a_failure_and_nothing_worse(port: int, said: bytes, word: str) -> None:
+    assert word in asyncio.run(_of(said, port)).error
+
+
+def test_an_answer_in_pieces_is_put_together(port: int) -> None:
+    said = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"phase":\r\n8\r\n"train"}\r\n0\r\n\r\n'
+    answer = asyncio.run(_of(said, port))
+    assert answer.progress is not None
+    assert answer.progress.phase == "train"
+
+
+async def _of(said: bytes, port: int) -> Scrape:
+    """Ask a server that says these bytes and closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(said)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", port):
+        return await ask(port)
+
+
+def test_a_change_of_phase_is_told_at_once_and_mere_progress_is_not(trainer: FakeTrainer, port: int) -> None:
+    async def follow() -> list[int]:
+        told: list[float] = []
+        client = Client(no_login, user_agent="test")  # type: ignore[arg-type]
+        asker = Scraper(client, "pod-ip", lambda _: told.append(time.monotonic()), interval=0.05, write_interval=600)
+        asker.aim(KEY, ScrapeTarget(child="job-1", namespace="team", pod="p", ip="127.0.0.1", port=port))
+        counts = []
+        for step in (8, 9, 10):
+            trainer.say(step=step, total=90)
+            await _until(lambda step=step: _step(asker) == step)  # type: ignore[misc]
+        counts.append(len(told))
+        trainer.say(step=10, total=90, phase="validate")
+        await _until(lambda: len(told) == 2)
+        counts.append(len(told))
+        asker.aim(KEY, None)
+        assert asker.newest(KEY) is None
+        await asker.close()
+        return counts
+
+    assert asyncio.run(follow()) == [1, 2]
+
+
+def _step(asker: Scraper) -> int | None:
+    answer = asker.newest(KEY)
+    return answer.progress.step if answer is not None and answer.progress is not None else None
+
+
+async def _until(look: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not look():
+            await asyncio.sleep(0.01)
