@@ -9,6 +9,14 @@ from pathlib import Path
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dpo_trainer", description="Train one DPOJob.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument(
+        "--selfcheck", action="store_true", help="say what this node has for training and what it lacks"
+    )
+    parser.add_argument("--gpus", type=int, help="with --selfcheck: so many GPUs must be here")
+    parser.add_argument(
+        "--s3", action="append", default=[], metavar="URI", help="with --selfcheck: an object, or a folder/, to reach"
+    )
+    parser.add_argument("--endpoint", help="with --selfcheck: the S3 server (default: boto3's usual sources)")
     commands = parser.add_subparsers(dest="command")
 
     run = argparse.ArgumentParser(add_help=False)
@@ -52,6 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"dpo-trainer {VERSION}")
         return 0
+    if arguments.selfcheck:
+        from dpo_trainer.selfcheck import selfcheck
+
+        return selfcheck(arguments.gpus, arguments.s3, arguments.endpoint)
+    if arguments.command is None:
+        parser.print_help()
+        return 64
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "launch":
         from dpo_trainer.launch import launch
 
@@ -63,9 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dpo_trainer.worker import work
 
         return work(arguments)
-    if arguments.command == "index":
-        from dpo_trainer.indexing import print_index
+    from dpo_trainer.indexing import print_index
 
-        return print_index(arguments.spec)
-    parser.print_help()
-    return 64
+    return print_index(arguments.spec)

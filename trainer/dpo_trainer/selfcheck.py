@@ -1,0 +1,234 @@
+"""`python -m dpo_trainer --selfcheck`: what this node has for training, and in plain words what it lacks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from dpo_api.errors import DPOError
+from dpo_api.version import VERSION
+from dpo_store import StorageOptions, open_store
+from dpo_store.options import RetryPolicy
+from dpo_trainer.data.cache import cache_folder, size_text
+
+Level = Literal["ok", "note", "lacks"]
+
+LACKS = 1
+"""Exit code where something is missing; 0 where nothing is."""
+
+GIB = 1024**3
+SHM_GPU = GIB
+"""NCCL keeps its buffers between the GPUs of a node in shared memory: Docker's 64 MiB do not hold them."""
+FREE_SCRATCH = GIB
+
+SHM = Path("/dev/shm")  # noqa: S108 - shared memory, where NCCL looks for it
+DEVICE_FILES = Path("/dev")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. Only ``lacks`` makes the exit code other than 0."""
+
+    level: Level
+    topic: str
+    text: str
+
+    def __str__(self) -> str:
+        """Return the line as people read it."""
+        return f"{self.level:<6} {self.topic:<10} {self.text}"
+
+
+def selfcheck(gpus: int | None = None, s3: Sequence[str] = (), endpoint: str | None = None) -> int:
+    """Print what is here and what is not; return the exit code. ``gpus``: so many must be there."""
+    warnings.simplefilter("ignore")  # libraries tell their developers; what matters here is in the report
+    lacking = 0
+    for finding in findings(gpus, s3, endpoint):
+        print(finding, flush=True)
+        lacking += finding.level == "lacks"
+    print(f"selfcheck: {lacking} lacking" if lacking else "selfcheck: all is there", flush=True)
+    return LACKS if lacking else 0
+
+
+def findings(gpus: int | None, s3: Sequence[str], endpoint: str | None) -> Iterator[Finding]:
+    """Look at everything, one thing after the other: a failure of one never hides the next."""
+    seen = devices_seen()
+    checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
+        ("software", software),
+        ("gpu", lambda: devices(seen, gpus)),
+        ("nccl", lambda: collectives(seen)),
+        ("te", lambda: [transformer_engine(seen)]),
+        ("shm", lambda: [shared_memory(SHM, seen)]),
+        ("cache", lambda: [folder("cache", cache_folder(), "set DPO_CACHE_DIR to a folder this user may write to")]),
+        ("scratch", lambda: [folder("scratch", Path(tempfile.gettempdir()), "mount a volume there, or set TMPDIR")]),
+    ]
+    checks += [("s3", lambda uri=uri: [storage(uri, endpoint)]) for uri in s3]  # type: ignore[misc]
+    for topic, check in checks:
+        try:
+            yield from check()
+        except Exception as error:  # noqa: BLE001 - drivers and libraries fail in ways of their own
+            yield Finding("lacks", topic, f"the check failed: {_one_line(error)}")
+
+
+def devices_seen() -> int:
+    """Return how many GPUs torch can use; 0 where it cannot even be loaded, which ``software`` reports."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def software() -> Iterator[Finding]:
+    """Versions of what the trainer stands on; each must import, not only be installed."""
+    yield Finding("ok", "trainer", f"dpo-trainer {VERSION}, Python {platform.python_version()}, user {os.getuid()}")
+    for module, distribution in (("torch", "torch"), ("megatron.core", "megatron-core")):
+        try:
+            __import__(module)
+            yield Finding("ok", "software", f"{distribution} {metadata.version(distribution)}")
+        except (ImportError, OSError) as error:
+            text = f"{distribution} does not load: {_one_line(error)}; use the trainer's image, or install '.[trainer]'"
+            yield Finding("lacks", "software", text)
+
+
+def devices(seen: int, wanted: int | None) -> Iterator[Finding]:
+    """Each GPU computes a product; without one, the reason."""
+    for index in range(seen):
+        yield _computes(index)
+    if wanted is not None and seen < wanted:
+        yield Finding("lacks", "gpu", f"{seen} of {wanted} GPUs; {why_none() if seen == 0 else _FEWER}")
+    elif seen == 0:
+        driver = (DEVICE_FILES / "nvidiactl").exists()
+        yield Finding("lacks" if driver else "note", "gpu", f"no GPU: {why_none()}")
+
+
+_FEWER = "a pod sees what it asks for in resources.limits, a container what --gpus names"
+
+
+def why_none() -> str:
+    """Return the likeliest reason that torch sees no GPU, and what to do."""
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        return "this torch is built for CPUs only; use the trainer's GPU image"
+    if not (DEVICE_FILES / "nvidiactl").exists():
+        return (
+            "/dev/nvidiactl is not here, so the container was given none; on a cluster ask for nvidia.com/gpu and look "
+            "at the GPU operator (its container toolkit and device plugin), with Docker use --gpus all. "
+            "Training would run on the CPU"
+        )
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides them all"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"the driver's files are here and CUDA does not start: {_one_line(error)}; is the driver new enough?"
+    return "the driver's files are here and it names no device"
+
+
+def _computes(index: int) -> Finding:
+    import torch
+
+    facts = torch.cuda.get_device_properties(index)
+    name = f"{index}: {facts.name}, {size_text(facts.total_memory)}, compute capability {facts.major}.{facts.minor}"
+    ones = torch.ones(256, 256, dtype=torch.bfloat16, device=f"cuda:{index}")
+    if not bool(((ones @ ones) == 256).all()):
+        return Finding(
+            "lacks", "gpu", f"{name}: a product of two matrices of ones is wrong; take the node out of service"
+        )
+    if facts.major < 8:
+        return Finding("lacks", "gpu", f"{name}: no bf16; set training.precision to fp32, or use a newer GPU")
+    return Finding("ok", "gpu", name)
+
+
+def collectives(seen: int) -> Iterator[Finding]:
+    """Let the node's GPUs add up through NCCL; without a GPU say that Gloo serves instead."""
+    import torch
+    import torch.distributed as dist
+
+    if seen == 0:
+        level: Level = "ok" if dist.is_gloo_available() else "lacks"
+        yield Finding(level, "nccl", "not used without a GPU; Gloo is " + ("here" if level == "ok" else "missing"))
+        return
+    if not dist.is_nccl_available():
+        yield Finding("lacks", "nccl", "torch is built without NCCL; use the trainer's GPU image")
+        return
+    from torch.cuda import nccl
+
+    tensors = [torch.full((1024,), 1.0, device=f"cuda:{index}") for index in range(seen)]
+    nccl.all_reduce(tensors)
+    right = all(bool((tensor == seen).all()) for tensor in tensors)
+    version = ".".join(map(str, nccl.version()))
+    if right:
+        yield Finding("ok", "nccl", f"{version}, a sum over {seen} GPU{'s' if seen > 1 else ''} is right")
+    else:
+        yield Finding(
+            "lacks", "nccl", f"{version}: a sum over {seen} GPUs is wrong; NCCL_DEBUG=INFO says which way it took"
+        )
+
+
+def transformer_engine(seen: int) -> Finding:
+    """Megatron-Core's fast layers; only a GPU runs them."""
+    if seen == 0:
+        return Finding("note", "te", "Transformer Engine is not used without a GPU")
+    try:
+        import transformer_engine.pytorch
+    except (ImportError, OSError) as error:
+        text = f"Transformer Engine does not load: {_one_line(error)}; training works without, more slowly"
+        return Finding("note", "te", f"{text}: use the trainer's GPU image, or install '.[gpu]'")
+    return Finding("ok", "te", f"Transformer Engine {transformer_engine.__version__}")
+
+
+def shared_memory(place: Path, seen: int) -> Finding:
+    """NCCL's way between the GPUs of a node."""
+    if not place.is_dir():
+        return Finding("lacks" if seen > 1 else "note", "shm", f"there is no {place}")
+    size = shutil.disk_usage(place).total
+    if seen > 1 and size < SHM_GPU:
+        needs = f"NCCL needs {size_text(SHM_GPU)}: set resources.shm, or with Docker --shm-size"
+        return Finding("lacks", "shm", f"{place} has {size_text(size)}, {needs}")
+    return Finding("ok", "shm", f"{place} has {size_text(size)}")
+
+
+def folder(topic: str, place: Path, remedy: str) -> Finding:
+    """A folder that a run writes to: a file is written there, and removed."""
+    made = [path for path in (place, *place.parents) if not path.exists()]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"selfcheck")
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return Finding("lacks", topic, f"{place} cannot be written to ({error.strerror}); {remedy}")
+    finally:
+        for path in made:  # the deepest first; nothing was put into them
+            if path.is_dir():
+                path.rmdir()
+    level: Level = "ok" if free >= FREE_SCRATCH else "note"
+    return Finding(level, topic, f"{place} is writable, {size_text(free)} free")
+
+
+def storage(uri: str, endpoint: str | None) -> Finding:
+    """Look at one address with the credentials that a run would use."""
+    store = open_store(StorageOptions(endpoint=endpoint), retry=RetryPolicy(attempts=2, connect_timeout=5.0))
+    try:
+        if uri.endswith("/"):
+            count = sum(1 for _ in islice(store.list(uri), 1000))
+            return Finding("ok", "s3", f"{uri} can be listed, {count if count < 1000 else 'at least 1000'} objects")
+        first = store.expand(uri)[0]
+        store.read(first.uri, 0, 1 if first.size else 0)
+    except DPOError as error:
+        return Finding("lacks", "s3", f"{error.outcome.name}: {error}")
+    return Finding("ok", "s3", f"{first.uri} can be read, {size_text(first.size)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
