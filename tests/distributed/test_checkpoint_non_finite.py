@@ -28,13 +28,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("non-finite")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(world: Path) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPO_CACHE_DIR", str(world / "cache"))
-        yield
-
-
 @pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     change = {"training": {"maxSteps": 6}, "checkpoint": {"everySteps": 1}, "dpo": {"loss": "rpo_sq"}}

@@ -34,13 +34,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoint-refused")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(world: Path) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPO_CACHE_DIR", str(world / "cache"))
-        yield
-
-
 @pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     return merged(make(world, pairs=13), {"training": {"maxSteps": STEPS}, "checkpoint": {"everySteps": 2}})

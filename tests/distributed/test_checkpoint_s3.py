@@ -16,7 +16,7 @@ from dpo_store import Store, open_store
 from dpo_testing.faults import FaultProxy, fault_proxy
 from dpo_testing.runs import Finished, finish, job_of, kill, merged, run_here, start
 from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
-from dpo_testing.training_world import make
+from dpo_testing.training_world import LORA, make
 from dpo_trainer.distributed import World
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
@@ -52,9 +52,8 @@ def proxy(server: S3Server) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _environment(world: Path, server: S3Server) -> Iterator[None]:
+def _environment(server: S3Server) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPO_CACHE_DIR", str(world / "cache"))
         for name, value in server.environment().items():
             patch.setenv(name, value)
         yield
@@ -69,6 +68,11 @@ def spec(world: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(spec: dict[str, Any], world: Path) -> Finished:
     return run_here(spec, world / "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_lora(spec: dict[str, Any], world: Path) -> Finished:
+    return run_here(merged(spec, LORA), world / "undisturbed LoRA")
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +125,18 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 240) -
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(("name", "changes"), [("undisturbed", {}), ("undisturbed_lora", LORA)])
 def test_a_stop_waits_for_a_slow_checkpoint(
-    undisturbed: Finished, spec: dict[str, Any], server: S3Server, proxy: FaultProxy, store: Store, world: Path
-) -> None:
-    uri, scratch = "s3://runs/slow", world / "slow"
+    name: str, changes: dict[str, Any], spec: dict[str, Any], server: S3Server, proxy: FaultProxy, store: Store,
+    world: Path, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    undisturbed: Finished = request.getfixturevalue(name)
+    uri, scratch, mine = f"s3://runs/slow-{name}", world / f"slow {name}", merged(spec, changes)
     files, marker = rf"step-{EVERY:06d}/.*distcp", rf"step-{EVERY:06d}/complete"
     proxy.clear()
     proxy.add("delay", method="PUT", path=files, seconds=FILES_SECONDS, times=1)
     proxy.add("delay", method="PUT", path=marker, seconds=MARKER_SECONDS, times=1)
-    child = start(through(spec, proxy.endpoint), uri, processes=2, scratch=scratch)
+    child = start(through(mine, proxy.endpoint), uri, processes=2, scratch=scratch)
     try:
         wait_until(lambda: proxy.count("PUT", files) > 0, "no checkpoint began")
         assert complete(store, uri) == []
@@ -141,7 +148,7 @@ def test_a_stop_waits_for_a_slow_checkpoint(
     assert (words["outcome"], words["step"]) == ("Stopped", EVERY)
     assert complete(store, uri) == [EVERY]
     assert proxy.count("PUT", marker) == 1  # the stop does not save the same step again
-    resume(through(spec, server.endpoint), uri)
+    resume(through(mine, server.endpoint), uri)
     assert_same(undisturbed, store, uri)
 
 

@@ -11,26 +11,17 @@ import pytest
 
 from dpo_api.errors import Outcome
 from dpo_testing.runs import Finished, finish, kill, merged, run_here, run_processes, start, wait_for_step
-from dpo_testing.training_world import make
+from dpo_testing.training_world import LORA, make
 from dpo_testing.trajectories import checkpoints_in, differences, workers_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruption")]
 
 STEPS, EVERY = 24, 8
 
-LORA = {"lora": {"rank": 4, "alpha": 8, "targetModules": ["all"]}, "training": {"learningRate": 1e-2}}
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("interruption")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(world: Path) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPO_CACHE_DIR", str(world / "cache"))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +104,13 @@ def test_lora_stopped_by_sigterm_and_resumed_by_another_number_of_processes(
     assert differences(lora, resumed) == []
 
 
-def test_killed_between_checkpoints_and_resumed(full: Finished, spec: dict[str, Any], world: Path) -> None:
-    folder, scratch = world / "killed", world / "killed scratch"
-    child = start(spec, folder, processes=1, scratch=scratch)
+@pytest.mark.parametrize(("undisturbed", "changes"), [("full", {}), ("lora", LORA)])
+def test_killed_between_checkpoints_and_resumed(
+    undisturbed: str, changes: dict[str, Any], spec: dict[str, Any], world: Path, request: pytest.FixtureRequest
+) -> None:
+    folder, scratch = world / f"killed {undisturbed}", world / f"killed {undisturbed} scratch"
+    mine = merged(spec, changes)
+    child = start(mine, folder, processes=1, scratch=scratch)
     wait_for_step(folder, EVERY + 1)
     kill(child)
     assert not (scratch / "last-words.json").exists()
@@ -123,7 +118,7 @@ def test_killed_between_checkpoints_and_resumed(full: Finished, spec: dict[str, 
     # What a kill in the middle of a line would leave.
     with (folder / "metrics.jsonl").open("ab") as record:
         record.write(b'{"step": 11, "train/lo')
-    assert differences(full, run_here(spec, folder)) == []
+    assert differences(request.getfixturevalue(undisturbed), run_here(mine, folder)) == []
 
 
 def test_one_process_killed_ends_the_run_and_it_resumes(full: Finished, spec: dict[str, Any], world: Path) -> None:

@@ -32,13 +32,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("interruption-early")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(world: Path) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPO_CACHE_DIR", str(world / "cache"))
-        yield
-
-
 @pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     slow = {"maxSteps": STEPS, "learningRate": 1e-3, "validationInterval": 6, "packing": {"enabled": False}}

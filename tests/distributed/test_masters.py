@@ -39,13 +39,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("masters")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(world: Path) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPO_CACHE_DIR", str(world / "cache"))
-        yield
-
-
 @pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     """A start model whose every weight bf16 can hold, so that both precisions start at the same point."""

@@ -14,6 +14,9 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 # transformers gives the padding token's embedding no gradient; id 0 is an ordinary token here.
 NO_PADDING = {"pad_token_id": None}
 
+LORA = {"lora": {"rank": 4, "alpha": 8, "targetModules": ["all"]}, "training": {"learningRate": 1e-2}}
+"""Merged into the spec of `make`: adapters everywhere, and a rate at which they learn as much as all weights do."""
+
 
 def write_model(folder: Path, variant: str = "llama", **overrides: Any) -> Path:
     """A tiny model with every parameter random, and a tokenizer of its vocabulary."""
@@ -68,4 +71,4 @@ def make(folder: Path, *, pairs: int = 21, validation: int = 5, **overrides: Any
     }
 
 
-__all__ = ["make", "merged", "preferences", "write_model"]
+__all__ = ["LORA", "make", "merged", "preferences", "write_model"]
