@@ -1,7 +1,7 @@
 """The base image of the test: Debian and Python 3.12 made of packages, since no image registry is at hand.
 
-It stands in for `python:3.12-slim-bookworm`. What a machine behind a proxy needs (its certificates, pip's settings) is put
-in here and nowhere else: the product's Dockerfiles know nothing of it.
+It stands in for `python:3.12-slim-bookworm`. What a machine behind a proxy needs (its certificates, pip's settings) is
+put in here and nowhere else: the product's Dockerfiles know nothing of it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,17 @@ def _debian(folder: Path) -> None:
         log = rootfs / "debootstrap" / "debootstrap.log"
         more = log.read_text(errors="replace")[-1500:] if log.exists() else ""
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-1500:]}{done.stderr[-1500:]}{more}")
-    emptied = ("dev", "proc", "sys", "run", "tmp", "var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man")
+    emptied = (
+        "dev",
+        "proc",
+        "sys",
+        "run",
+        "tmp",
+        "var/cache/apt",
+        "var/lib/apt/lists",
+        "usr/share/doc",
+        "usr/share/man",
+    )
 
     def keep(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         path = entry.name.removeprefix("./")
@@ -127,9 +137,7 @@ def _mirror() -> str:
 def _pip_conf() -> str:
     """Return pip's settings of this machine that matter for reaching a package index."""
     wanted = ("index-url", "extra-index-url", "trusted-host", "proxy", "timeout")
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
     lines = ["[global]", f"cert = {CERTIFICATES}"]
     for line in done.stdout.splitlines():
         name, _, value = line.partition("=")
