@@ -62,6 +62,14 @@ bench: setup ## run the benchmarks; each prints a ratio against a peer
 soak: setup tools ## lives of jobs on a real control plane: faults, lost nodes, Kueue
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
+.PHONY: images
+images: ## build both images with Docker or BuildKit (IMAGES="operator trainer-cpu" REPOSITORY=… BASE_IMAGE=…)
+	@hack/build-images.sh $(IMAGES)
+
+.PHONY: sbom
+sbom: setup ## list what each image installs, as CycloneDX, in build/sbom
+	@$(BIN)/python hack/sbom.py
+
 .PHONY: lock
 lock: setup ## rewrite constraints.txt (needs uv)
 	@mkdir -p build && PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock.sh

@@ -1,0 +1,110 @@
+"""Writes build/sbom/<image>.cdx.json: what each image installs on its base, as CycloneDX, from this environment.
+
+The images are built with the same constraints.txt as this environment, so the versions agree; what an image leaves out,
+its list leaves out. What the base image brings is its maker's to list. The GPU image takes torch and what belongs to it
+from its base: its list names the packages, and the base their versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+IMAGES: Final = {"operator": "operator", "trainer": "trainer"}
+"""Dockerfile.<key> installs the base list and this extra of pyproject.toml."""
+
+
+def left_out(dockerfile: str) -> set[str]:
+    """Return the requirements that a Dockerfile tells hack/image/requirements.py to leave out."""
+    found = re.search(r'"--without",((?:\s*\\?\s*"[^-"][^"]*",?)+)', dockerfile)
+    return set() if found is None else {canonicalize_name(name) for name in re.findall(r'"([^"]+)"', found.group(1))}
+
+
+def closure(requirements: list[Requirement]) -> set[str]:
+    """Return the normalised names of what these bring, in this environment, with all that it needs in turn."""
+    seen: set[tuple[str, str]] = set()
+    queue = [(requirement, "") for requirement in requirements]
+    while queue:
+        requirement, extra = queue.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        for wanted in ("", *requirement.extras):
+            if (name, wanted) in seen:
+                continue
+            seen.add((name, wanted))
+            queue += [(Requirement(text), wanted) for text in metadata.requires(name) or []]
+    return {name for name, _ in seen}
+
+
+def requirements_of(image: str) -> list[Requirement]:
+    """Return what the image installs, as its Dockerfile says."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    unused = left_out((ROOT / f"Dockerfile.{image}").read_text())
+    lines = [*project["dependencies"], *project["optional-dependencies"][IMAGES[image]]]
+    return [found for found in map(Requirement, lines) if canonicalize_name(found.name) not in unused]
+
+
+def environment() -> dict[str, Any]:
+    """Return this whole environment's bill of materials, as cyclonedx-py writes it."""
+    command = [sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject", str(ROOT / "pyproject.toml")]
+    command += ["--output-reproducible", "--short-PURLs", sys.executable]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return dict(json.loads(found))
+
+
+def cut(bom: dict[str, Any], names: set[str], direct: set[str], image: str) -> dict[str, Any]:
+    """Return the part of ``bom`` that ``names`` are, below a root that is the image."""
+    kept = [part for part in bom["components"] if canonicalize_name(part["name"]) in names]
+    refs = {part["bom-ref"] for part in kept}
+    root = {**bom["metadata"]["component"], "name": f"dpo-{image}"}
+    root.pop("purl", None)
+    tops = sorted(part["bom-ref"] for part in kept if canonicalize_name(part["name"]) in direct)
+    edges = [{"ref": root["bom-ref"], "dependsOn": tops}]
+    for edge in bom["dependencies"]:
+        if edge["ref"] in refs:
+            below = [ref for ref in edge.get("dependsOn", []) if ref in refs]
+            edges.append({"ref": edge["ref"]} | ({"dependsOn": below} if below else {}))
+    return {**bom, "metadata": {**bom["metadata"], "component": root}, "components": kept, "dependencies": edges}
+
+
+def validate(text: str) -> None:
+    """Raise ValueError unless ``text`` is CycloneDX 1.6."""
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    wrong = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
+    if wrong is not None:
+        raise ValueError(f"not CycloneDX 1.6: {wrong}")
+
+
+def main() -> int:
+    """Write a file an image; return the exit code."""
+    folder = Path(os.environ.get("SBOM_DIR", ROOT / "build" / "sbom"))
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = environment()
+    for image in IMAGES:
+        requirements = requirements_of(image)
+        direct: set[str] = {canonicalize_name(requirement.name) for requirement in requirements}
+        bom = cut(whole, closure(requirements), direct, image)
+        text = json.dumps(bom, indent=2) + "\n"
+        validate(text)
+        path = folder / f"{image}.cdx.json"
+        path.write_text(text)
+        print(f"{path}: {len(bom['components'])} components")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
