@@ -202,7 +202,7 @@ COLUMNS: list[Schema] = [
     _column("Loss", ".status.summary.loss", "Training loss.", wide=True),
     _column("ETA", ".status.summary.eta", "Time left.", wide=True),
     _column("GPUs", ".spec.resources.gpusPerNode", "GPUs of each node.", kind="integer", wide=True),
-    _column("Queue", ".spec.runPolicy.queueName", "Kueue LocalQueue.", wide=True),
+    _column("Queue", ".status.queue", "Kueue LocalQueue.", wide=True),
     _column("Message", ".status.message", "What there is to say.", wide=True),
 ]
 

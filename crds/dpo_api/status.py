@@ -204,6 +204,9 @@ class DPOJobStatus(StatusSection):
     restarts: int | None = Field(default=None, ge=0, description="Attempts after the first.")
     charged_restarts: int | None = Field(default=None, ge=0, description="Restarts charged to runPolicy.maxRestarts.")
     nodes: int | None = Field(default=None, ge=0, description="Nodes of an attempt.")
+    queue: Annotated[str, StringConstraints(max_length=253)] | None = Field(
+        default=None, description="Kueue LocalQueue that attempts wait in, by `runPolicy.queueName` or the job's label."
+    )
     image: Annotated[str, StringConstraints(max_length=512)] | None = Field(
         default=None, description="Trainer image, fixed at acceptance."
     )

@@ -140,10 +140,14 @@ def build_child(
     }
 
 
+def queue_of(job: DPOJob, identity: Identity) -> str | None:
+    """Return the queue that attempts of a job wait in: the spec's, else the one of the DPOJob's own label."""
+    return job.spec.run_policy.queue_name or identity.queue
+
+
 def _queueing(job: DPOJob, identity: Identity, attempt: int) -> dict[str, str]:
     """Kueue's labels: on the child alone, since Kueue would otherwise manage the DPOJob's pods one by one."""
-    policy = job.spec.run_policy
-    queue = policy.queue_name or identity.queue
+    policy, queue = job.spec.run_policy, queue_of(job, identity)
     if queue is None:
         return {}
     priority = policy.priority_class or identity.priority

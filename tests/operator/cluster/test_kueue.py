@@ -70,6 +70,7 @@ def test_a_job_waits_for_its_queue_and_runs_once_admitted(jobs: Jobs, kubelet: F
     status = jobs.wait_state("Queued", name="second")
     assert jobs.conditions("second")["Progressing"]["reason"] == "Queued"
     assert queue.name in jobs.conditions("second")["Progressing"]["message"]
+    assert status["queue"] == queue.name, "the column QUEUE, whichever way the queue was named"
     assert held(jobs, "second-1")
     assert "second-1-master-0" not in jobs.pods()
     assert (status.get("admittedSince"), status.get("admittedSeconds") or 0) == (None, 0), "queued time counts not"

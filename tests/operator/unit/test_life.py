@@ -716,6 +716,26 @@ def test_a_permanent_error_while_being_suspended_is_not_forgotten() -> None:
 # -- queue
 
 
+@pytest.mark.parametrize(
+    ("field", "label", "shown"),
+    [("team-a", None, "team-a"), (None, "team-b", "team-b"), ("team-a", "team-b", "team-a")],
+)
+def test_the_status_names_the_queue_that_children_wait_in(field: str | None, label: str | None, shown: str) -> None:
+    body = manifest(runPolicy={"queueName": field} if field else {})
+    if label:
+        body["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": label}
+    cluster = SimCluster(body)
+    cluster.run_to("Running")
+    child = cluster.children["job-1"]
+    assert cluster.status["queue"] == child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == shown
+
+
+def test_a_job_without_a_queue_names_none() -> None:
+    cluster = SimCluster(manifest())
+    cluster.run_to("Running")
+    assert "queue" not in cluster.status
+
+
 def test_queued_time_counts_for_nothing() -> None:
     policy = {"queueName": "team-a", "startTimeoutSeconds": 600, "activeDeadlineSeconds": 1000}
     cluster = SimCluster(manifest(runPolicy=policy))
