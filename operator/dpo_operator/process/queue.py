@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Hashable
 
 
@@ -42,8 +43,8 @@ class WorkQueue[K: Hashable]:
         self._again: dict[K, float] = {}
         self._last: dict[K, float] = {}
         self._failures: dict[K, int] = {}
-        self._turn = asyncio.Lock()
-        self._changed = asyncio.Event()
+        self._waiting: deque[asyncio.Future[K]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def depth(self) -> int:
@@ -71,36 +72,62 @@ class WorkQueue[K: Hashable]:
             return
         self._due[key] = when
         heapq.heappush(self._heap, (when, next(self._order), key))
-        if self._heap[0][2] == key:
-            self._changed.set()
+        if self._waiting and self._heap[0][2] == key:
+            self._deal()
 
     async def get(self) -> K:
         """Wait for the next due key and take it. Give it back with ``done`` or ``failed``."""
-        # One worker watches the clock; were all of them woken by each change, that would be most of an idle day's work.
-        async with self._turn:
-            return await self._next()
+        await asyncio.sleep(0)  # a hundred keys that are due at once must not keep the loop from all else
+        key = self._take()
+        if key is not None:
+            return key
+        waiter: asyncio.Future[K] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        self._deal()
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self._busy.discard(waiter.result())
+                self.add(waiter.result())
+            raise
 
-    async def _next(self) -> K:
-        while True:
-            self._changed.clear()
-            wait = None
-            while self._heap:
-                when, _, key = self._heap[0]
-                if self._due.get(key) != when:
-                    heapq.heappop(self._heap)  # it was made due earlier, or taken
-                    continue
-                wait = when - self._clock()
-                if wait <= 0:
-                    heapq.heappop(self._heap)
-                    del self._due[key]
-                    self._busy.add(key)
-                    return key
-                break
-            try:
-                async with asyncio.timeout(wait):
-                    await self._changed.wait()
-            except TimeoutError:
+    def _first(self) -> float | None:
+        """Return when the first key is due."""
+        while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)  # it was made due earlier, or taken
+        return self._heap[0][0] if self._heap else None
+
+    def _take(self) -> K | None:
+        """Take the first key, if it is due."""
+        first = self._first()
+        if first is None or first > self._clock():
+            return None
+        _, _, key = heapq.heappop(self._heap)
+        del self._due[key]
+        self._busy.add(key)
+        return key
+
+    def _deal(self) -> None:
+        """Hand the keys that are due to the workers that wait, and look again when the next one is.
+
+        One timer for all: were each worker to watch the clock, most of an idle process's work would be that.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiting:
+            if self._waiting[0].done():
+                self._waiting.popleft()  # it was cancelled
                 continue
+            key = self._take()
+            if key is None:
+                first = self._first()
+                if first is not None:
+                    wait = max(0.001, first - self._clock())
+                    self._timer = asyncio.get_running_loop().call_later(wait, self._deal)
+                return
+            self._waiting.popleft().set_result(key)
 
     def done(self, key: K, again_in: float | None = None) -> None:
         """Give a key back after a pass that went well; it is due again after ``again_in`` seconds, if given."""

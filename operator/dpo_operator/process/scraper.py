@@ -61,8 +61,12 @@ class Scraper:
         """Return the newest answer of a job's rank 0, or the newest failure to get one."""
         return self._newest.get(key)
 
-    def aim(self, key: Key, target: ScrapeTarget | None) -> None:
-        """Ask this pod from now on; None: nobody."""
+    def aim(self, key: Key, target: ScrapeTarget | None, *, known: bool = False) -> None:
+        """Ask this pod from now on; None: nobody.
+
+        ``known``: somebody asked this attempt before, as after a restart of this process. Then there is no hurry, and
+        a thousand jobs are asked and written spread over an interval, not all at once.
+        """
         if self._targets.get(key) == target:
             return
         task = self._tasks.pop(key, None)
@@ -74,7 +78,7 @@ class Scraper:
                 del self._newest[key]
             return
         self._targets[key] = target
-        self._tasks[key] = asyncio.create_task(self._follow(key, target), name=f"scrape {key[0]}/{key[1]}")
+        self._tasks[key] = asyncio.create_task(self._follow(key, target, known), name=f"scrape {key[0]}/{key[1]}")
 
     async def close(self) -> None:
         """Stop asking."""
@@ -83,7 +87,9 @@ class Scraper:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _follow(self, key: Key, target: ScrapeTarget) -> None:
+    async def _follow(self, key: Key, target: ScrapeTarget, known: bool) -> None:
+        if known:
+            await asyncio.sleep(random.uniform(0.0, self._interval))
         told: Scrape | None = None
         told_at = float("-inf")
         while True:

@@ -30,6 +30,9 @@ _PODS_SECONDS = 3.0
 _EVENTS_SECONDS = 15.0
 """Between two such looks."""
 
+_MOUNT_FAILURES = ("FailedMount", "FailedAttachVolume")
+"""Reasons of the events that alone tell why a pod that has a node does not start."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -131,7 +134,8 @@ class Worker:
         raise Unsettled
 
     def _settle(self, key: Key, job: Object, decision: Decision) -> None:
-        self._scraper.aim(key, decision.scrape)
+        known = any(attempt.get("lastStep") for attempt in decision.status.get("attempts", [])[-1:])
+        self._scraper.aim(key, decision.scrape, known=known)
         self._metrics.transition(job.get("status") or {}, decision.status)
 
     async def _observe(self, key: Key, job: Object) -> Observed:
@@ -177,23 +181,33 @@ class Worker:
         return tuple(pods)
 
     def _events_due(self, key: Key) -> float:
-        """Return the seconds until the events of a child without pods are looked at; nothing else may bring a pass."""
-        due = self._events.get(key)
-        return float("inf") if due is None else max(0.1, due[0] - time.monotonic())
+        """Return the seconds until events are looked at; nothing else may bring a pass."""
+        if key not in self._events:
+            # The child may be this pass's own: its watch then brings nothing new, and refused pods no news at all.
+            pods = self._cache.of_job(PODS, key)
+            if not any(_lacks_pods(child, pods) for child in self._cache.of_job(CHILDREN, key)):
+                return float("inf")
+            self._events[key] = (time.monotonic() + _PODS_SECONDS, ())
+        return max(0.1, self._events[key][0] - time.monotonic())
 
     async def _words(self, key: Key, observed: Observed) -> tuple[Object, ...]:
-        """Return the warnings about children whose pods do not come: a refused pod leaves no other trace."""
-        lacking = [child for child in observed.children if _lacks_pods(child, observed.pods)]
-        if not lacking:
+        """Return the warnings about pods that do not come or do not start: some leave no other trace."""
+        selectors = [
+            f"involvedObject.uid={child['metadata']['uid']},type=Warning"
+            for child in observed.children
+            if _lacks_pods(child, observed.pods)
+        ]
+        if any(_waits_on_its_node(pod) for pod in observed.pods):
+            selectors += [f"involvedObject.kind=Pod,reason={reason}" for reason in _MOUNT_FAILURES]
+        if not selectors:
             self._events.pop(key, None)
             return ()
         now = time.monotonic()
         due, words = self._events.setdefault(key, (now + _PODS_SECONDS, ()))
         if now >= due:
             found: list[Object] = []
-            for child in lacking:
-                selector = f"involvedObject.uid={child['metadata']['uid']},type=Warning"
-                params = {"fieldSelector": selector, "limit": "50"}
+            for selector in selectors:
+                params = {"fieldSelector": selector, "limit": "100"}
                 page: Any = await self._client.request("GET", EVENTS.path(key[0]), params=params)
                 found.extend(page.get("items") or ())
             words = tuple(found)
@@ -232,3 +246,13 @@ def _lacks_pods(child: Object, pods: Sequence[Object]) -> bool:
     name = child["metadata"]["name"]
     there = sum((p["metadata"].get("labels") or {}).get("training.kubeflow.org/job-name") == name for p in pods)
     return bool(there < wanted)
+
+
+def _waits_on_its_node(pod: Object) -> bool:
+    """Tell whether a pod has a node and no container of it has begun or says why not: a volume may be missing."""
+    status = pod.get("status") or {}
+    if status.get("phase") != "Pending" or not (pod.get("spec") or {}).get("nodeName"):
+        return False
+    states = [c.get("state") or {} for c in status.get("initContainerStatuses") or ()]
+    states += [c.get("state") or {} for c in status.get("containerStatuses") or ()]
+    return all((s.get("waiting") or {}).get("reason") in {"ContainerCreating", "PodInitializing"} for s in states)

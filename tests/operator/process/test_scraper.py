@@ -149,3 +149,20 @@ async def _until(look: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not look():
             await asyncio.sleep(0.01)
+
+
+def test_a_pod_that_was_asked_before_is_not_asked_at_once(trainer: FakeTrainer, port: int) -> None:
+    """A thousand jobs of a process that starts anew are asked spread over an interval; a new job is asked now."""
+
+    async def scenario() -> tuple[int, int]:
+        client = Client(no_login, user_agent="test")  # type: ignore[arg-type]
+        asker = Scraper(client, "pod-ip", lambda _: None, interval=10**9, write_interval=60)
+        target = ScrapeTarget(child="job-1", namespace="team", pod="p", ip="127.0.0.1", port=port)
+        asker.aim(KEY, target, known=True)
+        asker.aim(("team", "new"), target)
+        await _until(lambda: asker.newest(("team", "new")) is not None)
+        counts = trainer.asked, sum(asker.newest(key) is not None for key in (KEY, ("team", "new")))
+        await asker.close()
+        return counts
+
+    assert asyncio.run(scenario()) == (1, 1)

@@ -126,3 +126,37 @@ def test_every_key_that_is_added_is_worked_on_afterwards(steps: list[tuple[str, 
         assert queue.depth == 0
 
     asyncio.run(run())
+
+
+def test_a_worker_that_is_cancelled_takes_no_key_along() -> None:
+    """A key may have been handed to it already, in the same turn of the loop."""
+
+    async def scenario() -> str:
+        queue: WorkQueue[str] = WorkQueue(clock=time.monotonic)
+        first, second = asyncio.create_task(queue.get()), asyncio.create_task(queue.get())
+        await asyncio.sleep(0.01)
+        queue.add("a")
+        first.cancel()
+        async with asyncio.timeout(30):
+            return await second
+
+    assert asyncio.run(scenario()) == "a"
+
+
+def test_every_waiting_worker_gets_a_key_and_none_is_woken_for_nothing() -> None:
+    async def scenario() -> tuple[set[int], int]:
+        queue: WorkQueue[int] = WorkQueue(clock=time.monotonic)
+        workers = [asyncio.create_task(queue.get()) for _ in range(32)]
+        await asyncio.sleep(0.01)
+        for key in range(31):
+            queue.add(key, delay=0.02 + key % 3 * 0.01)
+        async with asyncio.timeout(30):
+            while sum(worker.done() for worker in workers) < 31:
+                await asyncio.sleep(0.005)
+        got = {worker.result() for worker in workers if worker.done()}
+        left = sum(not worker.done() for worker in workers)
+        for worker in workers:
+            worker.cancel()
+        return got, left
+
+    assert asyncio.run(scenario()) == (set(range(31)), 1)
