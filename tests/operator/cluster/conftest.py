@@ -11,7 +11,7 @@ from dpo_testing.fakekubelet import FakeKubelet
 from dpo_testing.jobs import Jobs
 from dpo_testing.operatorprocess import OperatorProcess
 
-STEADY = frozenset({"test_bad_manifests", "test_kubectl", "test_rbac_rights"})
+STEADY = frozenset({"test_api_proxy", "test_bad_manifests", "test_kubectl", "test_rbac_rights"})
 """Modules of `make test`. The others live whole lives of jobs against the clock of real processes: `make soak`."""
 
 
