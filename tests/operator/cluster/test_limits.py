@@ -54,6 +54,28 @@ def test_refused_pods_are_explained_by_the_event_that_alone_tells_of_them(jobs: 
     jobs.delete("refused")
 
 
+def test_a_volume_that_cannot_be_mounted_is_explained_by_its_event(
+    jobs: Jobs, kubelet: FakeKubelet, cluster: ControlPlane, space: str
+) -> None:
+    kubelet.hold(space)
+    try:
+        jobs.create(manifest("unmounted"))
+        pod = eventually(lambda: jobs.pods().get("unmounted-1-master-0") or {}, what="the pod is there")
+        kubelet.creating(space, "unmounted-1-master-0")
+        words = 'MountVolume.SetUp failed for volume "spec" : configmap "unmounted-1-spec" not found'
+        about = {"kind": "Pod", "name": pod["metadata"]["name"], "namespace": space, "uid": pod["metadata"]["uid"]}
+        event = {
+            "metadata": {"name": "unmounted.1"}, "involvedObject": about, "reason": "FailedMount", "message": words,
+            "type": "Warning", "source": {"component": "kubelet"},
+        }  # fmt: skip
+        cluster.admin.create(("v1", "events"), space, event)
+        assert words in progressing(jobs, "unmounted", "VolumeNotMounted")
+        eventually(lambda: "VolumeNotMounted" in jobs.events("unmounted"), what="its event")
+    finally:
+        kubelet.release(space)
+        jobs.delete("unmounted")
+
+
 def test_a_start_that_takes_too_long_is_torn_down(jobs: Jobs, kubelet: FakeKubelet, space: str) -> None:
     kubelet.hold(space)
     try:

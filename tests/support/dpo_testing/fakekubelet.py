@@ -238,6 +238,11 @@ class FakeKubelet:
         key = "initContainerStatuses" if init else "containerStatuses"
         self._set(pod, {"phase": "Pending", key: [_container(c, state, ready=False) for c in containers]})
 
+    def creating(self, namespace: str, name: str) -> None:
+        """Bind a pod and show it as its kubelet does until every volume is mounted. The namespace should be held."""
+        self._bind(self._api.get(PODS, namespace, name))
+        self.waiting(namespace, name, "ContainerCreating", "")
+
     def unschedulable(self, namespace: str, name: str, message: str) -> None:
         """Show a pod as the scheduler does when no node fits. The namespace should be held."""
         pod = self._api.get(PODS, namespace, name)
