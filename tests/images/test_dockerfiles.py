@@ -1,0 +1,198 @@
+"""What must hold of the two Dockerfiles whoever builds them, and of the little program that they begin with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dpo_api.version import VERSION
+from dpo_operator.backend.pod import command
+from dpo_operator.config import Settings
+from dpo_testing.manifests import spec
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ("Dockerfile.operator", "Dockerfile.trainer")
+FINAL = {"Dockerfile.operator": ("operator",), "Dockerfile.trainer": ("cpu", "gpu")}
+SCRIPT = ROOT / "hack/image/requirements.py"
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    """Return a Dockerfile's instructions with their words, comments gone and lines joined."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
+
+
+def stages(name: str) -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for word, rest in instructions(name):
+        if word == "FROM":
+            current = found.setdefault(rest.split(" AS ")[1], [])
+        if found:
+            current.append((word, rest))
+    return found
+
+
+FINAL_STAGES = [(name, stage) for name in FILES for stage in FINAL[name]]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_comes_from_a_shell_piped_from_the_network(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert not re.search(r"\b(curl|wget|ADD\s+http)", text)
+    assert "# syntax=" not in text, "the frontend of the builder is enough; this line would pull an image"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_base_is_an_argument(name: str) -> None:
+    defaults = {rest.partition("=")[0] for word, rest in instructions(name) if word == "ARG"}
+    for word, rest in instructions(name):
+        if word == "FROM":
+            base = rest.split()[0]
+            assert base.startswith("${"), f"{base} cannot be replaced where there is no such registry"
+            assert base[2:-1] in defaults
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_install_from_an_index_is_constrained(name: str) -> None:
+    installs = [rest for word, rest in instructions(name) if word == "RUN" and " install" in rest]
+    assert installs
+    for rest in installs:
+        assert ("--no-deps --no-index" in rest) or re.search(r"-c /[a-z-]+/constraints\.txt", rest), rest
+
+
+@pytest.mark.parametrize(("name", "stage"), FINAL_STAGES)
+def test_it_runs_as_a_number_that_is_not_root(name: str, stage: str) -> None:
+    users = [rest for word, rest in stages(name)[stage] if word == "USER"]
+    assert users, "the base's user would be root"
+    user, _, group = users[-1].partition(":")
+    assert int(user) > 0, "runAsNonRoot checks a number; a name would be refused by the kubelet"
+    assert group == "0", "an arbitrary UID has group 0, so this one is like it"
+
+
+@pytest.mark.parametrize(("name", "stage"), FINAL_STAGES)
+def test_a_change_of_code_or_version_leaves_the_dependencies_alone(name: str, stage: str) -> None:
+    steps = stages(name)[stage]
+    heavy = next(i for i, (w, r) in enumerate(steps) if w == "RUN" and "-r /requirements" in r)
+    code = next(i for i, (w, r) in enumerate(steps) if w == "RUN" and "--no-deps --no-index" in r)
+    version = next(i for i, (w, r) in enumerate(steps) if w == "ARG" and r.startswith("VERSION"))
+    assert heavy < code < version
+    before = [rest for word, rest in steps[:heavy] if word == "COPY"]
+    assert all(rest.startswith("--from=requirements") for rest in before), before
+
+
+@pytest.mark.parametrize(("name", "stage"), FINAL_STAGES)
+def test_labels_say_what_it_is(name: str, stage: str) -> None:
+    label = next(rest for word, rest in stages(name)[stage] if word == "LABEL")
+    for key in ("title", "description", "source", "licenses"):
+        assert f"org.opencontainers.image.{key}=" in label
+    for key, argument in (("version", "VERSION"), ("revision", "REVISION"), ("created", "CREATED")):
+        assert f'org.opencontainers.image.{key}="${{{argument}}}"' in label
+
+
+@pytest.mark.parametrize("stage", FINAL["Dockerfile.trainer"])
+def test_the_trainers_entry_is_what_the_operator_runs(stage: str) -> None:
+    entry = next(rest for word, rest in stages("Dockerfile.trainer")[stage] if word == "ENTRYPOINT")
+    rendered = command(spec(), 1, Settings())
+    assert json.loads(entry) == rendered[: rendered.index("launch")]
+
+
+@pytest.mark.parametrize(("name", "stage"), FINAL_STAGES)
+def test_a_read_only_root_is_enough(name: str, stage: str) -> None:
+    steps = stages(name)[stage]
+    environment = " ".join(rest for word, rest in steps if word == "ENV")
+    assert " HOME=/tmp " in f" {environment} ", "an arbitrary UID has no home of its own"
+    assert " PYTHONSAFEPATH=1" in environment, "the working directory is writable: nothing is imported from there"
+    assert not any(word == "VOLUME" for word, _ in steps)
+
+
+def test_the_context_is_only_what_is_built() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in lines
+    copied = {
+        source
+        for name in FILES
+        for word, rest in instructions(name)
+        if word == "COPY" and not rest.startswith("--from")
+        for source in rest.split()[:-1]
+    }
+    allowed = {line[1:] for line in lines if line.startswith("!")}
+    for source in copied:
+        assert any(source.startswith(a) or a.startswith(source) for a in allowed), f"{source} is not in the context"
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(packages["packages"]) <= allowed, "a package of the wheel is not in the context"
+
+
+def test_one_version_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == VERSION
+    chart = ROOT / "charts/dpo-operator/Chart.yaml"
+    if chart.exists():
+        found = re.search(r'^appVersion: "?([^"\s]+)"?$', chart.read_text(), re.MULTILINE)
+        assert found is not None
+        assert found.group(1) == VERSION
+
+
+def requirements(tmp_path: Path, *words: str) -> tuple[list[str], list[str]]:
+    run = [sys.executable, str(SCRIPT), "--out", str(tmp_path), *words]
+    subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
+    return tuple((tmp_path / f"{name}.txt").read_text().split() for name in ("requirements", "constraints"))  # type: ignore[return-value]
+
+
+def test_the_operators_list_holds_no_torch(tmp_path: Path) -> None:
+    wanted, pins = requirements(tmp_path, "--extra", "operator", "--without", "boto3", "typer")
+    names = {re.split(r"[<>=]", line)[0] for line in wanted}
+    assert {"kopf", "kubernetes", "pydantic"} <= names
+    assert not names & {"torch", "megatron-core", "boto3", "typer"}
+    assert all("==" in pin for pin in pins)
+
+
+def test_what_the_base_brings_is_held_at_its_version(tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    wanted, pins = requirements(tmp_path, "--extra", "trainer", "--keep", "numpy", "absent-*")
+    assert not any(line.startswith("numpy") for line in wanted)
+    assert [pin for pin in pins if pin.startswith("numpy==")] == [f"numpy=={version('numpy')}"]
+    assert any(line.startswith("torch") for line in wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(["--extra", "gpus"], "has no 'gpus'"), (["--extra", "operator", "--without", "flask"], "does not ask for flask")],
+)
+def test_a_wrong_name_stops_the_build(tmp_path: Path, words: list[str], part: str) -> None:
+    run = [sys.executable, str(SCRIPT), "--out", str(tmp_path), *words]
+    done = subprocess.run(run, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert part in done.stderr
+
+
+def test_without_a_builder_it_says_what_to_start() -> None:
+    environment = {**os.environ, "DOCKER_HOST": "unix:///nonexistent.sock", "BUILDKIT_HOST": "unix:///nonexistent.sock"}
+    done = subprocess.run(
+        [ROOT / "hack/build-images.sh", "operator"], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert "no builder answers" in done.stderr
+
+
+def test_the_operators_modules_need_only_what_its_image_has() -> None:
+    """Imports everything of the operator where what the image leaves out cannot be found."""
+    text = (
+        "import sys\n"
+        "for name in ('boto3', 'botocore', 'zstandard', 'typer', 'rich', 'torch'): sys.modules[name] = None\n"
+        "import pkgutil, importlib, dpo_operator\n"
+        "for module in pkgutil.walk_packages(dpo_operator.__path__, 'dpo_operator.'):\n"
+        "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
+        "import dpo_operator.__main__\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", text], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": "crds:operator"}
+    )

@@ -1,0 +1,59 @@
+"""The bills of materials: valid, complete for what the image installs, and nothing of this machine in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("sbom")
+    run = [sys.executable, str(ROOT / "hack/sbom.py")]
+    subprocess.run(run, check=True, capture_output=True, env={**os.environ, "SBOM_DIR": str(made)})
+    return made
+
+
+def bom(folder: Path, image: str) -> dict[str, Any]:
+    return dict(json.loads((folder / f"{image}.cdx.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("image", "held", "absent"),
+    [
+        ("operator", {"kopf", "kubernetes", "pydantic-core", "urllib3"}, {"torch", "boto3", "rich", "pytest"}),
+        ("trainer", {"torch", "megatron-core", "boto3", "numpy"}, {"kopf", "kubernetes", "pytest"}),
+    ],
+)
+def test_it_lists_what_the_image_installs(folder: Path, image: str, held: set[str], absent: set[str]) -> None:
+    names = {part["name"].lower().replace("_", "-") for part in bom(folder, image)["components"]}
+    assert held <= names
+    assert not absent & names
+
+
+@pytest.mark.parametrize("image", ["operator", "trainer"])
+def test_every_version_is_the_pinned_one(folder: Path, image: str) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    for part in bom(folder, image)["components"]:
+        name = part["name"].lower().replace("_", "-").replace(".", "-")
+        assert part["version"].split("+")[0] == pins[name], name
+
+
+@pytest.mark.parametrize("image", ["operator", "trainer"])
+def test_the_graph_is_whole_and_tells_no_path(folder: Path, image: str) -> None:
+    found = bom(folder, image)
+    refs = {part["bom-ref"] for part in found["components"]} | {found["metadata"]["component"]["bom-ref"]}
+    edges = {edge["ref"]: edge.get("dependsOn", []) for edge in found["dependencies"]}
+    assert set(edges) == refs
+    assert {ref for below in edges.values() for ref in below} <= refs
+    assert found["metadata"]["component"]["name"] == f"dpo-{image}"
+    assert str(ROOT) not in json.dumps(found)
