@@ -250,7 +250,9 @@ async def bench(options: argparse.Namespace, plane: ControlPlane) -> dict[str, f
         results["create_to_child_p50_s"] = statistics.median(waits)
         results["create_to_child_p99_s"] = percentile(waits, 0.99)
         # Every job must run before what is idle can be measured.
-        await until(lambda: operator.metric('dpo_operator_jobs{state="Running"}') >= options.jobs)
+        await until(
+            lambda: operator.metric(f'dpo_operator_jobs{{namespace="{NAMESPACE}",state="Running"}}') >= options.jobs
+        )
         await asyncio.sleep(Options().scrape_seconds + 5.0)  # each trainer has been asked once
         cpu, begin, before = cpu_seconds(operator.pid), time.monotonic(), await versions(client)
         await asyncio.sleep(options.idle)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dpo_api.status import STATES
 from dpo_api.version import VERSION
-
-_JOB_GAUGES: tuple[tuple[str, str, str], ...] = (
-    ("dpo_job_step", "", "Optimizer steps done."),
-    ("dpo_job_accuracy_ratio", "acc", "Newest share of pairs ranked right: of validation if there is one."),
-    ("dpo_job_reward_margin", "rewards_margin", "Newest reward margin, from where the accuracy is."),
-    ("dpo_job_loss", "loss", "Newest loss, from where the accuracy is."),
-)
+from dpo_operator.process import jobseries
 
 
 class Metrics:
@@ -49,6 +48,7 @@ class Metrics:
         )
         for name in ("infrastructure", "retryable", "permanent"):
             self._restarts.labels(name)
+        ProcessCollector("dpo_operator", registry=self.registry)
         self.registry.register(_OfNow(jobs, gauges, job_limit))
 
     def text(self) -> bytes:
@@ -95,26 +95,8 @@ class _OfNow(Collector):
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily("dpo_operator", "Always 1; its labels describe the operator.", {"version": VERSION})
         jobs = list(self._jobs())
-        states = Tally((job.get("status") or {}).get("state") or "Pending" for job in jobs)
-        family = GaugeMetricFamily("dpo_operator_jobs", "DPOJobs by state.", labels=["state"])
-        for state in STATES:
-            family.add_metric([state], states[state])
-        yield family
+        yield from jobseries.of_fleet(jobs)
         for name, (text, value) in self._gauges().items():
             yield GaugeMetricFamily(name, text, value=value)
-        yield from self._of_jobs(jobs)
-
-    def _of_jobs(self, jobs: list[Mapping[str, Any]]) -> Iterator[Metric]:
         newest = sorted(jobs, key=lambda job: job["metadata"].get("creationTimestamp") or "", reverse=True)
-        families = {name: GaugeMetricFamily(name, text, labels=["namespace", "name"]) for name, _, text in _JOB_GAUGES}
-        for job in newest[: self._limit]:
-            status = job.get("status") or {}
-            progress = status.get("progress") or {}
-            values = {**(progress.get("metrics") or {}), **(status.get("finalMetrics") or {})}
-            group = "val" if "val/acc" in values else "train"
-            labels = [job["metadata"]["namespace"], job["metadata"]["name"]]
-            for name, key, _ in _JOB_GAUGES:
-                value = values.get(f"{group}/{key}") if key else progress.get("step")
-                if value is not None:
-                    families[name].add_metric(labels, value)
-        yield from families.values()
+        yield from jobseries.of_jobs(newest[: self._limit], time.time())

@@ -56,7 +56,7 @@ class Hub:
         """Say which attempt this is."""
         self.progress.begin(attempt)
         self.prometheus.clear("dpo_trainer_info")
-        self.prometheus.set("dpo_trainer_info", 1, version=VERSION, job=self._job.metadata.name, attempt=str(attempt))
+        self.prometheus.set("dpo_trainer_info", 1, version=VERSION, dpojob=self._job.metadata.name)
 
     def open_sinks(self, store: Store, run_dir: str, *, attempt: int, resume_step: int | None) -> None:
         """Open the run's record and the sinks that the spec asks for.

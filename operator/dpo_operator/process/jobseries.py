@@ -1,0 +1,125 @@
+"""The series about DPOJobs, made of their statuses at the moment of the scrape: what restarts of the operator keep."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from dpo_api.metrics import OPERATOR
+from dpo_api.status import STATES, ConditionType
+from dpo_operator import clock
+
+Job = Mapping[str, Any]
+
+_TABLE = {metric.name: metric for metric in OPERATOR}
+_VALUES = {"True": 1.0, "False": 0.0}
+_WATCHED = frozenset(
+    kind.value
+    for kind in (
+        ConditionType.ProgressAvailable,
+        ConditionType.ReferenceConsistent,
+        ConditionType.Finite,
+        ConditionType.Learning,
+        ConditionType.TrainingStalled,
+    )
+)
+"""The conditions about the run itself; the others say no more than the state."""
+_OF_RUN: tuple[tuple[str, str], ...] = (
+    ("dpo_job_accuracy_ratio", "acc"),
+    ("dpo_job_reward_margin", "rewards_margin"),
+    ("dpo_job_loss", "loss"),
+)
+
+
+def of_fleet(jobs: Iterable[Job]) -> Iterator[Metric]:
+    """Yield what is counted over all DPOJobs, by namespace."""
+    states: Tally[tuple[str, str]] = Tally()
+    gpus: Tally[str] = Tally()
+    for job in jobs:
+        namespace = job["metadata"]["namespace"]
+        states[namespace, _state(job)] += 1
+        attempts = _status(job).get("attempts") or ()
+        gpus[namespace] += _gpus(job) if attempts and _runs(attempts[-1]) else 0
+    family = _family("dpo_operator_jobs")
+    for namespace in sorted(gpus):
+        for state in STATES:
+            family.add_metric([namespace, state], states[namespace, state])
+    yield family
+    family = _family("dpo_operator_gpus")
+    for namespace, count in sorted(gpus.items()):
+        family.add_metric([namespace], count)
+    yield family
+
+
+def of_jobs(jobs: Iterable[Job], now: float) -> Iterator[Metric]:
+    """Yield what is said of each DPOJob. ``now``: Unix seconds."""
+    families = {name: _family(name) for name in _TABLE if name.startswith("dpo_job_")}
+    for job in jobs:
+        labels = [job["metadata"]["namespace"], job["metadata"]["name"]]
+        families["dpo_job_state"].add_metric([*labels, _state(job)], 1)
+        for condition in _status(job).get("conditions") or ():
+            if condition["type"] in _WATCHED and condition["status"] in _VALUES:
+                families["dpo_job_condition"].add_metric([*labels, condition["type"]], _VALUES[condition["status"]])
+        for name, value in _values(job, now):
+            families[name].add_metric(labels, value)
+    yield from families.values()
+
+
+def _values(job: Job, now: float) -> Iterator[tuple[str, float]]:
+    status = _status(job)
+    attempts: Sequence[Mapping[str, Any]] = status.get("attempts") or ()
+    yield "dpo_job_attempt", status.get("attempt") or 0
+    yield "dpo_job_gpu_seconds_total", _gpus(job) * sum(_ran(attempt, now) for attempt in attempts)
+    if attempts and attempts[-1].get("startTime"):
+        newest = attempts[-1]
+        until = newest.get("runningTime") or newest.get("endTime")
+        end = clock.to_moment(until) if until else now
+        yield "dpo_job_queue_seconds", max(0.0, end - clock.to_moment(newest["startTime"]))
+    progress = status.get("progress") or {}
+    if progress.get("step") is not None:
+        yield "dpo_job_step", progress["step"]
+    values = {**(progress.get("metrics") or {}), **(status.get("finalMetrics") or {})}
+    group = "val" if "val/acc" in values else "train"
+    for name, key in _OF_RUN:
+        value = values.get(f"{group}/{key}")
+        if value is not None:
+            yield name, value
+
+
+def _family(name: str) -> GaugeMetricFamily | CounterMetricFamily:
+    metric = _TABLE[name]
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    return kind(name.removesuffix("_total"), metric.help, labels=metric.labels)
+
+
+def _status(job: Job) -> Mapping[str, Any]:
+    return job.get("status") or {}
+
+
+def _state(job: Job) -> str:
+    return _status(job).get("state") or "Pending"
+
+
+def _gpus(job: Job) -> int:
+    """GPUs of one attempt. A spec that was refused may hold anything."""
+    spec = job.get("spec")
+    resources = spec.get("resources") if isinstance(spec, Mapping) else None
+    if not isinstance(resources, Mapping):
+        return 0
+    nodes, each = resources.get("nodes", 1), resources.get("gpusPerNode") or 0
+    return nodes * each if isinstance(nodes, int) and isinstance(each, int) else 0
+
+
+def _runs(attempt: Mapping[str, Any]) -> bool:
+    return bool(attempt.get("runningTime")) and not attempt.get("endTime")
+
+
+def _ran(attempt: Mapping[str, Any], now: float) -> float:
+    """Seconds from when all pods of an attempt ran until the last one ended."""
+    if not attempt.get("runningTime"):
+        return 0.0
+    end = clock.to_moment(attempt["endTime"]) if attempt.get("endTime") else now
+    return max(0.0, end - clock.to_moment(attempt["runningTime"]))
