@@ -11,8 +11,8 @@ from dpo_testing.fakekubelet import FakeKubelet
 from dpo_testing.jobs import Jobs
 from dpo_testing.operatorprocess import OperatorProcess
 
-STEADY = frozenset({"test_api_proxy", "test_bad_manifests", "test_kubectl", "test_rbac_rights"})
-"""Modules of `make test`. The others live whole lives of jobs against the clock of real processes: `make soak`."""
+SOAK = frozenset({"test_kueue"})
+"""Modules of `make soak`: they build and run another project's controllers beside the control plane."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
             # The cluster is expensive: all of these run in the process that has it.
             item.add_marker(pytest.mark.xdist_group("cluster"))
-            if item.path.stem not in STEADY:
+            if item.path.stem in SOAK:
                 item.add_marker(pytest.mark.soak)
 
 

@@ -38,7 +38,7 @@ def serving(cluster: ControlPlane, proxy: ChaosProxy, namespace: str, *flags: st
         assert process.exceptions() == []
 
 
-def live(jobs: Jobs, kubelet: FakeKubelet, name: str, step: Callable[[Callable[[], object]], None]) -> None:
+def live(jobs: Jobs, kubelet: FakeKubelet, name: str, step: Callable[[Callable[[], object]], object]) -> None:
     """Lead a job through a restart, a suspension and its end. ``step`` waits for what the operator should do."""
     jobs.create(manifest(name, run_policy={"maxRestarts": 1, "ttlSecondsAfterFinished": 3600}))
     step(lambda: f"{name}-1" in jobs.children())
