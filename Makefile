@@ -49,10 +49,11 @@ lint: setup ## ruff, strict types, import contracts
 	$(BIN)/lint-imports
 
 .PHONY: generate
-generate: setup ## rewrite what is generated: the CRD, its reference page, the operations page
+generate: setup ## rewrite what is generated: the CRD, its reference page, the operations page, the chart's files
 	$(BIN)/python -m dpo_api.crd > crds/dpojobs.yaml
 	$(BIN)/python -m dpo_api.docs > docs/api.md
 	$(BIN)/python -m dpo_operator.docs > docs/operations.md
+	$(BIN)/python hack/chart.py
 
 .PHONY: bench
 bench: setup ## run the benchmarks; each prints a ratio against a peer

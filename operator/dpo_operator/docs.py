@@ -6,11 +6,31 @@ States, conditions and reasons are described once, in the code that uses them.
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 
 from dpo_api.status import STATES, ConditionType
 from dpo_operator.rbac import RULES
 from dpo_operator.reasons import TOPICS, Reason
+
+INIT_CONTAINER = """\
+- name: init-pytorch
+  image: {{.InitContainerImage}}
+  imagePullPolicy: IfNotPresent
+  resources: {limits: {cpu: 100m, memory: 20Mi}, requests: {cpu: 50m, memory: 10Mi}}
+  securityContext:
+    allowPrivilegeEscalation: false
+    capabilities: {drop: [ALL]}
+    runAsNonRoot: true
+    runAsUser: 65534
+    seccompProfile: {type: RuntimeDefault}
+  command:
+  - sh
+  - -c
+  - >-
+    for i in $(seq {{.MaxTries}}); do nslookup {{.MasterAddr}} | grep -q ^Name: && exit 0; sleep 1; done; exit 1
+"""
+"""Template of the init container that training-operator puts before workers, in a form that every namespace admits."""
 
 HEAD = """\
 # Operating DPOJobs
@@ -70,22 +90,7 @@ minute, with the model that is already there.
   pulled without the public registry. Set `--pytorch-init-container-image`, and mount a template as
   `/etc/config/initContainer.yaml`:
   ```yaml
-  - name: init-pytorch
-    image: {{.InitContainerImage}}
-    imagePullPolicy: IfNotPresent
-    resources: {limits: {cpu: 100m, memory: 20Mi}, requests: {cpu: 50m, memory: 10Mi}}
-    securityContext:
-      allowPrivilegeEscalation: false
-      capabilities: {drop: [ALL]}
-      runAsNonRoot: true
-      runAsUser: 65534
-      seccompProfile: {type: RuntimeDefault}
-    command:
-    - sh
-    - -c
-    - >-
-      for i in $(seq {{.MaxTries}}); do nslookup {{.MasterAddr}} | grep -q ^Name: && exit 0; sleep 1; done; exit 1
-  ```
+@INIT_CONTAINER@  ```
 - A gang scheduler in training-operator (`--gang-scheduler-name`) makes `minAvailable` count: without one, some pods of
   a job can hold GPUs while the rest wait, until `runPolicy.startTimeoutSeconds` ends that.
 - The operator reaches port 9400 of rank 0's pods for progress. Nothing breaks where it cannot: only
@@ -116,7 +121,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[s
 
 def to_markdown() -> str:
     """Return the text of the page."""
-    lines = [HEAD, "## States", ""]
+    lines = [HEAD.replace("@INIT_CONTAINER@", textwrap.indent(INIT_CONTAINER, "  ")), "## States", ""]
     lines += _table(("STATE", "Meaning"), ((f"`{state}`", meaning) for state, meaning in STATES.items()))
     lines += ["", "## Conditions", ""]
     lines += _table(("Condition", "True means"), ((f"`{kind.value}`", kind.description) for kind in ConditionType))

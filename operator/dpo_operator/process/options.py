@@ -13,6 +13,9 @@ from dpo_api.version import VERSION
 from dpo_operator.config import Settings
 
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_LABEL = re.compile(rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_WORD}")
+_LABEL_VALUE = re.compile(rf"({_WORD})?")
 
 ScrapeBy = Literal["auto", "pod-ip", "api-proxy", "off"]
 
@@ -56,8 +59,13 @@ def parse(
     given = {f.name: got.pop(f.name) for f in fields(Settings) if got.get(f.name) is not None}
     for name in [f.name for f in fields(Settings)]:
         got.pop(name, None)
-    if "extra_env" in given:
-        given["extra_env"] = tuple(_pair(parser, text) for text in given["extra_env"].split(",") if text)
+    for name in ("extra_env", "labels"):
+        if name in given:
+            flag = f"--{name.replace('_', '-')}"
+            given[name] = tuple(_pair(parser, flag, text) for text in given[name].split(",") if text)
+    for key, value in given.get("labels", ()):
+        if not _LABEL.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
+            parser.error(f"--labels: {key}={value} is no label of Kubernetes; give [PREFIX/]NAME=VALUE")
     settings = replace(settings, **given)
     options = Options(namespaces=namespaces, **got)
     for name in ("scrape_seconds", "relist_seconds", "dead_watch_seconds"):
@@ -66,10 +74,10 @@ def parse(
     return options, settings
 
 
-def _pair(parser: argparse.ArgumentParser, text: str) -> tuple[str, str]:
+def _pair(parser: argparse.ArgumentParser, flag: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        parser.error(f"--extra-env: {text!r} is not NAME=VALUE")
+        parser.error(f"{flag}: {text!r} is not NAME=VALUE")
     return name.strip(), value
 
 
@@ -109,6 +117,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("default-gpu-shm", s.default_gpu_shm, "size of /dev/shm with GPUs; default %(default)s")
     flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")
     flag("extra-env", None, "environment of every trainer: NAME=VALUE, separated by commas")
+    flag("labels", None, "labels of everything that the operator creates: NAME=VALUE, separated by commas")
     flag("backoff-base-seconds", s.backoff_base_seconds, "first wait before a restart; default %(default)s", type=float)
     flag("backoff-max-seconds", s.backoff_max_seconds, "longest wait before a restart; default %(default)s", type=float)
     flag(
