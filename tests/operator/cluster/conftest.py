@@ -11,9 +11,6 @@ from dpo_testing.fakekubelet import FakeKubelet
 from dpo_testing.jobs import Jobs
 from dpo_testing.operatorprocess import OperatorProcess
 
-SOAK = frozenset({"test_kueue"})
-"""Modules of `make soak`: they build and run another project's controllers beside the control plane."""
-
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,8 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
             # The cluster is expensive: all of these run in the process that has it.
             item.add_marker(pytest.mark.xdist_group("cluster"))
-            if item.path.stem in SOAK:
-                item.add_marker(pytest.mark.soak)
 
 
 @pytest.fixture(scope="session")

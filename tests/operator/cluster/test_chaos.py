@@ -157,7 +157,7 @@ RELIST_LATER = "--relist-seconds=3600"
 """Leaves the operator to its watches: no comparison with the cluster makes good what they miss."""
 
 
-@pytest.mark.parametrize("status", [410, 404, 400])
+@pytest.mark.parametrize("status", [410, 404])
 def test_watches_that_end_for_good_are_started_anew(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str, status: int
 ) -> None:
