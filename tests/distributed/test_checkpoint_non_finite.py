@@ -24,11 +24,6 @@ EXTREME = 9
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("non-finite")
-
-
-@pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     change = {"training": {"maxSteps": 6}, "checkpoint": {"everySteps": 1}, "dpo": {"loss": "rpo_sq"}}
     return merged(make(world, pairs=13), change)

@@ -30,11 +30,6 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoint-refused")
-
-
-@pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     return merged(make(world, pairs=13), {"training": {"maxSteps": STEPS}, "checkpoint": {"everySteps": 2}})
 

@@ -31,11 +31,6 @@ SERIES = ("train/loss", "train/grad_norm", "train/rewards_margin", "val/loss")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoint-s3")
-
-
-@pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
     try:
         with s3_server() as running:

@@ -23,11 +23,6 @@ LOSSES = ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("first-step")
-
-
-@pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     base = make(world, pairs=PAIRS, validation=1)
     training = {"globalBatchSize": PAIRS, "maxSteps": 2, "validationInterval": 100, "gradientClip": 0.001}

@@ -20,11 +20,6 @@ STEPS, EVERY = 24, 8
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("interruption")
-
-
-@pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     """Eight packs a step, so that a step takes long enough for a signal to find the run under way."""
     slow = {"maxSteps": STEPS, "learningRate": 1e-3, "validationInterval": 6, "packing": {"enabled": False}}

@@ -28,11 +28,6 @@ STEPS, EVERY = 24, 8
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("interruption-early")
-
-
-@pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     slow = {"maxSteps": STEPS, "learningRate": 1e-3, "validationInterval": 6, "packing": {"enabled": False}}
     return merged(make(world, pairs=21), {"training": slow, "checkpoint": {"everySteps": EVERY}})

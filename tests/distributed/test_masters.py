@@ -35,11 +35,6 @@ Weights = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("masters")
-
-
-@pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     """A start model whose every weight bf16 can hold, so that both precisions start at the same point."""
     spec = make(world, pairs=13)

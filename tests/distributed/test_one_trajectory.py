@@ -29,11 +29,6 @@ EQUIVALENT = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("trajectory")
-
-
-@pytest.fixture(scope="module")
 def spec(world: Path) -> dict[str, Any]:
     # 17 pairs in batches of 8: the last batch of an epoch is one pair, which is fewer than two ranks.
     return make(world, pairs=17)

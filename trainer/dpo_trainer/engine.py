@@ -24,6 +24,7 @@ from dpo_trainer import bridge
 from dpo_trainer.distributed import World
 from dpo_trainer.logprobs import response_log_probs, sums_by_owner
 from dpo_trainer.losses import pair_losses
+from dpo_trainer.masters import Masters
 from dpo_trainer.metrics.sums import empty_sums, means, metric_sums
 from dpo_trainer.model.forward import head_weight, hidden_rows
 from dpo_trainer.model.pack import Pack
@@ -75,6 +76,11 @@ class Engine:
                 use_gloo_process_groups=self.world.device.type == "cuda",
             )
         config.finalize_model_grads_func = finalize_model_grads
+
+    @property
+    def masters(self) -> Masters:
+        """The weights that the optimizer updates. After ``prepare_training``."""
+        return Masters(self.optimizer)
 
     def train_step(
         self, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues, *, rate: float, seed: int

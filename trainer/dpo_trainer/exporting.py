@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo_api.spec import DPOJobSpec
 from dpo_store import Store, join_uri, local_path_of
 from dpo_trainer.data.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.export import export
+from dpo_trainer.formats.huggingface import Value, stage_slots
+from dpo_trainer.formats.layout import target as target_of
 from dpo_trainer.formats.peft import export_adapter
-from dpo_trainer.model.lora import merged_value
+from dpo_trainer.formats.start import StartWeights
+from dpo_trainer.masters import Masters
+from dpo_trainer.model.forward import unwrap
+from dpo_trainer.model.lora import adapters, merged_value
 from dpo_trainer.sources import store_for
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -26,12 +32,49 @@ Place = tuple[Store, str]
 """A folder and the store that reaches it."""
 
 
-def export_model(model: Any, spec: DPOJobSpec, world: World, source: Place, target: Place) -> None:
+class Result:
+    """What training has made of the model, without the rounding of the weights that it computes with.
+
+    Trained weights are the optimizer's fp32 masters, frozen ones the start model's own bytes.
+    """
+
+    def __init__(self, model: Any, masters: Masters, start: StartWeights, *, lora: bool) -> None:
+        """With LoRA a collective over the data-parallel ranks: the adapters' masters are gathered, which are small."""
+        self.model, self._masters, self._start, self._lora = model, masters, start, lora
+        matrices = [matrix for adapter in adapters(model) for matrix in adapter.parameters()]
+        self._adapters = {matrix: masters.whole(matrix) for matrix in matrices}
+
+    @property
+    def value_of(self) -> Value:
+        """For ``formats.export.export``. Without LoRA each value is a collective over the data-parallel ranks."""
+        if not self._lora:
+            return lambda _name, parameter: self._masters.whole(parameter)
+        return merged_value(self.model, base=self._frozen, trained=self.trained)
+
+    def trained(self, matrix: Tensor) -> Tensor:
+        """An adapter's matrix in fp32, beside the bf16 one."""
+        return self._adapters[matrix].to(matrix.device)
+
+    def take_part(self) -> None:
+        """On ranks that write nothing: the collectives of the ranks that do."""
+        if not self._lora:
+            gpt = unwrap(self.model)
+            for slot in stage_slots(gpt):
+                self._masters.whole(target_of(gpt, slot))
+
+    def _frozen(self, name: str, parameter: Tensor) -> Tensor:
+        return self._start.value(name) if self._start.rounded(name) else parameter.detach()
+
+
+def export_model(result: Result, spec: DPOJobSpec, world: World, source: Place, target: Place) -> None:
     """Write the result from rank 0: with LoRA merged (unless ``output.merge`` is false) and as an adapter.
 
-    An interrupted export is written again from the last checkpoint: only export.json says that it is whole.
+    A collective. An interrupted export is written again from the last checkpoint: only export.json says that it is
+    whole.
     """
     if not world.is_main:
+        if forms_of(spec)[0]:
+            result.take_part()
         return
     store, uri = target
     _remove_earlier(store, uri)
@@ -40,7 +83,7 @@ def export_model(model: Any, spec: DPOJobSpec, world: World, source: Place, targ
     with scratch as name:
         path = Path(name)
         path.mkdir(parents=True, exist_ok=True)
-        write_formats(model, spec, source, path)
+        write_formats(result, spec, source, path)
         if folder is None:
             store.upload_tree(path, uri + "/")
 
@@ -58,26 +101,33 @@ def _remove_earlier(store: Store, uri: str) -> None:
         store.delete(join_uri(uri, f"adapter/{name}"))
 
 
-def write_formats(model: Any, spec: DPOJobSpec, source: Place, folder: Path) -> None:
-    """Write what the spec asks for into a local folder."""
-    store, base = source
-    lora = spec.lora
+def forms_of(spec: DPOJobSpec) -> tuple[bool, bool]:
+    """Whether the spec asks for a whole model, and for an adapter."""
     wanted = set(spec.output.formats)
     if "formats" not in spec.output.model_fields_set:
         wanted.add("peft")
-    if "huggingFace" in wanted and (lora is None or spec.output.merge):
+    return "huggingFace" in wanted and (
+        spec.lora is None or spec.output.merge
+    ), spec.lora is not None and "peft" in wanted
+
+
+def write_formats(result: Result, spec: DPOJobSpec, source: Place, folder: Path) -> None:
+    """Write what the spec asks for into a local folder."""
+    store, base = source
+    whole, adapter = forms_of(spec)
+    if whole:
         with _tokenizer(spec) as tokenizer:
             export(
-                model,
+                result.model,
                 store,
                 base,
                 folder,
                 dtype=_DTYPES[spec.output.dtype] if spec.output.dtype else None,
                 tokenizer=tokenizer,
-                value_of=merged_value(model) if lora is not None else None,
+                value_of=result.value_of,
             )
-    if lora is not None and "peft" in wanted:
-        export_adapter(model, lora, base, folder / "adapter")
+    if adapter and spec.lora is not None:
+        export_adapter(result.model, spec.lora, base, folder / "adapter", trained=result.trained)
 
 
 @contextmanager

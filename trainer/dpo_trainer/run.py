@@ -21,8 +21,9 @@ from dpo_trainer.data.cache import cache_folder
 from dpo_trainer.data.index import IndexProgress, Listener, build_indexes
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
-from dpo_trainer.exporting import export_model
-from dpo_trainer.formats.huggingface import load_weights, read_config
+from dpo_trainer.exporting import Result, export_model
+from dpo_trainer.formats.huggingface import Checkpoint, load_weights, read_config
+from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.launch import RankResult, refuse_errors
 from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora
@@ -109,12 +110,14 @@ class Run:
             self.stop.leave_before_training(self.world, "the reference pass")
         newest = self._newest_checkpoint()
         engine.prepare_training()
+        if newest is None:
+            self._start_masters(engine)
         self.training = Training(
             self.spec, self.world, engine, inputs, self.directory, self.reporter, self.stop, identity
         )
         self.training.resume_from(newest)
         self.training.run()
-        self._export(model)
+        self._export(engine)
         self.reporter.phase("done", message=f"model: {self.model_uri}")
         self.reporter.close()
 
@@ -179,7 +182,10 @@ class Run:
         model = build_model(
             self.config, precision=training.precision, backend=backend, deterministic=training.deterministic
         )
-        fingerprint = load_weights(model, *model_source(self.spec))
+        store, folder = model_source(self.spec)
+        source = Checkpoint.open(store, folder)
+        fingerprint = load_weights(model, store, folder, checkpoint=source)
+        self._start_weights = StartWeights(model, source)
         if self.spec.lora is not None:
             attach_lora(model, self.spec.lora, seed=training.seed)
         self.stop.leave_before_training(self.world, "loading")
@@ -267,7 +273,13 @@ class Run:
             )
         return newest
 
-    def _export(self, model: Any) -> None:
+    def _start_masters(self, engine: Engine) -> None:
+        """Masters begin at the start model's own values: Megatron-Core would take the weights that bf16 has rounded."""
+        for name, parameter in engine.model.named_parameters():
+            if parameter.requires_grad and self._start_weights.rounded(name):
+                engine.masters.fill(parameter, self._start_weights.value(name))
+
+    def _export(self, engine: Engine) -> None:
         """Write the model, then export.json, which says that it is whole and what it came from."""
         self.reporter.phase("export")
         uri = (self.spec.output.uri or self.directory.path("model")).rstrip("/")
@@ -275,7 +287,9 @@ class Run:
         if self.world.is_main:
             self.directory.check_fence()
             self.directory.store.delete(self.directory.path("export.json"))  # of a shorter run in this directory
-        export_model(model, self.spec, self.world, model_source(self.spec), (store, uri))
+        lora = self.spec.lora is not None
+        result = Result(engine.model, engine.masters, self._start_weights, lora=lora)
+        export_model(result, self.spec, self.world, model_source(self.spec), (store, uri))
         self.model_uri = uri
         if self.world.is_main:
             self.directory.check_fence()

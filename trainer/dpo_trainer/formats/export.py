@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo_api.errors import InvalidSpecError, NotFoundError
 from dpo_store import join_uri
 from dpo_store.errors import from_os_error
+from dpo_trainer import bridge
 from dpo_trainer.formats.huggingface import INDEX, SINGLE, Checkpoint, Value, read_json, stage_slots
 from dpo_trainer.formats.layout import Slot, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, RangeStore, bytes_of, header_of
@@ -89,6 +90,7 @@ def _dissolved(gpt: Any, slot: Slot, value_of: Value) -> tuple[Tensor, ...]:
     part = value_of(slot.parameter, target(gpt, slot)).detach()
     parts = [part]
     if size > 1 and slot.kind != "copy":
+        part = part.to(bridge.device())
         parts = [torch.empty_like(part) for _ in range(size)]
         dist.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     return dissolve(slot, whole(slot.kind, parts), gpt.dpo_config)

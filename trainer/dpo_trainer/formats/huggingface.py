@@ -133,17 +133,18 @@ class Checkpoint:
                 )
 
 
-def load_weights(model: Any, store: RangeStore, folder: str) -> str:
+def load_weights(model: Any, store: RangeStore, folder: str, *, checkpoint: Checkpoint | None = None) -> str:
     """Fill this rank's part of ``model`` from the folder; return the model's content key (see ``model_fingerprint``).
 
     Reads only the rows that this rank needs, one tensor at a time: memory is the largest parameter and its sources.
     The key costs nothing more when this process reads the whole model (tensor and pipeline size 1); else the files are
     read once more. Raises InvalidModelError naming the file and tensor for anything damaged or disagreeing.
+    checkpoint: the folder's, where the caller reads from it again.
     """
     gpt = unwrap(model)
     config: ModelConfig = gpt.dpo_config
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    checkpoint = Checkpoint.open(store, folder)
+    checkpoint = checkpoint or Checkpoint.open(store, folder)
     checkpoint.check(config)
     digests: dict[str, str] = {}
 

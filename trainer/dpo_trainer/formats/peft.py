@@ -16,7 +16,7 @@ from dpo_trainer.formats.export import Planned, write_tensors
 from dpo_trainer.formats.layout import split_qkv
 from dpo_trainer.model.config import ModelConfig
 from dpo_trainer.model.forward import unwrap
-from dpo_trainer.model.lora import LoraSettings, LowRankAdapter, Module, adapters, target_modules
+from dpo_trainer.model.lora import LoraSettings, LowRankAdapter, Module, Trained, adapters, target_modules
 
 PROJECTIONS: dict[Module, tuple[str, ...]] = {
     "attention_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -27,14 +27,20 @@ PROJECTIONS: dict[Module, tuple[str, ...]] = {
 
 
 def export_adapter(
-    model: Any, lora: LoraSettings, base: str, out_dir: Path, *, dtype: torch.dtype | None = None
+    model: Any,
+    lora: LoraSettings,
+    base: str,
+    out_dir: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trained: Trained | None = None,
 ) -> list[str]:
     """Write the adapters for ``PeftModel.from_pretrained`` on the Hugging Face model ``base``; return the files' names.
 
     dtype: of the written matrices; None means fp32, which small adapters can afford. Raises NoSpaceError when the disk
-    is full. A collective over tensor-parallel ranks.
+    is full. A collective over tensor-parallel ranks. trained: see ``model.lora.merged_value``.
     """
-    tensors = adapter_tensors(model)
+    tensors = adapter_tensors(model, trained)
     plan: list[Planned] = [(name, tuple(value.shape), dtype or torch.float32) for name, value in tensors.items()]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -46,12 +52,12 @@ def export_adapter(
     return ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def adapter_tensors(model: Any) -> dict[str, Tensor]:
+def adapter_tensors(model: Any, trained: Trained | None = None) -> dict[str, Tensor]:
     """PEFT's names → fp32 matrices. Each projection has its own A, since safetensors refuses shared memory."""
     config: ModelConfig = unwrap(model).dpo_config
     found: dict[str, Tensor] = {}
     for adapter in adapters(model):
-        a, b = adapter.matrices()
+        a, b = adapter.matrices(trained)
         for projection, part in zip(PROJECTIONS[adapter.place.module], _parts(adapter, b, config), strict=True):
             prefix = f"base_model.model.model.layers.{adapter.place.layer}.{projection}"
             found[f"{prefix}.lora_A.weight"] = a.clone()

@@ -11,7 +11,7 @@ output summed, B over its rows and its output gathered.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -127,21 +127,27 @@ class LowRankAdapter(torch.nn.Module):
         return out if self.scale == 1 else out * self.scale
 
     @torch.no_grad()
-    def matrices(self) -> tuple[Tensor, Tensor]:
+    def matrices(self, trained: "Trained | None" = None) -> tuple[Tensor, Tensor]:
         """Whole A [rank, in] and B [out, rank], fp32, unscaled. A collective over tensor-parallel ranks."""
-        a = _whole(self.linear_in.weight, 1 if self.place.row_parallel else 0)
-        b = _whole(self.linear_out.weight, 0, gated=self.place.module == "mlp_fc1")
+        a, b = self._parts(trained)
+        a = _whole(a, 1 if self.place.row_parallel else 0)
+        b = _whole(b, 0, gated=self.place.module == "mlp_fc1")
         return a.float(), b.float()
 
     @torch.no_grad()
-    def delta(self) -> Tensor:
+    def delta(self, trained: "Trained | None" = None) -> Tensor:
         """What this rank's part of the base weight gains when the adapter is merged, fp32."""
-        a, b = self.linear_in.weight.detach(), self.linear_out.weight.detach()
+        a, b = self._parts(trained)
         if self.place.row_parallel:
             b = _whole(b, 0)
         else:
             a = _whole(a, 0)
         return self.scale * (b.float() @ a.float())
+
+    def _parts(self, trained: "Trained | None") -> tuple[Tensor, Tensor]:
+        """This rank's parts of A and B: the parameters themselves, or what ``trained`` says that they stand for."""
+        a, b = self.linear_in.weight.detach(), self.linear_out.weight.detach()
+        return (a, b) if trained is None else (trained(self.linear_in.weight), trained(self.linear_out.weight))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -248,17 +254,27 @@ def adapters_disabled(model: Any) -> Iterator[None]:
             adapter.enabled = enabled
 
 
-def merged_value(model: Any) -> Value:
-    """For ``formats.export.export(value_of=…)``: each weight with its adapter added, in fp32."""
+Trained = Callable[[Tensor], Tensor]
+"""An adapter's parameter → the value that training has given it: the fp32 master of a bf16 one."""
+
+
+def merged_value(model: Any, *, base: Value | None = None, trained: Trained | None = None) -> Value:
+    """For ``formats.export.export(value_of=…)``: each weight with its adapter added, in fp32.
+
+    base: the frozen weights' values, else the parameters. trained: the adapters' values, else the parameters.
+    """
     gpt = unwrap(model)
 
+    @torch.no_grad()
     def value(name: str, parameter: Tensor) -> Tensor:
-        owner = gpt.get_submodule(name.rpartition(".")[0])
-        adapter = getattr(owner, "adapter", None)
+        own = parameter.detach() if base is None else base(name, parameter)
+        adapter = getattr(gpt.get_submodule(name.rpartition(".")[0]), "adapter", None)
         if adapter is None or not name.endswith(".weight"):
-            return parameter
-        merged: Tensor = parameter.detach().float() + adapter.delta()
-        return merged
+            return own
+        delta: Tensor = adapter.delta(trained)
+        own = own.to(delta.device, torch.float32)
+        # Where nothing was learnt the weight stays as it is: adding 0 would turn -0 into 0.
+        return torch.where(delta == 0, own, own + delta)
 
     return value
 

@@ -1,0 +1,73 @@
+"""The fp32 weights that Adam updates, behind the bf16 ones that the model computes with.
+
+Megatron-Core keeps them in the optimizer: the plain one has all of each on every rank, the distributed one a range of
+each flattened parameter on each data-parallel rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_PIECE = 1 << 26
+"""Elements that are gathered at once: 256 MiB beside what training holds on the device."""
+
+
+class Masters:
+    """The masters of one optimizer's parameters; a parameter that has none is its own."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._parts = getattr(optimizer, "chained_optimizers", [optimizer])
+
+    @torch.no_grad()
+    def whole(self, parameter: Tensor) -> Tensor:
+        """The master of a parameter (of its tensor-parallel part that lies here), bit for bit.
+
+        With the distributed optimizer a collective over the data-parallel group, whose first rank gets the value.
+        """
+        if not _has_master(parameter):
+            return parameter.detach()
+        if not getattr(parameter, "main_param_sharded", False):
+            return _main(parameter).detach().view(parameter.shape)
+        group, start, end = self._range(parameter)
+        destination = dist.get_global_rank(group, 0)
+        found = torch.empty(parameter.numel(), dtype=torch.float32)
+        for first in range(0, parameter.numel(), _PIECE):
+            last = min(first + _PIECE, parameter.numel())
+            # The ranges are disjoint, so a sum of bits is each rank's own bits: -0.0 and NaN keep theirs.
+            bits = torch.zeros(last - first, dtype=torch.int32, device=parameter.device)
+            low, high = max(first, start), min(last, end)
+            if low < high:
+                own = _main(parameter).detach().view(-1)[low - start : high - start]
+                bits[low - first : high - first] = own.view(torch.int32)
+            dist.reduce(bits, dst=destination, group=group)
+            found[first:last] = bits.view(torch.float32).cpu()
+        return found.view(parameter.shape)
+
+    @torch.no_grad()
+    def fill(self, parameter: Tensor, value: Tensor) -> None:
+        """Let the master start from ``value``, of the parameter's shape, instead of the parameter's rounded one."""
+        if not _has_master(parameter):
+            return
+        start, end = 0, parameter.numel()
+        if getattr(parameter, "main_param_sharded", False):
+            _, start, end = self._range(parameter)
+        if start < end:
+            _main(parameter).view(-1).copy_(value.reshape(-1)[start:end])
+
+    def _range(self, parameter: Tensor) -> tuple[Any, int, int]:
+        """The data-parallel group of a parameter, and which of its elements this rank's master holds."""
+        holder = next((part for part in self._parts if parameter in part.model_param_gbuf_map), None)
+        if holder is None:  # other ranks have all of it
+            return self._parts[0].data_parallel_group, 0, 0
+        found = holder._get_model_param_range_map(parameter)["param"]
+        return holder.data_parallel_group, found.start, found.end
+
+
+def _has_master(parameter: Tensor) -> bool:
+    return parameter.requires_grad and parameter.dtype != torch.float32 and hasattr(parameter, "main_param")
+
+
+def _main(parameter: Tensor) -> Any:
+    return parameter.main_param  # type: ignore[attr-defined]
