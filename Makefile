@@ -60,16 +60,8 @@ bench: setup ## run the benchmarks; each prints a ratio against a peer
 	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
 
 .PHONY: soak
-soak: setup tools ## lives of jobs on a real control plane: faults, lost nodes, Kueue
-	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
-
-.PHONY: images
-images: ## build both images with Docker or BuildKit (IMAGES="operator trainer-cpu" REPOSITORY=… BASE_IMAGE=…)
-	@hack/build-images.sh $(IMAGES)
-
-.PHONY: sbom
-sbom: setup ## list what each image installs, as CycloneDX, in build/sbom
-	@$(BIN)/python hack/sbom.py
+soak: setup tools ## the tests on a real control plane, five times over: none may fail now and then
+	@for round in 1 2 3 4 5; do $(BIN)/python -m pytest -x -m cluster $(PYTEST_ARGS) tests/operator/cluster; done
 
 .PHONY: lock
 lock: setup ## rewrite constraints.txt (needs uv)
