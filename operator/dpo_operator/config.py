@@ -26,6 +26,8 @@ class Settings:
     """Write schedulingPolicy.minAvailable; without a gang scheduler in training-operator it changes nothing."""
     kueue: bool = True
     """Write Kueue's labels on children of jobs with a queue."""
+    default_queue: str = ""
+    """Kueue's LocalQueue of jobs that name none; empty: they start at once."""
     extra_env: tuple[tuple[str, str], ...] = ()
     """Environment of every trainer, such as the cluster's NCCL settings; a job's own env wins."""
     identity_audience: str = "sts.amazonaws.com"

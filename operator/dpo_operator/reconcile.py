@@ -48,7 +48,7 @@ def _decide(draft: Draft) -> None:
         return
     if not acceptance.accept(draft):
         return
-    draft.update(queue=pytorchjob.queue_of(draft.view.job, draft.view.identity) if draft.settings.kueue else None)
+    draft.update(queue=pytorchjob.queue_of(draft.view.job, draft.view.identity, draft.settings))
     attempts.step(draft)
     housekeeping.trim_history(draft)
     if draft.status.completion_time is not None:

@@ -131,7 +131,7 @@ def build_child(
         policy["schedulingPolicy"] = {"minAvailable": nodes}
         if spec.pod_template.priority_class_name is not None:
             policy["schedulingPolicy"]["priorityClass"] = spec.pod_template.priority_class_name
-    queueing = _queueing(job, identity, attempt) if settings.kueue else {}
+    queueing = _queueing(job, identity, attempt, settings)
     return {
         "apiVersion": CHILD_API_VERSION,
         "kind": CHILD_KIND,
@@ -140,14 +140,16 @@ def build_child(
     }
 
 
-def queue_of(job: DPOJob, identity: Identity) -> str | None:
-    """Return the queue that attempts of a job wait in: the spec's, else the one of the DPOJob's own label."""
-    return job.spec.run_policy.queue_name or identity.queue
+def queue_of(job: DPOJob, identity: Identity, settings: Settings) -> str | None:
+    """Return the queue that attempts of a job wait in: the spec's, the DPOJob's own label's, the installation's."""
+    if not settings.kueue:
+        return None
+    return job.spec.run_policy.queue_name or identity.queue or settings.default_queue or None
 
 
-def _queueing(job: DPOJob, identity: Identity, attempt: int) -> dict[str, str]:
+def _queueing(job: DPOJob, identity: Identity, attempt: int, settings: Settings) -> dict[str, str]:
     """Kueue's labels: on the child alone, since Kueue would otherwise manage the DPOJob's pods one by one."""
-    policy, queue = job.spec.run_policy, queue_of(job, identity)
+    policy, queue = job.spec.run_policy, queue_of(job, identity, settings)
     if queue is None:
         return {}
     priority = policy.priority_class or identity.priority

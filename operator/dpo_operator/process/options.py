@@ -118,6 +118,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")
     flag("extra-env", None, "environment of every trainer: NAME=VALUE, separated by commas")
     flag("labels", None, "labels of everything that the operator creates: NAME=VALUE, separated by commas")
+    flag("default-queue", s.default_queue, "Kueue's LocalQueue of jobs that name none; default: they start at once")
     flag("backoff-base-seconds", s.backoff_base_seconds, "first wait before a restart; default %(default)s", type=float)
     flag("backoff-max-seconds", s.backoff_max_seconds, "longest wait before a restart; default %(default)s", type=float)
     flag(

@@ -20,12 +20,26 @@ def test_a_flag_wins_over_the_environment() -> None:
     assert settings.extra_env == (("NCCL_DEBUG", "INFO"), ("A", "b=c"))
 
 
+def test_an_empty_variable_is_nothing() -> None:
+    """The chart writes every variable, those without a value too."""
+    names = ("NAMESPACES", "EXTRA_ENV", "LABELS", "DEFAULT_QUEUE")
+    assert parse([], dict.fromkeys((f"DPO_OPERATOR_{name}" for name in names), "")) == (Options(), Settings())
+
+
+def test_labels_are_read_as_kubernetes_takes_them() -> None:
+    _, settings = parse(["--labels=sidecar.istio.io/inject=false,team="], {})
+    assert settings.labels == (("sidecar.istio.io/inject", "false"), ("team", ""))
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [
         (["--namespaces=Team_A"], {}, "'Team_A' is no namespace"),
         (["--scrape-seconds=0"], {}, "--scrape-seconds: must be above 0"),
         (["--extra-env=NCCL"], {}, "'NCCL' is not NAME=VALUE"),
+        (["--labels=inject"], {}, "--labels: 'inject' is not NAME=VALUE"),
+        (["--labels=Team A/x=y"], {}, "--labels: Team A/x=y is no label"),
+        (["--labels=team=a b"], {}, "--labels: team=a b is no label"),
         (["--log-format=xml"], {}, "invalid choice"),
         ([], {"DPO_OPERATOR_PORT": "eighty"}, "invalid int value: 'eighty'"),
     ],

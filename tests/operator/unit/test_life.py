@@ -718,13 +718,13 @@ def test_a_permanent_error_while_being_suspended_is_not_forgotten() -> None:
 
 @pytest.mark.parametrize(
     ("field", "label", "shown"),
-    [("team-a", None, "team-a"), (None, "team-b", "team-b"), ("team-a", "team-b", "team-a")],
+    [("team-a", None, "team-a"), (None, "team-b", "team-b"), ("team-a", "team-b", "team-a"), (None, None, "all")],
 )
 def test_the_status_names_the_queue_that_children_wait_in(field: str | None, label: str | None, shown: str) -> None:
     body = manifest(runPolicy={"queueName": field} if field else {})
     if label:
         body["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": label}
-    cluster = SimCluster(body)
+    cluster = SimCluster(body, settings=Settings(default_queue="all"))
     cluster.run_to("Running")
     child = cluster.children["job-1"]
     assert cluster.status["queue"] == child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == shown
