@@ -49,10 +49,11 @@ lint: setup ## ruff, strict types, import contracts
 	$(BIN)/lint-imports
 
 .PHONY: generate
-generate: setup ## rewrite what is generated: the CRD, its reference page, the operations page, the chart's files
+generate: setup ## rewrite what is generated: the CRD, the reference and operations pages, dashboards, alerts, the chart's files
 	$(BIN)/python -m dpo_api.crd > crds/dpojobs.yaml
 	$(BIN)/python -m dpo_api.docs > docs/api.md
 	$(BIN)/python -m dpo_operator.docs > docs/operations.md
+	PYTHONPATH=charts $(BIN)/python -m dpo_monitoring
 	$(BIN)/python hack/chart.py
 
 .PHONY: bench

@@ -43,6 +43,8 @@ class Metrics:
             "dpo_operator_reconcile_errors", "Passes that failed and are repeated, by cause.", ["cause"],
             registry=self.registry,
         )  # fmt: skip
+        for cause in ("unreachable", "unsettled", "exception"):
+            self._errors.labels(cause)  # from 0, so that the first one counts
         self._restarts = Counter(
             "dpo_operator_restarts", "Attempts that ended in failure, by class.", ["class"], registry=self.registry
         )

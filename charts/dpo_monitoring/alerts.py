@@ -1,0 +1,205 @@
+"""The alerts, as data. Each names the job it is about, and the page that says what to look at, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dpo_monitoring.queries import ATTEMPT, JOB, metric
+from dpo_operator.config import Settings
+from dpo_operator.invariants import CHANCE
+
+RUNBOOKS = "https://github.com/dpo-operator/dpo-operator/blob/main/docs/alerts"
+GROUP = "dpo-operator"
+
+STALLED_SECONDS = 1800
+CHECKPOINT_SECONDS = 7200
+EARLIEST_STEP = Settings().learning_after_steps
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One rule."""
+
+    name: str
+    severity: Literal["critical", "warning"]
+    hold: str
+    """How long the expression must hold."""
+    expr: str
+    parts: tuple[str, ...]
+    """The expressions that ``expr`` compares. Each has a value while jobs are well, and so can be tried on them."""
+    summary: str
+    description: str
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """Prometheus' form of it."""
+        return {
+            "alert": self.name,
+            "expr": self.expr,
+            "for": self.hold,
+            "labels": {"severity": self.severity},
+            "annotations": {
+                "summary": self.summary,
+                "description": self.description,
+                "runbook_url": f"{RUNBOOKS}/{self.name}.md",
+            },
+        }
+
+
+def _of_job(name: str, selector: str = "", by: tuple[str, ...] = JOB) -> str:
+    """Return a series by job: two pods, two operators for a moment, count once."""
+    return f"max by ({', '.join(by)}) ({metric(name).name}{selector})"
+
+
+def _condition(name: str) -> str:
+    return _of_job("dpo_job_condition", f'{{condition="{name}"}}')
+
+
+def _newest(name: str) -> str:
+    """Return validation's value where there is one, else the mean of half an hour of training."""
+    training = metric(f"dpo_train_{name}").name
+    return f"({_of_job(f'dpo_val_{name}')} or max by ({', '.join(JOB)}) (avg_over_time({training}[30m])))"
+
+
+_STEPS = _of_job("dpo_train_steps_total")
+_PLANNED = _of_job("dpo_train_planned_steps")
+_LATE_ENOUGH = f"{_STEPS} >= {EARLIEST_STEP}"
+_JOB_IS = "{{ $labels.namespace }}/{{ $labels.dpojob }}"
+
+
+def _stalled() -> Alert:
+    signs = (
+        "dpo_train_last_step_timestamp_seconds",
+        "dpo_val_last_run_timestamp_seconds",
+        "dpo_checkpoint_last_success_timestamp_seconds",
+    )
+    names = "|".join(metric(name).name for name in signs)
+    still = f'time() - max by ({", ".join(JOB)}) ({{__name__=~"{names}"}})'
+    seen, answers = _condition("TrainingStalled"), _condition("ProgressAvailable")
+    return Alert(
+        "DPOTrainingStalled",
+        "critical",
+        "5m",
+        f"{seen} == 1\n"
+        f"or (\n  {still} > {STALLED_SECONDS}\n  and {_STEPS} < {_PLANNED}\n"
+        f"  unless ({seen} == 0 and {answers} == 1)\n)",
+        (seen, answers, still, _STEPS, _PLANNED),
+        f"{_JOB_IS} holds its nodes and does not train",
+        "Neither a step nor a validation nor a checkpoint has ended for long, and the operator, where it can look, sees"
+        " no other phase that would explain it.",
+    )
+
+
+def _non_finite() -> Alert:
+    seen = _condition("Finite")
+    losses = [_of_job(name) for name in ("dpo_train_loss", "dpo_val_loss")]
+    nan = "".join(f"\nor ({loss} != {loss})" for loss in losses)
+    return Alert(
+        "DPOTrainingNonFinite",
+        "critical",
+        "0m",
+        # A failed job keeps its condition until it is deleted: six hours of alarm are enough.
+        f"({seen} == 0 unless (max_over_time(({seen})[30m:1m] offset 6h) == 0)){nan}",
+        (seen, *losses),
+        f"{_JOB_IS}: a loss or a gradient is NaN or infinite",
+        "The trainer stops before such a step moves any weight, and the job fails: the same would happen again.",
+    )
+
+
+def _not_rising() -> Alert:
+    value = _newest("reward_accuracy_ratio")
+    return Alert(
+        "DPOAccuracyNotRising",
+        "warning",
+        "15m",
+        f"{value} <= {CHANCE}\nand {_LATE_ENOUGH}",
+        (value, _STEPS),
+        f"{_JOB_IS} does not learn: accuracy {{{{ $value | humanizePercentage }}}} after {EARLIEST_STEP} steps",
+        f"The accuracy is still at chance (at most {CHANCE}); it should have risen by now.",
+    )
+
+
+def _negative_margin() -> Alert:
+    value = _newest("reward_margin")
+    return Alert(
+        "DPORewardMarginNegative",
+        "warning",
+        "15m",
+        f"{value} < 0\nand {_LATE_ENOUGH}",
+        (value, _STEPS),
+        f"{_JOB_IS}: rejected responses are rewarded more than chosen ones",
+        "The mean reward margin is {{ $value | humanize }} and should be positive: chosen and rejected may be swapped.",
+    )
+
+
+def _checkpoint_old() -> Alert:
+    age = f"time() - {_of_job('dpo_checkpoint_last_success_timestamp_seconds', by=ATTEMPT)}"
+    steps = _of_job("dpo_train_steps_total", by=ATTEMPT)
+    before = _of_job("dpo_train_steps_total", f" offset {CHECKPOINT_SECONDS // 3600}h", by=ATTEMPT)
+    saved = _of_job("dpo_checkpoint_last_step", by=ATTEMPT)
+    return Alert(
+        "DPOCheckpointTooOld",
+        "warning",
+        "10m",
+        f"(\n  {age} > {CHECKPOINT_SECONDS}\n  and {steps} > {saved}\n)\nor ({steps} and {before} unless {saved})",
+        (age, steps, saved),
+        f"{_JOB_IS} has not saved a checkpoint for more than {CHECKPOINT_SECONDS // 3600} hours",
+        "A node that is lost now costs all steps since the last checkpoint.",
+    )
+
+
+def _pending() -> Alert:
+    waiting = _of_job("dpo_job_state", '{state=~"Pending|Queued|Starting"}')
+    return Alert(
+        "DPOJobPendingTooLong",
+        "warning",
+        "30m",
+        waiting,
+        (waiting,),
+        f"{_JOB_IS} has waited half an hour for its nodes",
+        "It is queued, or its pods are not scheduled, cannot pull their image, or do not find each other.",
+    )
+
+
+def _restart_loop() -> Alert:
+    changes = f"sum by ({', '.join(JOB)}) (changes({metric('dpo_job_attempt').name}[1h]))"
+    return Alert(
+        "DPOJobRestartLoop",
+        "warning",
+        "0m",
+        f"{changes} >= 3",
+        (changes,),
+        f"{_JOB_IS} has begun {{{{ $value }}}} attempts within an hour",
+        "Attempts end again and again; each costs the steps since its checkpoint and the start-up of all pods.",
+    )
+
+
+def _operator_down() -> Alert:
+    alive, dead = f"max({metric('dpo_operator_info').name})", f"max({metric('dpo_operator_watches_dead').name})"
+    return Alert(
+        "DPOOperatorDown",
+        "critical",
+        "5m",
+        f"absent({alive})\nor {dead} > 0",
+        (alive, dead),
+        "The DPO operator is down or sees nothing of the cluster",
+        "Jobs go on training, but nothing is accepted, restarted or reported until it is back.",
+    )
+
+
+ALERTS: tuple[Alert, ...] = (
+    _stalled(),
+    _non_finite(),
+    _not_rising(),
+    _negative_margin(),
+    _checkpoint_old(),
+    _pending(),
+    _restart_loop(),
+    _operator_down(),
+)
+
+
+def rules() -> dict[str, Any]:
+    """Return the rule file: Prometheus' own form, which a PrometheusRule holds as its spec."""
+    return {"groups": [{"name": GROUP, "rules": [alert.rule for alert in ALERTS]}]}

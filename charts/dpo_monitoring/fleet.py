@@ -1,0 +1,253 @@
+"""The dashboard *DPO fleet*: what runs, what waits, what restarts, and how the operator is."""
+
+from __future__ import annotations
+
+from dpo_monitoring.model import Dashboard, Panel, Query, Row, Variable
+from dpo_monitoring.queries import fleet, metric, of_fleet, own
+
+WAITING = "Pending|Queued|Starting|Restarting"
+
+
+def _jobs(title: str, description: str, states: str) -> Panel:
+    """Return the number of jobs in some states."""
+    inner = fleet("dpo_operator_jobs", "namespace", "state", more=f', state=~"{states}"')
+    return Panel(title, description, "none", (Query(f"sum({inner})", title),), "stat", 4, 4)
+
+
+NOW = Row(
+    "Now",
+    (
+        _jobs("Training", "DPOJobs that train now.", "Running|Checkpointing"),
+        _jobs("Waiting", "DPOJobs that wait for their queue, for nodes, or for the next attempt.", WAITING),
+        _jobs("Succeeded", "DPOJobs whose model is exported.", "Succeeded"),
+        _jobs("Failed or rejected", "DPOJobs that need somebody.", "Failed|Rejected"),
+        Panel(
+            "GPUs held",
+            "GPUs of the attempts that run now.",
+            "none",
+            (Query(f"sum({fleet('dpo_operator_gpus', 'namespace')})", "GPUs"),),
+            "stat", 4, 4,
+        ),
+        Panel(
+            "Operator",
+            "1 while an operator is scraped, has filled its caches and no watch is dead. 0: jobs go on, but nothing"
+            " restarts them.",
+            "none",
+            (
+                Query(
+                    f"{own('dpo_operator_synced')} * on () ({own('dpo_operator_watches_dead')} == bool 0)",
+                    "ready",
+                ),
+            ),
+            "stat", 4, 4, 0, 1, none="down",
+        ),
+        Panel(
+            "Jobs",
+            "Every DPOJob with its state and newest figures. A name leads to its dashboard DPO training.",
+            "none",
+            (
+                Query(fleet("dpo_job_state", "namespace", "dpojob", "state"), "State"),
+                Query(fleet("dpo_job_step", "namespace", "dpojob"), "Step"),
+                Query(fleet("dpo_job_accuracy_ratio", "namespace", "dpojob"), "Accuracy"),
+                Query(fleet("dpo_job_reward_margin", "namespace", "dpojob"), "Margin"),
+                Query(fleet("dpo_job_loss", "namespace", "dpojob"), "Loss"),
+                Query(fleet("dpo_job_attempt", "namespace", "dpojob"), "Attempt"),
+                Query(fleet("dpo_job_queue_seconds", "namespace", "dpojob"), "Queue time"),
+                Query(f"{fleet('dpo_job_gpu_seconds_total', 'namespace', 'dpojob')} / 3600", "GPU hours"),
+            ),
+            "table", 24, 10,
+            units={"Accuracy": "percentunit", "Queue time": "s", "GPU hours": "short"},
+        ),
+    ),
+)  # fmt: skip
+
+JOBS = Row(
+    "Jobs",
+    (
+        Panel(
+            "Jobs by state",
+            "DPOJobs of the chosen namespaces by state, stacked.",
+            "none",
+            (
+                Query(
+                    f"sum by (state) ({fleet('dpo_operator_jobs', 'namespace', 'state')})",
+                    "{{state}}",
+                ),
+            ),
+            "stacked", 12, lowest=0,
+        ),
+        Panel(
+            "Unfinished jobs by namespace",
+            "DPOJobs that train or wait, by namespace.",
+            "none",
+            (
+                Query(
+                    "sum by (namespace) ("
+                    + fleet("dpo_operator_jobs", "namespace", "state", more=', state!~"Succeeded|Failed|Rejected"')
+                    + ")",
+                    "{{namespace}}",
+                ),
+            ),
+            "stacked", 12, lowest=0,
+        ),
+        Panel(
+            "Failed attempts by class",
+            "Attempts of all namespaces that ended in failure in the last hour. infrastructure: nodes were lost or"
+            " drained; retryable: charged to maxRestarts; permanent: the job failed.",
+            "none",
+            (
+                Query(
+                    f"sum by (class) (increase({metric('dpo_operator_restarts_total').name}[1h]))", "{{class}}"
+                ),
+            ),
+            "stacked", lowest=0,
+        ),
+        Panel(
+            "Jobs with most attempts",
+            "Number of the newest attempt; 1 is a job that never restarted.",
+            "none",
+            (Query(f"topk(10, {fleet('dpo_job_attempt', 'namespace', 'dpojob')})", "{{namespace}}/{{dpojob}}"),),
+            lowest=0,
+        ),
+        Panel(
+            "Queue time",
+            "From the creation of an attempt until all its pods ran: its queue, the scheduler, images and volumes. Of"
+            " each job's newest attempt; it grows while the job waits.",
+            "s",
+            (
+                Query(
+                    f"max by (namespace) ({fleet('dpo_job_queue_seconds', 'namespace', 'dpojob')})",
+                    "{{namespace}} longest",
+                ),
+                Query(
+                    f"quantile by (namespace) (0.5, {fleet('dpo_job_queue_seconds', 'namespace', 'dpojob')})",
+                    "{{namespace}} median",
+                ),
+            ),
+            lowest=0,
+        ),
+        Panel(
+            "GPUs by namespace",
+            "GPUs that running attempts hold, by namespace.",
+            "none",
+            (Query(fleet("dpo_operator_gpus", "namespace"), "{{namespace}}"),),
+            "stacked", 12, lowest=0,
+        ),
+        Panel(
+            "GPU hours",
+            "GPUs times hours that attempts ran within the chosen time, by namespace; failed attempts count.",
+            "short",
+            (
+                Query(
+                    f"sum by (namespace) (increase({of_fleet('dpo_job_gpu_seconds_total')}[$__range])) / 3600",
+                    "{{namespace}}",
+                ),
+            ),
+            "stat", 12,
+        ),
+    ),
+)  # fmt: skip
+
+_PASSES = metric("dpo_operator_reconcile_duration_seconds_bucket").name + "_bucket"
+
+OPERATOR = Row(
+    "Operator",
+    (
+        Panel(
+            "Duration of a pass",
+            "How long the operator works on one DPOJob, requests included: median and 99th percentile.",
+            "s",
+            tuple(
+                Query(
+                    f"histogram_quantile({share}, sum by (le) (rate({_PASSES}[$__rate_interval])))",
+                    word,
+                )
+                for share, word in ((0.5, "median"), (0.99, "99th percentile"))
+            ),
+            lowest=0,
+        ),
+        Panel(
+            "Passes that failed",
+            "Passes a second that failed and are repeated, by cause: an HTTP status of the API server, unreachable,"
+            " unsettled, or exception, which is a bug.",
+            "none",
+            (
+                Query(
+                    f"sum by (cause) (rate({metric('dpo_operator_reconcile_errors_total').name}[$__rate_interval]))",
+                    "{{cause}}",
+                ),
+            ),
+            lowest=0,
+        ),
+        Panel(
+            "Work queue",
+            "DPOJobs that wait for a pass, and the longest wait. Both are near 0 in health.",
+            "short",
+            (
+                Query(own("dpo_operator_queue_depth"), "jobs that wait"),
+                Query(own("dpo_operator_queue_oldest_seconds"), "longest wait in s"),
+            ),
+            lowest=0,
+        ),
+        Panel(
+            "Watches",
+            "Watches that are dead, and how often they were started anew. A dead one makes /healthz fail.",
+            "none",
+            (
+                Query(own("dpo_operator_watches_dead"), "dead"),
+                Query(own("dpo_operator_watch_restarts"), "restarts"),
+            ),
+            lowest=0,
+        ),
+        Panel(
+            "Since the watches were checked",
+            "Time since the watches were last compared with the cluster. It is done every few minutes.",
+            "s",
+            (Query(f"time() - {own('dpo_operator_watch_checked_timestamp_seconds')}", "age"),),
+            lowest=0,
+        ),
+        Panel(
+            "Trainers that did not answer",
+            "Requests for progress that failed, so far. Many: a NetworkPolicy may keep the operator from port 9400.",
+            "none",
+            (Query(own("dpo_operator_scrape_failures"), "failures"),),
+            lowest=0,
+        ),
+        Panel(
+            "Operator's memory",
+            "Resident memory of the operator's process.",
+            "bytes",
+            (Query(own("dpo_operator_process_resident_memory_bytes"), "memory"),),
+            lowest=0,
+        ),
+        Panel(
+            "Operator's CPU",
+            "CPU cores that the operator uses.",
+            "short",
+            (
+                Query(
+                    f"sum(rate({metric('dpo_operator_process_cpu_seconds_total').name}[$__rate_interval]))", "cores"
+                ),
+            ),
+            lowest=0,
+        ),
+        Panel(
+            "PyTorchJob known",
+            "1 where the cluster knows PyTorchJob, that is where training-operator is installed.",
+            "none",
+            (Query(own("dpo_operator_backend_installed"), "PyTorchJob"),),
+            lowest=0, highest=1,
+        ),
+    ),
+)  # fmt: skip
+
+FLEET = Dashboard(
+    uid="dpo-fleet",
+    title="DPO fleet",
+    description="What runs, what waits, what restarts, and how the operator is.",
+    variables=(
+        Variable("namespace", "Namespace", "Namespaces of the jobs.", "label_values(dpo_operator_jobs, namespace)"),
+    ),
+    rows=(NOW, JOBS, OPERATOR),
+    start="now-24h",
+)

@@ -1,0 +1,78 @@
+"""What a dashboard is made of, before Grafana's SDK writes it: small enough to be read, counted and tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Form = Literal["lines", "stacked", "stat", "table"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query of a panel."""
+
+    expr: str
+    legend: str = ""
+    """Text of the legend; of a table: the column's title."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel. Its title is unique in its dashboard."""
+
+    title: str
+    description: str
+    """What it shows, and what to think of it."""
+    unit: str
+    """Grafana's name of the unit."""
+    queries: tuple[Query, ...]
+    form: Form = "lines"
+    width: int = 8
+    """Of 24."""
+    height: int = 8
+    lowest: float | None = None
+    highest: float | None = None
+    decimals: int | None = None
+    logarithmic: bool = False
+    none: str = "–"
+    """Shown where there is no value."""
+    units: dict[str, str] = field(default_factory=dict)
+    """Of a table: the unit of a column, by its title."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Panels under one heading."""
+
+    title: str
+    panels: tuple[Panel, ...]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A choice at the top of a dashboard: the values of one label."""
+
+    name: str
+    label: str
+    description: str
+    query: str
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """One dashboard."""
+
+    uid: str
+    title: str
+    description: str
+    variables: tuple[Variable, ...]
+    rows: tuple[Row, ...]
+    start: str
+    """How far it looks back at first, such as now-6h."""
+
+    @property
+    def panels(self) -> tuple[Panel, ...]:
+        """All panels, in order."""
+        return tuple(panel for row in self.rows for panel in row.panels)

@@ -1,0 +1,95 @@
+"""PromQL over our own series. A name that is in no table raises KeyError, so no query asks in vain."""
+
+from __future__ import annotations
+
+from dpo_api.metrics import METRICS, OPERATOR, Metric
+
+JOB = ("namespace", "dpojob")
+ATTEMPT = (*JOB, "attempt")
+
+GPU: dict[str, str] = {
+    "DCGM_FI_DEV_GPU_UTIL": "GPU utilization in percent.",
+    "DCGM_FI_DEV_FB_USED": "Framebuffer memory used in MiB.",
+    "DCGM_FI_DEV_FB_FREE": "Framebuffer memory free in MiB.",
+    "DCGM_FI_DEV_POWER_USAGE": "Power draw in W.",
+    "DCGM_FI_DEV_GPU_TEMP": "GPU temperature in degrees Celsius.",
+    "DCGM_FI_DEV_XID_ERRORS": "Value of the last XID error encountered.",
+    "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": "Share of cycles in which the tensor cores were busy, 0 to 1.",
+}
+"""The only series that are not ours: of NVIDIA's dcgm-exporter, by its documented names."""
+
+TABLE: dict[str, Metric] = {metric.name: metric for metric in (*METRICS, *OPERATOR)}
+
+_HISTOGRAM = ("_bucket", "_sum", "_count")
+
+
+def metric(name: str) -> Metric:
+    """Return the table's line of a series. KeyError for one that nobody exports."""
+    for ending in _HISTOGRAM:
+        base = TABLE.get(name.removesuffix(ending))
+        if base is not None and base.kind == "histogram" and name.endswith(ending):
+            return base
+    found = TABLE[name]
+    if found.kind == "histogram":
+        raise KeyError(f"{name} is a histogram: take {', '.join(name + ending for ending in _HISTOGRAM)}")
+    return found
+
+
+def of_run(name: str, more: str = "") -> str:
+    """Select a run's series of the chosen jobs."""
+    return f"{metric(name).name}{{{_chosen(name, 'attempt')}{more}}}"
+
+
+def run(name: str) -> str:
+    """Return a run's series by job and attempt: one line each, whichever pod it came from."""
+    return f"max by ({', '.join(ATTEMPT)}) ({of_run(name)})"
+
+
+def run_rate(name: str) -> str:
+    """Return the growth a second of a run's counter, by job and attempt."""
+    return f"max by ({', '.join(ATTEMPT)}) (rate({of_run(name)}[$__rate_interval]))"
+
+
+def of_fleet(name: str, more: str = "") -> str:
+    """Select the operator's series about the chosen namespaces."""
+    metric(name)
+    return f'{name}{{namespace=~"$namespace"{more}}}'
+
+
+def fleet(name: str, *by: str, more: str = "") -> str:
+    """Return the operator's series about the chosen namespaces; two operators for a moment count once."""
+    return f"max by ({', '.join(by)}) ({of_fleet(name, more)})"
+
+
+def own(name: str) -> str:
+    """Return a series of the operator about itself."""
+    return f"max({metric(name).name})"
+
+
+def gpu(name: str) -> str:
+    """Return a series of dcgm-exporter by job, pod and GPU, for the pods of the chosen jobs.
+
+    Where its labels are not honoured, Prometheus has put ``exported_`` before them. Pods are named
+    ``<job>-<attempt>-<role>-<index>``.
+    """
+    if name not in GPU:
+        raise KeyError(name)
+    role = "-[0-9]+-(?:master|worker)-[0-9]+"
+    ways = []
+    for prefix in ("exported_", ""):
+        chosen = f'{name}{{{prefix}namespace=~"$namespace", {prefix}pod=~"(?:$dpojob){role}"}}'
+        # Of two ways that could both match, the labels of the pod that uses the GPU win.
+        missing = "" if prefix else ', exported_pod=""'
+        chosen = chosen.replace("}", f"{missing}}}")
+        named = f'label_replace({chosen}, "dpojob", "$1", "{prefix}pod", "(.+){role}")'
+        if prefix:
+            named = f'label_replace({named}, "namespace", "$1", "{prefix}namespace", "(.+)")'
+            named = f'label_replace({named}, "pod", "$1", "{prefix}pod", "(.+)")'
+        ways.append(named)
+    return f"max by (namespace, dpojob, pod, gpu) ({' or '.join(ways)})"
+
+
+def _chosen(name: str, label: str) -> str:
+    if metric(name) in OPERATOR:
+        raise KeyError(f"{name} is the operator's: it has no label {label}")
+    return 'namespace=~"$namespace", dpojob=~"$dpojob"'

@@ -1,0 +1,345 @@
+"""The dashboard *DPO training*: does a run learn, and is it fast. Runs side by side by choosing several."""
+
+from __future__ import annotations
+
+from dpo_monitoring.model import Dashboard, Panel, Query, Row, Variable
+from dpo_monitoring.queries import gpu, of_run, run, run_rate
+
+WHO = "{{dpojob}} #{{attempt}}"
+
+
+def _both(name: str) -> tuple[Query, ...]:
+    """Training and validation in one panel."""
+    return (
+        Query(run(f"dpo_train_{name}"), f"{WHO} train"),
+        Query(run(f"dpo_val_{name}"), f"{WHO} val"),
+    )
+
+
+def _newest(name: str, legend: str = "{{dpojob}}") -> Query:
+    """Return a series' newest value of each job, whichever attempt it came from."""
+    return Query(f"max by (namespace, dpojob) ({of_run(name)})", legend)
+
+
+_STEPS = "max by (namespace, dpojob) ({})"
+
+NOW = Row(
+    "Now",
+    (
+        Panel(
+            "Progress",
+            "Share of the planned optimizer steps that are done.",
+            "percentunit",
+            (
+                Query(
+                    f"{_STEPS.format(of_run('dpo_train_steps_total'))} / "
+                    f"{_STEPS.format(of_run('dpo_train_planned_steps'))}",
+                    "{{dpojob}}",
+                ),
+            ),
+            "stat", 4, 4, 0, 1,
+        ),
+        Panel(
+            "Validation accuracy",
+            "Newest share of validation pairs whose chosen response has the higher reward. 0.5 is chance.",
+            "percentunit", (_newest("dpo_val_reward_accuracy_ratio"),), "stat", 4, 4, 0, 1,
+        ),
+        Panel(
+            "Validation margin",
+            "Newest mean reward of chosen minus rejected responses of the validation pairs. It should be above 0.",
+            "none", (_newest("dpo_val_reward_margin"),), "stat", 4, 4, decimals=3,
+        ),
+        Panel(
+            "Training loss",
+            "Loss of the last step's global batch. DPO begins at ln 2 = 0.693.",
+            "none", (_newest("dpo_train_loss"),), "stat", 4, 4, decimals=4,
+        ),
+        Panel(
+            "Time left",
+            "Steps that are left times the duration of the last step. Validations and checkpoints come on top.",
+            "s",
+            (
+                Query(
+                    f"({_STEPS.format(of_run('dpo_train_planned_steps'))} - "
+                    f"{_STEPS.format(of_run('dpo_train_steps_total'))}) * "
+                    f"{_STEPS.format(of_run('dpo_train_step_duration_seconds'))}",
+                    "{{dpojob}}",
+                ),
+            ),
+            "stat", 4, 4, 0,
+        ),
+        Panel(
+            "Checkpoint age",
+            "Time since the newest complete checkpoint: what a lost node would cost now.",
+            "s",
+            (
+                Query(
+                    f"time() - {_STEPS.format(of_run('dpo_checkpoint_last_success_timestamp_seconds'))}", "{{dpojob}}"
+                ),
+            ),
+            "stat", 4, 4, 0,
+        ),
+        Panel(
+            "Runs side by side",
+            "The newest values of every chosen run, one line a run.",
+            "none",
+            (
+                _newest("dpo_train_steps_total", "Step"),
+                _newest("dpo_train_planned_steps", "Planned"),
+                _newest("dpo_val_reward_accuracy_ratio", "Val accuracy"),
+                _newest("dpo_val_reward_margin", "Val margin"),
+                _newest("dpo_val_loss", "Val loss"),
+                _newest("dpo_train_loss", "Train loss"),
+                _newest("dpo_train_learning_rate", "Learning rate"),
+                _newest("dpo_train_tokens_per_second", "Tokens/s"),
+            ),
+            "table", 24, 6,
+            units={"Val accuracy": "percentunit", "Learning rate": "sci", "Tokens/s": "short"},
+        ),
+    ),
+)  # fmt: skip
+
+LEARNING = Row(
+    "Does it learn?",
+    (
+        Panel(
+            "Accuracy",
+            "Share of pairs whose chosen response has the higher reward: of each step's global batch (noisy) and of all"
+            " validation pairs. It rises from 0.5. Training near 1 with validation far below is overfitting.",
+            "percentunit", _both("reward_accuracy_ratio"), width=12, lowest=0, highest=1,
+        ),
+        Panel(
+            "Reward margin",
+            "Mean reward of chosen minus rejected responses. It begins at 0 and rises; below 0 the pairs may be"
+            " swapped.",
+            "none", _both("reward_margin"), width=12,
+        ),
+        Panel(
+            "Rewards of chosen responses",
+            "Beta times how much more likely the policy finds chosen responses than the reference does. Some decline"
+            " is usual in DPO; a steep one together with the rejected ones means the model forgets.",
+            "none", _both("reward_chosen"),
+        ),
+        Panel(
+            "Rewards of rejected responses",
+            "The same for rejected responses. It should fall.",
+            "none", _both("reward_rejected"),
+        ),
+        Panel(
+            "Spread of rewards",
+            "Standard deviation of the rewards of all responses. It grows as the policy leaves the reference.",
+            "none", _both("reward_stddev"),
+        ),
+        Panel(
+            "Loss",
+            "The loss that is minimised. DPO begins at ln 2 = 0.693, and validation should follow training down.",
+            "none", _both("loss"),
+        ),
+        Panel(
+            "Preference loss",
+            "The preference part of the loss, before its weight.",
+            "none", _both("preference_loss"),
+        ),
+        Panel(
+            "SFT loss",
+            "Negative log-prob of the chosen response, before its weight. It is reported even where its weight is 0:"
+            " rising, it shows the model drifting away from what it should say.",
+            "none", _both("sft_loss"),
+        ),
+    ),
+)  # fmt: skip
+
+OPTIMIZER = Row(
+    "Optimizer",
+    (
+        Panel(
+            "Learning rate",
+            "Learning rate of the last step: warm-up, constant part, decay.",
+            "sci", (Query(run("dpo_train_learning_rate"), WHO),), lowest=0,
+        ),
+        Panel(
+            "Gradient norm",
+            "Norm of the whole gradient before clipping. Spikes are clipped; a norm that keeps growing asks for a lower"
+            " learning rate.",
+            "none", (Query(run("dpo_train_grad_norm"), WHO),), logarithmic=True,
+        ),
+        Panel(
+            "Steps and epochs",
+            "Optimizer steps done, earlier attempts included, and epochs. A resumed attempt begins at its checkpoint.",
+            "short",
+            (
+                Query(run("dpo_train_steps_total"), f"{WHO} steps"),
+                Query(run("dpo_train_epoch"), f"{WHO} epochs"),
+            ),
+            lowest=0,
+        ),
+    ),
+)  # fmt: skip
+
+SPEED = Row(
+    "Speed",
+    (
+        Panel(
+            "Tokens a second",
+            "Tokens computed a second in the last step, by all processes. Padding does not count.",
+            "short", (Query(run("dpo_train_tokens_per_second"), WHO),), lowest=0,
+        ),
+        Panel(
+            "Step time",
+            "Duration of the last optimizer step, and of the last validation.",
+            "s",
+            (
+                Query(run("dpo_train_step_duration_seconds"), f"{WHO} step"),
+                Query(run("dpo_val_step_duration_seconds"), f"{WHO} validation"),
+            ),
+            lowest=0,
+        ),
+        Panel(
+            "Data wait",
+            "Share of time that steps waited for data. Above a few percent the storage or the node's CPUs hold up the"
+            " GPUs.",
+            "percentunit", (Query(run_rate("dpo_data_wait_seconds_total"), WHO),), lowest=0,
+        ),
+        Panel(
+            "Tokens and pairs trained on",
+            "Tokens that this attempt has computed and pairs that the run has been trained on, repetitions counted.",
+            "short",
+            (
+                Query(run("dpo_train_tokens_total"), f"{WHO} tokens"),
+                Query(run("dpo_train_samples_total"), f"{WHO} pairs"),
+            ),
+            lowest=0, logarithmic=True,
+        ),
+        Panel(
+            "Since the last step",
+            "Time since the last optimizer step and the last validation. It falls back to 0 at each; a long climb of"
+            " both is a stall (or an export at the end).",
+            "s",
+            (
+                Query(f"time() - {run('dpo_train_last_step_timestamp_seconds')}", f"{WHO} step"),
+                Query(f"time() - {run('dpo_val_last_run_timestamp_seconds')}", f"{WHO} validation"),
+            ),
+            lowest=0,
+        ),
+        Panel(
+            "Version",
+            "Which version of the trainer each attempt runs.",
+            "none",
+            (
+                Query(
+                    f"max by (namespace, dpojob, attempt, version) ({of_run('dpo_trainer_info')})",
+                    WHO + " {{version}}",
+                ),
+            ),
+            lowest=0,
+        ),
+    ),
+)  # fmt: skip
+
+DATA = Row(
+    "Data and checkpoints",
+    (
+        Panel(
+            "Age of the checkpoint",
+            "Time since the newest complete checkpoint. A saw-tooth: its height is what a lost node costs.",
+            "s",
+            (Query(f"time() - {run('dpo_checkpoint_last_success_timestamp_seconds')}", WHO),),
+            lowest=0,
+        ),
+        Panel(
+            "Steps since the checkpoint",
+            "Optimizer steps that would have to be done again if a node were lost now.",
+            "short",
+            (Query(f"{run('dpo_train_steps_total')} - {run('dpo_checkpoint_last_step')}", WHO),),
+            lowest=0,
+        ),
+        Panel(
+            "Pairs",
+            "Usable training pairs, and records that were left out, by reason.",
+            "short",
+            (
+                Query(run("dpo_data_pairs"), "{{dpojob}} usable"),
+                Query(
+                    f"max by (namespace, dpojob, reason) ({of_run('dpo_data_dropped_pairs')})",
+                    "{{dpojob}} left out: {{reason}}",
+                ),
+            ),
+            lowest=0,
+        ),
+    ),
+)  # fmt: skip
+
+
+def _gpus(name: str, scale: str = "") -> tuple[Query, ...]:
+    """Return mean and extremes over the GPUs of a job."""
+    return tuple(
+        Query(f"{how} by (namespace, dpojob) ({gpu(name)}){scale}", f"{{{{dpojob}}}} {word}")
+        for how, word in (("avg", "mean"), ("min", "lowest"), ("max", "highest"))
+    )
+
+
+GPUS = Row(
+    "GPUs (where dcgm-exporter runs)",
+    (
+        Panel(
+            "GPU utilization",
+            "Share of time in which a kernel ran, over the GPUs of a job. One GPU far below the others holds all up.",
+            "percentunit", _gpus("DCGM_FI_DEV_GPU_UTIL", " / 100"), lowest=0, highest=1,
+        ),
+        Panel(
+            "Tensor cores",
+            "Share of cycles in which the tensor cores were busy: how well the GPUs are really used.",
+            "percentunit", _gpus("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE"), lowest=0, highest=1,
+        ),
+        Panel(
+            "GPU memory",
+            "Share of the GPU's memory in use. Near 1 the next long pack may not fit: lower packing.maxTokens.",
+            "percentunit",
+            (
+                Query(
+                    f"max by (namespace, dpojob) ({gpu('DCGM_FI_DEV_FB_USED')} / "
+                    f"({gpu('DCGM_FI_DEV_FB_USED')} + {gpu('DCGM_FI_DEV_FB_FREE')}))",
+                    "{{dpojob}} highest",
+                ),
+            ),
+            lowest=0, highest=1,
+        ),
+        Panel(
+            "GPU power",
+            "Power drawn by all GPUs of a job. A drop to idle while steps should go on is a stall.",
+            "watt",
+            (Query(f"sum by (namespace, dpojob) ({gpu('DCGM_FI_DEV_POWER_USAGE')})", "{{dpojob}}"),),
+            lowest=0,
+        ),
+        Panel(
+            "GPU temperature",
+            "Hot GPUs lower their clock: then one node is slower than the others.",
+            "celsius", _gpus("DCGM_FI_DEV_GPU_TEMP"), lowest=0,
+        ),
+        Panel(
+            "GPU errors",
+            "Number of the last XID error of each GPU; 0 is none. NVIDIA's list says what a number means.",
+            "none", (Query(gpu("DCGM_FI_DEV_XID_ERRORS"), "{{pod}} GPU {{gpu}}"),), lowest=0,
+        ),
+    ),
+    folded=True,
+)  # fmt: skip
+
+TRAINING = Dashboard(
+    uid="dpo-training",
+    title="DPO training",
+    description="Does a DPO run learn, and is it fast. Choose several jobs to compare them.",
+    variables=(
+        Variable(
+            "namespace", "Namespace", "Namespaces of the jobs.", "label_values(dpo_trainer_info, namespace)"
+        ),
+        Variable(
+            "dpojob",
+            "Job",
+            "DPOJobs to show; several are compared.",
+            'label_values(dpo_trainer_info{namespace=~"$namespace"}, dpojob)',
+        ),
+    ),
+    rows=(NOW, LEARNING, OPTIMIZER, SPEED, DATA, GPUS),
+    start="now-6h",
+)  # fmt: skip
