@@ -118,21 +118,20 @@ def _container(
 
 
 def _probes(spec: DPOJobSpec) -> dict[str, Any]:
-    """Rank 0 alone serves HTTP, once all processes have met. It has no readiness probe.
+    """Rank 0 alone serves HTTP, once all processes have met. It has neither a readiness nor a startup probe.
 
-    Workers look the master up by name before they start, and its Service names only ready pods: a master that waits
-    for workers to be ready would wait for ever.
+    Workers look the master up by name before they start, and its Service names only ready pods: a pod whose startup
+    probe has not passed yet is not ready, so a master that waits for workers in it would wait for ever.
     """
+    meeting = spec.run_policy.start_timeout_seconds + 1800  # the rendezvous and the imports come after the last start
     probe = {
         "httpGet": {"path": "/healthz", "port": METRICS_PORT},
+        "initialDelaySeconds": meeting,
         "periodSeconds": LIVENESS_PERIOD,
         "timeoutSeconds": 10,
+        "failureThreshold": LIVENESS_FAILURES,
     }
-    meeting = spec.run_policy.start_timeout_seconds + 1800  # the rendezvous and the imports come after the last start
-    return {
-        "startupProbe": {**copy.deepcopy(probe), "failureThreshold": -(-meeting // LIVENESS_PERIOD)},
-        "livenessProbe": {**probe, "failureThreshold": LIVENESS_FAILURES},
-    }
+    return {"livenessProbe": probe}
 
 
 def _resources(spec: DPOJobSpec) -> dict[str, Any]:

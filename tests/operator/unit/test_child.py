@@ -131,13 +131,16 @@ def test_a_read_only_root_has_a_place_to_write() -> None:
 
 
 def test_only_rank_zero_serves_and_nothing_waits_for_readiness() -> None:
-    """The master's Service names ready pods alone, and workers look it up before they start."""
+    """The master's Service names ready pods alone, and workers look it up before they start.
+
+    A pod is not ready before its startup probe has passed either, as the real cluster showed.
+    """
     body = child(resources={"nodes": 2, "gpusPerNode": 0}, runPolicy={"startTimeoutSeconds": 100})
     master, worker = trainer(body), trainer(body, "Worker")
     assert "readinessProbe" not in master
     assert master["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
-    start = master["startupProbe"]
-    assert start["failureThreshold"] * start["periodSeconds"] >= 1900
+    assert "startupProbe" not in master
+    assert master["livenessProbe"]["initialDelaySeconds"] >= 1900
     assert {"name": "metrics", "containerPort": 9400} in master["ports"]
     assert not {"livenessProbe", "startupProbe", "readinessProbe"} & set(worker)
     assert [port["name"] for port in worker["ports"]] == ["pytorchjob-port"]
