@@ -64,6 +64,18 @@ bench: setup ## run the benchmarks; each prints a ratio against a peer
 soak: setup tools ## the tests on a real control plane, five times over: none may fail now and then
 	@for round in 1 2 3 4 5; do $(BIN)/python -m pytest -x -m cluster $(PYTEST_ARGS) tests/operator/cluster; done
 
+.PHONY: e2e
+e2e: setup tools ## the product on a real cluster of this machine: images, chart, jobs under faults (root, Linux)
+	@hack/e2e.sh || [ $$? -eq 3 ] # 3: no cluster can run here; it has said why
+
+.PHONY: e2e-up
+e2e-up: setup tools ## bring that cluster up and leave it
+	@PYTHONPATH=tests/support $(BIN)/python -m dpo_testing.realcluster up
+
+.PHONY: e2e-down
+e2e-down: setup ## take it down; nothing is left but the cache
+	@PYTHONPATH=tests/support $(BIN)/python -m dpo_testing.realcluster down
+
 .PHONY: lock
 lock: setup ## rewrite constraints.txt (needs uv)
 	@mkdir -p build && PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock.sh

@@ -100,6 +100,7 @@ def _images(layout: Layout, steps: Steps) -> None:
             images.product(layout, "operator", OPERATOR_IMAGE, **version)
         with steps.step("trainer's image"):
             images.product(layout, "trainer", TRAINER_IMAGE, target="cpu", CPU_BASE_IMAGE=BASE_IMAGE, **version)
+        images.prune(layout)
     finally:
         daemons.stop(layout, "buildkitd")
 

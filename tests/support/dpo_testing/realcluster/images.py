@@ -34,6 +34,8 @@ root = "{cache}/buildkit"
   networkMode = "host"
 """
 
+_KEEP_MEGABYTES = 15_000
+
 
 def start_builder(layout: Layout) -> None:
     """Start BuildKit; it is stopped once the images are built."""
@@ -90,6 +92,11 @@ def build(
     log.write_text(done.stdout + done.stderr)
     if done.returncode != 0:
         raise RuntimeError(f"building {image} failed (all of it: {log}):\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def prune(layout: Layout) -> None:
+    """Forget build steps that no Dockerfile uses any more, the oldest first: one layer of torch is 11 GB of disk."""
+    _buildctl(layout, "prune", f"--keep-storage={_KEEP_MEGABYTES}", seconds=300)
 
 
 def size(layout: Layout, image: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import urllib.error
 import urllib.request
 
@@ -33,9 +34,17 @@ def start(layout: Layout) -> S3Server:
 
 def stop(layout: Layout) -> None:
     """Stop it as an outage would: connections end at once."""
-    import signal
-
     daemons.stop(layout, _NAME, signal.SIGKILL)
+
+
+def empty(layout: Layout, bucket: str, prefix: str) -> None:
+    """Delete a bucket's objects below a prefix."""
+    client = server(layout).client()
+    if bucket not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
+        return
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for found in page.get("Contents", []):
+            client.delete_object(Bucket=bucket, Key=found["Key"])
 
 
 def server(layout: Layout) -> S3Server:

@@ -1,0 +1,199 @@
+"""The whole product on a real node: images, chart, a DPOJob, faults, an upgrade, and what is left after uninstalling.
+
+The tests tell one story, in this order: each stands on what the ones before have installed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_testing.jobs import Jobs
+from dpo_testing.kubeapi import Object, eventually
+from dpo_testing.realcluster import objectstore, release, trainingoperator
+from dpo_testing.realcluster.cluster import Cluster
+from dpo_testing.realcluster.layout import NODE
+from dpo_testing.realcluster.steps import Steps
+from dpo_testing.realcluster.watching import RANDOM_UID, Run, quickstart
+
+STEPS = 200
+EVERY = 10
+FAULTS = {"maxSteps": STEPS, "epochs": 20, "validationInterval": "100%"}
+"""Long enough that a checkpoint lies well before half of the steps."""
+
+
+def disturbable(name: str) -> Object:
+    return quickstart(name, training=FAULTS, every_steps=EVERY)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, jobs: Jobs, steps: Steps) -> dict[int, float]:
+    """The losses of a run that nothing befell."""
+    run = Run(cluster, jobs, "calm")
+    with steps.step("a run that nothing befalls"):
+        jobs.create(disturbable("calm"))
+        assert run.wait_succeeded()["state"] == "Succeeded"
+    losses = run.losses()
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    return losses
+
+
+def test_the_stock_init_container_is_refused_and_the_status_says_why(
+    cluster: Cluster, jobs: Jobs, steps: Steps
+) -> None:
+    with steps.step("chart installed by Helm"):
+        release.install(cluster, release.values(init_container=False))
+    with steps.step("the stock init container is refused"):
+        jobs.create(quickstart("aligned"))
+        refused = eventually(
+            lambda: jobs.conditions("aligned"),
+            until=lambda found: any(c["reason"] == "InitContainerRefused" for c in found.values()),
+            seconds=90,
+            what="a condition InitContainerRefused",
+        )
+    told = next(c["message"] for c in refused.values() if c["reason"] == "InitContainerRefused")
+    print(f"  status: {told}")
+    assert "init-pytorch" in told
+    with steps.step("the chart's template of the init container"):
+        release.install(cluster, release.values())
+        trainingoperator.restart(cluster)
+
+
+def test_a_job_aligns_the_model_under_a_random_user(cluster: Cluster, jobs: Jobs, steps: Steps, tmp_path: Path) -> None:
+    run = Run(cluster, jobs, "aligned")
+    with steps.step("DPOJob, 2 nodes of 2 processes, from S3 to S3"):
+        status = run.wait_succeeded()
+    assert status["state"] == "Succeeded", status
+    columns = cluster.kubectl("-n", jobs.namespace, "get", "dpo", "aligned", "--no-headers").split()
+    print("  " + " ".join(columns))
+    assert columns[1] == "Succeeded"
+    assert columns[2] == "63/63"
+    assert float(columns[3]) >= 0.95
+    pod = cluster.api.get(("v1", "pods"), jobs.namespace, run.pod(status["attempt"]))
+    assert pod["spec"]["securityContext"]["runAsUser"] == RANDOM_UID
+
+    run.download("model", tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    model, facts = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not facts["missing_keys"]
+    assert not facts["unexpected_keys"]
+    assert model.num_parameters() > 1_000_000
+
+
+def survive(
+    run: Run, steps: Steps, what: str, fault: Callable[[], Any], undisturbed: dict[int, float], *, attempts: int
+) -> list[Object]:
+    """Disturb a run after a checkpoint and before half of it; it must end as if nothing had been."""
+    run.jobs.create(disturbable(run.name))
+    with steps.step(f"{what}: until the fault"):
+        before = run.wait_step(1, lambda p: p.phase == "train" and (p.last_checkpoint_step or 0) >= EVERY)
+    assert before.step < STEPS // 2
+    began = time.monotonic()
+    fault()
+    with steps.step(f"{what}: from the fault to the end"):
+        # The first step that was not done before: a run that goes on, or the next attempt past its checkpoint.
+        after = run.wait_step(
+            attempts, lambda p: p.phase == "train" and p.step > (before.step if attempts == 1 else EVERY)
+        )
+        steps.note(f"{what}: from the fault to the next step", time.monotonic() - began)
+        status = run.wait_succeeded()
+    tried = status["attempts"]
+    print(f"  at step {before.step}, seen again at {after.step}; attempts: {[told(each) for each in tried]}")
+    assert status["state"] == "Succeeded", status
+    assert len(tried) == attempts
+    assert not [each for each in tried[1:] if not each.get("fromStep")]
+    losses = run.losses()
+    assert sorted(losses) == sorted(undisturbed)
+    apart = {step: (loss, undisturbed[step]) for step, loss in losses.items()
+             if abs(loss - undisturbed[step]) > 1e-5 * max(1.0, abs(undisturbed[step]))}  # fmt: skip
+    assert apart == {}
+    return list(tried)
+
+
+def told(attempt: Object) -> str:
+    return " ".join(str(attempt.get(key)) for key in ("number", "result", "failureClass", "reason", "fromStep"))
+
+
+def test_a_killed_worker(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
+    run = Run(cluster, jobs, "killed")
+    fault = lambda: run.kill_container(run.pod(1, "worker-0"))  # noqa: E731
+    first, _ = survive(run, steps, "worker killed", fault, undisturbed, attempts=2)
+    assert first["result"] == "Failed"
+
+
+def test_a_deleted_master(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
+    run = Run(cluster, jobs, "deleted")
+
+    def fault() -> None:
+        cluster.kubectl("-n", jobs.namespace, "delete", "pod", run.pod(1), "--wait=false")
+
+    first, _ = survive(run, steps, "master deleted", fault, undisturbed, attempts=2)
+    assert first["failureClass"] == "infrastructure"
+
+
+def test_a_drained_node(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
+    """The drain takes the operator and training-operator too: their absence only delays."""
+    run = Run(cluster, jobs, "drained")
+
+    def fault() -> None:
+        words = ("--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=120s")
+        out = cluster.kubectl("drain", NODE, *words)
+        cluster.kubectl("uncordon", NODE)
+        assert "training-operator" in out
+        assert run.pod(1, "worker-0") in out
+
+    first, _ = survive(run, steps, "node drained", fault, undisturbed, attempts=2)
+    assert first["failureClass"] == "infrastructure"
+
+
+def test_a_stopped_object_store(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
+    run = Run(cluster, jobs, "storeless")
+
+    def fault() -> None:
+        objectstore.stop(cluster.layout)
+        time.sleep(30)
+        objectstore.start(cluster.layout)
+
+    survive(run, steps, "S3 away for 30 s", fault, undisturbed, attempts=1)
+
+
+def test_a_deleted_operator(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
+    run = Run(cluster, jobs, "orphaned")
+
+    def fault() -> None:
+        selector = "app.kubernetes.io/name=dpo-operator"
+        cluster.kubectl("-n", release.NAMESPACE, "delete", "pod", "-l", selector, "--wait=false")
+
+    survive(run, steps, "operator deleted", fault, undisturbed, attempts=1)
+
+
+def test_an_upgrade_leaves_a_running_job_alone(
+    cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]
+) -> None:
+    run = Run(cluster, jobs, "upgraded")
+
+    def fault() -> None:
+        before = pods(run)
+        another = {"env": {"ADDED_BY_THE_UPGRADE": "1"}, "image": {"repository": "localhost/dpo-trainer", "tag": "2"}}
+        release.install(cluster, release.values(trainer=another))
+        assert pods(run) == before
+
+    survive(run, steps, "helm upgrade", fault, undisturbed, attempts=1)
+
+
+def test_uninstalling_keeps_the_jobs(cluster: Cluster, jobs: Jobs, steps: Steps) -> None:
+    before = cluster.kubectl("-n", jobs.namespace, "get", "dpo", "-o", "name")
+    with steps.step("helm uninstall"):
+        release.uninstall(cluster)
+    assert cluster.kubectl("-n", jobs.namespace, "get", "dpo", "-o", "name") == before
+    assert "dpojob.dpo-operator.dev/aligned" in before
+    assert "No resources found" in cluster.kubectl("-n", release.NAMESPACE, "get", "pods", check=False)
+
+
+def pods(run: Run) -> set[str]:
+    return {pod["metadata"]["uid"] for name, pod in run.jobs.pods().items() if name.startswith(f"{run.name}-")}
