@@ -16,9 +16,11 @@
 {{- end -}}
 {{- end -}}
 
+{{- /* What tells the operator's pod and Service from the test's pods. */ -}}
 {{- define "dpo.selector" -}}
 app.kubernetes.io/name: {{ include "dpo.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: operator
 {{- end -}}
 
 {{- define "dpo.labels" -}}

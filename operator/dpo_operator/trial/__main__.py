@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from dpo_api.version import VERSION
+from dpo_operator.process.client import Client
+from dpo_operator.process.login import LoginError, connection
+from dpo_operator.trial import job, world
+
+
+def main() -> int:
+    """Make the data, or run the job; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m dpo_operator.trial", description="What `helm test` runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("make", help="write a tiny model and preferences")
+    make.add_argument("folder", type=Path)
+    run = commands.add_parser("run", help="run a DPOJob to its end")
+    run.add_argument("--file", type=Path, required=True, help="manifest of the DPOJob")
+    run.add_argument("--namespace", required=True)
+    run.add_argument("--seconds", type=float, default=600.0, help="when to give up; default %(default)s")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "make":
+            made = world.make(arguments.folder)
+            print(
+                f"{arguments.folder}: a model of {made['parameters']} parameters, {made['train']} pairs to learn from"
+            )
+        else:
+            asyncio.run(_run(arguments.file, arguments.namespace, arguments.seconds))
+    except (job.TrialError, LoginError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _run(file: Path, namespace: str, seconds: float) -> None:
+    # A run directory of its own: a former trial's would be finished already.
+    manifest = yaml.safe_load(file.read_text(encoding="utf-8").replace("@TIME@", str(int(time.time()))))
+    client = Client(connection, user_agent=f"dpo-trial/{VERSION}")
+    try:
+        status = await job.run(client, namespace, manifest, seconds=seconds, tell=lambda text: print(text, flush=True))
+    finally:
+        await client.close()
+    metrics = ", ".join(f"{name} {value:.3f}" for name, value in sorted((status.get("finalMetrics") or {}).items()))
+    print(f"it works: {status.get('modelURI', 'no model')}; {metrics}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Runs one DPOJob to its end, and says what becomes of it. The one success is that it Succeeded."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dpo_operator.process.client import ApiError, Client, Unreachable
+from dpo_operator.process.resources import JOBS
+
+LOOK_SECONDS = 1.0
+
+
+class TrialError(Exception):
+    """The job did not succeed; the text says what is known."""
+
+
+async def run(
+    client: Client,
+    namespace: str,
+    manifest: Mapping[str, Any],
+    *,
+    seconds: float,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Create a DPOJob anew, follow it to its end, and delete it. Returns its last status.
+
+    A job that does not succeed is left for people to look at, and TrialError says why; the next trial deletes it.
+    """
+    name = str(manifest["metadata"]["name"])
+    deadline = time.monotonic() + seconds
+    await _delete(client, namespace, name, deadline)
+    created = await _ask(client.create(JOBS, namespace, dict(manifest)), f"DPOJob {namespace}/{name} cannot be created")
+    uid = str(created["metadata"]["uid"])
+    tell(f"DPOJob {namespace}/{name} is created")
+    status = await _follow(client, namespace, name, uid, deadline, tell)
+    await _ask(client.delete(JOBS, namespace, name, uid), f"DPOJob {namespace}/{name} cannot be deleted")
+    return status
+
+
+async def _follow(
+    client: Client, namespace: str, name: str, uid: str, deadline: float, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    told = ""
+    while True:
+        status: dict[str, Any] = {}
+        try:
+            job = await client.find(JOBS, namespace, name)
+        except Unreachable as error:
+            tell(f"the API server does not answer: {error}")
+        else:
+            if job is None or job["metadata"]["uid"] != uid:
+                raise TrialError(f"DPOJob {namespace}/{name} was deleted by somebody else")
+            status = job.get("status") or {}
+            said = f"{status.get('state', 'not seen by an operator yet')}: {status.get('message', '')}".rstrip(": ")
+            if said != told:
+                told = said
+                tell(said)
+            if status.get("state") == "Succeeded":
+                return status
+            if status.get("state") in {"Failed", "Rejected"}:
+                raise TrialError(f"DPOJob {namespace}/{name} ended as {told}")
+        if time.monotonic() > deadline:
+            raise TrialError(
+                f"DPOJob {namespace}/{name} has not ended in time; last seen: {told or 'nothing'}."
+                f" `kubectl describe dpo {name} -n {namespace}` says more"
+            )
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _delete(client: Client, namespace: str, name: str, deadline: float) -> None:
+    """Delete a former trial's job and wait until it is gone."""
+    refused = f"DPOJobs of {namespace} cannot be read"
+    while (job := await _ask(client.find(JOBS, namespace, name), refused)) is not None:
+        if not job["metadata"].get("deletionTimestamp"):
+            await _ask(client.delete(JOBS, namespace, name, str(job["metadata"]["uid"])), f"{name} cannot be deleted")
+        if time.monotonic() > deadline:
+            raise TrialError(f"DPOJob {namespace}/{name} of a former trial cannot be deleted in time")
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _ask(request: Any, refused: str) -> Any:
+    try:
+        return await request
+    except (ApiError, Unreachable) as error:
+        raise TrialError(f"{refused}: {error}") from error
