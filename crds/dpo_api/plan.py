@@ -67,8 +67,6 @@ class Plan:
     """Most pairs in a pack; None where only the budget bounds."""
     sft_only: bool
     """The preference weight is 0: no reference, no rejected forward pass, no reward metrics."""
-    sft_average_log_probs: bool
-    """Whether the SFT term averages over tokens."""
     warnings: tuple[Finding, ...]
     """What the user should know about these values."""
 
@@ -115,7 +113,6 @@ def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int
     total = training.max_steps or training.epochs * steps_per_epoch
     rates = plan_rates(training, total)
     sft_only = spec.dpo.preference_weight == 0
-    average = spec.dpo.sft_average_log_probs
     return Plan(
         train_pairs=train_pairs,
         global_batch_size=batch,
@@ -139,7 +136,6 @@ def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int
         pack_max_tokens=training.packing.max_tokens or 2 * spec.data.max_length,
         pack_max_pairs=training.micro_batch_size if training.packing.enabled else 1,
         sft_only=sft_only,
-        sft_average_log_probs=average if average is not None else sft_only or spec.dpo.average_log_probs,
         warnings=(*warnings, *rates.warnings),
     )
 

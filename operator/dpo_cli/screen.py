@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dpo_api.progress import Progress
-from dpo_cli.rows import PhaseLog, Row, elapsed
+from dpo_cli.rows import UNTOLD, PhaseLog, Row, elapsed
 
 LABEL_WIDTH = 10
 BAR_WIDTH = 20
@@ -82,7 +82,8 @@ class PlainScreen:
             at, text = self._printed.get(row.label, (now - row.seconds, ""))
             if row.text != text and now - at >= quiet_for(row.seconds):
                 self._printed[row.label] = (now, row.text)
-                self.say(line_of(row))
+                # The same words follow once the phase is over, with its time.
+                self.say(line_of(row) + (" …" if row.text in UNTOLD.values() else ""))
 
     def say(self, text: str) -> None:
         """Print one line."""

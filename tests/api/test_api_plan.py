@@ -177,15 +177,8 @@ def test_micro_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sft_only", "averages"),
-    [
-        ({}, False, False),
-        ({"dpo.averageLogProbs": True}, False, True),
-        ({"dpo.averageLogProbs": True, "dpo.sftAverageLogProbs": False}, False, False),
-        ({"dpo.preferenceWeight": 0, "dpo.sftWeight": 1}, True, True),
-        ({"dpo.preferenceWeight": 0, "dpo.sftWeight": 1, "dpo.sftAverageLogProbs": False}, True, False),
-    ],
+    ("changes", "sft_only"),
+    [({}, False), ({"dpo.sftWeight": 1}, False), ({"dpo.preferenceWeight": 0, "dpo.sftWeight": 1}, True)],
 )
-def test_the_sft_term_s_average(changes: dict[str, object], sft_only: bool, averages: bool) -> None:
-    plan = make_plan(spec(changes), 64)
-    assert (plan.sft_only, plan.sft_average_log_probs) == (sft_only, averages)
+def test_fine_tuning_alone(changes: dict[str, object], sft_only: bool) -> None:
+    assert make_plan(spec(changes), 64).sft_only is sft_only

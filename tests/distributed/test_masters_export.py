@@ -82,7 +82,7 @@ def test_the_result_is_the_masters_values(distributed: bool, spec: dict[str, Any
 def test_where_nothing_is_learnt_the_start_model_comes_back(
     change: dict[str, Any], spec: dict[str, Any], world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B is zero until the first update, and masters begin at the file's values: each tensor's bytes, in its own type."""
+    """B is zero until the first update, and masters begin at the file's values: each tensor's bytes and type."""
     monkeypatch.setattr(Engine, "_update", lambda *_: None)
     monkeypatch.setattr(Training, "checkpoint", lambda _: None)  # an Adam that never stepped cannot be saved
     result = run_here(merged(spec, change), world / f"nothing learnt {len(change)}").weights

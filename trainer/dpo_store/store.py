@@ -160,11 +160,12 @@ class Store:
 
     def upload_tree(self, folder: str | Path, uri: str) -> builtins.list[str]:
         """Copy every file below a local folder to below an address; return the relative names, sorted."""
-        return trees.upload_tree(self, Path(folder), uri)
+        return trees.upload_tree(self.upload, Path(folder), uri)
 
     def download_tree(self, uri: str, folder: str | Path) -> builtins.list[str]:
         """Copy every object below an address into a local folder; return the relative names, sorted.
 
         Raises NotFoundError if there is none, NoSpaceError before the first byte if they do not fit.
         """
-        return trees.download_tree(self, uri, Path(folder))
+        prefix = str(uris.as_folder(uris.parse(uri)))
+        return trees.download_tree(self.expand(prefix), prefix, self.download, Path(folder))

@@ -16,7 +16,6 @@ from dpo_store.uris import Location
 
 if TYPE_CHECKING:
     from dpo_store.s3 import S3Backend
-    from dpo_store.store import Store
 
 _TOGETHER: Final = 4
 """Files under way at once: up to 4 * 32 MiB of parts going up, 4 * 24 MiB of chunks coming down."""
@@ -33,24 +32,25 @@ def download(blocks: Iterator[bytes], info: ObjectInfo, path: Path) -> None:
         raise from_os_error(error, str(path)) from error
 
 
-def upload_tree(store: Store, folder: Path, uri: str) -> list[str]:
-    """See Store.upload_tree."""
+def upload_tree(upload: Callable[[Path, str], None], folder: Path, uri: str) -> list[str]:
+    """See Store.upload_tree; ``upload`` copies one file to an address."""
     if not folder.is_dir():
         raise NotFoundError(f"{folder}: is not a folder")
     names = relative_files(folder)
-    _in_threads(lambda name: store.upload(folder / name, uris.join_uri(uri, name)), names)
+    _in_threads(lambda name: upload(folder / name, uris.join_uri(uri, name)), names)
     return names
 
 
-def download_tree(store: Store, uri: str, folder: Path) -> list[str]:
-    """See Store.download_tree."""
-    prefix = str(uris.as_folder(uris.parse(uri)))
-    found = {_safe_name(info.uri, prefix): info for info in store.expand(prefix)}
+def download_tree(
+    objects: Iterable[ObjectInfo], prefix: str, download: Callable[[ObjectInfo, Path], None], folder: Path
+) -> list[str]:
+    """See Store.download_tree. ``objects`` are those below ``prefix``; ``download`` copies one of them to a file."""
+    found = {_safe_name(info.uri, prefix): info for info in objects}
     try:
         check_space(folder, sum(info.size for info in found.values()), prefix)
     except OSError as error:
         raise from_os_error(error, str(folder)) from error
-    _in_threads(lambda name: store.download(found[name], folder / name), found)
+    _in_threads(lambda name: download(found[name], folder / name), found)
     return sorted(found)
 
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (dpo_api.errors.Outcome)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["agent"]:  # its arguments are torchrun's own
-        from dpo_trainer.launch import agent
+        from dpo_trainer.agent import agent
 
         return agent(words[1:])
     parser = _parser()

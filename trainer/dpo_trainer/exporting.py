@@ -42,7 +42,7 @@ class Result:
         """With LoRA a collective over the data-parallel ranks: the adapters' masters are gathered, which are small."""
         self.model, self._masters, self._start, self._lora = model, masters, start, lora
         matrices = [matrix for adapter in adapters(model) for matrix in adapter.parameters()]
-        self._adapters = {matrix: masters.whole(matrix) for matrix in matrices}
+        self._adapters: dict[Tensor, Tensor] = {matrix: masters.whole(matrix) for matrix in matrices}
 
     @property
     def value_of(self) -> Value:
@@ -109,6 +109,16 @@ def forms_of(spec: DPOJobSpec) -> tuple[bool, bool]:
     return "huggingFace" in wanted and (
         spec.lora is None or spec.output.merge
     ), spec.lora is not None and "peft" in wanted
+
+
+def is_there(spec: DPOJobSpec, place: Place) -> bool:
+    """Whether every form that the spec asks for has weights there."""
+    store, uri = place
+    whole, adapter = forms_of(spec)
+    names = store.children(uri + "/")
+    return (not whole or any(_WEIGHTS.fullmatch(name) for name in names)) and (
+        not adapter or store.exists(join_uri(uri, "adapter/adapter_model.safetensors"))
+    )
 
 
 def write_formats(result: Result, spec: DPOJobSpec, source: Place, folder: Path) -> None:

@@ -170,22 +170,6 @@ def _rendezvous(environment: Mapping[str, str]) -> list[str]:
     return ["--standalone"]
 
 
-def agent(argv: Sequence[str]) -> int:
-    """torchrun, without its tracebacks: the ranks' own results say what happened."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    follow_parent()
-    try:
-        torchrun(list(argv))
-    except ChildFailedError:
-        return 1
-    except SignalException:
-        return Outcome.Stopped.exit_code
-    return 0
-
-
 def read_results(folder: Path) -> list[RankResult]:
     """The results that ranks of this node left, by rank."""
     return sorted(

@@ -29,7 +29,8 @@ class Masters:
         if not _has_master(parameter):
             return parameter.detach()
         if not getattr(parameter, "main_param_sharded", False):
-            return _main(parameter).detach().view(parameter.shape)
+            main: Tensor = _main(parameter).detach()
+            return main.view(parameter.shape)
         group, start, end = self._range(parameter)
         destination = dist.get_global_rank(group, 0)
         found = torch.empty(parameter.numel(), dtype=torch.float32)

@@ -14,6 +14,7 @@ import torch
 from dpo_api.errors import DPOError, IncompatibleCheckpointError, Outcome, StoppedError
 from dpo_api.manifest import DPOJob
 from dpo_api.plan import make_plan
+from dpo_store import Store
 from dpo_trainer.batches import DataSet, Packer
 from dpo_trainer.checkpoint.identity import Identity, check_identity, identity_of
 from dpo_trainer.checkpoint.store import read_marker
@@ -21,7 +22,7 @@ from dpo_trainer.data.cache import cache_folder
 from dpo_trainer.data.index import IndexProgress, Listener, build_indexes
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
-from dpo_trainer.exporting import Result, export_model
+from dpo_trainer.exporting import Result, export_model, is_there
 from dpo_trainer.formats.huggingface import Checkpoint, load_weights, read_config
 from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.launch import RankResult, refuse_errors
@@ -58,12 +59,13 @@ class Run:
     """One attempt. ``execute`` does everything; ``result`` says how far it came."""
 
     def __init__(self, job: DPOJob, world: World, stop: StopRequest, options: RunOptions) -> None:
-        """Claim the run directory and open the reporter. Raises FencedError, PortInUseError."""
+        """Open the reporter and look at the run directory. Raises FencedError, PortInUseError."""
         self.job, self.spec, self.world, self.stop = job, job.spec, world, stop
         self.reporter = Reporter(job, world, events=options.events, port=options.port, host=options.host)
         uri = options.run_dir or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
         self.directory = RunDirectory(store_for(job.spec, job.spec.checkpoint.storage), uri.rstrip("/"))
-        self.directory.attempt = self._on_main(lambda: self.directory.claim(options.attempt))
+        self._asked_attempt = options.attempt
+        self.directory.attempt = self._on_main(lambda: self.directory.look(options.attempt))
         self.reporter.begin(self.directory)
         self.training: Training | None = None
         self.model_uri: str | None = None
@@ -128,12 +130,18 @@ class Run:
 
     def _finished_before(self) -> bool:
         """Whether the directory holds the finished run of the same spec: then nothing is left to do."""
-        done = self._on_main(lambda: self.directory.read_json("export.json"))
-        if done is None or not self.spec.checkpoint.resume or done.get("spec") != _spec_of(self.job):
+        done = self._on_main(self.directory.finished)
+        if done is None or not self.spec.checkpoint.resume or done.spec != _spec_of(self.job):
             return False
-        self._finished_step = self._total = int(done["step"])
-        self.model_uri = str(done["model"])
-        self.reporter.finished_before(self._finished_step, done["metrics"])
+        if not self._on_main(lambda: is_there(self.spec, self._output(done.model))):
+            self.reporter.note(
+                f"{self.directory.uri} holds this run, finished, but its model at {done.model} is gone: "
+                "writing it again from the newest checkpoint, or training again where none is left"
+            )
+            return False
+        self._finished_step = self._total = done.step
+        self.model_uri = done.model
+        self.reporter.finished_before(self._finished_step, done.metrics)
         self.reporter.note(f"{self.directory.uri} holds this run, finished: nothing to do")
         self.reporter.phase("done", message=f"already complete; model: {self.model_uri}")
         self.reporter.close()
@@ -251,13 +259,21 @@ class Run:
     # -- the ends of training
 
     def _settle(self, identity: Identity) -> None:
-        """Say whose run directory this is, unless it is another run's: that is met before the reference pass."""
+        """Take the run directory over, unless it is another run's, which must not lose it to a mistake of ours.
+
+        That is met before the reference pass.
+        """
         newest = self._newest_checkpoint()
-        if not self.world.is_main:
-            return
-        if newest is not None:
-            check_identity(read_marker(self.directory, newest).identity, identity, newest.uri)
-        self.directory.write_json("spec.json", json.loads(self.job.to_json()))
+
+        def take_over() -> int:
+            if newest is not None:
+                check_identity(read_marker(self.directory, newest).identity, identity, newest.uri)
+            attempt = self.directory.claim(self._asked_attempt)
+            self.directory.write_json("spec.json", json.loads(self.job.to_json()))
+            return attempt
+
+        self.directory.attempt = self._on_main(take_over)
+        self.reporter.begin(self.directory)
 
     def _newest_checkpoint(self) -> SavedCheckpoint | None:
         newest = self._on_main(lambda: next(reversed(self.directory.checkpoints()), None))
@@ -279,11 +295,14 @@ class Run:
             if parameter.requires_grad and self._start_weights.rounded(name):
                 engine.masters.fill(parameter, self._start_weights.value(name))
 
+    def _output(self, uri: str) -> tuple[Store, str]:
+        """A place of the result, and the store that reaches it."""
+        return store_for(self.spec, self.spec.output.storage or self.spec.checkpoint.storage), uri
+
     def _export(self, engine: Engine) -> None:
         """Write the model, then export.json, which says that it is whole and what it came from."""
         self.reporter.phase("export")
-        uri = (self.spec.output.uri or self.directory.path("model")).rstrip("/")
-        store = store_for(self.spec, self.spec.output.storage or self.spec.checkpoint.storage)
+        store, uri = self._output((self.spec.output.uri or self.directory.path("model")).rstrip("/"))
         if self.world.is_main:
             self.directory.check_fence()
             self.directory.store.delete(self.directory.path("export.json"))  # of a shorter run in this directory

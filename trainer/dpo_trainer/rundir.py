@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_api.errors import FencedError, InternalError, NotFoundError
+from dpo_api.errors import FencedError, IncompatibleCheckpointError, NotFoundError
 from dpo_store import Store, local_path_of
 
 MARKER = "complete.json"
@@ -25,6 +25,16 @@ class SavedCheckpoint:
 
     step: int
     uri: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What export.json says: the run's last step, where the model is, its last metrics, and of which spec it is."""
+
+    step: int
+    model: str
+    metrics: dict[str, float]
+    spec: Any
 
 
 @dataclass
@@ -46,12 +56,26 @@ class RunDirectory:
         """The folder itself where the run directory is local."""
         return local_path_of(self.uri)
 
-    def claim(self, attempt: int | None) -> int:
-        """Become the directory's newest attempt: the given number, or one more than the last.
+    def look(self, attempt: int | None) -> int:
+        """The number that this attempt will have: the given one, or one more than the last. Disturbs nobody yet.
 
+        A directory that nobody has claimed is claimed at once, so that one that cannot be written to is found early.
         Raises FencedError when a higher attempt already owns it.
         """
         last, _ = self._newest()
+        self.attempt = last + 1 if attempt is None else attempt
+        if self.attempt < last:
+            raise FencedError(self._fenced(last))
+        return self.claim(self.attempt) if last == 0 else self.attempt
+
+    def claim(self, attempt: int | None) -> int:
+        """Become the directory's newest attempt: the given number, or one more than the last.
+
+        From now on the attempt before completes nothing. Raises FencedError when a higher attempt already owns it.
+        """
+        last, owner = self._newest()
+        if owner == self.owner and attempt in (None, last):
+            return self.attempt
         self.attempt = last + 1 if attempt is None else attempt
         if self.attempt < last:
             raise FencedError(self._fenced(last))
@@ -71,7 +95,23 @@ class RunDirectory:
     def _newest(self) -> tuple[int, str]:
         """The number and the owner of the attempt that claimed the directory last; 0 where none did."""
         found = self.read_json("attempt") or {}
-        return int(found.get("attempt", 0)), str(found.get("owner", ""))
+        number = found.get("attempt", 0)
+        if not isinstance(number, int):
+            raise self._damaged("attempt", f"its attempt is {number!r}, not a number")
+        return number, str(found.get("owner", ""))
+
+    def _damaged(self, name: str, why: str) -> IncompatibleCheckpointError:
+        return IncompatibleCheckpointError(f"{self.path(name)} is damaged: {why}; delete it to go on")
+
+    def finished(self) -> Finished | None:
+        """What the attempt that finished the run left, or None while it is not finished."""
+        found = self.read_json("export.json")
+        if found is None:
+            return None
+        try:
+            return Finished(int(found["step"]), str(found["model"]), dict(found["metrics"]), found["spec"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged("export.json", f"it lacks what a finished run says ({error})") from None
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
         """An object inside, or None when there is none."""
@@ -82,9 +122,9 @@ class RunDirectory:
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise InternalError(f"{self.path(*parts)} is damaged: {error}; delete it to go on") from None
+            raise self._damaged("/".join(parts), str(error)) from None
         if not isinstance(value, dict):
-            raise InternalError(f"{self.path(*parts)} is damaged: not a JSON object; delete it to go on")
+            raise self._damaged("/".join(parts), "not a JSON object")
         return value
 
     def write_json(self, *parts_and_value: Any) -> None:

@@ -70,11 +70,16 @@ def work(arguments: argparse.Namespace) -> int:
             with suppress(OSError):  # the log may lie on the very disk that is full
                 traceback.print_exc()
         if run is not None:
-            run.failed(outcome, message)
             result = run.result(rank, outcome, message)
         else:
             result = RankResult(rank=rank, outcome=outcome.name, message=message, at=time.time())
-    result.write(arguments.results)
+        # First of all: the launcher gives time to those that have left their result, and none to those that hang.
+        with suppress(OSError):
+            result.write(arguments.results)
+        if run is not None:
+            run.failed(outcome, message)
+    else:
+        result.write(arguments.results)
     code = Outcome[result.outcome].exit_code
     if code != 0:
         # Other ranks may wait in a collective for this one: tearing the groups down would wait for them in turn.

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from dpo_api.errors import StorageUnavailableError
 from dpo_cli.metrics_log import MetricsLog, merge, parse_events
 from dpo_store import RetryPolicy, Store, Timing, base_name, open_store
 from dpo_testing.faults import FaultProxy, fault_proxy
+from dpo_testing.runs import job_of
 from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
+from dpo_trainer.metrics.hub import Hub
 from dpo_trainer.metrics.jsonl import LocalLog, ObjectLog
 from dpo_trainer.metrics.writer import Guarded
 
@@ -222,6 +225,38 @@ def test_a_store_that_is_away_stops_nothing_and_gets_everything_later(
         guarded.close()
     got = read_all(open_store(server.options()), "s3://runs/flaky").get("train/loss")
     assert got == [(1, 0.5), (2, 0.4), (3, 0.3)]
+
+
+@pytest.mark.usefixtures("credentials")
+def test_a_record_that_cannot_be_written_lets_no_checkpoint_come_about(server: S3Server, tmp_path: Path) -> None:
+    """A resume would begin after steps that are in no record. Dashboards may be away; the record may not."""
+    spec = {"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}}
+    with fault_proxy(server.endpoint) as proxy:
+        hub = Hub(job_of(spec))
+        hub.open_sinks(away(server, proxy), "s3://runs/before-a-checkpoint", attempt=1, resume_step=None)
+        proxy.add("status", times=1_000_000, method="PUT", code=503, reason="SlowDown")
+        hub.write(1, {"train/loss": 0.5})
+        with pytest.raises(StorageUnavailableError):
+            hub.flush()
+        hub.close()  # a failed run is closed too, and says why it failed, not this
+
+
+@pytest.mark.usefixtures("credentials")
+def test_a_second_process_of_one_attempt_continues_its_object(server: S3Server) -> None:
+    """It resumes from step 2: what the first wrote up to there stays, what came after is trained again."""
+    store, run_dir = open_store(server.options()), "s3://runs/one-number"
+    first = ObjectLog(store, run_dir, 7, interval=0.01)
+    for step in (1, 2, 3):
+        first.write(step, {"train/loss": step / 10})
+    first.write(2, {"val/loss": 0.9})
+    first.close()
+    second = ObjectLog(store, run_dir, 7, 2)
+    second.write(2, {"val/loss": 0.8})  # made up for after the resume, where it is there already
+    second.write(3, {"train/loss": 0.03})
+    second.close()
+    got = read_all(store, run_dir)
+    assert got.get("train/loss") == [(1, 0.1), (2, 0.2), (3, 0.03)]
+    assert got.get("val/loss") == [(2, 0.9)]
 
 
 def away(server: S3Server, proxy: FaultProxy) -> Store:

@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dpo_api.errors import IncompatibleCheckpointError, InternalError
+from dpo_api.errors import IncompatibleCheckpointError
 from dpo_store import local_path_of
 from dpo_store.errors import from_os_error
 from dpo_trainer import bridge
@@ -96,7 +96,7 @@ def read_marker(run: RunDirectory, saved: SavedCheckpoint) -> Marker:
     """The marker of a complete checkpoint. Raises IncompatibleCheckpointError for a newer format or a damaged file."""
     try:
         found = run.read_json("checkpoints", f"step-{saved.step:06d}", MARKER) or {}
-    except InternalError as error:
+    except IncompatibleCheckpointError as error:
         raise IncompatibleCheckpointError(f"{error} from an older checkpoint") from None
     if found.get("format", 0) > FORMAT:
         raise IncompatibleCheckpointError(

@@ -79,11 +79,14 @@ class Hub:
         self._writers = Writers(writers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One event to every sink: metrics with their group, ``train/loss``. Raises OSError for a local record only."""
+        """One event to every sink: metrics with their group, ``train/loss``. Raises OSError for a local record."""
         self._writers.write(step, metrics)
 
     def flush(self) -> None:
-        """Bring every sink up to date: before a checkpoint, whose steps a later attempt will not repeat."""
+        """Bring every sink up to date: before a checkpoint, whose steps a later attempt will not repeat.
+
+        Raises what the run's record raises, OSError or DPOError: then there must be no such checkpoint.
+        """
         self._writers.flush()
 
     def close(self) -> None:
@@ -122,5 +125,4 @@ def _record(store: Store, run_dir: str, attempt: int, resume_step: int | None) -
     local = local_path_of(run_dir)
     if local is not None:
         return LocalLog(local / "metrics.jsonl", resume_step)
-    remote = ObjectLog(store, run_dir, attempt)
-    return Guarded(remote.uri, remote)
+    return ObjectLog(store, run_dir, attempt, resume_step)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from dpo_api.errors import NotFoundError
 from dpo_store import Store, join_uri
 from dpo_trainer.metrics.writer import Background, event_line
 
@@ -64,22 +65,10 @@ def truncate(path: Path, resume_step: int | None) -> set[tuple[int, str]]:
     taken over, then writes to a file that nobody reads.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        data = path.read_bytes()
     except FileNotFoundError:
         return set()
-    kept: list[bytes] = []
-    seen: set[tuple[int, str]] = set()
-    for number, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-            step = int(event["step"])
-        except (ValueError, KeyError, TypeError):
-            if line.endswith(b"\n"):
-                log.warning("%s:%d is not an event and is dropped", path, number)
-            continue
-        if resume_step is not None and step <= resume_step and line.endswith(b"\n"):
-            kept.append(line)
-            seen.update((step, name.partition("/")[0]) for name in event if name != "step")
+    kept, seen = kept_events(data, str(path), resume_step)
     spare = path.with_name(f".{path.name}.new")
     with spare.open("wb") as file:
         file.writelines(kept)
@@ -89,6 +78,24 @@ def truncate(path: Path, resume_step: int | None) -> set[tuple[int, str]]:
     return seen
 
 
+def kept_events(data: bytes, name: str, resume_step: int | None) -> tuple[list[bytes], set[tuple[int, str]]]:
+    """The lines of a record up to ``resume_step`` (None: none), a torn last one left out; their (step, group) pairs."""
+    kept: list[bytes] = []
+    seen: set[tuple[int, str]] = set()
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        try:
+            event = json.loads(line)
+            step = int(event["step"])
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                log.warning("%s:%d is not an event and is dropped", name, number)
+            continue
+        if resume_step is not None and step <= resume_step and line.endswith(b"\n"):
+            kept.append(line)
+            seen.update((step, key.partition("/")[0]) for key in event if key != "step")
+    return kept, seen
+
+
 class ObjectLog:
     """``metrics/attempt-0003.jsonl`` under an object store's run directory, rewritten in the background.
 
@@ -96,18 +103,33 @@ class ObjectLog:
     a step wait; ``close`` writes the whole of it and raises what storage raises.
     """
 
-    def __init__(self, store: Store, run_dir: str, attempt: int, interval: float = UPLOAD_SECONDS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        run_dir: str,
+        attempt: int,
+        resume_step: int | None = None,
+        *,
+        interval: float = UPLOAD_SECONDS,
+    ) -> None:
+        """Take over what an earlier process of the same attempt's number has left up to ``resume_step``."""
         self.uri = attempt_uri(run_dir, attempt)
         self._store = store
-        self._lines: list[bytes] = []
+        try:
+            self._lines, self._kept = kept_events(store.read(self.uri), self.uri, resume_step)
+        except NotFoundError:
+            self._lines, self._kept = [], set()
         self._lock = threading.Lock()
         self._written = 0
         self._upload = Background(self.uri, self._put, interval)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take one event."""
+        """Take one event, without what was taken over."""
+        fresh = {name: value for name, value in metrics.items() if (step, name.partition("/")[0]) not in self._kept}
+        if not fresh:
+            return
         with self._lock:
-            self._lines.append(event_line(step, metrics))
+            self._lines.append(event_line(step, fresh))
         self._upload.request()
 
     def flush(self) -> None:
