@@ -278,7 +278,7 @@ def test_hub_opens_what_the_spec_asks_for(tmp_path: Path) -> None:
     assert scalars(run_dir / "tensorboard") == {"train/loss": [(1, 0.5)]}
     assert '"attempt": 2' in events.read_text(encoding="utf-8")
     info = [family for family in hub.prometheus.collect() if family.name == "dpo_trainer_info"]
-    assert [set(sample.labels) for family in info for sample in family.samples] == [{"version", "job"}]
+    assert [set(sample.labels) for family in info for sample in family.samples] == [{"version", "dpojob"}]
 
 
 def test_hub_without_server_or_sinks(tmp_path: Path) -> None:
