@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def test_the_operators_modules_need_only_what_its_image_has() -> None:
     """Imports everything of the operator where what the image leaves out cannot be found."""
     text = (
         "import sys\n"
-        "for name in ('boto3', 'botocore', 'zstandard', 'typer', 'rich', 'torch'): sys.modules[name] = None\n"
+        "for name in 'boto3 botocore zstandard typer rich kubernetes torch'.split(): sys.modules[name] = None\n"
         "import pkgutil, importlib, dpo_operator\n"
         "for module in pkgutil.walk_packages(dpo_operator.__path__, 'dpo_operator.'):\n"
         "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
@@ -196,3 +197,23 @@ def test_the_operators_modules_need_only_what_its_image_has() -> None:
     subprocess.run(
         [sys.executable, "-c", text], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": "crds:operator"}
     )
+
+
+def test_a_kubeconfig_with_a_program_is_refused_in_one_sentence_where_its_package_is_missing(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    user = {"name": "u", "user": {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "true"}}}
+    cluster = {"name": "c", "cluster": {"server": "https://127.0.0.1:9"}}
+    context = {"name": "x", "context": {"cluster": "c", "user": "u"}}
+    kind = {"apiVersion": "v1", "kind": "Config", "current-context": "x"}
+    config.write_text(json.dumps({**kind, "users": [user], "clusters": [cluster], "contexts": [context]}))
+    packages = tmp_path / "packages"  # this environment without the package, as in the image
+    packages.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.startswith("kubernetes") and entry.suffix != ".pth":
+            (packages / entry.name).symlink_to(entry)
+    environment = {**os.environ, "PYTHONPATH": f"crds:operator:{packages}", "KUBECONFIG": str(config)}
+    run = [sys.executable, "-S", "-m", "dpo_operator"]
+    done = subprocess.run(run, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("dpo-operator: the kubeconfig runs a program")
+    assert "Traceback" not in done.stderr

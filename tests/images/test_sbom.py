@@ -29,7 +29,7 @@ def bom(folder: Path, image: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("image", "held", "absent"),
     [
-        ("operator", {"kopf", "kubernetes", "pydantic-core", "urllib3"}, {"torch", "boto3", "rich", "pytest"}),
+        ("operator", {"kopf", "aiohttp", "pydantic-core", "yarl"}, {"torch", "boto3", "rich", "kubernetes", "pytest"}),
         ("trainer", {"torch", "megatron-core", "boto3", "numpy"}, {"kopf", "kubernetes", "pytest"}),
     ],
 )

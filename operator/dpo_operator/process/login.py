@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import kopf
@@ -42,6 +43,11 @@ def connection() -> kopf.ConnectionInfo:
         if found is not None and not _can_prove_itself(found):
             # Plugins (exec) are the client library's business; it costs 40 MB, so it is loaded for them alone.
             found = kopf.login_via_client(logger=_log, settings=settings)
+            if found is None and find_spec("kubernetes") is None:  # the image is for pods and goes without
+                raise LoginError(
+                    "the kubeconfig runs a program for its credentials, which takes the Python package kubernetes, and "
+                    "it is not installed here: use a kubeconfig with a token or certificate, or install '.[operator]'"
+                )
     if found is None:
         raise LoginError("there is no way to a cluster: set KUBECONFIG, or run as a pod with a service account")
     if not isinstance(found, kopf.ConnectionInfo):
