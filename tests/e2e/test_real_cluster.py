@@ -6,15 +6,17 @@ The tests tell one story, in this order: each stands on what the ones before hav
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpo_api.metrics import METRICS, OPERATOR
 from dpo_testing.jobs import Jobs
 from dpo_testing.kubeapi import Object, eventually
-from dpo_testing.realcluster import objectstore, release, trainingoperator
+from dpo_testing.prometheusserver import PrometheusServer
+from dpo_testing.realcluster import monitoring, objectstore, release, trainingoperator
 from dpo_testing.realcluster.cluster import Cluster
 from dpo_testing.realcluster.layout import NODE
 from dpo_testing.realcluster.steps import Steps
@@ -26,12 +28,19 @@ FAULTS = {"maxSteps": STEPS, "epochs": 20, "validationInterval": "100%"}
 """Long enough that a checkpoint lies well before half of the steps."""
 
 
+@pytest.fixture(scope="module")
+def prometheus(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrometheusServer]:
+    """It watches from the first run on."""
+    with PrometheusServer(monitoring.config(cluster, tmp_path_factory.mktemp("prometheus"))) as server:
+        yield server
+
+
 def disturbable(name: str) -> Object:
     return quickstart(name, training=FAULTS, every_steps=EVERY)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, jobs: Jobs, steps: Steps) -> dict[int, float]:
+def undisturbed(cluster: Cluster, jobs: Jobs, steps: Steps, prometheus: PrometheusServer) -> dict[int, float]:
     """The losses of a run that nothing befell."""
     run = Run(cluster, jobs, "calm")
     with steps.step("a run that nothing befalls"):
@@ -45,6 +54,7 @@ def undisturbed(cluster: Cluster, jobs: Jobs, steps: Steps) -> dict[int, float]:
 def test_the_stock_init_container_is_refused_and_the_status_says_why(
     cluster: Cluster, jobs: Jobs, steps: Steps
 ) -> None:
+    monitoring.install_kinds(cluster)
     with steps.step("chart installed by Helm"):
         release.install(cluster, release.values(init_container=False))
     with steps.step("the stock init container is refused"):
@@ -170,6 +180,43 @@ def test_a_deleted_operator(cluster: Cluster, jobs: Jobs, steps: Steps, undistur
         cluster.kubectl("-n", release.NAMESPACE, "delete", "pod", "-l", selector, "--wait=false")
 
     survive(run, steps, "operator deleted", fault, undisturbed, attempts=1)
+
+
+def test_prometheus_finds_every_series_that_dashboards_and_alerts_use(
+    prometheus: PrometheusServer, undisturbed: dict[int, float], steps: Steps
+) -> None:
+    table = {metric.name for metric in (*METRICS, *OPERATOR)}
+    histograms = {metric.name for metric in OPERATOR if metric.kind == "histogram"}
+
+    def held() -> set[str]:
+        names = set(prometheus.get("label/__name__/values"))
+        return names | {name for name in histograms if f"{name}_count" in names}
+
+    with steps.step("Prometheus holds every series"):
+        eventually(lambda: table - held(), until=lambda missing: not missing, seconds=60, what="no series is missing")
+    runs = prometheus.query("last_over_time(dpo_train_loss[1h])")
+    assert {"calm", "killed"} <= {series["metric"]["dpojob"] for series in runs}
+    assert {"1", "2"} == {s["metric"]["attempt"] for s in runs if s["metric"]["dpojob"] == "killed"}
+
+
+def test_two_alerts_fire_for_their_causes(
+    cluster: Cluster, jobs: Jobs, steps: Steps, prometheus: PrometheusServer
+) -> None:
+    body = quickstart("homeless")
+    body["spec"]["podTemplate"]["nodeSelector"] = {"nowhere": "here"}
+    jobs.create(body)
+    deployment = ("-n", release.NAMESPACE, "scale", "deployment", "-l", "app.kubernetes.io/name=dpo-operator")
+    try:
+        with steps.step("alert: a job finds no node"):
+            fires = eventually(prometheus.firing, until=lambda found: "DPOJobPendingTooLong" in found, seconds=90)
+        assert [labels["dpojob"] for labels in fires["DPOJobPendingTooLong"]] == ["homeless"]
+        assert "DPOOperatorDown" not in fires
+        cluster.kubectl(*deployment, "--replicas=0")
+        with steps.step("alert: the operator is down"):
+            eventually(prometheus.firing, until=lambda found: "DPOOperatorDown" in found, seconds=90)
+    finally:
+        cluster.kubectl(*deployment, "--replicas=1")
+        jobs.delete("homeless")
 
 
 def test_an_upgrade_leaves_a_running_job_alone(

@@ -14,7 +14,7 @@ from dpo_testing.realcluster.steps import Steps
 def main() -> int:
     """Do what the first word says."""
     parser = argparse.ArgumentParser(prog="realcluster", description="A real Kubernetes cluster of this one machine.")
-    parser.add_argument("what", choices=("up", "down", "status", "times", "suitable"))
+    parser.add_argument("what", choices=("up", "down", "status", "times", "logs", "suitable"))
     what = parser.parse_args().what
     layout = Layout.default()
     if what == "suitable":
@@ -41,6 +41,10 @@ def main() -> int:
         return 1 if left else 0
     if what == "times":
         print(Steps(layout.run / "times.jsonl").table())
+        return 0
+    if what == "logs":
+        for name in daemons.names(layout):
+            print(f"== {name}\n{daemons.log_tail(layout, name, 1500)}")
         return 0
     for name in daemons.names(layout):
         print(f"  {name:26} {daemons.running(layout, name) or 'has ended'}")

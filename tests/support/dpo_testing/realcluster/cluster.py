@@ -83,7 +83,17 @@ def up(layout: Layout) -> Cluster:
 
 
 def _programs() -> None:
-    wanted = ["etcd", "kube-apiserver", "kube-controller-manager", "kubectl", "training-operator", "versitygw", "helm"]
+    wanted = [
+        "etcd",
+        "kube-apiserver",
+        "kube-controller-manager",
+        "kubectl",
+        "training-operator",
+        "versitygw",
+        "helm",
+        "prometheus",
+        "scrape-config",
+    ]
     for command in (wanted, ["--only", "e2e"]):
         subprocess.run([str(REPOSITORY / "hack" / "build-tools.sh"), *command], check=True, capture_output=True)
 
@@ -99,8 +109,9 @@ def _images(layout: Layout, steps: Steps) -> None:
         with steps.step("operator's image"):
             images.product(layout, "operator", OPERATOR_IMAGE, **version)
         with steps.step("trainer's image"):
+            images.make_room(layout, TRAINER_IMAGE)
             images.product(layout, "trainer", TRAINER_IMAGE, target="cpu", CPU_BASE_IMAGE=BASE_IMAGE, **version)
-        images.prune(layout)
+            images.prune(layout)
     finally:
         daemons.stop(layout, "buildkitd")
 

@@ -35,6 +35,7 @@ root = "{cache}/buildkit"
 """
 
 _KEEP_MEGABYTES = 15_000
+_ROOM_BYTES = 22_000_000_000
 
 
 def start_builder(layout: Layout) -> None:
@@ -50,7 +51,7 @@ def small(layout: Layout) -> None:
     folder = layout.cache / "small"
     pause = _folder(folder / "pause")
     if not (pause / "pause").exists():
-        source = _module("kubernetes", "k8s.io/kubernetes") / "build" / "pause" / "linux" / "pause.c"
+        source = module("kubernetes", "k8s.io/kubernetes") / "build" / "pause" / "linux" / "pause.c"
         subprocess.run(["gcc", "-Os", "-static", "-o", str(pause / "pause"), str(source)], check=True)
     _once(layout, PAUSE_IMAGE, pause, 'FROM scratch\nCOPY pause /pause\nUSER 65535:65535\nENTRYPOINT ["/pause"]\n')
     busybox = _folder(folder / "busybox")
@@ -92,6 +93,16 @@ def build(
     log.write_text(done.stdout + done.stderr)
     if done.returncode != 0:
         raise RuntimeError(f"building {image} failed (all of it: {log}):\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def make_room(layout: Layout, image: str) -> None:
+    """Drop an older trainer's image and all build steps where the disk would not hold a second one beside it."""
+    if shutil.disk_usage(layout.cache).free < _ROOM_BYTES:
+        _buildctl(layout, "prune", "--all", seconds=300)
+        ctr(layout, "images", "rm", "--sync", image)
+    free = shutil.disk_usage(layout.cache).free
+    if free < _ROOM_BYTES:
+        print(f"(only {free / 1e9:.0f} GB free below {layout.cache}; the trainer's image takes 17 to build) ", end="")
 
 
 def prune(layout: Layout) -> None:
@@ -143,7 +154,7 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _module(name: str, module: str) -> Path:
+def module(name: str, module: str) -> Path:
     """Return the folder of a Go module's sources, of the version that hack/tools pins."""
     done = subprocess.run(
         ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", module],
