@@ -1,0 +1,276 @@
+"""What the chart makes of its values, compared with the code that meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dpo_api.version import VERSION
+from dpo_operator import labels, rbac
+from dpo_operator.backend import pod
+from dpo_operator.config import Settings
+from dpo_operator.docs import INIT_CONTAINER
+from dpo_operator.process.options import Options, parse
+from dpo_testing.chart import (
+    CHART,
+    COMBINATIONS,
+    MONITORING,
+    NAMESPACE,
+    RELEASE,
+    REPOSITORY,
+    environment,
+    is_test,
+    pick,
+    render,
+)
+from dpo_testing.kubeapi import Object
+
+
+def kinds(objects: list[Object], *, tests: bool = False) -> set[str]:
+    return {thing["kind"] for thing in objects if is_test(thing) == tests}
+
+
+def matches(selector: Object, own: Object) -> bool:
+    """Whether a label selector selects an object with these labels."""
+    wanted: dict[str, str] = selector.get("matchLabels", {})
+    for expression in selector.get("matchExpressions", []):
+        assert expression["operator"] == "Exists"
+        if expression["key"] not in own:
+            return False
+    return all(own.get(key) == value for key, value in wanted.items())
+
+
+# -- the operator's pod -----------------------------------------------------------------------------------------------
+
+
+def test_the_operator_reads_its_environment_as_it_is_meant(home: Path) -> None:
+    """Defaults are the operator's own, but for what an installation decides."""
+    options, settings = parse([], environment(pick(render(home=home), "Deployment")))
+    assert options == Options()
+    image = "ghcr.io/dpo-operator/dpo-trainer:" + VERSION
+    assert settings == Settings(trainer_image=image, labels=(("sidecar.istio.io/inject", "false"),))
+
+
+def test_every_value_reaches_the_operator(home: Path) -> None:
+    values = {**COMBINATIONS["everything"], "watchNamespaces": ["b", "a"]}
+    options, settings = parse([], environment(pick(render(values, home=home), "Deployment")))
+    assert options.namespaces == ("a", "b")
+    assert (options.workers, options.scrape_seconds, options.scrape_by) == (64, 1.5, "pod-ip")
+    assert (options.log_format, options.log_level) == ("text", "debug")
+    assert settings.default_queue == "all"
+    assert dict(settings.labels)["linkerd.io/inject"] == "disabled"
+    assert dict(settings.extra_env) == {
+        "AWS_DEFAULT_REGION": "eu-1",
+        "AWS_ENDPOINT_URL_S3": "https://s3.example.com",
+        "AWS_REGION": "eu-1",
+        "NCCL_DEBUG": "INFO",
+        "NCCL_IB_TIMEOUT": "22",
+    }
+
+
+@pytest.mark.parametrize(
+    ("image", "reference"),
+    [
+        ({"repository": "r.example.com:5000/a"}, f"r.example.com:5000/a:{VERSION}"),
+        ({"repository": "a", "tag": "1"}, "a:1"),
+        ({"repository": "a", "tag": "1", "digest": "sha256:" + "a" * 64}, "a@sha256:" + "a" * 64),
+    ],
+)
+def test_references_to_images(home: Path, image: Object, reference: str) -> None:
+    objects = render({"image": image, "trainer": {"image": image}}, home=home)
+    deployment = pick(objects, "Deployment")
+    assert environment(deployment)["DPO_OPERATOR_TRAINER_IMAGE"] == reference
+    used = {c["image"] for o in (deployment["spec"]["template"], *pods(objects)) for c in o["spec"]["containers"]}
+    assert used == {reference}
+
+
+def pods(objects: list[Object]) -> list[Object]:
+    return [thing for thing in objects if thing["kind"] == "Pod"]
+
+
+def test_one_replica_that_leaves_a_lost_node_soon(home: Path) -> None:
+    spec = pick(render(home=home), "Deployment")["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+    left = {t["key"]: t["tolerationSeconds"] for t in spec["template"]["spec"]["tolerations"]}
+    assert left == dict.fromkeys(pod.NODE_FAILURE_TAINTS, 30)
+
+
+def test_probes_ask_what_the_operator_answers(home: Path) -> None:
+    container = pick(render(home=home), "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("readiness", "liveness", "startup")}
+    assert paths == {"readiness": "/readyz", "liveness": "/healthz", "startup": "/healthz"}
+    server = (REPOSITORY / "operator" / "dpo_operator" / "process" / "server.py").read_text()
+    assert all(f'"{path}"' in server for path in paths.values())
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_service_and_policies_select_the_operator_and_not_the_tests(home: Path, name: str) -> None:
+    objects = render(COMBINATIONS[name], home=home)
+    operator = pick(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    own = [o["spec"]["selector"] for o in objects if o["kind"] in {"Deployment", "PodDisruptionBudget"}]
+    own += [{"matchLabels": o["spec"]["selector"]} for o in objects if o["kind"] == "Service"]
+    own += [
+        o["spec"]["podSelector"]
+        for o in objects
+        if o["kind"] == "NetworkPolicy" and not o["metadata"]["name"].endswith("-trainers")
+    ]
+    for selector in own:
+        assert matches(selector, operator)
+        assert not any(matches(selector, thing["metadata"]["labels"]) for thing in pods(objects))
+
+
+# -- rights -----------------------------------------------------------------------------------------------------------
+
+
+def test_rights_of_all_namespaces_are_the_table(home: Path) -> None:
+    objects = [thing for thing in render(home=home) if not is_test(thing)]
+    assert "Role" not in kinds(objects)
+    assert pick(objects, "ClusterRole", RELEASE)["rules"] == rbac.policy_rules()
+    _check_binding(
+        pick(objects, "ClusterRoleBinding"), rbac.binding(None, account=RELEASE, account_namespace=NAMESPACE)
+    )
+
+
+def test_rights_of_some_namespaces_are_the_table_in_each(home: Path) -> None:
+    objects = [thing for thing in render(COMBINATIONS["some namespaces"], home=home) if not is_test(thing)]
+    assert not {"ClusterRole", "ClusterRoleBinding"} & kinds(objects)
+    for kind in ("Role", "RoleBinding"):
+        found = {thing["metadata"]["namespace"]: thing for thing in objects if thing["kind"] == kind}
+        assert set(found) == {"team-a", "team-b"}
+        for namespace, thing in found.items():
+            if kind == "Role":
+                assert thing["rules"] == rbac.policy_rules()
+            else:
+                _check_binding(thing, rbac.binding(namespace, account=RELEASE, account_namespace=NAMESPACE))
+
+
+def _check_binding(found: Object, wanted: Object) -> None:
+    assert {key: found[key] for key in ("kind", "roleRef", "subjects")} == {
+        key: wanted[key] for key in ("kind", "roleRef", "subjects")
+    }
+
+
+def test_people_get_their_rights_through_view_edit_and_admin(home: Path) -> None:
+    objects = render(home=home)
+    levels: dict[str, set[str]] = {}
+    for name in ("dpojob-view", "dpojob-edit"):
+        role = pick(objects, "ClusterRole", name)
+        prefix = "rbac.authorization.k8s.io/aggregate-to-"
+        levels[name] = {label.removeprefix(prefix) for label in role["metadata"]["labels"] if label.startswith(prefix)}
+        assert {group for rule in role["rules"] for group in rule["apiGroups"]} == {"dpo-operator.dev"}
+    assert levels == {"dpojob-view": {"view", "edit", "admin"}, "dpojob-edit": {"edit", "admin"}}
+    view = pick(objects, "ClusterRole", "dpojob-view")["rules"]
+    assert {verb for rule in view for verb in rule["verbs"]} == {"get", "list", "watch"}
+
+
+# -- the definition ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_definition_is_ours_and_kept_if_asked(home: Path, keep: bool) -> None:
+    found = pick(render({"crds": {"keep": keep}}, home=home), "CustomResourceDefinition")
+    annotations = found["metadata"].pop("annotations", {})
+    assert annotations == ({"helm.sh/resource-policy": "keep"} if keep else {})
+    del found["metadata"]["labels"]
+    assert found == yaml.safe_load((REPOSITORY / "crds" / "dpojobs.yaml").read_text())
+
+
+# -- monitoring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("way", "apis", "made"),
+    [("auto", MONITORING, True), ("auto", (), False), ("always", (), True), ("never", MONITORING, False)],
+)
+def test_monitors_where_the_cluster_knows_them(home: Path, way: str, apis: tuple[str, ...], made: bool) -> None:
+    found = kinds(render({"monitoring": {"enabled": way}}, home=home, apis=apis))
+    assert ({"PodMonitor", "ServiceMonitor", "PrometheusRule"} <= found) is made
+    assert made or not {"PodMonitor", "ServiceMonitor", "PrometheusRule"} & found
+
+
+def test_trainers_are_scraped_where_they_serve_and_named_by_their_labels(home: Path) -> None:
+    monitor = pick(render(home=home), "PodMonitor")["spec"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    assert endpoint["port"] == pod.METRICS_PORT
+    assert monitor["selector"]["matchExpressions"] == [{"key": labels.JOB, "operator": "Exists"}]
+    assert monitor["namespaceSelector"] == {"any": True}
+    discovered = {
+        f"__meta_kubernetes_pod_label_{label.replace('.', '_').replace('/', '_').replace('-', '_')}": series
+        for label, series in ((labels.JOB, "dpojob"), (labels.ATTEMPT, "attempt"))
+    }
+    assert {r["sourceLabels"][0]: r["targetLabel"] for r in endpoint["relabelings"]} == discovered
+    assert "honorLabels" not in endpoint, "what a trainer says of itself is its user's code speaking"
+
+
+def test_the_operators_series_keep_their_namespace(home: Path) -> None:
+    objects = render(COMBINATIONS["everything"], home=home)
+    monitor = pick(objects, "ServiceMonitor")
+    assert monitor["spec"]["endpoints"][0]["honorLabels"] is True
+    service = pick(objects, "Service")
+    assert matches(monitor["spec"]["selector"], service["metadata"]["labels"])
+    assert service["spec"]["ports"][0]["name"] == monitor["spec"]["endpoints"][0]["port"]
+    for kind in ("PodMonitor", "ServiceMonitor", "PrometheusRule"):
+        assert pick(objects, kind)["metadata"]["labels"]["release"] == "kps"
+
+
+def test_rules_and_dashboards_are_what_was_generated(home: Path) -> None:
+    objects = render({"dashboards": {"label": "dash", "labelValue": "yes", "namespace": "g"}}, home=home)
+    assert pick(objects, "PrometheusRule")["spec"] == yaml.safe_load((CHART / "rules" / "alerts.yaml").read_text())
+    boards = {path.name: json.loads(path.read_text()) for path in (CHART / "dashboards").glob("*.json")}
+    assert len(boards) == 2
+    found = [o for o in objects if o["kind"] == "ConfigMap" and o["metadata"]["labels"].get("dash") == "yes"]
+    assert {o["metadata"]["namespace"] for o in found} == {"g"}
+    assert {name: json.loads(text) for o in found for name, text in o["data"].items()} == boards
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+def test_network_policies_let_through_what_the_code_uses(home: Path) -> None:
+    objects = render(COMBINATIONS["everything"], home=home)
+    operator = pick(objects, "NetworkPolicy", RELEASE)["spec"]
+    trainers = pick(objects, "NetworkPolicy", "-trainers")["spec"]
+    port = Settings().trainer_port
+    out = [port_["port"] for rule in operator["egress"] for port_ in rule["ports"]]
+    assert sorted(set(out)) == [53, 443, 6443, port]
+    assert operator["ingress"][0]["ports"] == [{"port": "http", "protocol": "TCP"}]
+    pod_labels = labels.of_attempt("job", "uid", 1)
+    assert matches(trainers["podSelector"], pod_labels)
+    among, metrics = trainers["ingress"]
+    assert "ports" not in among, "rendezvous and collectives use any port"
+    assert matches(among["from"][0]["podSelector"], pod_labels)
+    assert [p["port"] for p in metrics["ports"]] == [port]
+    caller = metrics["from"][0]
+    assert matches(caller["podSelector"], pick(objects, "Deployment")["spec"]["template"]["metadata"]["labels"])
+    assert caller["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": NAMESPACE}
+
+
+# -- what is off, and the rest ----------------------------------------------------------------------------------------
+
+ALWAYS = {"ConfigMap", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Deployment", "Service"}
+
+
+def test_what_is_made_by_default(home: Path) -> None:
+    assert kinds(render(home=home, apis=())) == ALWAYS | {"ServiceAccount"}
+    assert kinds(render(COMBINATIONS["little"], home=home)) == {"Deployment"}
+    assert {"NetworkPolicy", "PodDisruptionBudget", "PriorityClass"} <= kinds(
+        render(COMBINATIONS["everything"], home=home)
+    )
+
+
+def test_the_init_containers_template_is_the_documented_one(home: Path) -> None:
+    found = pick(render(COMBINATIONS["everything"], home=home), "ConfigMap", "training-operator-init-container")
+    assert found["metadata"]["namespace"] == "kubeflow"
+    assert found["data"] == {"initContainer.yaml": INIT_CONTAINER}
+
+
+def test_the_priority_class_is_the_operators(home: Path) -> None:
+    objects = render(COMBINATIONS["everything"], home=home)
+    made: Any = pick(objects, "PriorityClass")["metadata"]["name"]
+    assert pick(objects, "Deployment")["spec"]["template"]["spec"]["priorityClassName"] == made
+    given = render({"priorityClassName": "system-cluster-critical"}, home=home)
+    assert pick(given, "Deployment")["spec"]["template"]["spec"]["priorityClassName"] == "system-cluster-critical"
