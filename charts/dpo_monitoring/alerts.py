@@ -128,8 +128,8 @@ def _negative_margin() -> Alert:
         "15m",
         f"{value} < 0\nand {_LATE_ENOUGH}",
         (value, _STEPS),
-        f"{_JOB_IS}: rejected responses are rewarded more than chosen ones",
-        "The mean reward margin is {{ $value | humanize }} and should be positive: chosen and rejected may be swapped.",
+        f'{_JOB_IS} rewards rejected responses more than chosen ones: margin {{{{ $value | printf "%.3f" }}}}',
+        "The mean reward margin is negative; it should be positive by now. Chosen and rejected may be swapped.",
     )
 
 

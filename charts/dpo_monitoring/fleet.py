@@ -7,6 +7,8 @@ from dpo_monitoring.queries import fleet, metric, of_fleet, own
 
 WAITING = "Pending|Queued|Starting|Restarting"
 
+_CONDITIONS = fleet("dpo_job_condition", "namespace", "dpojob", "condition", more=', condition%s"TrainingStalled"')
+
 
 def _jobs(title: str, description: str, states: str) -> Panel:
     """Return the number of jobs in some states."""
@@ -131,7 +133,7 @@ JOBS = Row(
             "GPUs that running attempts hold, by namespace.",
             "none",
             (Query(fleet("dpo_operator_gpus", "namespace"), "{{namespace}}"),),
-            "stacked", 12, lowest=0,
+            "stacked", lowest=0,
         ),
         Panel(
             "GPU hours",
@@ -143,7 +145,18 @@ JOBS = Row(
                     "{{namespace}}",
                 ),
             ),
-            "stat", 12,
+            "stat",
+        ),
+        Panel(
+            "Runs that need a look",
+            "Jobs with a condition that should not be: no answer of the trainer, a first loss that contradicts the"
+            " reference, a loss that is not finite, no learning after many steps, a stall.",
+            "none",
+            (
+                Query(f"sum by (condition) ({_CONDITIONS % '!='} == bool 0)", "{{condition}} is false"),
+                Query(f"sum by (condition) ({_CONDITIONS % '='})", "{{condition}} is true"),
+            ),
+            lowest=0,
         ),
     ),
 )  # fmt: skip

@@ -142,8 +142,8 @@ LEARNING = Row(
         ),
         Panel(
             "SFT loss",
-            "Negative log-prob of the chosen response, before its weight. It is reported even where its weight is 0:"
-            " rising, it shows the model drifting away from what it should say.",
+            "Negative log-prob of the chosen response, before its weight dpo.sftWeight; empty where that is 0. Rising,"
+            " it shows the model drifting away from what it should say.",
             "none", _both("sft_loss"),
         ),
     ),

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,15 @@ def start(
     processes: int,
     scratch: Path,
     environment: Mapping[str, str] | None = None,
+    more: Sequence[str] = (),
+    name: str = "test",
 ) -> subprocess.Popen[bytes]:
-    """Start the launcher in a session of its own; its log and last words lie in ``scratch``."""
+    """Start the launcher in a session of its own; its log and last words lie in ``scratch``. ``more``: arguments."""
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "spec.json"
-    path.write_text(job_of(spec).to_json())
+    path.write_text(job_of(spec, name).to_json())
     command = [sys.executable, "-m", "dpo_trainer", "launch", f"--spec={path}", f"--run-dir={folder}"]
-    command += [f"--processes={processes}", f"--last-words={scratch / 'last-words.json'}"]
+    command += [f"--processes={processes}", f"--last-words={scratch / 'last-words.json'}", *more]
     variables = {**os.environ, "PYTHONPATH": ROOMS, "OMP_NUM_THREADS": "1", **(environment or {})}
     with (scratch / "log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)

@@ -4,13 +4,13 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
 	"regexp"
+	"strings"
 
 	monitoringv1 "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
 	"github.com/prometheus-operator/prometheus-operator/pkg/assets"
@@ -93,7 +93,9 @@ func run(input io.Reader, output io.Writer, namespace, version, interval string)
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(output, bytes.NewReader(config))
+	// The configuration reloader beside Prometheus fills these in.
+	filled := strings.NewReplacer("$(SHARD)", "0", "$(POD_NAME)", "scrape-config-0").Replace(string(config))
+	_, err = io.WriteString(output, filled)
 	return err
 }
 
