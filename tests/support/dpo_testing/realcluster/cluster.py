@@ -16,8 +16,9 @@ from dpo_testing.realcluster.layout import BASE_IMAGE, REPOSITORY, Layout
 from dpo_testing.realcluster.steps import Steps
 from dpo_testing.s3server import tool
 
-OPERATOR_IMAGE = f"localhost/dpo-operator:{VERSION}"
-TRAINER_IMAGE = f"localhost/dpo-trainer:{VERSION}-cpu"
+OPERATOR_IMAGE = os.environ.get("E2E_OPERATOR_IMAGE") or f"localhost/dpo-operator:{VERSION}"
+TRAINER_IMAGE = os.environ.get("E2E_TRAINER_IMAGE") or f"localhost/dpo-trainer:{VERSION}-cpu"
+_PROXY_PORT = 8901
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,24 @@ class Cluster:
 
     layout: Layout
     steps: Steps
+    given: Path | None = None
+    """The kubeconfig of somebody else's cluster; None: the cluster is this machine."""
+
+    @property
+    def kubeconfig(self) -> Path:
+        """The administrator's."""
+        return self.given or self.layout.admin
 
     @functools.cached_property
     def api(self) -> Api:
         """A client with every right."""
-        return plane.admin(self.layout)
+        return plane.admin(self.layout) if self.given is None else Api(f"http://127.0.0.1:{_PROXY_PORT}")
 
     def run(self, program: str, *words: str, stdin: str | None = None, check: bool = True, seconds: float = 180) -> str:
         """Run kubectl or helm as administrator; return what it printed."""
         folder = self.layout.run / "home"
         done = subprocess.run(
-            [str(tool(program)), f"--kubeconfig={self.layout.admin}", *words],
+            [str(tool(program)), f"--kubeconfig={self.kubeconfig}", *words],
             input=stdin, capture_output=True, text=True, check=False, timeout=seconds,
             env={**os.environ, "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache")},
         )  # fmt: skip
@@ -79,6 +87,18 @@ def up(layout: Layout) -> Cluster:
         objectstore.start(layout)
     with steps.step("training-operator"):
         trainingoperator.install(cluster)
+    return cluster
+
+
+def existing(kubeconfig: Path) -> Cluster:
+    """Return somebody else's cluster, reached through `kubectl proxy`, whatever its kubeconfig's way to log in is."""
+    layout = Layout.default()
+    layout.make()
+    steps = Steps(layout.run / "times.jsonl")
+    cluster = Cluster(layout, steps, kubeconfig)
+    words = [str(tool("kubectl")), f"--kubeconfig={kubeconfig}", "proxy", f"--port={_PROXY_PORT}"]
+    daemons.start(layout, "kubectl-proxy", words)
+    daemons.wait_until(layout, "kubectl-proxy", lambda: bool(cluster.api.call("GET", "/version", timeout=2.0)))
     return cluster
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from urllib3.exceptions import HTTPError
 
 from dpo_api.progress import Progress
 from dpo_cli.metrics_log import attempt_of, merge, parse_events
 from dpo_testing.jobs import Jobs
-from dpo_testing.kubeapi import ApiError, Object, eventually
+from dpo_testing.kubeapi import ApiError, Object, eventually, path_of
 from dpo_testing.realcluster.cluster import Cluster
 from dpo_testing.realcluster.layout import REPOSITORY
 from dpo_testing.realcluster.node import ctr
-from dpo_testing.realcluster.objectstore import ENDPOINT, server
+from dpo_testing.realcluster.objectstore import server
 
 BUCKET = "quickstart"
 SECRET = "s3-credentials"
@@ -40,13 +40,13 @@ def namespace(cluster: Cluster, name: str) -> Jobs:
     return Jobs(cluster.api, name)
 
 
-def quickstart(name: str, *, training: Object | None = None, every_steps: int = 20) -> Object:
+def quickstart(cluster: Cluster, name: str, *, training: Object | None = None, every_steps: int = 20) -> Object:
     """Return the quickstart's manifest for this cluster: two nodes of two processes, its S3 server, a random user."""
     body: Object = yaml.safe_load((REPOSITORY / "examples" / "quickstart.yaml").read_text())
     body["metadata"]["name"] = name
     spec = body["spec"]
     spec["resources"] = {"nodes": 2, "gpusPerNode": 0, "processesPerNode": 2}
-    spec["storage"] = {"endpoint": ENDPOINT, "credentialsSecretRef": {"name": SECRET}}
+    spec["storage"] = {"endpoint": server(cluster.layout).endpoint, "credentialsSecretRef": {"name": SECRET}}
     spec["checkpoint"] |= {"uri": f"s3://{BUCKET}/runs/{name}/", "everySteps": every_steps, "gracePeriodSeconds": 60}
     security = {"runAsUser": RANDOM_UID, "runAsGroup": 0, "fsGroup": RANDOM_UID}
     spec["podTemplate"] = {"security": security, "env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}
@@ -68,12 +68,10 @@ class Run:
 
     def progress(self, attempt: int) -> Progress | None:
         """Return what rank 0 says now; None while it does not answer."""
+        pod = path_of(("v1", "pods"), self.jobs.namespace, f"{self.pod(attempt)}:{TRAINER_PORT}", "proxy/status")
         try:
-            address = self.cluster.api.get(("v1", "pods"), self.jobs.namespace, self.pod(attempt))["status"]["podIP"]
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"http://{address}:{TRAINER_PORT}/status", timeout=2) as answer:
-                return Progress.from_json(answer.read())
-        except (ApiError, KeyError, OSError, ValueError):
+            return Progress.model_validate(self.cluster.api.call("GET", pod, timeout=2.0))
+        except (ApiError, HTTPError, ValueError):
             return None
 
     def wait_step(self, attempt: int, reached: Callable[[Progress], bool], seconds: float = 180) -> Progress:
