@@ -10,6 +10,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -28,8 +29,17 @@ QUICK = (
 class OperatorProcess:
     """``dpo-operator`` against one kubeconfig. A context manager."""
 
-    def __init__(self, kubeconfig: Path, *flags: str, namespaces: str = "") -> None:
-        """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all."""
+    def __init__(
+        self,
+        kubeconfig: Path,
+        *flags: str,
+        namespaces: str = "",
+        environment: Mapping[str, str] | None = None,
+        repository: Path = _REPOSITORY,
+    ) -> None:
+        """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all. ``repository``: of its code."""
+        self._environment = dict(environment or {})
+        self._rooms = [str(repository / room) for room in ("crds", "operator")]
         self.port = stable_port()
         self._log = Path(tempfile.mkstemp(prefix="dpo-operator-", suffix=".log")[1])
         self._command = [
@@ -54,9 +64,8 @@ class OperatorProcess:
 
     def start(self) -> None:
         """Start the process; its log goes on where that of the last one ended."""
-        rooms = [str(_REPOSITORY / room) for room in ("crds", "operator")]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DPO_OPERATOR_")}
-        environment["PYTHONPATH"] = os.pathsep.join(rooms)
+        environment |= {"PYTHONPATH": os.pathsep.join(self._rooms), **self._environment}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=environment, start_new_session=True
