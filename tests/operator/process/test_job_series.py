@@ -1,0 +1,152 @@
+"""What the operator tells Prometheus of DPOJobs: made of their statuses alone, whatever they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from prometheus_client.core import Metric
+
+from dpo_api.metrics import OPERATOR
+from dpo_operator import clock
+from dpo_operator.process import jobseries
+from dpo_operator.process.metrics import Metrics
+
+NOW = clock.to_moment("2026-01-01T12:00:00Z")
+
+Object = dict[str, Any]
+
+
+def job(name: str = "j", namespace: str = "a", *, nodes: Any = 2, gpus: Any = 4, **status: Any) -> Object:
+    return {
+        "metadata": {"namespace": namespace, "name": name, "creationTimestamp": "2026-01-01T10:00:00Z"},
+        "spec": {"resources": {"nodes": nodes, "gpusPerNode": gpus}},
+        "status": status,
+    }
+
+
+def attempt(number: int, **times: str) -> Object:
+    return {"number": number, "child": f"j-{number}"} | {
+        name: f"2026-01-01T{value}:00Z" for name, value in times.items()
+    }
+
+
+def values(families: Any) -> dict[tuple[str, ...], float]:
+    """By name and labels' values, in the order of the table."""
+    found: dict[tuple[str, ...], float] = {}
+    for family in families:
+        assert isinstance(family, Metric)
+        for sample in family.samples:
+            found[(sample.name, *sample.labels.values())] = sample.value
+    return found
+
+
+def of(item: Object) -> dict[tuple[str, ...], float]:
+    return values(jobseries.of_jobs([item], NOW))
+
+
+def test_gpu_time_counts_every_attempt_from_when_it_ran() -> None:
+    status = {
+        "attempt": 3,
+        "attempts": [
+            attempt(1, startTime="10:00", runningTime="10:10", endTime="10:40"),
+            attempt(2, startTime="10:41", endTime="10:45"),  # its pods never ran
+            attempt(3, startTime="11:00", runningTime="11:30"),
+        ],
+    }
+    found = of(job(**status))
+    assert found["dpo_job_gpu_seconds_total", "a", "j"] == 8 * (30 + 30) * 60
+    assert found["dpo_job_queue_seconds", "a", "j"] == 30 * 60
+    assert found["dpo_job_attempt", "a", "j"] == 3
+
+
+@pytest.mark.parametrize(
+    ("times", "minutes"),
+    [({"startTime": "11:15"}, 45), ({"startTime": "11:15", "endTime": "11:20"}, 5)],
+    ids=["still waiting", "ended before it ran"],
+)
+def test_queue_time_grows_until_the_attempt_runs_or_ends(times: dict[str, str], minutes: int) -> None:
+    assert of(job(attempts=[attempt(1, **times)]))["dpo_job_queue_seconds", "a", "j"] == minutes * 60
+
+
+def test_a_condition_that_is_unknown_has_no_value() -> None:
+    conditions = [
+        {"type": "Finite", "status": "True"},
+        {"type": "Learning", "status": "Unknown"},
+        {"type": "TrainingStalled", "status": "False"},
+        {"type": "Accepted", "status": "True"},
+    ]
+    found = {key[3]: value for key, value in of(job(conditions=conditions)).items() if key[0] == "dpo_job_condition"}
+    assert found == {"Finite": 1, "TrainingStalled": 0}
+
+
+def test_figures_are_validation_s_where_there_is_validation_and_outlive_the_run() -> None:
+    item = job(
+        state="Succeeded",
+        progress={"phase": "train", "step": 7, "metrics": {"train/acc": 0.5, "train/loss": 0.6, "val/acc": 0.7}},
+        finalMetrics={"val/acc": 0.8, "val/loss": 0.3, "val/rewards_margin": 1.5},
+    )
+    found = of(item)
+    assert found["dpo_job_state", "a", "j", "Succeeded"] == 1
+    assert found["dpo_job_step", "a", "j"] == 7
+    assert found["dpo_job_accuracy_ratio", "a", "j"] == 0.8
+    assert found["dpo_job_loss", "a", "j"] == 0.3
+    assert found["dpo_job_reward_margin", "a", "j"] == 1.5
+
+
+def test_jobs_and_gpus_are_counted_by_namespace() -> None:
+    running = [attempt(1, startTime="10:00", runningTime="10:10")]
+    over = [attempt(1, startTime="10:00", runningTime="10:10", endTime="10:30")]
+    jobs = [
+        job("j1", state="Running", attempts=running),
+        job("j2", state="Running", attempts=running, nodes=1, gpus=1),
+        job("j3", state="Succeeded", attempts=over),
+        job("j4", "b"),
+    ]
+    found = values(jobseries.of_fleet(jobs))
+    assert found["dpo_operator_jobs", "a", "Running"] == 2
+    assert found["dpo_operator_jobs", "a", "Failed"] == 0
+    assert found["dpo_operator_jobs", "b", "Pending"] == 1
+    assert found["dpo_operator_gpus", "a"] == 9
+    assert found["dpo_operator_gpus", "b"] == 0
+
+
+@pytest.mark.parametrize("resources", [None, 3, {}, {"nodes": "two", "gpusPerNode": 8}, {"gpusPerNode": None}])
+def test_a_spec_that_was_refused_may_hold_anything(resources: object) -> None:
+    item = {**job(state="Rejected"), "spec": {"resources": resources}}
+    assert of(item)["dpo_job_gpu_seconds_total", "a", "j"] == 0
+    assert values(jobseries.of_fleet([item]))["dpo_operator_gpus", "a"] == 0
+    assert of({"metadata": item["metadata"]})["dpo_job_state", "a", "j", "Pending"] == 1
+
+
+def test_names_kinds_and_labels_are_the_table_s() -> None:
+    status = {
+        "state": "Running",
+        "attempt": 1,
+        "attempts": [attempt(1, startTime="10:00", runningTime="10:10")],
+        "conditions": [{"type": "Finite", "status": "True"}],
+        "progress": {"step": 1, "metrics": {"train/acc": 1.0, "train/loss": 0.1, "train/rewards_margin": 0.2}},
+    }
+    metrics = Metrics(lambda: [job(**status)], dict, job_limit=10)
+    metrics.error("500")
+    table = {item.name: item for item in OPERATOR}
+    for family in metrics.registry.collect():
+        for sample in family.samples:
+            base = sample.name if sample.name in table else family.name
+            line = table[base]
+            assert set(sample.labels) - {"le"} == set(line.labels), sample
+            assert family.type == {"info": "info"}.get(family.type, line.kind) or family.name == "dpo_operator"
+
+
+def test_only_the_newest_jobs_have_series_of_their_own() -> None:
+    old, new = job("old"), job("new")
+    new["metadata"]["creationTimestamp"] = "2026-01-01T11:00:00Z"
+    text = Metrics(lambda: [old, new], dict, job_limit=1).text().decode()
+    assert 'dpo_job_state{dpojob="new"' in text
+    assert 'dpojob="old"' not in text
+    assert 'dpo_operator_jobs{namespace="a",state="Pending"} 2.0' in text
+
+
+def test_failed_passes_are_counted_from_zero() -> None:
+    text = Metrics(list, dict, job_limit=1).text().decode()
+    assert 'dpo_operator_reconcile_errors_total{cause="exception"} 0.0' in text
