@@ -35,7 +35,8 @@ def cluster() -> real.Cluster:
     why = machine.unsuitable()
     if why is not None:
         pytest.skip(f"no real cluster here: {why}")
-    found = real.up(Layout.default())
+    layout = Layout.default()
+    found = real.attached(layout) or real.up(layout)
     forget(found)
     return found
 

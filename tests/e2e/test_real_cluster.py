@@ -104,7 +104,7 @@ def test_a_job_aligns_the_model_under_a_random_user(cluster: Cluster, jobs: Jobs
     model, facts = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not facts["missing_keys"]
     assert not facts["unexpected_keys"]
-    assert model.num_parameters() > 1_000_000
+    assert model.num_parameters() > 900_000
 
 
 def survive(

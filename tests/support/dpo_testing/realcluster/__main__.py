@@ -23,6 +23,7 @@ def main() -> int:
         return 0 if why is None else 3
     if what == "up":
         print("cluster up", flush=True)
+        (layout.run / "times.jsonl").unlink(missing_ok=True)
         try:
             cluster.up(layout)
         except machine.UnsuitableError as error:

@@ -90,6 +90,12 @@ def up(layout: Layout) -> Cluster:
     return cluster
 
 
+def attached(layout: Layout) -> Cluster | None:
+    """Return the cluster that is up, as it is; None when there is none."""
+    up = all(daemons.running(layout, name) for name in ("kubelet", "kube-apiserver", "versitygw", "containerd"))
+    return Cluster(layout, Steps(layout.run / "times.jsonl")) if up else None
+
+
 def existing(kubeconfig: Path) -> Cluster:
     """Return somebody else's cluster, reached through `kubectl proxy`, whatever its kubeconfig's way to log in is."""
     layout = Layout.default()
