@@ -241,7 +241,7 @@ DATA = Row(
     (
         Panel(
             "Age of the checkpoint",
-            "Time since the newest complete checkpoint of this attempt. A saw-tooth: its height is what a lost node costs.",
+            "Time since the attempt's newest complete checkpoint. A saw-tooth: its height is what a lost node costs.",
             "s",
             (Query(f"time() - {run('dpo_checkpoint_last_success_timestamp_seconds')}", WHO),),
             lowest=0,
