@@ -32,6 +32,7 @@ from dpo_operator.config import Settings
 from dpo_operator.process.client import Client
 from dpo_operator.process.options import Options
 from dpo_operator.process.resources import CHILDREN, JOBS, PODS
+from dpo_operator.process.scraper import pace
 from dpo_testing.controlplane import ControlPlane, pytorchjob_crd
 from dpo_testing.fakekubelet import PORT, last_words, now
 from dpo_testing.jobs import manifest
@@ -253,7 +254,8 @@ async def bench(options: argparse.Namespace, plane: ControlPlane) -> dict[str, f
         await until(
             lambda: operator.metric(f'dpo_operator_jobs{{namespace="{NAMESPACE}",state="Running"}}') >= options.jobs
         )
-        await asyncio.sleep(Options().scrape_seconds + 5.0)  # each trainer has been asked once
+        # Each trainer has been asked once.
+        await asyncio.sleep(1.2 * pace(Options().scrape_seconds, options.jobs) + 5.0)
         cpu, begin, before = cpu_seconds(operator.pid), time.monotonic(), await versions(client)
         await asyncio.sleep(options.idle)
         seconds = time.monotonic() - begin

@@ -35,7 +35,7 @@ class Options:
     workers: int = 32
     """DPOJobs that are reconciled at the same time; they mostly wait for the API server."""
     scrape_by: ScrapeBy = "auto"
-    scrape_seconds: float = 60.0
+    scrape_seconds: float = 30.0
     """Between two looks at a trainer; mere progress is written once a minute at most."""
     relist_seconds: float = 300.0
     """Between two comparisons of the caches with the cluster."""
@@ -106,7 +106,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "scrape-by", d.scrape_by, choices=("auto", "pod-ip", "api-proxy", "off"),
         text="how to reach a trainer's /status; auto: pod-ip in the cluster, api-proxy outside; default %(default)s",
     )  # fmt: skip
-    flag("scrape-seconds", d.scrape_seconds, "between two looks at a trainer; default %(default)s", type=float)
+    flag(
+        "scrape-seconds",
+        d.scrape_seconds,
+        "between two looks at a trainer, unless many run; default %(default)s",
+        type=float,
+    )
     flag("relist-seconds", d.relist_seconds, "between two checks of the watches; default %(default)s", type=float)
     flag("dead-watch-seconds", d.dead_watch_seconds, "silence that makes a watch dead; default %(default)s", type=float)
     flag("resync-seconds", s.resync_seconds, "between two passes over a quiet DPOJob; default %(default)s", type=float)

@@ -27,7 +27,15 @@ MAX_HEAD_BYTES = 16 * 1024
 SECONDS = 2.0
 """An answer takes no longer than this, from connecting to its last byte."""
 
+QUESTIONS_PER_SECOND = 8.0
+"""All jobs together are asked no more often: a thousand jobs must not cost more than a few hundredths of a core."""
+
 _log = logging.getLogger(__name__)
+
+
+def pace(interval: float, jobs: int) -> float:
+    """Return the seconds between two questions to one of ``jobs`` trainers: ``interval``, or more for many of them."""
+    return max(interval, jobs / QUESTIONS_PER_SECOND)
 
 
 class Scraper:
@@ -43,7 +51,7 @@ class Scraper:
         write_interval: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``interval``: seconds between two questions. ``write_interval``: between two passes for mere progress."""
+        """``interval``: seconds between two questions (``pace``). ``write_interval``: between passes for mere progress."""
         self._client = client
         self._way = way
         self._news = news
@@ -89,7 +97,7 @@ class Scraper:
 
     async def _follow(self, key: Key, target: ScrapeTarget, known: bool) -> None:
         if known:
-            await asyncio.sleep(random.uniform(0.0, self._interval))
+            await asyncio.sleep(random.uniform(0.0, pace(self._interval, len(self._tasks))))
         told: Scrape | None = None
         told_at = float("-inf")
         while True:
@@ -102,7 +110,7 @@ class Scraper:
                 told, told_at = answer, now
                 self._news(key)
             # Jobs that started together are not asked together for ever.
-            await asyncio.sleep(self._interval * random.uniform(0.8, 1.2))
+            await asyncio.sleep(pace(self._interval, len(self._tasks)) * random.uniform(0.8, 1.2))
 
     async def _ask(self, target: ScrapeTarget) -> Scrape:
         at = self._clock()

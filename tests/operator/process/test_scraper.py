@@ -9,7 +9,7 @@ import pytest
 
 from dpo_operator.process import scraper
 from dpo_operator.process.client import Client
-from dpo_operator.process.scraper import MAX_BYTES, Scraper
+from dpo_operator.process.scraper import MAX_BYTES, Scraper, pace
 from dpo_operator.types import Scrape, ScrapeTarget
 from dpo_testing.faketrainer import FakeTrainer
 
@@ -166,3 +166,8 @@ def test_a_pod_that_was_asked_before_is_not_asked_at_once(trainer: FakeTrainer, 
         return counts
 
     assert asyncio.run(scenario()) == (1, 1)
+
+
+def test_many_trainers_are_asked_less_often_each() -> None:
+    """All together are asked at most eight times a second; a few, as often as the setting says."""
+    assert [pace(30, jobs) for jobs in (1, 240, 1000)] == [30, 30, 125]
