@@ -51,7 +51,7 @@ class Scraper:
         write_interval: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``interval``: seconds between two questions (``pace``). ``write_interval``: between passes for mere progress."""
+        """``interval``: seconds between two questions (``pace``). ``write_interval``: for mere progress."""
         self._client = client
         self._way = way
         self._news = news
