@@ -1,4 +1,4 @@
-"""Every object of the chart is one that a real API server takes, with no unknown field, under restricted Pod Security."""
+"""Every object of the chart is one that a real API server takes, no unknown field, under restricted Pod Security."""
 
 from __future__ import annotations
 

@@ -116,4 +116,4 @@ def is_test(thing: Object) -> bool:
 def environment(deployment: Object) -> dict[str, str]:
     """Return the variables of the operator's container."""
     container = deployment["spec"]["template"]["spec"]["containers"][0]
-    return {variable["name"]: variable["value"] for variable in container["env"]}
+    return {variable["name"]: variable.get("value", "") for variable in container["env"]}

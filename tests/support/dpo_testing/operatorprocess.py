@@ -37,7 +37,7 @@ class OperatorProcess:
         environment: Mapping[str, str] | None = None,
         repository: Path = _REPOSITORY,
     ) -> None:
-        """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all. ``repository``: of its code."""
+        """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all. ``repository``: its code."""
         self._environment = dict(environment or {})
         self._rooms = [str(repository / room) for room in ("crds", "operator")]
         self.port = stable_port()
