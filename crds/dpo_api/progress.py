@@ -63,6 +63,9 @@ class Progress(_Message):
         default=(), description="What will probably not go as meant, a sentence each. In the events file: once."
     )
     last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
+    from_step: int | None = Field(
+        default=None, ge=0, description="Step that this attempt began at: a checkpoint's, or 0."
+    )
     observed_at: float = Field(default=0.0, ge=0, description="When this was true, Unix seconds.")
     attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
 

@@ -77,6 +77,8 @@ def apply(draft: Draft) -> None:
     draft.update(progress=current, summary=summarise(current))
     if current.step > (attempt.last_step or 0):
         draft.change_attempt(last_step=current.step)
+    if said.from_step is not None:  # until now the status held what the attempt before was known to have saved
+        draft.change_attempt(from_step=min(said.from_step, INT_MAX))
     draft.condition(ConditionType.ProgressAvailable, "True", Reason.ScrapeSucceeded, "Rank 0 answers.")
 
 

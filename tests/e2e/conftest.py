@@ -29,20 +29,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cluster() -> real.Cluster:
     given = os.environ.get("E2E_KUBECONFIG")
     if given:
-        found = real.existing(Path(given))
-        forget(found)
-        return found
+        return real.existing(Path(given))
     why = machine.unsuitable()
     if why is not None:
         pytest.skip(f"no real cluster here: {why}")
     layout = Layout.default()
-    found = real.attached(layout) or real.up(layout)
-    forget(found)
-    return found
+    return real.attached(layout) or real.up(layout)
 
 
-def forget(cluster: real.Cluster) -> None:
-    """Take away what an earlier story left in a cluster that stayed up."""
+@pytest.fixture(scope="session")
+def nothing_before(cluster: real.Cluster) -> None:
+    """Takes away what an earlier story left in a cluster that stayed up."""
     if not cluster.api.find(("v1", "namespaces"), None, release.NAMESPACE):
         return
     with cluster.steps.step("an earlier story is taken away"):

@@ -47,7 +47,7 @@ def undisturbed(cluster: Cluster, jobs: Jobs, steps: Steps, request: pytest.Fixt
         request.getfixturevalue("prometheus")
     run = Run(cluster, jobs, "calm")
     with steps.step("a run that nothing befalls"):
-        jobs.create(disturbable(cluster, "calm"))
+        run.create(disturbable(cluster, "calm"))
         assert run.wait_succeeded()["state"] == "Succeeded"
     losses = run.losses()
     assert sorted(losses) == list(range(1, STEPS + 1))
@@ -60,7 +60,7 @@ def need_own_node(cluster: Cluster) -> None:
 
 
 def test_the_stock_init_container_is_refused_and_the_status_says_why(
-    cluster: Cluster, jobs: Jobs, steps: Steps
+    nothing_before: None, cluster: Cluster, jobs: Jobs, steps: Steps
 ) -> None:
     if cluster.given is not None:
         release.install(cluster, release.values(init_container=False))
@@ -111,7 +111,7 @@ def survive(
     run: Run, steps: Steps, what: str, fault: Callable[[], Any], undisturbed: dict[int, float], *, attempts: int
 ) -> list[Object]:
     """Disturb a run after a checkpoint and before half of it; it must end as if nothing had been."""
-    run.jobs.create(disturbable(run.cluster, run.name))
+    run.create(disturbable(run.cluster, run.name))
     with steps.step(f"{what}: until the fault"):
         before = run.wait_step(1, lambda p: p.phase == "train" and (p.last_checkpoint_step or 0) >= EVERY)
     assert before.step < STEPS // 2
@@ -122,10 +122,12 @@ def survive(
         after = run.wait_step(
             attempts, lambda p: p.phase == "train" and p.step > (before.step if attempts == 1 else EVERY)
         )
-        steps.note(f"{what}: from the fault to the next step", time.monotonic() - began)
+        passed = time.monotonic() - began
+        steps.note(f"{what}: from the fault to the next step", passed)
         status = run.wait_succeeded()
     tried = status["attempts"]
-    print(f"  at step {before.step}, seen again at {after.step}; attempts: {[told(each) for each in tried]}")
+    print(f"  at step {before.step}; {passed:.1f} s from the fault to step {after.step}")
+    print(*(f"    attempt {told(each)}" for each in tried), sep="\n")
     assert status["state"] == "Succeeded", status
     assert len(tried) == attempts
     assert not [each for each in tried[1:] if not each.get("fromStep")]

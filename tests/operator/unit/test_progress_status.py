@@ -51,6 +51,15 @@ def test_progress_and_columns() -> None:
     assert cluster.attempts[0]["lastStep"] == 41
 
 
+def test_an_attempt_began_where_its_trainer_says() -> None:
+    """The operator may have missed the last checkpoint of the attempt before: its trainer loaded it and knows."""
+    cluster = running()
+    assert cluster.attempts[0]["fromStep"] == 0
+    cluster.say(step=31, from_step=30)
+    cluster.settle()
+    assert cluster.attempts[0]["fromStep"] == 30
+
+
 def test_validation_comes_before_training_in_the_columns() -> None:
     cluster = running()
     cluster.say(step=50, metrics={**FINE, "val/acc": 0.81, "val/rewards_margin": 0.9})

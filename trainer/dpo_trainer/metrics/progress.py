@@ -68,7 +68,7 @@ class ProgressTracker:
 
     def plan(self, *, step: int, total: int, epoch: float = 0.0, last_checkpoint_step: int | None = None) -> None:
         """Say where the run starts (0, or the checkpoint's step) and where it ends."""
-        self._update(step=step, total=total, epoch=epoch, last_checkpoint_step=last_checkpoint_step)
+        self._update(step=step, total=total, epoch=epoch, last_checkpoint_step=last_checkpoint_step, from_step=step)
         self._emit(always=True)
 
     def phase(self, phase: Phase, *, done: int | None = None, of: int | None = None, message: str = "") -> None:

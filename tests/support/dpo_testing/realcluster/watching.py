@@ -14,6 +14,7 @@ from dpo_api.progress import Progress
 from dpo_cli.metrics_log import attempt_of, merge, parse_events
 from dpo_testing.jobs import Jobs
 from dpo_testing.kubeapi import ApiError, Object, eventually, path_of
+from dpo_testing.realcluster import objectstore
 from dpo_testing.realcluster.cluster import Cluster
 from dpo_testing.realcluster.layout import REPOSITORY
 from dpo_testing.realcluster.node import ctr
@@ -61,6 +62,11 @@ class Run:
     cluster: Cluster
     jobs: Jobs
     name: str
+
+    def create(self, body: Object) -> None:
+        """Create the job in an empty run directory, also where an earlier story ran it."""
+        objectstore.empty(self.cluster.layout, BUCKET, f"runs/{self.name}/")
+        self.jobs.create(body)
 
     def pod(self, attempt: int, role: str = "master-0") -> str:
         """Return the name of an attempt's pod."""
