@@ -20,10 +20,12 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="write a tiny model and preferences")
     make.add_argument("folder", type=Path)
-    run = commands.add_parser("run", help="run a DPOJob to its end")
-    run.add_argument("--file", type=Path, required=True, help="manifest of the DPOJob")
-    run.add_argument("--namespace", required=True)
-    run.add_argument("--seconds", type=float, default=600.0, help="when to give up; default %(default)s")
+    for name, text in (("run", "run a DPOJob to its end"), ("clear", "delete the DPOJob that a failed trial has left")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--file", type=Path, required=True, help="manifest of the DPOJob")
+        command.add_argument("--namespace", required=True)
+        command.add_argument("--claim", default="", help="with run: delete this PersistentVolumeClaim after a success")
+        command.add_argument("--seconds", type=float, default=600.0, help="when to give up; default %(default)s")
     arguments = parser.parse_args()
     try:
         if arguments.command == "make":
@@ -32,19 +34,25 @@ def main() -> int:
                 f"{arguments.folder}: a model of {made['parameters']} parameters, {made['train']} pairs to learn from"
             )
         else:
-            asyncio.run(_run(arguments.file, arguments.namespace, arguments.seconds))
+            asyncio.run(_with_cluster(arguments))
     except (job.TrialError, LoginError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-async def _run(file: Path, namespace: str, seconds: float) -> None:
+async def _with_cluster(arguments: argparse.Namespace) -> None:
     # A run directory of its own: a former trial's would be finished already.
-    manifest = yaml.safe_load(file.read_text(encoding="utf-8").replace("@TIME@", str(int(time.time()))))
+    manifest = yaml.safe_load(arguments.file.read_text(encoding="utf-8").replace("@TIME@", str(int(time.time()))))
     client = Client(connection, user_agent=f"dpo-trial/{VERSION}")
     try:
-        status = await job.run(client, namespace, manifest, seconds=seconds, tell=lambda text: print(text, flush=True))
+        if arguments.command == "clear":
+            await job.clear(client, arguments.namespace, manifest["metadata"]["name"], seconds=arguments.seconds)
+            return
+        status = await job.run(
+            client, arguments.namespace, manifest, seconds=arguments.seconds, claim=arguments.claim,
+            tell=lambda text: print(text, flush=True),
+        )  # fmt: skip
     finally:
         await client.close()
     metrics = ", ".join(f"{name} {value:.3f}" for name, value in sorted((status.get("finalMetrics") or {}).items()))

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_operator.process.client import ApiError, Client, Unreachable
-from dpo_operator.process.resources import JOBS
+from dpo_operator.process.resources import JOBS, Resource
 
+CLAIMS = Resource("", "v1", "persistentvolumeclaims")
 LOOK_SECONDS = 1.0
 
 
@@ -24,19 +25,23 @@ async def run(
     *,
     seconds: float,
     tell: Callable[[str], None],
+    claim: str = "",
 ) -> dict[str, Any]:
-    """Create a DPOJob anew, follow it to its end, and delete it. Returns its last status.
+    """Create a DPOJob anew, follow it to its end, and delete it and ``claim``. Returns its last status.
 
     A job that does not succeed is left for people to look at, and TrialError says why; the next trial deletes it.
     """
     name = str(manifest["metadata"]["name"])
     deadline = time.monotonic() + seconds
-    await _delete(client, namespace, name, deadline)
+    await clear(client, namespace, name, seconds=seconds)
     created = await _ask(client.create(JOBS, namespace, dict(manifest)), f"DPOJob {namespace}/{name} cannot be created")
     uid = str(created["metadata"]["uid"])
     tell(f"DPOJob {namespace}/{name} is created")
     status = await _follow(client, namespace, name, uid, deadline, tell)
     await _ask(client.delete(JOBS, namespace, name, uid), f"DPOJob {namespace}/{name} cannot be deleted")
+    if claim:
+        path = CLAIMS.path(namespace, claim)
+        await _ask(client.request("DELETE", path), f"PersistentVolumeClaim {namespace}/{claim} cannot be deleted")
     return status
 
 
@@ -70,8 +75,9 @@ async def _follow(
         await asyncio.sleep(LOOK_SECONDS)
 
 
-async def _delete(client: Client, namespace: str, name: str, deadline: float) -> None:
+async def clear(client: Client, namespace: str, name: str, *, seconds: float) -> None:
     """Delete a former trial's job and wait until it is gone."""
+    deadline = time.monotonic() + seconds
     refused = f"DPOJobs of {namespace} cannot be read"
     while (job := await _ask(client.find(JOBS, namespace, name), refused)) is not None:
         if not job["metadata"].get("deletionTimestamp"):

@@ -45,6 +45,7 @@ INIT_CONTAINER = """\
 _CONTROLLERS = (
     "garbage-collector-controller",
     "namespace-controller",
+    "persistentvolumeclaim-protection-controller",
     "serviceaccount-controller",
     "serviceaccount-token-controller",
 )

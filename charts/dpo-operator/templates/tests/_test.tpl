@@ -11,6 +11,11 @@
 {{- default (include "dpo.test.name" .) .Values.test.storage.claim -}}
 {{- end -}}
 
+{{- /* Whether the test makes its own claim: "true" or nothing. */ -}}
+{{- define "dpo.test.ownClaim" -}}
+{{- if and (include "dpo.test.ownData" .) (not .Values.test.storage.claim) }}true{{ end -}}
+{{- end -}}
+
 {{- /* Whether the test makes its own model and data: "true" or nothing. */ -}}
 {{- define "dpo.test.ownData" -}}
 {{- if not (or (hasKey .Values.test.spec "model") (hasKey .Values.test.spec "data")) }}true{{ end -}}
