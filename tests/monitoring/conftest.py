@@ -97,7 +97,7 @@ def _config(plane: ControlPlane, operator: OperatorProcess, gpus: list[DcgmExpor
     return config
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
     with contextlib.ExitStack() as stack:
