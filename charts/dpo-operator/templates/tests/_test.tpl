@@ -42,7 +42,7 @@ model:
     uri: pvc://{{ $claim }}/model/
 training:
   globalBatchSize: 12
-  epochs: 5
+  epochs: 3
   learningRate: 1.0e-3
   precision: fp32
   schedule: {warmupSteps: 1}

@@ -1,0 +1,55 @@
+"""What `helm test` trains: the chart's own manifest, on the world that the operator makes, by the real trainer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpo_api.manifest import parse_job
+from dpo_api.validation import check
+from dpo_testing.chart import RELEASE, pick, render
+from dpo_testing.command import Command
+from dpo_testing.kubeapi import Object
+
+
+def job(home: Path, **test: object) -> Object:
+    """Return the DPOJob of a release's test."""
+    config = pick(render({"test": test}, home=home), "ConfigMap", "-test")
+    found: Object = yaml.safe_load(config["data"]["job.yaml"].replace("@TIME@", "1"))
+    return found
+
+
+def test_the_manifest_is_possible_on_a_cluster(home: Path) -> None:
+    found = check(parse_job(job(home)).spec, on_cluster=True)
+    # Random weights learn nothing in nine steps at a rate that suits a language model.
+    assert [(finding.level, finding.field) for finding in found] == [("warning", "spec.training.learningRate")]
+
+
+def test_a_spec_of_ones_own_is_laid_over_it(home: Path) -> None:
+    spec = job(home, spec={"image": "i:1", "resources": {"cpu": "2"}}, storage={"claim": "mine"})["spec"]
+    assert (spec["image"], spec["resources"]["cpu"], spec["resources"]["memory"]) == ("i:1", "2", "2Gi")
+    assert spec["model"]["huggingFace"]["uri"] == "pvc://mine/model/"
+    own = {"model": {"huggingFace": {"uri": "s3://m/"}}, "data": {"train": [{"uri": "s3://d"}]}}
+    objects = render({"test": {"spec": {**own, "checkpoint": {"uri": "s3://r/"}}}}, home=home)
+    assert not [o for o in objects if o["kind"] == "PersistentVolumeClaim" or o["metadata"]["name"].endswith("-data")]
+    given = yaml.safe_load(pick(objects, "ConfigMap", "-test")["data"]["job.yaml"])["spec"]
+    assert {key: given[key] for key in own} == own
+
+
+@pytest.mark.slow
+def test_it_learns_what_the_data_says(home: Path, tmp_path: Path) -> None:
+    claim = tmp_path / "claims" / f"{RELEASE}-test"
+    words = pick(render(home=home), "Pod", "-data")["spec"]["containers"][0]["command"]
+    assert words[-1] == "/data"
+    made = subprocess.run([sys.executable, *words[1:-1], str(claim)], capture_output=True, text=True, check=False)
+    assert (made.returncode, made.stderr) == (0, "")
+    manifest = tmp_path / "job.yaml"
+    manifest.write_text(yaml.safe_dump(job(home)))
+    said = Command(tmp_path)("run", "-f", str(manifest), DPO_PVC_ROOT=str(tmp_path / "claims"))
+    assert said.code == 0, said.all
+    assert "accuracy 100.0%" in said.all
+    assert (claim / "runs" / "1" / "model" / "model.safetensors").exists()
