@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from dpo_testing.chart import COMBINATIONS, NAMESPACE, REPOSITORY, pick, render
+from dpo_testing.chart import CHART, COMBINATIONS, NAMESPACE, REPOSITORY, pick, render
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.kubeapi import ApiError, Object, eventually, path_of
 from dpo_testing.s3server import ToolMissingError, tool
@@ -30,12 +32,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(cluster: ControlPlane) -> ControlPlane:
     """The cluster with the namespaces that the combinations name and the kinds of Prometheus' operator."""
-    folder = REPOSITORY / "hack" / "tools" / "prometheus-operator"
-    listed = subprocess.run(
-        ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", "github.com/prometheus-operator/prometheus-operator"],
-        cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    definitions = Path(listed.stdout.strip()) / "example" / "prometheus-operator-crd"
+    module = module_of("prometheus-operator", "github.com/prometheus-operator/prometheus-operator")
+    definitions = module / "example" / "prometheus-operator-crd"
     for plural in MONITORS:
         cluster.install_crd(definitions / f"monitoring.coreos.com_{plural}.yaml")
     for name in (NAMESPACE, "team-a", "team-b", "monitoring"):
@@ -43,6 +41,15 @@ def prepared(cluster: ControlPlane) -> ControlPlane:
         cluster.admin.apply(("v1", "namespaces"), None, body)
         eventually(lambda name=name: cluster.admin.find(("v1", "serviceaccounts"), name, "default"))  # type: ignore[misc]
     return cluster
+
+
+def module_of(tool_name: str, path: str) -> Path:
+    """Return the folder of a Go module, of the version that a tool pins."""
+    listed = subprocess.run(
+        ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", path],
+        cwd=REPOSITORY / "hack" / "tools" / tool_name, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return Path(listed.stdout.strip())
 
 
 def resource_of(cluster: ControlPlane, thing: Object) -> tuple[tuple[str, str], str | None]:
@@ -104,3 +111,23 @@ def test_a_pod_that_may_be_root_is_refused(prepared: ControlPlane, home: Path) -
     del pod["spec"]["containers"][0]["securityContext"]
     with pytest.raises(ApiError, match="violates PodSecurity"):
         dry_run(prepared, pod)
+
+
+def test_the_readmes_patch_mounts_the_template_into_training_operator(
+    prepared: ControlPlane, home: Path, namespace: str
+) -> None:
+    readme = (CHART / "README.md").read_text()
+    found = re.search(r"patch deployment training-operator --type=strategic -p '(.*?)'\n", readme, re.DOTALL)
+    assert found is not None
+    module = module_of("training-operator", "github.com/kubeflow/training-operator")
+    deployment = module / "manifests" / "base" / "deployment.yaml"
+    prepared.kubectl("apply", "-n", namespace, "-f", str(deployment))
+    patch = ("patch", "deployment", "training-operator", "-n", namespace, "--type=strategic", "-p", found[1])
+    made = json.loads(prepared.kubectl(*patch, "--dry-run=server", "-o", "json").stdout)["spec"]["template"]["spec"]
+    (container,) = made["containers"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {"/tmp/k8s-webhook-server/serving-certs", "/etc/config"}
+    volumes = {volume["name"]: volume for volume in made["volumes"]}
+    template = pick(render(COMBINATIONS["everything"], home=home), "ConfigMap", "training-operator-init-container")
+    assert volumes[mounts["/etc/config"]]["configMap"]["name"] == template["metadata"]["name"]
+    assert container["command"] == ["/manager"]
