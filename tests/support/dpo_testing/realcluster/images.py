@@ -96,13 +96,22 @@ def build(
 
 
 def make_room(layout: Layout, image: str) -> None:
-    """Drop an older trainer's image and all build steps where the disk would not hold a second one beside it."""
+    """Drop an older trainer's image and all build steps where the disk would not hold a second one beside it.
+
+    Only where the layer of dependencies will be another one: a change of code needs no room.
+    """
+    digest = hashlib.sha256(base.fingerprint(layout).encode())
+    for name in ("constraints.txt", "pyproject.toml", "hack/image/requirements.py", "Dockerfile.trainer"):
+        digest.update((REPOSITORY / name).read_bytes())
+    if _built(layout, image, digest.hexdigest()):
+        return
     if shutil.disk_usage(layout.cache).free < _ROOM_BYTES:
         _buildctl(layout, "prune", "--all", seconds=300)
         ctr(layout, "images", "rm", "--sync", image)
     free = shutil.disk_usage(layout.cache).free
     if free < _ROOM_BYTES:
         print(f"(only {free / 1e9:.0f} GB free below {layout.cache}; the trainer's image takes 17 to build) ", end="")
+    _mark(layout, image, digest.hexdigest())
 
 
 def prune(layout: Layout) -> None:

@@ -137,7 +137,9 @@ def _kubelet(layout: Layout) -> dict[str, object]:
         "podLogsDir": f"{layout.run}/podlogs", "volumePluginDir": f"{layout.run}/kubelet-plugins",
         # A local image that is collected can't be pulled again.
         "imageGCHighThresholdPercent": 100, "imageGCLowThresholdPercent": 99,
-        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+        # A full disk of this machine must not cost the node its images either: 0 % means never.
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "0%", "imagefs.available": "0%",
+                         "nodefs.inodesFree": "0%", "imagefs.inodesFree": "0%"},
         "makeIPTablesUtilChains": False, "serializeImagePulls": False,
     }  # fmt: skip
 
