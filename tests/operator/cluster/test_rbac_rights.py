@@ -213,7 +213,13 @@ def _event(name: str, namespace: str) -> Object:
 
 async def lists(stage: Stage, resource: Resource) -> None:
     """The comparison that fills the caches and finds dead watches."""
-    watchdog = Watchdog(stage.client, stage.cache, [stage.jobs.namespace], lambda _: None, interval=60, dead_after=60)
+
+    async def revive(reason: str) -> None:
+        raise AssertionError(reason)  # there are no watches here
+
+    watchdog = Watchdog(
+        stage.client, stage.cache, [stage.jobs.namespace], lambda _: None, revive, interval=60, dead_after=60
+    )
     watchdog.resources = (resource,)
     await watchdog.compare()
 
