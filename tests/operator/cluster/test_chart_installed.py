@@ -209,7 +209,7 @@ def test_helm_test_fails_with_a_reason_and_passes_once_it_is_gone(release: Relea
     release.upgrade(test={"spec": {"runPolicy": {"maxRestarts": 0}}})
     api, play = release.cluster.admin, Play(release, kubelet)
     with release.operator(), ThreadPoolExecutor(1) as pool:
-        tested = pool.submit(release.helm, "test", RELEASE, "--timeout=120s")
+        tested = pool.submit(release.helm, "test", RELEASE, "--timeout=300s")
         reporter = play.clear_and_make()
         words, variables = play.command(reporter)
         with subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as trial:
@@ -223,7 +223,7 @@ def test_helm_test_fails_with_a_reason_and_passes_once_it_is_gone(release: Relea
             tested.result()
         assert api.find(DPOJOBS, release.served, play.name) is not None, "it is left to be looked at"
 
-        tested = pool.submit(release.helm, "test", RELEASE, "--timeout=120s")
+        tested = pool.submit(release.helm, "test", RELEASE, "--timeout=300s")
         reporter = play.clear_and_make()
         words, variables = play.command(reporter)
         with subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as trial:
@@ -243,7 +243,7 @@ def test_helm_test_tells_of_a_spec_that_cannot_run(release: Release, kubelet: Fa
     release.upgrade(test={"spec": {"parallelism": {"tensor": 2}}})
     play = Play(release, kubelet)
     with release.operator(), ThreadPoolExecutor(1) as pool:
-        tested = pool.submit(release.helm, "test", RELEASE, "--timeout=120s")
+        tested = pool.submit(release.helm, "test", RELEASE, "--timeout=300s")
         reporter = play.clear_and_make()
         words, variables = play.command(reporter)
         done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False, timeout=240)
