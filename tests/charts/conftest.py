@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo_testing.s3server import ToolMissingError, tool
+from dpo_testing.s3server import need
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder for Helm."""
-    try:
-        tool("helm")
-    except ToolMissingError as error:
-        pytest.skip(str(error))
+    need("helm")
     return tmp_path_factory.mktemp("helm")

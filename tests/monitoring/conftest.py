@@ -23,7 +23,7 @@ from dpo_testing.jobs import Jobs, manifest
 from dpo_testing.kubeapi import Object
 from dpo_testing.operatorprocess import OperatorProcess
 from dpo_testing.prometheusserver import Config, PrometheusServer, pin_operator, rendered, scrape_config
-from dpo_testing.s3server import ToolMissingError, tool
+from dpo_testing.s3server import need
 from dpo_testing.training_world import make, merged, preferences
 
 TOOLS = ("prometheus", "promtool", "scrape-config", "helm", "kube-apiserver")
@@ -32,11 +32,7 @@ TOOLS = ("prometheus", "promtool", "scrape-config", "helm", "kube-apiserver")
 @pytest.fixture(scope="session")
 def tools() -> None:
     """What these tests run, built if Go is here."""
-    try:
-        for name in TOOLS:
-            tool(name)
-    except ToolMissingError as error:
-        pytest.skip(str(error))
+    need(*TOOLS)
 
 
 @dataclass(frozen=True)

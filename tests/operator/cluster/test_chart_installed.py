@@ -26,7 +26,7 @@ from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
 from dpo_testing.kubeapi import DPOJOBS, PODS, Object, eventually, path_of
 from dpo_testing.operatorprocess import OperatorProcess
-from dpo_testing.s3server import ToolMissingError, tool
+from dpo_testing.s3server import need
 
 _ACCOUNTS = ("v1", "serviceaccounts")
 _CRDS = ("apiextensions.k8s.io/v1", "customresourcedefinitions")
@@ -74,10 +74,7 @@ class Release:
 
 @pytest.fixture
 def release(cluster: ControlPlane, kubelet: FakeKubelet, namespace: str, tmp_path: Path) -> Iterator[Release]:
-    try:
-        tool("helm")
-    except ToolMissingError as error:
-        pytest.skip(str(error))
+    need("helm")
     with cluster.namespace("release") as own:
         made = Release(cluster, tmp_path, own, namespace)
         yield made

@@ -14,7 +14,7 @@ import pytest
 from dpo_testing.chart import CHART, COMBINATIONS, NAMESPACE, REPOSITORY, pick, render
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.kubeapi import ApiError, Object, eventually, path_of
-from dpo_testing.s3server import ToolMissingError, tool
+from dpo_testing.s3server import need
 
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 MONITORS = ("podmonitors", "prometheusrules", "servicemonitors")
@@ -22,10 +22,7 @@ MONITORS = ("podmonitors", "prometheusrules", "servicemonitors")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        tool("helm")
-    except ToolMissingError as error:
-        pytest.skip(str(error))
+    need("helm")
     return tmp_path_factory.mktemp("helm")
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import pytest
+
 from dpo_store import StorageOptions
 
 if TYPE_CHECKING:
@@ -94,6 +96,15 @@ def tool(name: str) -> Path:
     if done.returncode != 0:
         raise RuntimeError(f"hack/build-tools.sh {name} failed:\n{done.stderr}")
     return Path(done.stdout.strip())
+
+
+def need(*names: str) -> None:
+    """Build the programs that a test runs, or skip it where Go is missing."""
+    try:
+        for name in names:
+            tool(name)
+    except ToolMissingError as error:
+        pytest.skip(str(error))
 
 
 def free_port() -> int:
