@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.status import Attempt, ConditionType, State
-from dpo_operator import clock, conditions, ends, evidence, limits, names
+from dpo_operator import clock, conditions, ends, evidence, limits, names, restarts
 from dpo_operator.backend import pytorchjob
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -103,8 +103,10 @@ def _waits(draft: Draft, last: Attempt) -> bool:
         draft.wake_in(0)  # first the status must remember how the last one ended
         return True
     due = draft.status.next_attempt_time
-    if due is not None and draft.now < clock.to_moment(due):
-        draft.wake_at(clock.to_moment(due))
+    left = clock.to_moment(due) - draft.now if due is not None else 0.0
+    # More than the longest pause means that the clock was set back: the pause is over, for nobody knows its rest.
+    if 0 < left <= restarts.longest_pause(draft.settings):
+        draft.wake_in(left)
         return True
     return False
 

@@ -90,7 +90,8 @@ def _is_progress_alone(draft: Draft) -> bool:
     former = draft.view.status.progress
     if former is None or former.observed_at is None:
         return False
-    if draft.now - clock.to_moment(former.observed_at) >= draft.settings.progress_write_seconds:
+    age = draft.now - clock.to_moment(former.observed_at)
+    if not 0 <= age < draft.settings.progress_write_seconds:  # below 0 the clock was set back
         return False
     return patches.without_progress(draft.view.status) == patches.without_progress(draft.status)
 

@@ -33,6 +33,11 @@ def backoff(failures: int, key: str, settings: Settings) -> float:
     return pause * (1 + JITTER * share)
 
 
+def longest_pause(settings: Settings) -> float:
+    """Return the most that ``backoff`` gives, and the second to which a moment is rounded up."""
+    return settings.backoff_max_seconds * (1 + JITTER) + 1
+
+
 def conclude(draft: Draft, attempt: Attempt) -> None:
     """Decide what follows an attempt that is over and did not succeed."""
     if attempt.result == "Stopped":

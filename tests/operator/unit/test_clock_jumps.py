@@ -45,6 +45,29 @@ def test_a_jump_between_two_attempts_ends_the_pause_once_at_most(jump: float) ->
     assert cluster.status["chargedRestarts"] == 1
 
 
+def test_a_clock_that_is_set_back_ends_the_pause() -> None:
+    """Nobody knows how much of it is left; waiting until the clock is where it was would take a day."""
+    cluster = running(runPolicy={"maxRestarts": 2})
+    cluster.end_pod("job-1-worker-0", Outcome.Communication)
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.created == ["job-1"]
+    cluster.advance(-24 * HOUR)
+    cluster.settle()
+    assert cluster.created == ["job-1", "job-2"]
+
+
+def test_progress_is_written_on_after_the_clock_was_set_back() -> None:
+    cluster = running()
+    cluster.say(step=5, metrics={"train/loss": 0.6})
+    cluster.settle()
+    cluster.advance(-HOUR)
+    cluster.say(step=6, metrics={"train/loss": 0.6})
+    cluster.settle()
+    assert cluster.status["progress"]["step"] == 6
+
+
 def test_late_words_of_an_ended_attempts_pod_change_nothing_of_the_next() -> None:
     cluster = running()
     cluster.end_pod("job-1-worker-0", Outcome.Communication)
