@@ -260,7 +260,7 @@ DATA = Row(
             (
                 Query(run("dpo_data_pairs"), "{{dpojob}} usable"),
                 Query(
-                    f"max by (namespace, dpojob, reason) ({of_run('dpo_data_dropped_pairs')})",
+                    f"max by (namespace, dpojob, reason) ({of_run('dpo_data_dropped_pairs')}) > 0",
                     "{{dpojob}} left out: {{reason}}",
                 ),
             ),

@@ -8,6 +8,7 @@ from typing import Any
 from dpo_api.manifest import DPOJob
 from dpo_api.plan import Plan
 from dpo_api.progress import Phase
+from dpo_trainer.data.records import Reason
 from dpo_trainer.distributed import World
 from dpo_trainer.metrics.hub import Hub
 from dpo_trainer.rundir import RunDirectory
@@ -58,8 +59,8 @@ class Reporter:
         figures = self._hub.prometheus
         figures.set("dpo_train_planned_steps", plan.total_steps)
         figures.set("dpo_data_pairs", plan.train_pairs)
-        for reason, count in stats["dropped"].items():
-            figures.set("dpo_data_dropped_pairs", count, reason=reason)
+        for reason in Reason:  # zeros too: "none" and "nobody counted" must look different
+            figures.set("dpo_data_dropped_pairs", stats["dropped"].get(reason.value, 0), reason=reason.value)
         self._hub.progress.plan(step=0, total=plan.total_steps)
         dropped = sum(stats["dropped"].values())
         found = f"{plan.train_pairs:,} pairs, {dropped:,} dropped, {stats['tokens']:,} tokens"

@@ -30,12 +30,22 @@ SECONDS = 2.0
 QUESTIONS_PER_SECOND = 8.0
 """All jobs together are asked no more often: a thousand jobs must not cost more than a few hundredths of a core."""
 
+_BEAT_SECONDS = 2.0
+"""Questions that are due within this time are asked together: half of the work of a single one is to wake up for it."""
+
 _log = logging.getLogger(__name__)
 
 
 def pace(interval: float, jobs: int) -> float:
     """Return the seconds between two questions to one of ``jobs`` trainers: ``interval``, or more for many of them."""
     return max(interval, jobs / QUESTIONS_PER_SECOND)
+
+
+async def _pause(interval: float) -> None:
+    """Sleep for about so long, each time differently, until a moment at which others wake too."""
+    beat, now = min(_BEAT_SECONDS, interval / 10), asyncio.get_running_loop().time()
+    wake = now + interval * random.uniform(0.8, 1.2)
+    await asyncio.sleep(max(0.0, round(wake / beat) * beat - now))
 
 
 class Scraper:
@@ -110,7 +120,7 @@ class Scraper:
                 told, told_at = answer, now
                 self._news(key)
             # Jobs that started together are not asked together for ever.
-            await asyncio.sleep(pace(self._interval, len(self._tasks)) * random.uniform(0.8, 1.2))
+            await _pause(pace(self._interval, len(self._tasks)))
 
     async def _ask(self, target: ScrapeTarget) -> Scrape:
         at = self._clock()

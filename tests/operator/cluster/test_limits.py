@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from dpo_operator import clock
 from dpo_testing.chaosproxy import ChaosProxy, Fault
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet
@@ -96,6 +98,17 @@ def test_the_deadline_counts_admitted_time(jobs: Jobs, kubelet: FakeKubelet, spa
     jobs.wait_state("Failed", name="late")
     assert jobs.conditions("late")["Failed"]["reason"] == "DeadlineExceeded"
     eventually(lambda: "late-1-master-0" not in jobs.pods(), what="its pod is gone")
+
+
+def test_the_deadline_does_not_count_what_is_suspended(jobs: Jobs, kubelet: FakeKubelet, space: str) -> None:
+    jobs.create(manifest("rested", run_policy={"activeDeadlineSeconds": 3, "suspend": True}))
+    jobs.wait_state("Suspended", name="rested")
+    created = clock.to_moment(jobs.get("rested")["metadata"]["creationTimestamp"])
+    eventually(lambda: time.time() > created + 5, what="the deadline is over by the wall clock")
+    jobs.patch("rested", {"runPolicy": {"suspend": False}})
+    status = jobs.wait_state("Failed", name="rested")
+    assert status["attempts"][0]["reason"] == "DeadlineExceeded"
+    assert status["admittedSeconds"] >= 3, "it had all of its time after the pause"
 
 
 def test_only_the_run_policy_may_be_changed(jobs: Jobs) -> None:

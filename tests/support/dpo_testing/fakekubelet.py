@@ -230,6 +230,19 @@ class FakeKubelet:
         body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name, "namespace": namespace}}
         self._api.call("POST", path_of(PODS, namespace, name, "eviction"), body)
 
+    def fail(self, pod: Object, reason: str | None = None, message: str = "", *, disruption: str | None = None) -> None:
+        """End a pod without a word of its container, for Kubernetes' own reason, such as an eviction."""
+        status: Object = {"phase": "Failed", "reason": reason, "message": message}
+        if disruption is not None:
+            status["conditions"] = [{**_condition("DisruptionTarget"), "reason": disruption, "message": message}]
+        self._set(pod, status)
+
+    def fail_init(self, pod: Object) -> None:
+        """End a pod whose init container did not find what it looks for. The namespace should be held."""
+        terminated = {"exitCode": 1, "reason": "Error", "startedAt": now(), "finishedAt": now()}
+        ended = [_container(c, {"terminated": terminated}, ready=False) for c in pod["spec"]["initContainers"]]
+        self._set(pod, {"phase": "Failed", "initContainerStatuses": ended})
+
     def waiting(self, namespace: str, name: str, reason: str, message: str, *, init: bool = False) -> None:
         """Show a pod as held up, such as by ImagePullBackOff. The namespace should be held."""
         pod = self._api.get(PODS, namespace, name)
@@ -242,6 +255,12 @@ class FakeKubelet:
         """Bind a pod and show it as its kubelet does until every volume is mounted. The namespace should be held."""
         self._bind(self._api.get(PODS, namespace, name))
         self.waiting(namespace, name, "ContainerCreating", "")
+
+    def run_one(self, namespace: str, name: str) -> Object:
+        """Bind one pod of a namespace that is held, and let it run."""
+        self._bind(self._api.get(PODS, namespace, name))
+        self._run(self._api.get(PODS, namespace, name))
+        return self.pod(namespace, name)
 
     def unschedulable(self, namespace: str, name: str, message: str) -> None:
         """Show a pod as the scheduler does when no node fits. The namespace should be held."""

@@ -16,6 +16,8 @@ from typing import Self
 
 from dpo_testing.controlplane import stable_port
 from dpo_testing.kubeapi import eventually
+from dpo_testing.playedclock import FOLDER as PLAYED_CLOCK
+from dpo_testing.playedclock import PlayedClock
 
 _REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -36,14 +38,24 @@ class OperatorProcess:
         namespaces: str = "",
         environment: Mapping[str, str] | None = None,
         repository: Path = _REPOSITORY,
+        clock: PlayedClock | None = None,
+        module: str = "dpo_operator",
     ) -> None:
-        """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all. ``repository``: its code."""
+        """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all. ``repository``: its code.
+
+        ``clock``: its wall clock, which the test sets. ``module``: what is run in place of the operator as shipped.
+        """
         self._environment = dict(environment or {})
         self._rooms = [str(repository / room) for room in ("crds", "operator")]
+        if clock is not None:
+            self._environment |= clock.environment
+            self._rooms.insert(0, str(PLAYED_CLOCK))
+        if module != "dpo_operator":
+            self._rooms.append(str(_REPOSITORY / "tests" / "support"))
         self.port = stable_port()
         self._log = Path(tempfile.mkstemp(prefix="dpo-operator-", suffix=".log")[1])
         self._command = [
-            sys.executable, "-m", "dpo_operator", f"--kubeconfig={kubeconfig}", "--address=127.0.0.1",
+            sys.executable, "-m", module, f"--kubeconfig={kubeconfig}", "--address=127.0.0.1",
             f"--port={self.port}", *QUICK, *flags,
         ]  # fmt: skip
         if namespaces:
@@ -122,6 +134,10 @@ class OperatorProcess:
             if line.startswith(f"{name} "):
                 return float(line.rpartition(" ")[2])
         raise AssertionError(f"no series {name}")
+
+    def passes(self) -> int:
+        """Return how many passes over DPOJobs it has made since it was started."""
+        return int(self.metric("dpo_operator_reconcile_duration_seconds_count"))
 
     def log(self) -> str:
         """Return everything that it has logged."""

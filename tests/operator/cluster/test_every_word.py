@@ -1,0 +1,433 @@
+"""Each state, condition, reason, event and column is provoked on the real API server, and seen there.
+
+A test declares with ``sees`` the words that it provokes, and fails where the API does not show one of them. The last
+test compares all declarations with the tables in the code: a new word without a test here fails it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_api.errors import Outcome
+from dpo_operator.reasons import Reason
+from dpo_testing.chaosproxy import ChaosProxy, Fault
+from dpo_testing.controlplane import ControlPlane
+from dpo_testing.fakekubelet import FakeKubelet, last_words
+from dpo_testing.faketrainer import FakeTrainer
+from dpo_testing.jobs import Jobs, manifest
+from dpo_testing.kubeapi import DPOJOBS, EVENTS, PODS, PYTORCHJOBS, ApiError, Object, eventually
+from dpo_testing.operatorprocess import OperatorProcess
+from dpo_testing.playedclock import PlayedClock
+from dpo_testing.stage import DECLARED, Stage, columns, sees
+from dpo_testing.witness import Witness, every_word
+
+pytestmark = pytest.mark.slow
+
+DONE = last_words("Succeeded", step=64, total=64, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
+FAST = ("--backoff-base-seconds=0.05", "--backoff-max-seconds=0.05", "--stalled-after-seconds=2")
+CAUSES = tuple(reason for reason in Reason if reason.topic == "cause")
+NAMES = {reason: f"c-{reason.value.lower()}" for reason in CAUSES}
+
+
+@pytest.fixture(scope="module")
+def stage(cluster: ControlPlane, kubelet: FakeKubelet) -> Iterator[Stage]:
+    with ExitStack() as stack:
+        witness = stack.enter_context(Witness(cluster.admin))
+        space, held = (stack.enter_context(cluster.namespace(name)) for name in ("words", "held"))
+        kubelet.hold(held)
+        stack.callback(kubelet.release, held)
+        flags = ("--scrape-by=pod-ip", *FAST)
+        operator = stack.enter_context(OperatorProcess(cluster.kubeconfig, *flags, namespaces=f"{space},{held}"))
+        yield Stage(cluster, kubelet, witness, Jobs(cluster.admin, space), Jobs(cluster.admin, held))
+        assert operator.exceptions() == []
+
+
+# --- why attempts end ------------------------------------------------------------------------------------------------
+
+
+def _says(outcome: Outcome) -> Callable[[Stage, Object], None]:
+    words = last_words(outcome.name, message=outcome.description)
+    return lambda stage, pod: stage.kubelet.exit(pod, outcome.exit_code, words)
+
+
+def _is_disrupted(
+    disruption: str | None, reason: str | None = None, message: str = ""
+) -> Callable[[Stage, Object], None]:
+    return lambda stage, pod: stage.kubelet.fail(pod, reason, message, disruption=disruption)
+
+
+def _exits(code: int, reason: str | None = None) -> Callable[[Stage, Object], None]:
+    return lambda stage, pod: stage.kubelet.exit(pod, code, reason=reason)
+
+
+def _child_is_deleted(stage: Stage, pod: Object) -> None:
+    child = f"{NAMES[Reason.ChildDeleted]}-1"
+    stage.cluster.admin.delete(PYTORCHJOBS, stage.jobs.namespace, child, propagationPolicy="Background")
+
+
+ENDS: dict[Reason, Callable[[Stage, Object], None]] = {
+    **{Reason[outcome.name]: _says(outcome) for outcome in Outcome if outcome is not Outcome.Succeeded},
+    Reason.MemoryLimitExceeded: _exits(137, "OOMKilled"),
+    Reason.NodeOutOfMemory: _exits(137, "OOMKilled"),
+    Reason.Killed: _exits(139),
+    Reason.ContainerStartFailed: _exits(128, "StartError"),
+    Reason.FinalWordsLost: _exits(0),
+    Reason.NodeLost: _is_disrupted("DeletionByPodGC"),
+    Reason.Preempted: _is_disrupted("PreemptionByScheduler"),
+    Reason.Evicted: _is_disrupted("TerminationByKubelet", "Evicted", "The node was low on resource: memory."),
+    Reason.ScratchLimitExceeded: _is_disrupted(
+        None, "Evicted", 'Usage of EmptyDir volume "scratch" exceeds the limit "1Gi".'
+    ),
+    Reason.NodeShutdown: _is_disrupted(None, "Terminated", "Pod was terminated in response to imminent node shutdown."),
+    Reason.AdmissionFailed: _is_disrupted(None, "UnexpectedAdmissionError", "Allocate failed"),
+    Reason.Drained: lambda stage, pod: stage.kubelet.evict(pod["metadata"]["namespace"], pod["metadata"]["name"]),
+    Reason.ChildDeleted: _child_is_deleted,
+}
+"""What happens to the only pod of an attempt that ends for each of these causes."""
+
+
+@sees(
+    *(f"{place} {reason.value}" for reason in ENDS for place in ("attempt", "event")),
+    *(f"{kind} {r.value}" for r in ENDS if r.retry == "permanent" for kind in ("Finished", "Failed", "Succeeded")),
+    *(f"{kind} RestartsExhausted" for kind in ("Finished", "Failed", "Succeeded")),
+    *("state Failed", "state Restarting", "Progressing Restarting", "event Restarting", "event Failed"),
+    *("Finished=True", "Failed=True", "Succeeded=False", "Progressing=False", "Finite=False"),
+)
+def test_causes_that_a_pod_tells(stage: Stage) -> None:
+    memory = {"nodes": 1, "gpusPerNode": 0, "memory": "1Gi"}
+    for reason in ENDS:
+        more: dict[str, Any] = {"resources": memory} if reason is Reason.MemoryLimitExceeded else {}
+        stage.jobs.create(manifest(NAMES[reason], run_policy={"maxRestarts": 0}, **more))
+    for reason, end in ENDS.items():
+        end(stage, stage.kubelet.pod(stage.jobs.namespace, f"{NAMES[reason]}-1-master-0"))
+    for reason in ENDS:
+        eventually(
+            lambda name=NAMES[reason]: (stage.jobs.status(name).get("attempts") or [{}])[0].get("endTime"),  # type: ignore[misc]
+            what=f"an attempt ends by {reason.value}",
+        )
+        told = stage.jobs.status(NAMES[reason])["attempts"][0]
+        assert (told["reason"], told["failureClass"]) == (reason.value, reason.retry)
+    for reason in ENDS:
+        stage.jobs.delete(NAMES[reason])
+
+
+@sees("attempt PodDeleted", "event PodDeleted")
+def test_a_pod_that_somebody_deletes(stage: Stage) -> None:
+    pod = stage.kubelet.run_one(stage.held.namespace, stage.hold("deleted")["metadata"]["name"])
+    stage.kubelet.keep_terminating(stage.held.namespace)
+    # Whatever is deleted in the very second in which training-operator ends a child counts as its cleaning up.
+    trainer = stage.cluster.pid("training-operator")
+    os.kill(trainer, signal.SIGSTOP)
+    try:
+        stage.cluster.admin.delete(PODS, stage.held.namespace, pod["metadata"]["name"])
+        time.sleep(1.5)
+    finally:
+        os.kill(trainer, signal.SIGCONT)
+    eventually(lambda: stage.held.status("deleted")["attempts"][0].get("reason"), what="the attempt has ended")
+    stage.kubelet.finish_terminating(stage.held.namespace)
+
+
+@sees("attempt PodVanished")
+def test_an_end_that_nobody_saw(stage: Stage) -> None:
+    """A status is lost, as from a backup without it: of two children the first must be over."""
+    stage.kubelet.exit(stage.run("forgotten"), 75, last_words("Communication", message="lost a peer"))
+    stage.kubelet.pod(stage.jobs.namespace, "forgotten-2-master-0")
+    stage.jobs.wait_state("Running", name="forgotten")
+    stage.cluster.admin.patch(DPOJOBS, stage.jobs.namespace, "forgotten", {"status": None}, sub="status")
+    status = stage.jobs.wait_state("Running", name="forgotten")
+    assert [attempt["number"] for attempt in status["attempts"]] == [1, 2]
+    stage.jobs.delete("forgotten")
+
+
+@sees("attempt InitContainerFailed", "event InitContainerFailed", "attempt StartTimeout", "event StartTimeout")
+def test_causes_of_pods_that_never_ran(stage: Stage) -> None:
+    stage.hold("too-slow", run_policy={"startTimeoutSeconds": 10, "maxRestarts": 0})
+    worker = stage.hold("lonely", "worker", nodes=2, run_policy={"maxRestarts": 0})
+    stage.kubelet.fail_init(worker)
+    assert stage.held.wait_state("Failed", name="lonely")["attempts"][0]["reason"] == "InitContainerFailed"
+    assert stage.held.wait_state("Failed", name="too-slow")["attempts"][0]["reason"] == "StartTimeout"
+
+
+@sees("attempt DeadlineExceeded", "event DeadlineExceeded", "Finished DeadlineExceeded", "Failed DeadlineExceeded",
+      "Succeeded DeadlineExceeded")  # fmt: skip
+def test_a_deadline(stage: Stage) -> None:
+    stage.run("late", run_policy={"activeDeadlineSeconds": 2})
+    stage.jobs.wait_state("Failed", name="late")
+
+
+@sees("attempt Stalled", "event Stalled")
+def test_a_trainer_that_answers_and_stands_still(stage: Stage, tmp_path: Path) -> None:
+    clock = PlayedClock(tmp_path / "clock")
+    with (
+        stage.cluster.namespace("still") as space,
+        OperatorProcess(stage.cluster.kubeconfig, "--scrape-by=pod-ip", namespaces=space, clock=clock),
+    ):
+        jobs = Jobs(stage.cluster.admin, space)
+        jobs.create(manifest("still", run_policy={"stallTimeoutSeconds": 60, "maxRestarts": 0}))
+        pod = stage.kubelet.pod(space, "still-1-master-0")
+        with FakeTrainer(pod["status"]["podIP"]) as trainer:
+            trainer.say(step=1, total=64)
+            eventually(lambda: (jobs.status("still").get("progress") or {}).get("step"), what="it answers")
+            clock.set(90)
+            jobs.wait_state("Failed", name="still")
+
+
+@sees("Finished RestartsWithoutProgress", "Failed RestartsWithoutProgress", "Succeeded RestartsWithoutProgress")
+def test_nodes_that_fail_for_ever(stage: Stage) -> None:
+    stage.jobs.create(manifest("unlucky", run_policy={"attemptsHistoryLimit": 0}))
+    for attempt in range(1, 22):
+        stage.kubelet.fail(stage.kubelet.pod(stage.jobs.namespace, f"unlucky-{attempt}-master-0"),
+                           disruption="DeletionByPodGC")  # fmt: skip
+    stage.jobs.wait_state("Failed", name="unlucky")
+
+
+# --- whether a job may run, and where it is --------------------------------------------------------------------------
+
+
+@sees("Accepted=False", "Accepted Rejected", "event Rejected", "state Rejected", "Progressing Rejected",
+      "Accepted ChildInvalid", "event ChildInvalid", "Progressing ChildInvalid")  # fmt: skip
+def test_specs_that_cannot_run(stage: Stage) -> None:
+    stage.jobs.create(manifest("impossible", data={"train": [{"uri": "/data/train.jsonl"}]}))
+    volume = {"name": "extra", "emptyDir": {"sizelimit": "1Gi"}}
+    stage.jobs.create(manifest("misspelt", podTemplate={"volumes": [volume]}))
+    for name in ("impossible", "misspelt"):
+        stage.jobs.wait_state("Rejected", name=name)
+
+
+@sees("Progressing SpecUnreadable", "event SpecUnreadable")
+def test_a_spec_of_a_later_version(stage: Stage) -> None:
+    """The CRD is newer than the operator: it admits a field that the operator does not know."""
+    stage.run("modern")
+    stage.jobs.wait_state("Running", name="modern")
+    crds, name = ("apiextensions.k8s.io/v1", "customresourcedefinitions"), "dpojobs.dpo-operator.dev"
+    path = ("schema", "openAPIV3Schema", "properties", "spec", "properties", "runPolicy", "properties")
+
+    def serve(field: Object | None) -> None:
+        found = stage.cluster.admin.get(crds, None, name)
+        policy = functools.reduce(lambda part, key: part[key], path, found["spec"]["versions"][0])
+        policy.pop("laterField", None)
+        policy |= {"laterField": field} if field is not None else {}
+        stage.cluster.admin.patch(crds, None, name, {"spec": {"versions": found["spec"]["versions"]}})
+
+    def set_later() -> bool:
+        stage.jobs.patch("modern", {"runPolicy": {"laterField": "x"}})
+        return "laterField" in stage.jobs.get("modern")["spec"]["runPolicy"]  # else it was pruned
+
+    serve({"type": "string"})
+    try:
+        eventually(set_later, what="the later field is stored")
+        stage.expect("Progressing SpecUnreadable")
+        assert "modern-1-master-0" in stage.jobs.pods()
+    finally:
+        stage.jobs.delete("modern")
+        serve(None)
+
+
+@sees("state Pending", "Progressing PyTorchJobMissing", "event PyTorchJobMissing")
+def test_a_cluster_that_lacks_the_childs_kind(stage: Stage) -> None:
+    with stage.cluster.namespace("bare") as space, ChaosProxy(stage.cluster.url, stage.cluster.tls()) as proxy:
+        proxy.rules[:] = [lambda call: Fault(status=404) if call.path.startswith("/apis/kubeflow.org") else None]
+        kubeconfig = stage.cluster.identity("admin", ["system:masters"], server=proxy.url)
+        with OperatorProcess(kubeconfig, "--scrape-by=off", namespaces=space):
+            Jobs(stage.cluster.admin, space).create(manifest("early"))
+            stage.expect("Progressing PyTorchJobMissing")
+
+
+@sees("Progressing ChildRefused", "event ChildRefused")
+def test_a_quota_without_room(stage: Stage) -> None:
+    with stage.cluster.namespace("poor") as space:
+        hard = {"count/pytorchjobs.kubeflow.org": "0"}
+        quotas, quota = ("v1", "resourcequotas"), {"metadata": {"name": "none"}, "spec": {"hard": hard}}
+        stage.cluster.admin.create(quotas, space, quota)
+        # No controller counts here; nothing is there to be counted.
+        stage.cluster.admin.patch(quotas, space, "none", {"status": {"hard": hard, "used": hard}}, sub="status")
+
+        def refused() -> bool:
+            container = {"name": "pytorch", "image": "localhost/other:1"}
+            master = {"replicas": 1, "template": {"spec": {"containers": [container]}}}
+            body = {"apiVersion": PYTORCHJOBS[0], "kind": "PyTorchJob", "metadata": {"name": "probe"},
+                    "spec": {"pytorchReplicaSpecs": {"Master": master}}}  # fmt: skip
+            path = f"/apis/{PYTORCHJOBS[0]}/namespaces/{space}/pytorchjobs"
+            try:
+                stage.cluster.admin.call("POST", path, body, dryRun="All")
+            except ApiError as error:
+                return error.status == 403
+            return False
+
+        eventually(refused, what="the quota is in force")
+        with OperatorProcess(stage.cluster.kubeconfig, "--scrape-by=off", namespaces=space):
+            jobs = Jobs(stage.cluster.admin, space)
+            jobs.create(manifest("needy"))
+            jobs.wait_state("Pending", name="needy")
+            stage.expect("Progressing ChildRefused")
+            assert "exceeded quota" in jobs.conditions("needy")["Progressing"]["message"]
+
+
+@sees(
+    "Progressing ChildNameTaken", "event ChildNameTaken", "Progressing WaitingForNamesake", "event WaitingForNamesake"
+)
+def test_names_that_are_taken(stage: Stage) -> None:
+    container = {"name": "pytorch", "image": "localhost/other:1"}
+    master = {"replicas": 1, "template": {"spec": {"containers": [container]}}}
+    stranger = {"apiVersion": PYTORCHJOBS[0], "kind": "PyTorchJob", "metadata": {"name": "taken-1"},
+                "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Master": master}}}  # fmt: skip
+    stage.cluster.admin.create(PYTORCHJOBS, stage.held.namespace, stranger)
+    stage.held.create(manifest("taken"))
+    pod = stage.hold("again")
+    stage.kubelet.creating(stage.held.namespace, pod["metadata"]["name"])  # a pod without a node goes at once
+    stage.kubelet.keep_terminating(stage.held.namespace)
+    stage.held.delete("again")
+    eventually(lambda: "again-1" not in stage.held.children(), what="the child is gone")
+    stage.held.create(manifest("again"))
+    stage.expect("Progressing WaitingForNamesake")
+    stage.kubelet.finish_terminating(stage.held.namespace)
+
+
+@sees(
+    *("state Starting", "Progressing Starting", "Progressing=False", "Accepted Accepted", "Accepted=True"),
+    *("event Accepted", "event PyTorchJobCreated"),
+    *(f"{place} {word}" for place in ("Progressing", "event") for word in (
+        "Unschedulable", "ImagePullFailed", "ContainerConfigError", "VolumeNotMounted", "PodsRefused",
+        "InitContainerRefused",
+    )),
+)  # fmt: skip
+def test_pods_that_do_not_start(stage: Stage) -> None:
+    held, kubelet = stage.held.namespace, stage.kubelet
+    stage.held.create(manifest("refused", podTemplate={"priorityClassName": "no-such-class"}))
+    kubelet.unschedulable(held, stage.hold("homeless")["metadata"]["name"], "0/4 nodes are available.")
+    kubelet.waiting(held, stage.hold("unpulled")["metadata"]["name"], "ImagePullBackOff", "Back-off")
+    wrong = stage.hold("unset")["metadata"]["name"]
+    kubelet.waiting(held, wrong, "CreateContainerConfigError", 'secret "s3-credentials" not found')
+    worker = stage.hold("unaided", "worker", nodes=2)["metadata"]["name"]
+    kubelet.waiting(held, worker, "ImagePullBackOff", "Back-off", init=True)
+    pod = stage.hold("unmounted")
+    kubelet.creating(held, pod["metadata"]["name"])
+    about = {"kind": "Pod", "name": pod["metadata"]["name"], "namespace": held, "uid": pod["metadata"]["uid"]}
+    event = {"metadata": {"name": "unmounted.1"}, "involvedObject": about, "reason": "FailedMount", "type": "Warning",
+             "message": "MountVolume.SetUp failed", "source": {"component": "kubelet"}}  # fmt: skip
+    stage.cluster.admin.create(EVENTS, held, event)
+
+
+@sees(
+    *("state Running", "Progressing Running", "Progressing=True", "event TrainingStarted"),
+    *("state Checkpointing", "Progressing Checkpointing", "Suspended Checkpointing", "attempt Suspended"),
+    *("state Suspended", "Progressing Suspended", "Suspended Suspended", "event Suspended", "Suspended=True"),
+    *("Suspended Resumed", "event Resumed", "Suspended=False", "attempt Succeeded", "event Expired"),
+    *("state Succeeded", "Progressing Succeeded", "Finished Succeeded", "Succeeded Succeeded", "Failed Succeeded"),
+    *("event Succeeded", "Succeeded=True", "Failed=False"),
+)
+def test_a_life_with_a_pause(stage: Stage) -> None:
+    stage.run("paused", run_policy={"ttlSecondsAfterFinished": 1})
+    stage.jobs.wait_state("Running", name="paused")
+    stage.jobs.patch("paused", {"runPolicy": {"suspend": True}})
+    stage.jobs.wait_state("Suspended", name="paused")
+    stage.jobs.patch("paused", {"runPolicy": {"suspend": False}})
+    stage.kubelet.finish(stage.jobs.namespace, "paused-2-master-0", DONE)
+    eventually(lambda: stage.jobs.api.find(DPOJOBS, stage.jobs.namespace, "paused") is None, what="it has expired")
+
+
+@sees("Finished AlreadyComplete", "Succeeded AlreadyComplete", "Failed AlreadyComplete", "Progressing AlreadyComplete",
+      "event AlreadyComplete")  # fmt: skip
+def test_a_run_directory_that_holds_the_finished_run(stage: Stage, tmp_path: Path) -> None:
+    """Of the operator that can read it. With the one as shipped the first attempt's trainer says so."""
+    (tmp_path / "copied").mkdir()
+    export = {"step": 64, "model": "s3://runs/copied/model/", "metrics": {"val/acc": 0.75}, "attempt": 1}
+    (tmp_path / "copied" / "export.json").write_text(json.dumps(export))
+    reading = {"environment": {"DPO_READING_FOLDER": str(tmp_path)}, "module": "dpo_testing.readingoperator"}
+    with stage.cluster.namespace("copied") as space:
+        jobs = Jobs(stage.cluster.admin, space)
+        with OperatorProcess(stage.cluster.kubeconfig, namespaces=space, **reading) as operator:  # type: ignore[arg-type]
+            for name in ("copied", "fresh"):
+                jobs.create(manifest(name))
+            status = jobs.wait_state("Succeeded", name="copied")
+            assert status["modelURI"] == "s3://runs/copied/model/"
+            assert (status["progress"]["step"], status["finalMetrics"]) == (64, {"val/acc": 0.75})
+            jobs.wait_child("fresh-1")
+            assert jobs.children().keys() == {"fresh-1"}
+            assert jobs.conditions("copied")["Succeeded"]["reason"] == "AlreadyComplete"
+            assert operator.exceptions() == []
+
+
+# --- what the run itself shows, and how it is printed ----------------------------------------------------------------
+
+
+@sees(
+    *("ProgressAvailable ScrapeSucceeded", "ProgressAvailable ScrapeFailed", "event ScrapeFailed"),
+    *("ReferenceConsistent PolicyEqualsReference", "ReferenceConsistent PolicyDiffersFromReference"),
+    *("event PolicyDiffersFromReference", "Finite LossFinite", "Finite LossNotFinite", "event LossNotFinite"),
+    *("Learning AboveChance", "Learning TooEarly", "Learning AtChance", "Learning MarginNegative"),
+    *("event AtChance", "event MarginNegative", "TrainingStalled StepsAdvance", "TrainingStalled NoStep"),
+    *("event NoStep", "event CheckpointSaved", "Learning=Unknown"),
+    *(f"{kind}={truth}" for truth in ("True", "False") for kind in (
+        "ProgressAvailable", "ReferenceConsistent", "Finite", "Learning", "TrainingStalled",
+    )),
+)  # fmt: skip
+def test_what_trainers_say(stage: Stage) -> None:
+    with ExitStack() as stack:
+        pods = {name: stage.run(name, nodes=1) for name in ("well", "wrong", "chance")}
+        trainers = {n: stack.enter_context(FakeTrainer(pod["status"]["podIP"])) for n, pod in pods.items()}
+
+        def say(name: str, step: int, acc: float, margin: float, **more: float | None) -> None:
+            seen = {"train/acc": acc, "train/rewards_margin": margin, "train/loss": 0.6, **more}
+            metrics = {key.replace("_saved", ""): value for key, value in seen.items() if value is not None}
+            trainers[name].say(step=step, total=2000, metrics=metrics, lastCheckpointStep=step - step % 1000)
+            eventually(lambda: (stage.jobs.status(name).get("progress") or {}).get("step") == step,
+                       what=f"{name} at step {step}")  # fmt: skip
+
+        say("well", 1, 0.9, 0.5, **{"train/preference_loss": math.log(2)})
+        say("wrong", 1, 0.5, 0.0, **{"train/preference_loss": 2.0, "train/loss": None})
+        say("chance", 1, 0.5, 0.0)
+        say("well", 1000, 0.9, 0.5)
+        say("wrong", 200, 0.5, -0.5, **{"train/loss": None})
+        say("chance", 200, 0.5, 0.1)
+        stage.expect("TrainingStalled NoStep")
+        say("chance", 201, 0.5, 0.1)
+        stage.expect("TrainingStalled StepsAdvance")
+    # They are gone, and their pods run on.
+
+
+@sees("state Queued", "Progressing Queued", "event Queued")
+def test_every_column_is_printed(stage: Stage) -> None:
+    policy = {"queueName": "team-a"}
+    stage.jobs.create(manifest("shown", run_policy=policy, resources={"nodes": 2, "gpusPerNode": 8}))
+    first = stage.kubelet.pod(stage.jobs.namespace, "shown-1-master-0")
+    stage.kubelet.exit(first, 75, last_words("Communication", message="lost a peer"))
+    rank0 = stage.kubelet.pod(stage.jobs.namespace, "shown-2-master-0")
+    with FakeTrainer(rank0["status"]["podIP"]) as trainer:
+        trainer.say(step=12, total=64, etaSeconds=90, attempt=2,
+                    metrics={"train/acc": 0.75, "train/loss": 0.61, "train/rewards_margin": 0.25})  # fmt: skip
+        row = eventually(
+            lambda: columns(stage, "shown"), until=lambda row: row.get("MESSAGE", "").startswith("Trains"), what="a row"
+        )
+    age = row.pop("AGE")
+    assert age[:-1].isdigit(), age
+    assert row == {
+        "NAME": "shown", "STATE": "Running", "STEP": "12/64", "ACC": "0.75", "MARGIN": "0.25", "RESTARTS": "1",
+        "NODES": "2", "LOSS": "0.6100", "ETA": "1m", "GPUS": "8", "QUEUE": "team-a",
+        "MESSAGE": "Trains, step 12 of 64.",
+    }  # fmt: skip
+    crds = ("apiextensions.k8s.io/v1", "customresourcedefinitions")
+    served = stage.cluster.admin.get(crds, None, "dpojobs.dpo-operator.dev")["spec"]["versions"][0]
+    printed = {column["name"].upper() for column in served["additionalPrinterColumns"]}
+    assert printed == row.keys() - {"NAME"} | {"AGE"}
+
+
+# --- nothing is left out ---------------------------------------------------------------------------------------------
+
+
+def test_no_word_is_left_out() -> None:
+    words = every_word()
+    assert {word.rpartition(" ")[2] for word in words} >= {reason.value for reason in Reason}
+    assert words - DECLARED == set()
+    assert {w for w in DECLARED - words if not w.startswith("Progressing")} == {"Learning=Unknown"}

@@ -1,0 +1,39 @@
+"""A wall clock that a test sets: a process that has this folder on its path sees it, and runs on as it is.
+
+Python imports ``sitecustomize`` of that folder before anything else. The monotonic clock goes on by itself, as it does
+on a machine whose wall clock is set.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+VARIABLE = "DPO_PLAYED_CLOCK"
+
+
+class PlayedClock:
+    """The clock of one process, or of several."""
+
+    def __init__(self, file: Path) -> None:
+        """``file`` holds by how many seconds the clock is ahead."""
+        self._file = file
+        self.shift = 0.0
+        self.set(0.0)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the process needs besides the folder on its path."""
+        return {VARIABLE: str(self._file)}
+
+    def set(self, shift: float) -> None:
+        """Set the clock: so many seconds ahead of this machine's."""
+        fresh = self._file.with_suffix(".new")
+        fresh.write_text(f"{shift}", encoding="ascii")
+        fresh.replace(self._file)  # nobody reads half a number
+        self.shift = shift
+
+    def now(self) -> float:
+        """Return the time that the process sees."""
+        return time.time() + self.shift

@@ -1,0 +1,111 @@
+"""Sees every word that the operator says through the API: in each version of each DPOJob, and in events about them.
+
+A word has the place that it was seen in: ``state Queued``, ``Progressing Starting`` (a condition and its reason),
+``Progressing=True``, ``attempt NodeLost`` (why one ended), ``event Restarting``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from typing import Self
+
+import urllib3.exceptions
+
+from dpo_api.status import STATES, ConditionType
+from dpo_operator.events import PROGRESS_WARNINGS
+from dpo_operator.reasons import Reason
+from dpo_testing.kubeapi import DPOJOBS, EVENTS, Api, ApiError, Object, path_of
+
+
+def words_of(job: Object) -> set[str]:
+    """Return the words of one version of a DPOJob."""
+    status = job.get("status") or {}
+    words = {f"state {status['state']}"} if "state" in status else set()
+    for condition in status.get("conditions") or ():
+        words |= {f"{condition['type']} {condition['reason']}", f"{condition['type']}={condition['status']}"}
+    return words | {f"attempt {a['reason']}" for a in status.get("attempts") or () if a.get("reason")}
+
+
+class Witness:
+    """A context manager that watches the DPOJobs of all namespaces."""
+
+    def __init__(self, api: Api) -> None:
+        """Prepare; entering it starts the watch."""
+        self._api = api
+        self._stop = threading.Event()
+        self._seen: set[str] = set()
+        self._version = ""
+        self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Start watching."""
+        self._list()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        self._stop.set()
+        self._thread.join(10)
+
+    def seen(self) -> set[str]:
+        """Return every word that was seen until now."""
+        events = self._api.list(EVENTS, fieldSelector="involvedObject.kind=DPOJob")
+        return self._seen | {f"event {event['reason']}" for event in events}
+
+    def _list(self) -> None:
+        listed = self._api.call("GET", path_of(DPOJOBS))
+        self._version = listed["metadata"]["resourceVersion"]
+        for job in listed["items"]:
+            self._seen |= words_of(job)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(ApiError, OSError, urllib3.exceptions.HTTPError):
+                if not self._watch():
+                    self._list()
+
+    def _watch(self) -> bool:
+        """Watch for a while, from where the last watch ended, so that no version is missed; False if there is a gap."""
+        query = f"watch=true&timeoutSeconds=2&resourceVersion={self._version}"
+        for line in self._api.stream(f"{self._api.url}{path_of(DPOJOBS)}?{query}"):
+            news = json.loads(line)
+            if news.get("type") not in {"ADDED", "MODIFIED", "DELETED"}:  # as after a change of the CRD
+                return False
+            self._version = news["object"]["metadata"]["resourceVersion"]
+            self._seen |= words_of(news["object"])
+        return True
+
+
+_ENDS_OF_JOBS = {"RestartsExhausted", "RestartsWithoutProgress", "DeadlineExceeded"}
+_INVARIANTS = {
+    "Scrape": "ProgressAvailable", "Policy": "ReferenceConsistent", "Loss": "Finite", "AboveChance": "Learning",
+    "TooEarly": "Learning", "AtChance": "Learning", "MarginNegative": "Learning", "StepsAdvance": "TrainingStalled",
+    "NoStep": "TrainingStalled",
+}  # fmt: skip
+"""The condition of each invariant's reason, by how it begins."""
+
+
+def every_word() -> set[str]:
+    """Return all words that the operator has, from its own tables."""
+    of = {topic: {r.value for r in Reason if r.topic == topic} for topic in {r.topic for r in Reason}}
+    judged = of["acceptance"] - {"SpecUnreadable"}  # which comes later, while a job runs
+    conditions = {f"Accepted {word}" for word in judged}
+    conditions |= {f"Progressing {word}" for word in of["progress"] - {"Resumed"} | {"SpecUnreadable"}}
+    conditions |= {f"Suspended {word}" for word in ("Suspended", "Checkpointing", "Resumed")}
+    permanent = {r.value for r in Reason if r.topic == "cause" and r.retry == "permanent"}
+    ends = permanent | _ENDS_OF_JOBS | {"Succeeded", "AlreadyComplete"}
+    conditions |= {f"{kind} {word}" for kind in ("Finished", "Succeeded", "Failed") for word in ends}
+    for word in of["invariant"]:
+        (kind,) = {kind for start, kind in _INVARIANTS.items() if word.startswith(start)}
+        conditions.add(f"{kind} {word}")
+    truths = {f"{kind.value}={truth}" for kind in ConditionType for truth in ("True", "False")} - {"Finished=False"}
+    attempts = {f"attempt {word}" for word in of["cause"] | {"DeadlineExceeded", "Suspended", "Succeeded"}}
+    warnings = {"ScrapeFailed", "PolicyDiffersFromReference", "LossNotFinite", "AtChance", "MarginNegative", "NoStep"}
+    # An attempt that an operator finds ended when it finds the next one is no news.
+    told = judged | warnings | of["event"] | of["cause"] - {"PodVanished"}
+    told |= {reason.value for reason in PROGRESS_WARNINGS} | {"DeadlineExceeded", "Suspended", "Resumed"}
+    told |= {"Succeeded", "AlreadyComplete", "Failed"}
+    return {f"state {s}" for s in STATES} | conditions | truths | attempts | {f"event {word}" for word in told}
