@@ -16,13 +16,13 @@ from dpo_api.metrics import METRICS, OPERATOR
 from dpo_testing.jobs import Jobs
 from dpo_testing.kubeapi import Object, eventually
 from dpo_testing.prometheusserver import PrometheusServer
-from dpo_testing.realcluster import monitoring, objectstore, release, trainingoperator
+from dpo_testing.realcluster import monitoring, nextversion, objectstore, release, trainingoperator
 from dpo_testing.realcluster.cluster import Cluster
 from dpo_testing.realcluster.layout import NODE
 from dpo_testing.realcluster.steps import Steps
 from dpo_testing.realcluster.watching import RANDOM_UID, Run, quickstart
 
-STEPS = 200
+STEPS = 100
 EVERY = 10
 FAULTS = {"maxSteps": STEPS, "epochs": 20, "validationInterval": "100%"}
 """Long enough that a checkpoint lies well before half of the steps."""
@@ -236,22 +236,58 @@ def test_two_alerts_fire_for_their_causes(
         jobs.delete("homeless")
 
 
+@pytest.fixture(scope="module")
+def later(cluster: Cluster, steps: Steps) -> Path:
+    """The next version of this tree; its images too, where the node is this machine."""
+    with steps.step("a second build of the tree, version 0.2.0"):
+        tree = nextversion.tree(cluster.layout)
+        if cluster.given is None:
+            nextversion.build(cluster.layout, tree)
+    return tree
+
+
 def test_an_upgrade_leaves_a_running_job_alone(
-    cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]
+    cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float], later: Path
 ) -> None:
     run = Run(cluster, jobs, "upgraded")
+    given = release.values()
+    if cluster.given is None:
+        given = release.values(operator=nextversion.OPERATOR_IMAGE, trainer=nextversion.TRAINER_IMAGE)
 
     def fault() -> None:
-        before = pods(run)
-        another = {"env": {"ADDED_BY_THE_UPGRADE": "1"}, "image": {"repository": "localhost/dpo-trainer", "tag": "2"}}
-        release.install(cluster, release.values(trainer=another))
-        assert pods(run) == before
+        pods, child = uids(jobs.pods(), run.name), jobs.children()["upgraded-1"]
+        release.install(cluster, given, chart=later / "charts" / "dpo-operator")
+        assert f'"{nextversion.VERSION}"' in cluster.helm("list", "-n", release.NAMESPACE, "-o", "json")
+        assert uids(jobs.pods(), run.name) == pods
+        assert jobs.children()["upgraded-1"]["metadata"]["generation"] == child["metadata"]["generation"]
 
+    before = jobs.status("calm")["image"]
     survive(run, steps, "helm upgrade", fault, undisturbed, attempts=1)
+    assert run.jobs.status(run.name)["image"] == before
+
+    body = quickstart(cluster, "noted", training={"maxSteps": 5})
+    body["spec"][nextversion.FIELD] = "the CRD has one more field"
+    noted = Run(cluster, jobs, "noted")
+    with steps.step("a DPOJob of the new version"):
+        noted.create(body)
+        status = noted.wait_succeeded()
+    assert status["state"] == "Succeeded", status
+    assert jobs.get("noted")["spec"][nextversion.FIELD] == "the CRD has one more field"
+    assert status["image"] == (nextversion.TRAINER_IMAGE if cluster.given is None else before)
+
+
+def test_helm_test_runs_a_job(cluster: Cluster, steps: Steps, later: Path) -> None:
+    need_own_node(cluster)
+    with steps.step("helm test"):
+        said = release.try_out(cluster)
+    print("  " + said.strip().splitlines()[-1])
+    assert "Phase:          Succeeded" in said
+    assert "Succeeded" in said.partition("POD LOGS")[2]
 
 
 def test_uninstalling_keeps_the_jobs(cluster: Cluster, jobs: Jobs, steps: Steps) -> None:
     before = cluster.kubectl("-n", jobs.namespace, "get", "dpo", "-o", "name")
+    print("  " + release.figures(cluster))
     with steps.step("helm uninstall"):
         release.uninstall(cluster)
     assert cluster.kubectl("-n", jobs.namespace, "get", "dpo", "-o", "name") == before
@@ -259,5 +295,5 @@ def test_uninstalling_keeps_the_jobs(cluster: Cluster, jobs: Jobs, steps: Steps)
     assert "No resources found" in cluster.kubectl("-n", release.NAMESPACE, "get", "pods", check=False)
 
 
-def pods(run: Run) -> set[str]:
-    return {pod["metadata"]["uid"] for name, pod in run.jobs.pods().items() if name.startswith(f"{run.name}-")}
+def uids(pods: dict[str, Object], name: str) -> set[str]:
+    return {pod["metadata"]["uid"] for pod_name, pod in pods.items() if pod_name.startswith(f"{name}-")}

@@ -18,7 +18,7 @@ def main() -> int:
     what = parser.parse_args().what
     layout = Layout.default()
     if what == "suitable":
-        why = machine.unsuitable()
+        why = machine.unsuitable(layout)
         print(why or "yes")
         return 0 if why is None else 3
     if what == "up":
@@ -29,7 +29,7 @@ def main() -> int:
         except machine.UnsuitableError as error:
             print(f"no cluster here: {error}", file=sys.stderr)
             return 3
-        print(f"  kubeconfig: {layout.admin}")
+        print(f"  {cluster.sizes(layout)}\n  kubeconfig: {layout.admin}")
         return 0
     if what == "down":
         began = time.monotonic()

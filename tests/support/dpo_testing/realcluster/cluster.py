@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import subprocess
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ class Cluster:
 
 def up(layout: Layout) -> Cluster:
     """Bring up what is not up. Every step may be repeated."""
-    why = machine.unsuitable()
+    why = machine.unsuitable(layout)
     if why is not None:
         raise machine.UnsuitableError(why)
     steps = Steps(layout.run / "times.jsonl")
@@ -131,18 +130,17 @@ def _images(layout: Layout, steps: Steps) -> None:
             images.python_base(layout)
         with steps.step("images of the node and training-operator"):
             images.small(layout)
-        version = {"VERSION": VERSION, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         with steps.step("operator's image"):
-            images.product(layout, "operator", OPERATOR_IMAGE, **version)
+            images.product(layout, "operator", OPERATOR_IMAGE, VERSION=VERSION)
         with steps.step("trainer's image"):
             images.make_room(layout, TRAINER_IMAGE)
-            images.product(layout, "trainer", TRAINER_IMAGE, target="cpu", CPU_BASE_IMAGE=BASE_IMAGE, **version)
+            images.product(layout, "trainer", TRAINER_IMAGE, target="cpu", VERSION=VERSION)
             images.prune(layout)
     finally:
         daemons.stop(layout, "buildkitd")
 
 
 def sizes(layout: Layout) -> str:
-    """Return the images' sizes as JSON."""
-    found = {name: images.size(layout, name) for name in (OPERATOR_IMAGE, TRAINER_IMAGE)}
-    return json.dumps({Path(name).name: round(size / 1e6, 1) for name, size in found.items()})
+    """Return the images' sizes, unpacked, and their base's."""
+    names = (BASE_IMAGE, OPERATOR_IMAGE, TRAINER_IMAGE)
+    return ", ".join(f"{name.partition('/')[2]} {images.size(layout, name) / 1e6:.0f} MB" for name in names)

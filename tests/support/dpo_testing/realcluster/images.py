@@ -71,9 +71,17 @@ def python_base(layout: Layout) -> None:
         _mark(layout, BASE_IMAGE, base.fingerprint(layout))
 
 
-def product(layout: Layout, name: str, image: str, *, target: str | None = None, **arguments: str) -> None:
-    """Build one of the two Dockerfiles of the repository. BuildKit's cache decides what is done anew."""
-    build(layout, image, REPOSITORY, dockerfile=f"Dockerfile.{name}", target=target, BASE_IMAGE=BASE_IMAGE, **arguments)
+def product(
+    layout: Layout, name: str, image: str, *, context: Path = REPOSITORY, target: str | None = None, **arguments: str
+) -> None:
+    """Build one of the two Dockerfiles of a tree. BuildKit's cache decides what is done anew."""
+    arguments = {
+        "BASE_IMAGE": BASE_IMAGE,
+        "CPU_BASE_IMAGE": BASE_IMAGE,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        **arguments,
+    }
+    build(layout, image, context, dockerfile=f"Dockerfile.{name}", target=target, **arguments)
 
 
 def build(

@@ -30,11 +30,15 @@ OWNED = "owned-paths"
 """A file in the run folder: fixed paths that were not there before, which are removed at the end."""
 
 
+MEMORY_BYTES = 8_000_000_000
+DISK_BYTES = 30_000_000_000
+
+
 class UnsuitableError(Exception):
     """This machine can't hold the cluster; the text says why and what to do."""
 
 
-def unsuitable() -> str | None:
+def unsuitable(layout: Layout) -> str | None:
     """Return why no cluster can run here, or None."""
     if sys.platform != "linux":
         return "the cluster's node is this machine, and that needs Linux"
@@ -42,9 +46,31 @@ def unsuitable() -> str | None:
         return "containers, bridges and packages need root"
     if shutil.which("go") is None:
         return "Go is not installed, so the cluster's programs cannot be built"
+    if subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, check=False).returncode != 0:
+        return "root may not make network namespaces and mounts here (CAP_SYS_ADMIN), as in most containers"
+    if not _makes_cgroups():
+        return "no cgroups can be made below /sys/fs/cgroup, which the kubelet does for each pod"
+    if (memory := _memory()) < MEMORY_BYTES:
+        return f"{memory / 1e9:.1f} GB of memory are free; two nodes' trainers need {MEMORY_BYTES / 1e9:.0f}"
     if missing() and shutil.which("apt-get") is None:
         return f"these are missing and there is no apt-get to install them: {', '.join(missing())}"
-    return None
+    return _room(layout)
+
+
+def _room(layout: Layout) -> str | None:
+    """Return why the disk cannot hold the images, or None. Images that are built take no more."""
+    folder = layout.cache
+    if (folder / "built").exists():
+        return None
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free >= DISK_BYTES:
+        return None
+    return (
+        f"{free / 1e9:.0f} GB are free below {folder}; the trainer's image and the steps to it take"
+        f" {DISK_BYTES / 1e9:.0f} GB; DPO_E2E_CACHE names another folder"
+    )
 
 
 def missing() -> list[str]:
@@ -89,3 +115,20 @@ def owned_paths(layout: Layout) -> list[Path]:
 
 def _there(name: str) -> bool:
     return Path(name).exists() if name.startswith("/") else shutil.which(name) is not None
+
+
+def _makes_cgroups() -> bool:
+    probe = Path("/sys/fs/cgroup/dpo-probe")
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def _memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,28 +16,68 @@ from dpo_testing.realcluster.trainingoperator import TEMPLATE
 CHART = REPOSITORY / "charts" / "dpo-operator"
 NAME = "dpo"
 NAMESPACE = "dpo-system"
+TRIAL = "trial"
+"""Claim of `helm test`."""
 
 
-def values(*, init_container: bool = True, **more: Any) -> dict[str, Any]:
+def values(
+    *, init_container: bool = True, operator: str = OPERATOR_IMAGE, trainer: str = TRAINER_IMAGE, **more: Any
+) -> dict[str, Any]:
     """Return the values of an installation; a trainer is looked at every two seconds, to see short jobs pass."""
-    operator, trainer = (image.rpartition(":") for image in (OPERATOR_IMAGE, TRAINER_IMAGE))
     return {
-        "image": {"repository": operator[0], "tag": operator[2]},
-        "trainer": {"image": {"repository": trainer[0], "tag": trainer[2]}},
+        "image": _parts(operator),
+        "trainer": {"image": _parts(trainer)},
         "trainingOperator": {"initContainer": {"create": init_container, "name": TEMPLATE}},
         "settings": {"scrape-seconds": 2, "progress-write-seconds": 2},
+        "test": {"storage": {"claim": TRIAL}},
         **more,
     }
 
 
-def install(cluster: Cluster, given: dict[str, Any]) -> None:
+def install(cluster: Cluster, given: dict[str, Any], chart: Path = CHART) -> None:
     """Install the release or upgrade it; return once the operator is ready."""
     path = cluster.layout.run / "values.yaml"
     path.write_text(yaml.safe_dump(given))
-    words = ["upgrade", "--install", NAME, str(CHART), "--namespace", NAMESPACE, "--create-namespace"]
+    words = ["upgrade", "--install", NAME, str(chart), "--namespace", NAMESPACE, "--create-namespace"]
     cluster.helm(*words, "--values", str(path), "--wait", "--timeout=120s")
+
+
+def try_out(cluster: Cluster) -> str:
+    """Run `helm test` and return what it printed; a folder of the node is the volume that it works on."""
+    folder = cluster.layout.run / TRIAL
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    folder.chmod(0o1777)
+    cluster.kubectl("-n", NAMESPACE, "delete", "pvc", TRIAL, "--ignore-not-found")
+    cluster.kubectl("delete", "pv", TRIAL, "--ignore-not-found")
+    room = {"accessModes": ["ReadWriteOnce"], "storageClassName": ""}
+    volume = {**room, "capacity": {"storage": "1Gi"}, "hostPath": {"path": str(folder)}}
+    claim = {**room, "volumeName": TRIAL, "resources": {"requests": {"storage": "1Gi"}}}
+    objects = [
+        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": TRIAL}, "spec": volume},
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": TRIAL}, "spec": claim},
+    ]
+    cluster.kubectl("-n", NAMESPACE, "create", "-f", "-", stdin=yaml.safe_dump_all(objects))
+    return cluster.helm("test", NAME, "--namespace", NAMESPACE, "--logs", "--timeout=180s")
 
 
 def uninstall(cluster: Cluster) -> None:
     """Take the release away."""
     cluster.helm("uninstall", NAME, "--namespace", NAMESPACE, "--wait")
+
+
+def figures(cluster: Cluster) -> str:
+    """Return how long the operator took until it was ready, and the memory that it uses, as one line."""
+    (pod,) = cluster.api.list(("v1", "pods"), NAMESPACE, labelSelector="app.kubernetes.io/name=dpo-operator")
+    began = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
+    ready = next(c["lastTransitionTime"] for c in pod["status"]["conditions"] if c["type"] == "Ready")
+    seconds = (datetime.fromisoformat(ready) - datetime.fromisoformat(began)).total_seconds()
+    node = cluster.api.call("GET", f"/api/v1/nodes/{pod['spec']['nodeName']}/proxy/stats/summary")
+    used = next(each for each in node["pods"] if each["podRef"]["uid"] == pod["metadata"]["uid"])["containers"]
+    memory = sum(container["memory"]["workingSetBytes"] for container in used) / 2**20
+    return f"operator: ready {seconds:.0f} s after its container's start; {memory:.0f} MiB"
+
+
+def _parts(image: str) -> dict[str, str]:
+    repository, _, tag = image.rpartition(":")
+    return {"repository": repository, "tag": tag}
