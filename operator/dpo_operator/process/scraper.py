@@ -31,7 +31,8 @@ QUESTIONS_PER_SECOND = 8.0
 """All jobs together are asked no more often: a thousand jobs must not cost more than a few hundredths of a core."""
 
 _BEAT_SECONDS = 2.0
-"""Questions that are due within this time are asked together: half of the work of a single one is to wake up for it."""
+"""What is due within this time is asked at one moment: eight single questions a second cost twice as much, most of it
+for waking up."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,11 +42,10 @@ def pace(interval: float, jobs: int) -> float:
     return max(interval, jobs / QUESTIONS_PER_SECOND)
 
 
-async def _pause(interval: float) -> None:
-    """Sleep for about so long, each time differently, until a moment at which others wake too."""
-    beat, now = min(_BEAT_SECONDS, interval / 10), asyncio.get_running_loop().time()
-    wake = now + interval * random.uniform(0.8, 1.2)
-    await asyncio.sleep(max(0.0, round(wake / beat) * beat - now))
+def together(now: float, seconds: float) -> float:
+    """Return ``seconds``, a little more or less: until the next moment at which others are asked too."""
+    beat = min(_BEAT_SECONDS, seconds / 10)
+    return max(0.0, round((now + seconds) / beat) * beat - now)
 
 
 class Scraper:
@@ -107,6 +107,7 @@ class Scraper:
 
     async def _follow(self, key: Key, target: ScrapeTarget, known: bool) -> None:
         if known:
+            await asyncio.sleep(0.1 * self._interval)  # until the others are known too, whose number sets the pace
             await asyncio.sleep(random.uniform(0.0, pace(self._interval, len(self._tasks))))
         told: Scrape | None = None
         told_at = float("-inf")
@@ -119,8 +120,9 @@ class Scraper:
             if due or told is None or _matters(told, answer):
                 told, told_at = answer, now
                 self._news(key)
-            # Jobs that started together are not asked together for ever.
-            await _pause(pace(self._interval, len(self._tasks)))
+            # Jobs that started together spread over the interval.
+            wait = pace(self._interval, len(self._tasks)) * random.uniform(0.8, 1.2)
+            await asyncio.sleep(together(time.monotonic(), wait))
 
     async def _ask(self, target: ScrapeTarget) -> Scrape:
         at = self._clock()

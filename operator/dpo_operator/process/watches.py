@@ -230,8 +230,9 @@ class Watches:
         settings.watching.server_timeout = 300  # whole seconds: the API server takes no other
         settings.watching.reconnect_backoff = 0.5
         settings.queueing.worker_limit = self._limit
-        # A worker of kopf lives on after its last event; hundreds of them are only memory.
-        settings.queueing.idle_timeout = 0.5
+        # A worker of kopf keeps its place until its object has been quiet for so long, and each object of a list takes
+        # a place: with half a second a list of a thousand took eight. At 0 it would never take a second event.
+        settings.queueing.idle_timeout = 0.01
         settings.queueing.exit_timeout = 0.5
         # Nothing is ever stored in objects; should a later kopf want to, then under our own names.
         settings.persistence.finalizer = "dpo-operator.dev/finalizer"

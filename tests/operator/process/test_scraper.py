@@ -9,7 +9,7 @@ import pytest
 
 from dpo_operator.process import scraper
 from dpo_operator.process.client import Client
-from dpo_operator.process.scraper import MAX_BYTES, Scraper, pace
+from dpo_operator.process.scraper import MAX_BYTES, Scraper, pace, together
 from dpo_operator.types import Scrape, ScrapeTarget
 from dpo_testing.faketrainer import FakeTrainer
 
@@ -171,3 +171,11 @@ def test_a_pod_that_was_asked_before_is_not_asked_at_once(trainer: FakeTrainer, 
 def test_many_trainers_are_asked_less_often_each() -> None:
     """All together are asked at most eight times a second; a few, as often as the setting says."""
     assert [pace(30, jobs) for jobs in (1, 240, 1000)] == [30, 30, 125]
+
+
+def test_trainers_are_asked_at_shared_moments() -> None:
+    """A question alone costs the operator twice as much as one of several."""
+    now = 1234.567
+    ends = [now + together(now, 24 + step / 10) for step in range(120)]
+    assert {round(end, 6) for end in ends} == {1258, 1260, 1262, 1264, 1266, 1268, 1270}
+    assert all(abs(together(now, wait) - wait) <= wait / 20 for wait in (0.05, 1, 6, 30))
