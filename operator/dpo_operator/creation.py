@@ -45,7 +45,13 @@ def _begin(draft: Draft, number: int, child: str, created: float) -> None:
     # What they said was about the attempt before.
     kept = [c for c in draft.status.conditions if c.type not in _OF_ATTEMPT]
     draft.update(conditions=tuple(kept))
+    _resume(draft)  # an adopted child of a job that was resumed is the only trace of it
     draft.update(next_attempt_time=None, start_time=draft.status.start_time or clock.to_text(created))
+
+
+def _resume(draft: Draft) -> None:
+    if conditions.holds(draft.status.conditions, ConditionType.Suspended):
+        draft.condition(ConditionType.Suspended, "False", Reason.Resumed, "runPolicy.suspend is false again.")
 
 
 def between(draft: Draft) -> None:
@@ -54,8 +60,7 @@ def between(draft: Draft) -> None:
     if draft.view.spec.run_policy.suspend:
         suspended(draft)
         return
-    if conditions.holds(draft.status.conditions, ConditionType.Suspended):
-        draft.condition(ConditionType.Suspended, "False", Reason.Resumed, "runPolicy.suspend is false again.")
+    _resume(draft)
     if last is not None and _waits(draft, last):
         return
     run = draft.view.observed.finished_run

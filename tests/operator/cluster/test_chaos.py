@@ -61,6 +61,9 @@ def check(jobs: Jobs, proxy: ChaosProxy, name: str) -> None:
         (1, "Failed"), (2, "Stopped"), (3, "Succeeded"),
     ]  # fmt: skip
     assert status["chargedRestarts"] == 1
+    truths = {kind: condition["status"] for kind, condition in jobs.conditions(name).items()}
+    last = {"Suspended": "False", "Finished": "True", "Succeeded": "True", "Failed": "False"}
+    assert truths | last == truths
     made = Counter(json.loads(call.body)["metadata"]["name"] for call in proxy.calls if call.kind == "POST pytorchjobs")
     assert made == {f"{name}-{n}": 1 for n in (1, 2, 3)}
     pods = [p for p in jobs.pods().values() if p["status"].get("phase") == "Running"]

@@ -208,8 +208,6 @@ def test_specs_that_cannot_run(stage: Stage) -> None:
 @sees("Progressing SpecUnreadable", "event SpecUnreadable")
 def test_a_spec_of_a_later_version(stage: Stage) -> None:
     """The CRD is newer than the operator: it admits a field that the operator does not know."""
-    stage.run("modern")
-    stage.jobs.wait_state("Running", name="modern")
     crds, name = ("apiextensions.k8s.io/v1", "customresourcedefinitions"), "dpojobs.dpo-operator.dev"
     path = ("schema", "openAPIV3Schema", "properties", "spec", "properties", "runPolicy", "properties")
 
@@ -220,18 +218,27 @@ def test_a_spec_of_a_later_version(stage: Stage) -> None:
         policy |= {"laterField": field} if field is not None else {}
         stage.cluster.admin.patch(crds, None, name, {"spec": {"versions": found["spec"]["versions"]}})
 
-    def set_later() -> bool:
-        stage.jobs.patch("modern", {"runPolicy": {"laterField": "x"}})
-        return "laterField" in stage.jobs.get("modern")["spec"]["runPolicy"]  # else it was pruned
+    with stage.cluster.namespace("later") as space:
+        jobs = Jobs(stage.cluster.admin, space)
+        with OperatorProcess(stage.cluster.kubeconfig, "--scrape-by=off", namespaces=space) as operator:
+            jobs.create(manifest("modern"))
+            jobs.wait_state("Running", name="modern")
+            operator.kill()  # its watch would show the objects by the definition that it began with
 
-    serve({"type": "string"})
-    try:
-        eventually(set_later, what="the later field is stored")
-        stage.expect("Progressing SpecUnreadable")
-        assert "modern-1-master-0" in stage.jobs.pods()
-    finally:
-        stage.jobs.delete("modern")
-        serve(None)
+            def set_later() -> bool:
+                jobs.patch("modern", {"runPolicy": {"laterField": "x"}})
+                return "laterField" in jobs.get("modern")["spec"]["runPolicy"]  # else it was pruned
+
+            serve({"type": "string"})
+            try:
+                eventually(set_later, what="the later field is stored")
+                operator.start()
+                stage.expect("Progressing SpecUnreadable")
+                assert (jobs.status("modern")["state"], set(jobs.children())) == ("Running", {"modern-1"})
+            finally:
+                jobs.delete("modern")
+                serve(None)
+            assert operator.exceptions() == []
 
 
 @sees("state Pending", "Progressing PyTorchJobMissing", "event PyTorchJobMissing")

@@ -34,7 +34,9 @@ def test_a_lost_node_costs_one_uncharged_attempt(cluster: ControlPlane, kubelet:
         assert condition["reason"] == "DeletionByTaintManager"
         # A cloud's controller removes a node that is gone for good; its pods go with it.
         cluster.admin.delete(NODES, None, node)
-        jobs.wait_child("lost-2", seconds=90)
+        second = jobs.wait_child("lost-2", seconds=90)
+        affinity = second["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["affinity"]["nodeAffinity"]
+        assert node in str(affinity["preferredDuringSchedulingIgnoredDuringExecution"]), "the next one prefers others"
         status = jobs.status("lost")
         assert (status["attempts"][0]["reason"], status["chargedRestarts"]) == ("NodeLost", 0)
         assert node in status["attempts"][0]["message"]

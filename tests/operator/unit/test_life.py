@@ -689,6 +689,18 @@ def test_created_suspended() -> None:
     assert cluster.condition("Accepted") == ("True", "Accepted")
 
 
+def test_resumed_and_killed_before_the_status_is_written() -> None:
+    cluster = SimCluster(manifest(runPolicy={"suspend": True}))
+    cluster.settle()
+    cluster.edit(suspend=False)
+    with pytest.raises(Crash):
+        cluster.reconcile(budget=1)
+    assert cluster.created == ["job-1"]
+    cluster.settle()
+    assert cluster.condition("Suspended") == ("False", "Resumed")
+    assert cluster.told().count("Resumed") == 1
+
+
 def test_finished_while_being_suspended_is_finished() -> None:
     cluster = running()
     cluster.edit(suspend=True)
