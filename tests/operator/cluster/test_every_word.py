@@ -12,14 +12,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo_api.errors import Outcome
 from dpo_operator.reasons import Reason
 from dpo_testing.chaosproxy import ChaosProxy, Fault
 from dpo_testing.controlplane import ControlPlane
@@ -29,6 +28,7 @@ from dpo_testing.jobs import Jobs, manifest
 from dpo_testing.kubeapi import DPOJOBS, EVENTS, PODS, PYTORCHJOBS, ApiError, Object, eventually
 from dpo_testing.operatorprocess import OperatorProcess
 from dpo_testing.playedclock import PlayedClock
+from dpo_testing.podends import ENDS, job_of
 from dpo_testing.stage import DECLARED, Stage, columns, sees
 from dpo_testing.witness import Witness, every_word
 
@@ -36,8 +36,6 @@ pytestmark = pytest.mark.slow
 
 DONE = last_words("Succeeded", step=64, total=64, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
 FAST = ("--backoff-base-seconds=0.05", "--backoff-max-seconds=0.05", "--stalled-after-seconds=2")
-CAUSES = tuple(reason for reason in Reason if reason.topic == "cause")
-NAMES = {reason: f"c-{reason.value.lower()}" for reason in CAUSES}
 
 
 @pytest.fixture(scope="module")
@@ -56,47 +54,6 @@ def stage(cluster: ControlPlane, kubelet: FakeKubelet) -> Iterator[Stage]:
 # --- why attempts end ------------------------------------------------------------------------------------------------
 
 
-def _says(outcome: Outcome) -> Callable[[Stage, Object], None]:
-    words = last_words(outcome.name, message=outcome.description)
-    return lambda stage, pod: stage.kubelet.exit(pod, outcome.exit_code, words)
-
-
-def _is_disrupted(
-    disruption: str | None, reason: str | None = None, message: str = ""
-) -> Callable[[Stage, Object], None]:
-    return lambda stage, pod: stage.kubelet.fail(pod, reason, message, disruption=disruption)
-
-
-def _exits(code: int, reason: str | None = None) -> Callable[[Stage, Object], None]:
-    return lambda stage, pod: stage.kubelet.exit(pod, code, reason=reason)
-
-
-def _child_is_deleted(stage: Stage, pod: Object) -> None:
-    child = f"{NAMES[Reason.ChildDeleted]}-1"
-    stage.cluster.admin.delete(PYTORCHJOBS, stage.jobs.namespace, child, propagationPolicy="Background")
-
-
-ENDS: dict[Reason, Callable[[Stage, Object], None]] = {
-    **{Reason[outcome.name]: _says(outcome) for outcome in Outcome if outcome is not Outcome.Succeeded},
-    Reason.MemoryLimitExceeded: _exits(137, "OOMKilled"),
-    Reason.NodeOutOfMemory: _exits(137, "OOMKilled"),
-    Reason.Killed: _exits(139),
-    Reason.ContainerStartFailed: _exits(128, "StartError"),
-    Reason.FinalWordsLost: _exits(0),
-    Reason.NodeLost: _is_disrupted("DeletionByPodGC"),
-    Reason.Preempted: _is_disrupted("PreemptionByScheduler"),
-    Reason.Evicted: _is_disrupted("TerminationByKubelet", "Evicted", "The node was low on resource: memory."),
-    Reason.ScratchLimitExceeded: _is_disrupted(
-        None, "Evicted", 'Usage of EmptyDir volume "scratch" exceeds the limit "1Gi".'
-    ),
-    Reason.NodeShutdown: _is_disrupted(None, "Terminated", "Pod was terminated in response to imminent node shutdown."),
-    Reason.AdmissionFailed: _is_disrupted(None, "UnexpectedAdmissionError", "Allocate failed"),
-    Reason.Drained: lambda stage, pod: stage.kubelet.evict(pod["metadata"]["namespace"], pod["metadata"]["name"]),
-    Reason.ChildDeleted: _child_is_deleted,
-}
-"""What happens to the only pod of an attempt that ends for each of these causes."""
-
-
 @sees(
     *(f"{place} {reason.value}" for reason in ENDS for place in ("attempt", "event")),
     *(f"{kind} {r.value}" for r in ENDS if r.retry == "permanent" for kind in ("Finished", "Failed", "Succeeded")),
@@ -108,18 +65,18 @@ def test_causes_that_a_pod_tells(stage: Stage) -> None:
     memory = {"nodes": 1, "gpusPerNode": 0, "memory": "1Gi"}
     for reason in ENDS:
         more: dict[str, Any] = {"resources": memory} if reason is Reason.MemoryLimitExceeded else {}
-        stage.jobs.create(manifest(NAMES[reason], run_policy={"maxRestarts": 0}, **more))
+        stage.jobs.create(manifest(job_of(reason), run_policy={"maxRestarts": 0}, **more))
     for reason, end in ENDS.items():
-        end(stage, stage.kubelet.pod(stage.jobs.namespace, f"{NAMES[reason]}-1-master-0"))
-    for reason in ENDS:
+        end(stage, stage.kubelet.pod(stage.jobs.namespace, f"{job_of(reason)}-1-master-0"))
+    for reason, job in [(reason, job_of(reason)) for reason in ENDS]:
         eventually(
-            lambda name=NAMES[reason]: (stage.jobs.status(name).get("attempts") or [{}])[0].get("endTime"),  # type: ignore[misc]
+            lambda name=job: (stage.jobs.status(name).get("attempts") or [{}])[0].get("endTime"),  # type: ignore[misc]
             what=f"an attempt ends by {reason.value}",
         )
-        told = stage.jobs.status(NAMES[reason])["attempts"][0]
+        told = stage.jobs.status(job)["attempts"][0]
         assert (told["reason"], told["failureClass"]) == (reason.value, reason.retry)
     for reason in ENDS:
-        stage.jobs.delete(NAMES[reason])
+        stage.jobs.delete(job_of(reason))
 
 
 @sees("attempt PodDeleted", "event PodDeleted")
