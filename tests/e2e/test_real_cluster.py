@@ -108,9 +108,12 @@ def test_a_job_aligns_the_model_under_a_random_user(cluster: Cluster, jobs: Jobs
 
 
 def survive(
-    run: Run, steps: Steps, what: str, fault: Callable[[], Any], undisturbed: dict[int, float], *, attempts: int
+    run: Run, steps: Steps, what: str, fault: Callable[[], Any], undisturbed: dict[int, float], *, attempts: int | None
 ) -> list[Object]:
-    """Disturb a run after a checkpoint and before half of it; it must end as if nothing had been."""
+    """Disturb a run after a checkpoint and before half of it; it must end as if nothing had been.
+
+    ``attempts``: how many it takes in the end. None: one or two, of whose pods the first ones are gone after ``fault``.
+    """
     run.create(disturbable(run.cluster, run.name))
     with steps.step(f"{what}: until the fault"):
         before = run.wait_step(1, lambda p: p.phase == "train" and (p.last_checkpoint_step or 0) >= EVERY)
@@ -119,9 +122,8 @@ def survive(
     fault()
     with steps.step(f"{what}: from the fault to the end"):
         # The first step that was not done before: a run that goes on, or the next attempt past its checkpoint.
-        after = run.wait_step(
-            attempts, lambda p: p.phase == "train" and p.step > (before.step if attempts == 1 else EVERY)
-        )
+        last = before.step if attempts == 1 else EVERY
+        after = run.wait_step(attempts, lambda p: p.phase == "train" and p.step > last)
         passed = time.monotonic() - began
         steps.note(f"{what}: from the fault to the next step", passed)
         status = run.wait_succeeded()
@@ -129,7 +131,7 @@ def survive(
     print(f"  at step {before.step}; {passed:.1f} s from the fault to step {after.step}")
     print(*(f"    attempt {told(each)}" for each in tried), sep="\n")
     assert status["state"] == "Succeeded", status
-    assert len(tried) == attempts
+    assert len(tried) in ([attempts] if attempts else [1, 2])
     assert not [each for each in tried[1:] if not each.get("fromStep")]
     losses = run.losses()
     assert sorted(losses) == sorted(undisturbed)
@@ -162,7 +164,11 @@ def test_a_deleted_master(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbe
 
 
 def test_a_drained_node(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
-    """The drain takes the operator and training-operator too: their absence only delays."""
+    """The drain takes the operator and training-operator too: their absence only delays.
+
+    Where neither saw the pods go, the one that is back first decides: the operator ends the attempt, training-operator
+    makes its pods anew. The run goes on from the drained pods' checkpoint in both cases.
+    """
     need_own_node(cluster)
     run = Run(cluster, jobs, "drained")
 
@@ -173,8 +179,9 @@ def test_a_drained_node(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed:
         assert "training-operator" in out
         assert run.pod(1, "worker-0") in out
 
-    first, _ = survive(run, steps, "node drained", fault, undisturbed, attempts=2)
-    assert first["failureClass"] == "infrastructure"
+    *ended, last = survive(run, steps, "node drained", fault, undisturbed, attempts=None)
+    assert last["fromStep"] >= EVERY
+    assert [each["failureClass"] for each in ended] in ([], ["infrastructure"])
 
 
 def test_a_stopped_object_store(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:

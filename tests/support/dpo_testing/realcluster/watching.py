@@ -80,18 +80,14 @@ class Run:
         except (ApiError, HTTPError, ValueError):
             return None
 
-    def wait_step(self, attempt: int, reached: Callable[[Progress], bool], seconds: float = 180) -> Progress:
-        """Wait until rank 0 of an attempt says so."""
-        return self._wait(attempt, lambda found: found is not None and reached(found), seconds)
-
-    def _wait(self, attempt: int, reached: Callable[[Progress | None], bool], seconds: float) -> Progress:
+    def wait_step(self, attempt: int | None, reached: Callable[[Progress], bool], seconds: float = 180) -> Progress:
+        """Wait until rank 0 of an attempt, or of the newest one, says so."""
         deadline = time.monotonic() + seconds
         while True:
-            found = self.progress(attempt)
-            if reached(found):
-                assert found is not None
-                return found
             status = self.jobs.status(self.name)
+            found = self.progress(attempt or status.get("attempt") or 1)
+            if found is not None and reached(found):
+                return found
             if status.get("state") in {"Failed", "Rejected"} or time.monotonic() > deadline:
                 raise AssertionError(f"{self.name}, attempt {attempt}: {found}\n{yaml.safe_dump(status)}")
             time.sleep(0.1)
