@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 DONE = last_words("Succeeded", step=9, total=9, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
 HOUR = 3600.0
 DAYS = 24 * HOUR
-LOOKS = 5
+LOOKS = 3
 """Passes that must bring nothing new before a job counts as being at rest."""
 
 
@@ -131,6 +131,11 @@ def test_a_zombie_of_attempt_1_changes_nothing_of_attempt_2(
         )
         assert status["attempts"][0]["reason"] == "NodeLost"
         # As long as the pod may live its successor waits; it is given up after its grace period and half a minute.
+        passes = operator.passes()
+        eventually(lambda: operator.passes() >= passes + 4 * LOOKS, what="the operator looks on")
+        status = jobs.status("undead")
+        assert (status["attempts"][0].get("endTime"), status.get("nextAttemptTime")) == (None, None)
+        assert status["message"].endswith("Its last pods are ending.")
         assert jobs.children().keys() == {"undead-1"}
         clock.set(HOUR)
         jobs.wait_child("undead-2")
