@@ -33,6 +33,10 @@ state = "{run}/containerd-state"
     snapshotter = "overlayfs"
 """
 
+BRIDGE_ADDRESS = "02:00:0a:f4:00:01"
+"""Fixed: else the bridge takes the lowest one of its ports, which changes as pods come and go, and for up to a minute a
+pod sends to the old one what it has for the gateway, DNS questions first."""
+
 COREFILE = """\
 .:53 {{
     bind {gateway}
@@ -51,8 +55,11 @@ COREFILE = """\
 def network(layout: Layout) -> None:
     """Make the bridge and the pods' network configuration."""
     if not Path(f"/sys/class/net/{BRIDGE}").exists():
-        for command in (["link", "add", BRIDGE, "type", "bridge"], ["addr", "add", f"{GATEWAY}/24", "dev", BRIDGE],
-                        ["link", "set", BRIDGE, "up"]):  # fmt: skip
+        for command in (
+            ["link", "add", BRIDGE, "address", BRIDGE_ADDRESS, "type", "bridge"],
+            ["addr", "add", f"{GATEWAY}/24", "dev", BRIDGE],
+            ["link", "set", BRIDGE, "up"],
+        ):
             subprocess.run(["ip", *command], check=True, capture_output=True)
     before = layout.run / "ip_forward"
     if not before.exists():
