@@ -43,7 +43,7 @@ def install(cluster: Cluster, given: dict[str, Any], chart: Path = CHART) -> Non
 
 
 def try_out(cluster: Cluster) -> str:
-    """Run `helm test` and return what it printed; a folder of the node is the volume that it works on."""
+    """Run `helm test` and return what its job told; a folder of the node is the volume that it works on."""
     folder = cluster.layout.run / TRIAL
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -58,7 +58,8 @@ def try_out(cluster: Cluster) -> str:
         {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": TRIAL}, "spec": claim},
     ]
     cluster.kubectl("-n", NAMESPACE, "create", "-f", "-", stdin=yaml.safe_dump_all(objects))
-    return cluster.helm("test", NAME, "--namespace", NAMESPACE, "--logs", "--timeout=180s")
+    cluster.helm("test", NAME, "--namespace", NAMESPACE, "--timeout=180s")
+    return cluster.kubectl("-n", NAMESPACE, "logs", f"{NAME}-dpo-operator-test")
 
 
 def uninstall(cluster: Cluster) -> None:
