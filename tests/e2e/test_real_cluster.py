@@ -200,8 +200,7 @@ def test_a_deleted_operator(cluster: Cluster, jobs: Jobs, steps: Steps, undistur
     run = Run(cluster, jobs, "orphaned")
 
     def fault() -> None:
-        selector = "app.kubernetes.io/name=dpo-operator"
-        cluster.kubectl("-n", release.NAMESPACE, "delete", "pod", "-l", selector, "--wait=false")
+        cluster.kubectl("-n", release.NAMESPACE, "delete", "pod", "-l", release.OPERATOR, "--wait=false")
 
     survive(run, steps, "operator deleted", fault, undisturbed, attempts=1)
 

@@ -16,6 +16,8 @@ from dpo_testing.realcluster.trainingoperator import TEMPLATE
 CHART = REPOSITORY / "charts" / "dpo-operator"
 NAME = "dpo"
 NAMESPACE = "dpo-system"
+OPERATOR = "app.kubernetes.io/name=dpo-operator,app.kubernetes.io/component=operator"
+"""Selects the operator's pod and no other of the release."""
 TRIAL = "trial"
 """Claim of `helm test`."""
 
@@ -69,7 +71,7 @@ def uninstall(cluster: Cluster) -> None:
 
 def figures(cluster: Cluster) -> str:
     """Return how long the operator took until it was ready, and the memory that it uses, as one line."""
-    (pod,) = cluster.api.list(("v1", "pods"), NAMESPACE, labelSelector="app.kubernetes.io/name=dpo-operator")
+    (pod,) = cluster.api.list(("v1", "pods"), NAMESPACE, labelSelector=OPERATOR)
     began = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
     ready = next(c["lastTransitionTime"] for c in pod["status"]["conditions"] if c["type"] == "Ready")
     seconds = (datetime.fromisoformat(ready) - datetime.fromisoformat(began)).total_seconds()
