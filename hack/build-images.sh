@@ -2,6 +2,7 @@
 # Builds the images with Docker or BuildKit, whichever is here: hack/build-images.sh [operator|trainer|trainer-cpu]...
 #   REPOSITORY   prefix of the names (default: none: dpo-operator:<version>)
 #   BASE_IMAGE   in place of the Dockerfile's own base image
+#   CPU_BASE_IMAGE   for trainer, beside BASE_IMAGE: the plain Python on which our wheel is built
 #   PIP_CONF     pip configuration file for a private package index; it is a build secret and stays in no layer
 #   BUILDKIT_HOST, BUILDCTL_OUTPUT   for buildctl: the daemon's address; where to (default: name and push=false)
 set -euo pipefail
@@ -21,16 +22,17 @@ builder() {
 arguments() { # key=value a line
   echo "VERSION=$version"; echo "REVISION=$revision"; echo "CREATED=$created"
   if [[ -n ${BASE_IMAGE:-} ]]; then echo "$1=$BASE_IMAGE"; fi
+  if [[ $2 == gpu && -n ${CPU_BASE_IMAGE:-} ]]; then echo "CPU_BASE_IMAGE=$CPU_BASE_IMAGE"; fi
 }
 
 build() { # file, target, name, name of the argument for the base
   local words=() line name="$prefix$3"
   if [[ $tool == docker ]]; then
-    while read -r line; do words+=(--build-arg "$line"); done < <(arguments "$4")
+    while read -r line; do words+=(--build-arg "$line"); done < <(arguments "$4" "$2")
     if [[ -n ${PIP_CONF:-} ]]; then words+=(--secret "id=pip,src=$PIP_CONF"); fi
     DOCKER_BUILDKIT=1 docker build -f "$1" --target "$2" -t "$name" "${words[@]}" .
   else
-    while read -r line; do words+=(--opt "build-arg:$line"); done < <(arguments "$4")
+    while read -r line; do words+=(--opt "build-arg:$line"); done < <(arguments "$4" "$2")
     if [[ -n ${PIP_CONF:-} ]]; then words+=(--secret "id=pip,src=$PIP_CONF"); fi
     buildctl build --frontend dockerfile.v0 --local context=. --local dockerfile=. --opt "filename=$1" --opt "target=$2" \
       "${words[@]}" --output "${BUILDCTL_OUTPUT:-type=image,push=false},name=$name"

@@ -66,7 +66,7 @@ leave no pods: a PyTorchJob gives its nodes back only by being deleted.
 | stop for a while | `kubectl patch dpo NAME --type=merge -p '{"spec":{"runPolicy":{"suspend":true}}}'` |
 | go on | the same with `false` |
 | stop for good | `kubectl delete dpo NAME`; the run directory stays |
-| try again after a failure | delete the job, mend the cause, apply it again: it continues from its checkpoint |
+| try again after a failure | delete the job, mend the cause, apply it again: it continues from its checkpoint (below) |
 | see an attempt's cause | `kubectl get dpo NAME -o jsonpath='{.status.attempts}'` |
 | run without the operator | jobs go on; only restarts and the status wait until it is back |
 
@@ -78,10 +78,11 @@ attempt is a new workload: **a restart queues again**, behind others of its prio
 `runPolicy.restartPriorityClass` can give restarts a higher one. Only admitted time counts against
 `activeDeadlineSeconds` and `startTimeoutSeconds`. Preemption and the rest: `docs/queueing.md`.
 
-A recreated DPOJob with the same run directory continues the former one. Runs are fenced: attempts carry a number that
-grows with the DPOJob's creation and the attempt, and a lower one never completes a checkpoint in the directory of a
-higher one. A run directory that holds the finished run of the same spec ends the first attempt within its first
-minute, with the model that is already there.
+A recreated DPOJob with the same run directory continues the former one. With other data or another loss, batch or
+rate it is another run, is refused (`IncompatibleCheckpoint`), and takes a `checkpoint.uri` of its own. Runs are
+fenced: attempts carry a number that grows with the DPOJob's creation and the attempt, and a lower one never
+completes a checkpoint in the directory of a higher one. A run directory that holds the finished run of the same
+spec ends the first attempt within its first minute, with the model that is already there.
 
 ## The cluster
 
