@@ -244,6 +244,7 @@ async def job_get(stage: Stage) -> None:
 async def job_delete(stage: Stage) -> None:
     """The end of ttlSecondsAfterFinished."""
     await stage.perform(DeleteJob("job", "another-uid"))
+    assert "deletionTimestamp" not in stage.jobs.get()["metadata"], "another one of its name stays"
 
 
 async def status_patch(stage: Stage) -> None:
@@ -264,8 +265,10 @@ async def child_create(stage: Stage) -> None:
 
 async def child_delete(stage: Stage) -> None:
     """A suspension, or the trimming of the history."""
-    uid = stage.jobs.children()["job-1"]["metadata"]["uid"]
+    await stage.perform(DeleteChild("job-1", "another-uid"))
+    uid = stage.jobs.children()["job-1"]["metadata"]["uid"]  # another one of its name stays
     await stage.perform(DeleteChild("job-1", uid))
+    assert "job-1" not in stage.jobs.children()
 
 
 async def config_map_create(stage: Stage) -> None:
