@@ -150,7 +150,8 @@ def _checkpoint_old() -> Alert:
 
 
 def _pending() -> Alert:
-    waiting = _of_job("dpo_job_state", '{state=~"Pending|Queued|Starting"}')
+    # Restarting too: an attempt that finds no node is ended by its start time-out, after as long as this alert waits.
+    waiting = _of_job("dpo_job_state", '{state=~"Pending|Queued|Starting|Restarting"}')
     return Alert(
         "DPOJobPendingTooLong",
         "warning",

@@ -28,7 +28,8 @@ carry `namespace`, `dpojob` and `attempt`; panels show one line for each, from w
 to compare runs that began at different times, look at *Runs side by side*, or at `dpo report`, which draws by step.
 
 The panels of GPUs need NVIDIA's dcgm-exporter with Kubernetes labels (the GPU operator installs it) in the same
-Prometheus, so with the label by which that finds monitors (docs/install.md, step 7). They stay empty without it.
+Prometheus, so with the label by which that finds monitors ([install.md](install.md#7-curves-and-alerts)).
+They stay empty without it.
 """
 
 
