@@ -76,6 +76,14 @@ e2e-up: setup tools ## bring that cluster up and leave it
 e2e-down: setup ## take it down; nothing is left but the cache
 	@PYTHONPATH=tests/support $(BIN)/python -m dpo_testing.realcluster down
 
+.PHONY: images
+images: ## build both images with Docker or BuildKit (IMAGES="operator trainer-cpu" REPOSITORY=… BASE_IMAGE=…)
+	@hack/build-images.sh $(IMAGES)
+
+.PHONY: sbom
+sbom: setup ## list what each image installs, as CycloneDX, in build/sbom
+	@$(BIN)/python hack/sbom.py
+
 .PHONY: lock
 lock: setup ## rewrite constraints.txt (needs uv)
 	@mkdir -p build && PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock.sh

@@ -21,8 +21,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-IMAGES: Final = {"operator": "operator", "trainer": "trainer"}
-"""Dockerfile.<key> installs the base list and this extra of pyproject.toml."""
+IMAGES: Final = {"operator": ("operator",), "trainer": ("trainer", "wandb")}
+"""Dockerfile.<key> installs the base list and these extras of pyproject.toml."""
 
 
 def left_out(dockerfile: str) -> set[str]:
@@ -52,7 +52,8 @@ def requirements_of(image: str) -> list[Requirement]:
     """Return what the image installs, as its Dockerfile says."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     unused = left_out((ROOT / f"Dockerfile.{image}").read_text())
-    lines = [*project["dependencies"], *project["optional-dependencies"][IMAGES[image]]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for extra in IMAGES[image] for line in extras[extra])]
     return [found for found in map(Requirement, lines) if canonicalize_name(found.name) not in unused]
 
 

@@ -122,7 +122,7 @@ def test_combinations_are_rendered(home: Path, name: str) -> None:
         ({"monitoring": {"interval": "30"}}, "/monitoring/interval"),
         ({"settings": {"worker": 3}}, "invalid propertyName 'worker'"),
         ({"settings": {"trainer-image": "x"}}, "invalid propertyName 'trainer-image'"),
-        ({"trainer": {"env": {"A": "x,y"}}}, 'trainer.env.A: "x,y" holds a comma'),
+        ({"trainer": {"env": {"A": "x,y=1"}}}, 'trainer.env.A: "x,y=1" holds a comma and NAME='),
         ({"nodeSelector": {"gpu": True}}, "/nodeSelector/gpu"),
         ({"runAsUser": 0}, "/runAsUser"),
         ({"defaults": {"s3": {"endpoint": "https://user:key@s3"}}}, "/defaults/s3/endpoint"),

@@ -150,7 +150,7 @@ def test_a_killed_worker(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed
     run = Run(cluster, jobs, "killed")
     fault = lambda: run.kill_container(run.pod(1, "worker-0"))  # noqa: E731
     first, _ = survive(run, steps, "worker killed", fault, undisturbed, attempts=2)
-    assert first["result"] == "Failed"
+    assert (first["result"], first["failureClass"], first["reason"]) == ("Failed", "retryable", "Killed")
 
 
 def test_a_deleted_master(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
@@ -160,7 +160,7 @@ def test_a_deleted_master(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbe
         cluster.kubectl("-n", jobs.namespace, "delete", "pod", run.pod(1), "--wait=false")
 
     first, _ = survive(run, steps, "master deleted", fault, undisturbed, attempts=2)
-    assert first["failureClass"] == "infrastructure"
+    assert (first["failureClass"], first["reason"]) == ("infrastructure", "PodDeleted")
 
 
 def test_a_drained_node(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
@@ -181,7 +181,7 @@ def test_a_drained_node(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed:
 
     *ended, last = survive(run, steps, "node drained", fault, undisturbed, attempts=None)
     assert last["fromStep"] >= EVERY
-    assert [each["failureClass"] for each in ended] in ([], ["infrastructure"])
+    assert [(each["failureClass"], each["reason"]) for each in ended] in ([], [("infrastructure", "Drained")])
 
 
 def test_a_stopped_object_store(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:

@@ -36,6 +36,14 @@ def test_links_between_pages_lead_somewhere() -> None:
     assert [text for page in PAGES for text in broken(page)] == []
 
 
+def test_every_make_target_that_a_page_names_is_there() -> None:
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    command = re.compile(r"(?:^ *(?:\$ )?(?:[A-Z_]+=\S+ )*|`)make ([a-z][a-z0-9-]*)", re.MULTILINE)
+    named = {target for page in [*PAGES, *ROOT.glob("Dockerfile.*")] for target in command.findall(page.read_text())}
+    assert {"images", "sbom", "test", "e2e", "quickstart"} <= named
+    assert named <= targets
+
+
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A b\n[x](gone.md) [y](#b) [z](#a-b) [w](https://example.com/#c)\n")

@@ -164,6 +164,12 @@ def test_what_the_base_brings_is_held_at_its_version(tmp_path: Path) -> None:
     assert any(line.startswith("torch") for line in wanted)
 
 
+@pytest.mark.parametrize("stage", ["cpu", "gpu"])
+def test_every_writer_of_metrics_is_in_the_trainers_image(stage: str) -> None:
+    text = (ROOT / "Dockerfile.trainer").read_text()
+    assert '"--extra", "wandb"' in text.partition(f" AS requirements-{stage}")[2].partition(f" AS {stage}\n")[0]
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [(["--extra", "gpus"], "has no 'gpus'"), (["--extra", "operator", "--without", "flask"], "does not ask for flask")],

@@ -65,8 +65,8 @@ app.kubernetes.io/component: operator
 {{- $pairs := list -}}
 {{- $of := index . 1 -}}
 {{- range $name, $value := index . 0 -}}
-{{- if contains "," (toString $value) -}}
-{{- fail (printf "%s.%s: %q holds a comma, which separates the pairs; set it in each job's podTemplate instead" $of $name $value) -}}
+{{- if regexMatch ",[A-Za-z_][A-Za-z0-9_.-]*=" (toString $value) -}}
+{{- fail (printf "%s.%s: %q holds a comma and NAME= behind it, which would begin another variable; set it in each job's podTemplate instead" $of $name $value) -}}
 {{- end -}}
 {{- $pairs = append $pairs (printf "%s=%s" $name (toString $value)) -}}
 {{- end -}}

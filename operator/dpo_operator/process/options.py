@@ -16,6 +16,8 @@ _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 _LABEL = re.compile(rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_WORD}")
 _LABEL_VALUE = re.compile(rf"({_WORD})?")
+_BETWEEN_PAIRS = {"extra_env": re.compile(r",(?=[A-Za-z_][A-Za-z0-9_.-]*=)"), "labels": re.compile(",")}
+"""A comma in a variable's value, as in NCCL_IB_HCA=mlx5_0,mlx5_1, has no NAME= behind it."""
 
 ScrapeBy = Literal["auto", "pod-ip", "api-proxy", "off"]
 
@@ -63,7 +65,7 @@ def parse(
     for name in ("extra_env", "labels"):
         if name in given:
             flag = f"--{name.replace('_', '-')}"
-            given[name] = tuple(_pair(parser, flag, text) for text in given[name].split(",") if text)
+            given[name] = tuple(_pair(parser, flag, text) for text in _BETWEEN_PAIRS[name].split(given[name]) if text)
     for key, value in given.get("labels", ()):
         if not _LABEL.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
             parser.error(f"--labels: {key}={value} is no label of Kubernetes; give [PREFIX/]NAME=VALUE")
@@ -122,7 +124,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("default-shm", s.default_shm, "size of /dev/shm on CPU; default %(default)s")
     flag("default-gpu-shm", s.default_gpu_shm, "size of /dev/shm with GPUs; default %(default)s")
     flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")
-    flag("extra-env", None, "environment of every trainer: NAME=VALUE, separated by commas")
+    flag("extra-env", None, "environment of every trainer: NAME=VALUE, separated by commas; values may hold commas too")
     flag("labels", None, "labels of everything that the operator creates: NAME=VALUE, separated by commas")
     flag("default-queue", s.default_queue, "Kueue's LocalQueue of jobs that name none; default: they start at once")
     flag("backoff-base-seconds", s.backoff_base_seconds, "first wait before a restart; default %(default)s", type=float)

@@ -30,8 +30,8 @@ _PODS_SECONDS = 3.0
 _EVENTS_SECONDS = 15.0
 """Between two such looks."""
 
-_MOUNT_FAILURES = ("FailedMount", "FailedAttachVolume")
-"""Reasons of the events that alone tell why a pod that has a node does not start."""
+_PODS_ASKED = 4
+"""So many pods that have a node and do not start are asked about: what keeps them mostly keeps all."""
 
 _log = logging.getLogger(__name__)
 
@@ -197,8 +197,8 @@ class Worker:
             for child in observed.children
             if _lacks_pods(child, observed.pods)
         ]
-        if any(_waits_on_its_node(pod) for pod in observed.pods):
-            selectors += [f"involvedObject.kind=Pod,reason={reason}" for reason in _MOUNT_FAILURES]
+        waiting = [pod["metadata"]["uid"] for pod in observed.pods if _waits_on_its_node(pod)]
+        selectors += [f"involvedObject.uid={uid},type=Warning" for uid in waiting[:_PODS_ASKED]]
         if not selectors:
             self._events.pop(key, None)
             return ()

@@ -14,10 +14,10 @@ def test_defaults_are_those_of_the_classes() -> None:
 
 def test_a_flag_wins_over_the_environment() -> None:
     environment = {"DPO_OPERATOR_NAMESPACES": "b,a", "DPO_OPERATOR_PORT": "1", "DPO_OPERATOR_TRAINER_IMAGE": "i:2"}
-    options, settings = parse(["--port=2", "--extra-env=NCCL_DEBUG=INFO,A=b=c"], environment)
+    options, settings = parse(["--port=2", "--extra-env=NCCL_DEBUG=INFO,NCCL_IB_HCA=mlx5_0,mlx5_1,A=b=c"], environment)
     assert (options.namespaces, options.port) == (("a", "b"), 2)
     assert settings.trainer_image == "i:2"
-    assert settings.extra_env == (("NCCL_DEBUG", "INFO"), ("A", "b=c"))
+    assert settings.extra_env == (("NCCL_DEBUG", "INFO"), ("NCCL_IB_HCA", "mlx5_0,mlx5_1"), ("A", "b=c"))
 
 
 def test_an_empty_variable_is_nothing() -> None:
