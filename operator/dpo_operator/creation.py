@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.status import Attempt, ConditionType, State
-from dpo_operator import clock, conditions, ends, evidence, limits, names, restarts
+from dpo_operator import clock, conditions, evidence, limits, names, restarts
 from dpo_operator.backend import pytorchjob
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -62,10 +62,6 @@ def between(draft: Draft) -> None:
         return
     _resume(draft)
     if last is not None and _waits(draft, last):
-        return
-    run = draft.view.observed.finished_run
-    if last is None and run is not None:
-        ends.already_complete(draft, run)
         return
     number = 1 if last is None else last.number + 1
     name = names.child(draft.view.name, number)

@@ -7,7 +7,6 @@ from dpo_api.status import ConditionType, State, StatusProgress
 from dpo_operator import progress
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
-from dpo_operator.types import FinishedRun
 
 
 def succeed(draft: Draft, words: LastWords) -> None:
@@ -35,23 +34,11 @@ def succeed(draft: Draft, words: LastWords) -> None:
         summary=progress.summarise(final),
     )
     where = f"; the model is at {words.model_uri}" if draft.status.model_uri else ""
+    if words.already_complete and draft.attempt is not None and draft.attempt.number == 1:  # a later one finds our own
+        text = f"The run directory held this run, finished after step {words.step}{where}."
+        _end(draft, Reason.AlreadyComplete, text, succeeded=True)
+        return
     _end(draft, Reason.Succeeded, f"Finished after step {words.step} of {words.total}{where}.", succeeded=True)
-
-
-def already_complete(draft: Draft, run: FinishedRun) -> None:
-    """End a job whose run directory holds the finished run of the same spec."""
-    metrics = progress.bounded(finite(dict(run.metrics)))
-    final = StatusProgress(
-        phase="done", step=run.step, total=run.step, metrics=metrics, observed_at=draft.moment, eta_seconds=0
-    )
-    draft.update(
-        progress=final,
-        final_metrics=metrics,
-        model_uri=progress.fitting_uri(run.model_uri),
-        summary=progress.summarise(final),
-    )
-    text = f"The run directory holds the finished run of this spec; the model is at {run.model_uri}."
-    _end(draft, Reason.AlreadyComplete, text, succeeded=True)
 
 
 def fail(draft: Draft, reason: Reason, message: str) -> None:

@@ -399,7 +399,7 @@ class Reason(Enum):
     AlreadyComplete = (
         "AlreadyComplete",
         "end",
-        "The run directory holds the finished run of the same spec, so nothing was started.",
+        "The run directory held the finished run of the same spec, so nothing was trained: the model is that run's.",
         "Give the job another run directory to train again.",
     )
     Failed = (

@@ -64,15 +64,6 @@ class Scrape:
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """What a run directory says of a run that is over (its export.json)."""
-
-    step: int
-    model_uri: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ScrapeTarget:
     """Where to GET /status."""
 
@@ -103,8 +94,6 @@ class Observed:
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     """By object name: what the API server refused in this round."""
     scrape: Scrape | None = None
-    finished_run: FinishedRun | None = None
-    """Set by a process that can read the run directory; None otherwise."""
     backend_installed: bool = True
     """Whether the cluster knows the child's kind (PyTorchJob)."""
 

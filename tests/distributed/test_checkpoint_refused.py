@@ -21,6 +21,7 @@ from dpo_testing.runs import Finished, merged, run_here
 from dpo_testing.training_world import make, preferences
 from dpo_testing.trajectories import checkpoints_in, differences
 from dpo_trainer import run as run_module
+from dpo_trainer.launch import summarise
 from dpo_trainer.run import Run
 from dpo_trainer.rundir import MARKER
 
@@ -100,6 +101,8 @@ def test_a_finished_run_has_nothing_to_do(
     assert "nothing to do" in capsys.readouterr().out
     (result,) = results
     assert (result.step, result.total, result.attempt) == (STEPS, STEPS, 2)
+    assert result.already_complete
+    assert summarise(results, 0, asked=False).already_complete
     assert result.model_uri == str(finished.folder / "model")
     assert result.metrics["train/loss"] == finished.series("train/loss")[-1]
 

@@ -46,6 +46,7 @@ class RankResult:
     run_dir: str | None = None
     model_uri: str | None = None
     attempt: int = 1
+    already_complete: bool = False
 
     def write(self, folder: Path) -> None:
         """Leave the result where launch looks for it; complete or absent."""
@@ -210,4 +211,5 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         run_dir=chosen.run_dir,
         model_uri=chosen.model_uri,
         attempt=chosen.attempt,
+        already_complete=chosen.already_complete,
     )

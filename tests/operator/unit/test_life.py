@@ -13,7 +13,7 @@ from dpo_operator import clock
 from dpo_operator.config import Settings
 from dpo_operator.reconcile import reconcile
 from dpo_operator.restarts import backoff
-from dpo_operator.types import ChildCheck, FinishedRun, Observed, Refusal
+from dpo_operator.types import ChildCheck, Observed, Refusal
 from dpo_testing.simcluster import START, Crash, SimCluster, manifest
 
 DONE: dict[str, Any] = {
@@ -897,18 +897,28 @@ def test_a_deleted_job_is_left_to_the_garbage_collector() -> None:
     assert len(cluster.calls) == calls
 
 
-def test_already_complete_starts_nothing() -> None:
-    cluster = SimCluster()
-    first = reconcile(cluster.observed(), START, cluster.settings)
-    assert first.actions, "the dry run comes first"
-    cluster.settings = replace(cluster.settings)
-    run = FinishedRun(100, "s3://runs/job/model", {"val/acc": 0.9})
-    plain = cluster.observed
-    cluster.observed = lambda: replace(plain(), finished_run=run)  # type: ignore[method-assign]
+def test_a_run_directory_that_held_the_finished_run() -> None:
+    cluster = running()
+    for role in ("worker", "master"):
+        cluster.end_pod(f"job-1-{role}-0", Outcome.Succeeded, already_complete=True, **DONE)
     cluster.settle()
     assert cluster.condition("Succeeded") == ("True", "AlreadyComplete")
-    assert cluster.created == []
-    assert cluster.status["modelURI"] == "s3://runs/job/model"
+    assert (cluster.state, cluster.status["modelURI"]) == ("Succeeded", DONE["model_uri"])
+    assert cluster.told().count("AlreadyComplete") == 1
+
+
+def test_a_second_attempt_that_finds_the_first_ones_export_has_succeeded() -> None:
+    cluster = running()
+    cluster.end_pod("job-1-worker-0", Outcome.Communication)
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    cluster.sleep_out()
+    cluster.run_to("Running")
+    for role in ("worker", "master"):
+        cluster.end_pod(f"job-2-{role}-0", Outcome.Succeeded, already_complete=True, **DONE)
+    cluster.settle()
+    assert cluster.condition("Succeeded") == ("True", "Succeeded")
 
 
 def test_many_attempts_keep_the_first_and_the_newest() -> None:

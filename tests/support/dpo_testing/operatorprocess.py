@@ -39,23 +39,20 @@ class OperatorProcess:
         environment: Mapping[str, str] | None = None,
         repository: Path = _REPOSITORY,
         clock: PlayedClock | None = None,
-        module: str = "dpo_operator",
     ) -> None:
         """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all. ``repository``: its code.
 
-        ``clock``: its wall clock, which the test sets. ``module``: what is run in place of the operator as shipped.
+        ``clock``: its wall clock, which the test sets.
         """
         self._environment = dict(environment or {})
         self._rooms = [str(repository / room) for room in ("crds", "operator")]
         if clock is not None:
             self._environment |= clock.environment
             self._rooms.insert(0, str(PLAYED_CLOCK))
-        if module != "dpo_operator":
-            self._rooms.append(str(_REPOSITORY / "tests" / "support"))
         self.port = stable_port()
         self._log = Path(tempfile.mkstemp(prefix="dpo-operator-", suffix=".log")[1])
         self._command = [
-            sys.executable, "-m", module, f"--kubeconfig={kubeconfig}", "--address=127.0.0.1",
+            sys.executable, "-m", "dpo_operator", f"--kubeconfig={kubeconfig}", "--address=127.0.0.1",
             f"--port={self.port}", *QUICK, *flags,
         ]  # fmt: skip
         if namespaces:
