@@ -1,8 +1,8 @@
 """Writes build/sbom/<image>.cdx.json: what each image installs on its base, as CycloneDX, from this environment.
 
 The images are built with the same constraints.txt as this environment, so the versions agree; what an image leaves out,
-its list leaves out. What the base image brings is its maker's to list. The GPU image takes torch and what belongs to it
-from its base: its list names the packages, and the base their versions.
+its list leaves out. What the base image brings is its maker's to list: for the GPU image that is torch, too, and what
+belongs to it (``--keep`` in Dockerfile.trainer).
 """
 
 from __future__ import annotations
@@ -13,22 +13,36 @@ import re
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-IMAGES: Final = {"operator": ("operator",), "trainer": ("trainer", "wandb")}
-"""Dockerfile.<key> installs the base list and these extras of pyproject.toml."""
 
 
-def left_out(dockerfile: str) -> set[str]:
-    """Return the requirements that a Dockerfile tells hack/image/requirements.py to leave out."""
-    found = re.search(r'"--without",((?:\s*\\?\s*"[^-"][^"]*",?)+)', dockerfile)
-    return set() if found is None else {canonicalize_name(name) for name in re.findall(r'"([^"]+)"', found.group(1))}
+class Image(NamedTuple):
+    """What is installed: the base list of pyproject.toml and these extras, as one stage of a Dockerfile says."""
+
+    dockerfile: str
+    stage: str
+    extras: tuple[str, ...]
+
+    def words(self, flag: str) -> list[str]:
+        """Return what the stage that names the requirements gives hack/image/requirements.py after a flag."""
+        text = (ROOT / self.dockerfile).read_text().partition(f" AS {self.stage}\n")[2].partition("\nFROM ")[0]
+        found = re.search(rf'"{flag}",((?:\s*\\?\s*"[^-"][^"]*",?)+)', text)
+        return [] if found is None else re.findall(r'"([^"]+)"', found.group(1))
+
+
+IMAGES: Final = {
+    "operator": Image("Dockerfile.operator", "requirements", ("operator",)),
+    "trainer": Image("Dockerfile.trainer", "requirements-gpu", ("trainer", "wandb")),
+    "trainer-cpu": Image("Dockerfile.trainer", "requirements-cpu", ("trainer", "wandb")),
+}
 
 
 def closure(requirements: list[Requirement]) -> set[str]:
@@ -48,12 +62,12 @@ def closure(requirements: list[Requirement]) -> set[str]:
     return {name for name, _ in seen}
 
 
-def requirements_of(image: str) -> list[Requirement]:
+def requirements_of(image: Image) -> list[Requirement]:
     """Return what the image installs, as its Dockerfile says."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    unused = left_out((ROOT / f"Dockerfile.{image}").read_text())
+    unused = {canonicalize_name(name) for name in image.words("--without")}
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *(line for extra in IMAGES[image] for line in extras[extra])]
+    lines = [*project["dependencies"], *(line for extra in image.extras for line in extras[extra])]
     return [found for found in map(Requirement, lines) if canonicalize_name(found.name) not in unused]
 
 
@@ -95,13 +109,15 @@ def main() -> int:
     folder = Path(os.environ.get("SBOM_DIR", ROOT / "build" / "sbom"))
     folder.mkdir(parents=True, exist_ok=True)
     whole = environment()
-    for image in IMAGES:
+    for name, image in IMAGES.items():
         requirements = requirements_of(image)
         direct: set[str] = {canonicalize_name(requirement.name) for requirement in requirements}
-        bom = cut(whole, closure(requirements), direct, image)
+        kept = image.words("--keep")
+        ours = {each for each in closure(requirements) if not any(fnmatch(each, pattern) for pattern in kept)}
+        bom = cut(whole, ours, direct, name)
         text = json.dumps(bom, indent=2) + "\n"
         validate(text)
-        path = folder / f"{image}.cdx.json"
+        path = folder / f"{name}.cdx.json"
         path.write_text(text)
         print(f"{path}: {len(bom['components'])} components")
     return 0

@@ -30,7 +30,8 @@ def bom(folder: Path, image: str) -> dict[str, Any]:
     ("image", "held", "absent"),
     [
         ("operator", {"kopf", "aiohttp", "pydantic-core", "yarl"}, {"torch", "boto3", "rich", "kubernetes", "pytest"}),
-        ("trainer", {"torch", "megatron-core", "boto3", "numpy"}, {"kopf", "kubernetes", "pytest"}),
+        ("trainer", {"megatron-core", "boto3", "wandb"}, {"torch", "numpy", "triton", "kopf", "kubernetes", "pytest"}),
+        ("trainer-cpu", {"torch", "megatron-core", "boto3", "numpy", "wandb"}, {"kopf", "kubernetes", "pytest"}),
     ],
 )
 def test_it_lists_what_the_image_installs(folder: Path, image: str, held: set[str], absent: set[str]) -> None:
@@ -39,7 +40,7 @@ def test_it_lists_what_the_image_installs(folder: Path, image: str, held: set[st
     assert not absent & names
 
 
-@pytest.mark.parametrize("image", ["operator", "trainer"])
+@pytest.mark.parametrize("image", ["operator", "trainer", "trainer-cpu"])
 def test_every_version_is_the_pinned_one(folder: Path, image: str) -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
@@ -48,7 +49,7 @@ def test_every_version_is_the_pinned_one(folder: Path, image: str) -> None:
         assert part["version"].split("+")[0] == pins[name], name
 
 
-@pytest.mark.parametrize("image", ["operator", "trainer"])
+@pytest.mark.parametrize("image", ["operator", "trainer", "trainer-cpu"])
 def test_the_graph_is_whole_and_tells_no_path(folder: Path, image: str) -> None:
     found = bom(folder, image)
     refs = {part["bom-ref"] for part in found["components"]} | {found["metadata"]["component"]["bom-ref"]}
