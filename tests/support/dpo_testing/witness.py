@@ -29,18 +29,21 @@ def words_of(job: Object) -> set[str]:
 
 
 class Witness:
-    """A context manager that watches the DPOJobs of all namespaces."""
+    """A context manager that watches the DPOJobs of all namespaces, but those that are there before it."""
 
     def __init__(self, api: Api) -> None:
         """Prepare; entering it starts the watch."""
         self._api = api
         self._stop = threading.Event()
         self._seen: set[str] = set()
+        self._former: set[str] = set()
         self._version = ""
         self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
 
     def __enter__(self) -> Self:
         """Start watching."""
+        self._former = {job["metadata"]["uid"] for job in self._api.list(DPOJOBS)}
+        self._former |= {event["involvedObject"].get("uid", "") for event in self._api.list(EVENTS)}
         self._list()
         self._thread.start()
         return self
@@ -53,12 +56,17 @@ class Witness:
     def seen(self) -> set[str]:
         """Return every word that was seen until now."""
         events = self._api.list(EVENTS, fieldSelector="involvedObject.kind=DPOJob")
-        return self._seen | {f"event {event['reason']}" for event in events}
+        ours = (event for event in events if event["involvedObject"]["uid"] not in self._former)
+        return self._seen | {f"event {event['reason']}" for event in ours}
 
     def _list(self) -> None:
         listed = self._api.call("GET", path_of(DPOJOBS))
         self._version = listed["metadata"]["resourceVersion"]
         for job in listed["items"]:
+            self._take(job)
+
+    def _take(self, job: Object) -> None:
+        if job["metadata"]["uid"] not in self._former:
             self._seen |= words_of(job)
 
     def _run(self) -> None:
@@ -75,7 +83,7 @@ class Witness:
             if news.get("type") not in {"ADDED", "MODIFIED", "DELETED"}:  # as after a change of the CRD
                 return False
             self._version = news["object"]["metadata"]["resourceVersion"]
-            self._seen |= words_of(news["object"])
+            self._take(news["object"])
         return True
 
 
