@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,13 @@ def finish(child: subprocess.Popen[bytes], scratch: Path, *, code: int = 0, time
     try:
         got = child.wait(timeout)
     except subprocess.TimeoutExpired:
+        for process in with_descendants(child.pid):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGUSR1)
+        time.sleep(2)
         kill(child)
-        raise
+        text = (scratch / "log").read_text()[-20_000:]
+        raise AssertionError(f"it still ran after {timeout:.0f} s; its log ends, with its stacks:\n{text}") from None
     assert got == code, f"exit code {got}, expected {code}; its log ends:\n{(scratch / 'log').read_text()[-3000:]}"
     words: dict[str, Any] = json.loads((scratch / "last-words.json").read_text())
     return words
@@ -137,18 +143,21 @@ def wait_for_step(folder: Path, step: int, timeout: float = 180) -> None:
 
 def kill(child: subprocess.Popen[bytes]) -> None:
     """SIGKILL the launcher and all of its descendants, as the kernel's memory killer or a lost node would."""
-    doomed = [child.pid]
-    for process in doomed:
+    for process in with_descendants(child.pid):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    child.wait()
+
+
+def with_descendants(pid: int) -> list[int]:
+    """Return a process, its children, theirs, and so on."""
+    found = [pid]
+    for process in found:
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = stat.read_text().rpartition(")")[2].split()
             except OSError:
                 continue
             if int(fields[1]) == process:
-                doomed.append(int(stat.parent.name))
-    for process in doomed:
-        try:
-            os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    child.wait()
+                found.append(int(stat.parent.name))
+    return found
