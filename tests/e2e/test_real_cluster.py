@@ -298,7 +298,12 @@ def test_uninstalling_keeps_the_jobs(cluster: Cluster, jobs: Jobs, steps: Steps)
         release.uninstall(cluster)
     assert cluster.kubectl("-n", jobs.namespace, "get", "dpo", "-o", "name") == before
     assert "dpojob.dpo-operator.dev/aligned" in before
-    assert "No resources found" in cluster.kubectl("-n", release.NAMESPACE, "get", "pods", check=False)
+    pods = ("v1", "pods")
+    eventually(
+        lambda: cluster.api.list(pods, release.NAMESPACE, labelSelector=release.OPERATOR),
+        until=lambda left: not left,
+        what="the operator's pod is gone",
+    )
 
 
 def uids(pods: dict[str, Object], name: str) -> set[str]:

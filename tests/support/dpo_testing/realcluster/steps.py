@@ -31,13 +31,16 @@ class Steps:
             raise
         seconds = time.monotonic() - began
         print(f"{seconds:6.1f} s", flush=True)
-        self.note(name, seconds)
+        self._keep(name, seconds, within=False)
 
     def note(self, name: str, seconds: float) -> None:
-        """Keep a time that something else measured."""
+        """Keep the time of a part of a step, which does not count twice."""
+        self._keep(name, seconds, within=True)
+
+    def _keep(self, name: str, seconds: float, *, within: bool) -> None:
         self._record.parent.mkdir(parents=True, exist_ok=True)
         with self._record.open("a") as out:
-            out.write(json.dumps({"step": name, "seconds": round(seconds, 2)}) + "\n")
+            out.write(json.dumps({"step": name, "seconds": round(seconds, 2), "within": within}) + "\n")
 
     def table(self) -> str:
         """Return all steps and their sum as text."""
@@ -45,5 +48,6 @@ class Steps:
             return ""
         rows = [json.loads(line) for line in self._record.read_text().splitlines()]
         width = max((len(row["step"]) for row in rows), default=0)
+        together = sum(row["seconds"] for row in rows if not row["within"])
         lines = [f"  {row['step']:<{width}}  {row['seconds']:8.1f} s" for row in rows]
-        return "\n".join([*lines, f"  {'together':<{width}}  {sum(row['seconds'] for row in rows):8.1f} s"])
+        return "\n".join([*lines, f"  {'together':<{width}}  {together:8.1f} s"])
