@@ -26,18 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> real.Cluster:
+def cluster() -> Iterator[real.Cluster]:
     given = os.environ.get("E2E_KUBECONFIG")
     if given:
-        return real.existing(Path(given))
+        with real.existing(Path(given)) as found:
+            yield found
+        return
     layout = Layout.default()
-    found = real.attached(layout)
-    if found is not None:
-        return found
-    why = machine.unsuitable(layout)
-    if why is not None:
+    up = real.attached(layout)
+    if up is None and (why := machine.unsuitable(layout)) is not None:
         pytest.skip(f"no real cluster here: {why}")
-    return real.up(layout)
+    yield up or real.up(layout)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,16 +97,20 @@ def attached(layout: Layout) -> Cluster | None:
     return Cluster(layout, Steps(layout.run / "times.jsonl")) if up else None
 
 
-def existing(kubeconfig: Path) -> Cluster:
-    """Return somebody else's cluster, reached through `kubectl proxy`, whatever its kubeconfig's way to log in is."""
+@contextlib.contextmanager
+def existing(kubeconfig: Path) -> Iterator[Cluster]:
+    """Yield somebody else's cluster, reached through `kubectl proxy`, whatever its kubeconfig's way to log in is."""
     layout = Layout.default()
     layout.make()
     steps = Steps(layout.run / "times.jsonl")
     cluster = Cluster(layout, steps, kubeconfig)
     words = [str(tool("kubectl")), f"--kubeconfig={kubeconfig}", "proxy", f"--port={_PROXY_PORT}"]
     daemons.start(layout, "kubectl-proxy", words)
-    daemons.wait_until(layout, "kubectl-proxy", lambda: bool(cluster.api.call("GET", "/version", timeout=2.0)))
-    return cluster
+    try:
+        daemons.wait_until(layout, "kubectl-proxy", lambda: bool(cluster.api.call("GET", "/version", timeout=2.0)))
+        yield cluster
+    finally:
+        daemons.stop(layout, "kubectl-proxy")
 
 
 def _programs() -> None:
