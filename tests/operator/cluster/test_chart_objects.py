@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from dpo_testing.chart import CHART, COMBINATIONS, NAMESPACE, REPOSITORY, pick, render
+from dpo_testing.chart import CHART, COMBINATIONS, NAMESPACE, pick, render
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.kubeapi import ApiError, Object, eventually, path_of
-from dpo_testing.s3server import need
+from dpo_testing.s3server import module_of, need
 
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 MONITORS = ("podmonitors", "prometheusrules", "servicemonitors")
@@ -38,15 +37,6 @@ def prepared(cluster: ControlPlane) -> ControlPlane:
         cluster.admin.apply(("v1", "namespaces"), None, body)
         eventually(lambda name=name: cluster.admin.find(("v1", "serviceaccounts"), name, "default"))  # type: ignore[misc]
     return cluster
-
-
-def module_of(tool_name: str, path: str) -> Path:
-    """Return the folder of a Go module, of the version that a tool pins."""
-    listed = subprocess.run(
-        ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", path],
-        cwd=REPOSITORY / "hack" / "tools" / tool_name, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return Path(listed.stdout.strip())
 
 
 def resource_of(cluster: ControlPlane, thing: Object) -> tuple[tuple[str, str], str | None]:

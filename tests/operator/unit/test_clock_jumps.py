@@ -70,12 +70,7 @@ def test_progress_is_written_on_after_the_clock_was_set_back() -> None:
 
 def test_late_words_of_an_ended_attempts_pod_change_nothing_of_the_next() -> None:
     cluster = running()
-    cluster.end_pod("job-1-worker-0", Outcome.Communication)
-    cluster.settle()
-    cluster.kill_leaving()
-    cluster.settle()
-    cluster.sleep_out()
-    cluster.run_to("Running")
+    cluster.lose_attempt(1)
     assert "job-1-worker-0" in cluster.pods, "kept for its log"
     told, before = cluster.told(), cluster.status
     # It comes back to life, and tells of an end: of a success, of an error that would be permanent.

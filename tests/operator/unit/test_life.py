@@ -876,12 +876,7 @@ def test_no_ttl_by_default() -> None:
 def test_history(limit: int, kept: list[str]) -> None:
     cluster = running(runPolicy={"attemptsHistoryLimit": limit, "maxRestarts": 10})
     for attempt in (1, 2, 3):
-        cluster.end_pod(f"job-{attempt}-worker-0", Outcome.Communication)
-        cluster.settle()
-        cluster.kill_leaving()
-        cluster.settle()
-        cluster.sleep_out()
-        cluster.run_to("Running")
+        cluster.lose_attempt(attempt)
     finish(cluster, 4)
     assert sorted(cluster.children) == kept
 
@@ -909,12 +904,7 @@ def test_a_run_directory_that_held_the_finished_run() -> None:
 
 def test_a_second_attempt_that_finds_the_first_ones_export_has_succeeded() -> None:
     cluster = running()
-    cluster.end_pod("job-1-worker-0", Outcome.Communication)
-    cluster.settle()
-    cluster.kill_leaving()
-    cluster.settle()
-    cluster.sleep_out()
-    cluster.run_to("Running")
+    cluster.lose_attempt(1)
     for role in ("worker", "master"):
         cluster.end_pod(f"job-2-{role}-0", Outcome.Succeeded, already_complete=True, **DONE)
     cluster.settle()
@@ -924,12 +914,7 @@ def test_a_second_attempt_that_finds_the_first_ones_export_has_succeeded() -> No
 def test_many_attempts_keep_the_first_and_the_newest() -> None:
     cluster = running(runPolicy={"maxRestarts": 1000, "attemptsHistoryLimit": 0})
     for attempt in range(1, 132):
-        cluster.end_pod(f"job-{attempt}-worker-0", Outcome.Communication)
-        cluster.settle()
-        cluster.kill_leaving()
-        cluster.settle()
-        cluster.sleep_out()
-        cluster.run_to("Running")
+        cluster.lose_attempt(attempt)
     numbers = [a["number"] for a in cluster.attempts]
     assert numbers == [1, *range(6, 133)]
     assert cluster.status["chargedRestarts"] == 131

@@ -27,7 +27,7 @@ from typing import Any
 
 from dpo_testing.kubeapi import PYTORCHJOBS, Api, ApiError, Object, eventually
 from dpo_testing.pki import Authority, Pair, service_account_keys
-from dpo_testing.s3server import tool
+from dpo_testing.s3server import module_of, tool
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 _CRDS = ("apiextensions.k8s.io/v1", "customresourcedefinitions")
@@ -360,12 +360,8 @@ def kubeconfig(server: str, ca: Path, certificate: Path, key: Path) -> str:
 
 def pytorchjob_crd() -> Path:
     """Return the CRD's manifest out of training-operator's own module, of the version that hack/tools pins."""
-    folder = REPOSITORY / "hack" / "tools" / "training-operator"
-    done = subprocess.run(
-        ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", "github.com/kubeflow/training-operator"],
-        cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return Path(done.stdout.strip()) / "manifests" / "base" / "crds" / "kubeflow.org_pytorchjobs.yaml"
+    source = module_of("training-operator", "github.com/kubeflow/training-operator")
+    return source / "manifests" / "base" / "crds" / "kubeflow.org_pytorchjobs.yaml"
 
 
 def _crd_name(text: str) -> str:

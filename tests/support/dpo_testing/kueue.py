@@ -19,10 +19,10 @@ from typing import Any, Self
 
 import yaml
 
-from dpo_testing.controlplane import REPOSITORY, ControlPlane, stable_port
+from dpo_testing.controlplane import ControlPlane, stable_port
 from dpo_testing.kubeapi import PYTORCHJOBS, Api, ApiError, Object, eventually
 from dpo_testing.pki import Authority
-from dpo_testing.s3server import tool
+from dpo_testing.s3server import module_of, tool
 
 MANAGED = "dpo-testing/kueue"
 """Label of the namespaces that Kueue looks after."""
@@ -52,7 +52,7 @@ class Kueue:
     def __enter__(self) -> Self:
         """Install Kueue's kinds and webhooks, start it, and return once it suspends a PyTorchJob of a queue."""
         self._folder.mkdir()
-        config = _module() / "config" / "components"
+        config = module_of("kueue", "sigs.k8s.io/kueue") / "config" / "components"
         with ThreadPoolExecutor(4) as pool:  # each takes a while to be served
             list(pool.map(self._cluster.install_crd, sorted((config / "crd" / "bases").glob("*.yaml"))))
         self._apply(("v1", "namespaces"), "Namespace", {"metadata": {"name": _SYSTEM}})
@@ -220,12 +220,3 @@ class Queue:
         """Return the Workload's conditions that are True, by type."""
         found = (self.workload(child).get("status") or {}).get("conditions") or []
         return {c["type"]: c for c in found if c["status"] == "True"}
-
-
-def _module() -> Path:
-    """Return the folder of Kueue's own module, of the version that hack/tools pins."""
-    done = subprocess.run(
-        ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kueue"],
-        cwd=REPOSITORY / "hack" / "tools" / "kueue", capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return Path(done.stdout.strip())

@@ -98,6 +98,15 @@ def tool(name: str) -> Path:
     return Path(done.stdout.strip())
 
 
+def module_of(name: str, module: str) -> Path:
+    """Return the folder of a Go module's sources, of the version that hack/tools/``name`` pins."""
+    done = subprocess.run(
+        ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", module],
+        cwd=_REPOSITORY / "hack" / "tools" / name, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return Path(done.stdout.strip())
+
+
 def need(*names: str) -> None:
     """Build the programs that a test runs, or skip it where Go is missing."""
     try:

@@ -248,6 +248,15 @@ class SimCluster:
         while self.state == "Restarting":
             self.sleep()
 
+    def lose_attempt(self, number: int) -> None:
+        """End an attempt by a failure that is retried, and run on until the next one runs."""
+        self.end_pod(f"job-{number}-worker-0", Outcome.Communication)
+        self.settle()
+        self.kill_leaving()
+        self.settle()
+        self.sleep_out()
+        self.run_to("Running")
+
     # -- training-operator and kubelets
 
     def controller(self) -> None:

@@ -17,7 +17,7 @@ from dpo_testing.realcluster.layout import (
     Layout,
 )
 from dpo_testing.realcluster.node import ctr
-from dpo_testing.s3server import tool
+from dpo_testing.s3server import module_of, tool
 
 BUILDKITD = """\
 root = "{cache}/buildkit"
@@ -51,7 +51,7 @@ def small(layout: Layout) -> None:
     folder = layout.cache / "small"
     pause = _folder(folder / "pause")
     if not (pause / "pause").exists():
-        source = module("kubernetes", "k8s.io/kubernetes") / "build" / "pause" / "linux" / "pause.c"
+        source = module_of("kubernetes", "k8s.io/kubernetes") / "build" / "pause" / "linux" / "pause.c"
         subprocess.run(["gcc", "-Os", "-static", "-o", str(pause / "pause"), str(source)], check=True)
     _once(layout, PAUSE_IMAGE, pause, 'FROM scratch\nCOPY pause /pause\nUSER 65535:65535\nENTRYPOINT ["/pause"]\n')
     busybox = _folder(folder / "busybox")
@@ -169,12 +169,3 @@ def _mark_of(layout: Layout, image: str) -> Path:
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def module(name: str, module: str) -> Path:
-    """Return the folder of a Go module's sources, of the version that hack/tools pins."""
-    done = subprocess.run(
-        ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", module],
-        cwd=REPOSITORY / "hack" / "tools" / name, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return Path(done.stdout.strip())

@@ -10,15 +10,15 @@ import yaml
 from dpo_monitoring.alerts import rules
 from dpo_testing.prometheusserver import Config, scrape_config
 from dpo_testing.realcluster.cluster import Cluster
-from dpo_testing.realcluster.images import module
 from dpo_testing.realcluster.release import NAME, NAMESPACE
+from dpo_testing.s3server import module_of
 
 _KINDS = ("podmonitors", "servicemonitors", "prometheusrules")
 
 
 def install_kinds(cluster: Cluster) -> None:
     """Install prometheus-operator's kinds, out of its own module: then the chart makes its monitors by itself."""
-    source = module("prometheus-operator", "github.com/prometheus-operator/prometheus-operator")
+    source = module_of("prometheus-operator", "github.com/prometheus-operator/prometheus-operator")
     folder = source / "example" / "prometheus-operator-crd"
     files = [f"--filename={folder}/monitoring.coreos.com_{kind}.yaml" for kind in _KINDS]
     cluster.kubectl("apply", "--server-side", *files)
