@@ -71,7 +71,8 @@ def started() -> Iterator[Callable[[Path, str], Worker]]:
 
     def start(result: Path, code: str) -> Worker:
         """A process that runs ``code`` and is deaf to SIGTERM."""
-        deaf = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)\n"
+        deaf = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        deaf += "signal.signal(signal.SIGUSR1, signal.SIG_IGN); print(flush=True)\n"
         process = subprocess.Popen([sys.executable, "-c", deaf + code], stdout=subprocess.PIPE)
         processes.append(process)
         assert process.stdout is not None
@@ -110,6 +111,54 @@ def test_one_that_left_by_agreement_hurries_nobody(
     saves = started(tmp_path / "saves", "time.sleep(1)")
     end([left, saves], signal.SIGTERM, HOUR, peer=0.0, ending=HOUR)
     assert saves.process.poll() == 0
+
+
+def test_an_end_is_seen_though_a_signal_cut_short_the_poll(tmp_path: Path) -> None:
+    """torchrun's handler raises wherever the agent stands: inside `poll` it leaves this lock behind, taken."""
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(10)"])
+    worker = Worker(process, tmp_path / "result", process.send_signal)
+    process._waitpid_lock.acquire()  # type: ignore[attr-defined]
+    try:
+        wait_until(lambda: not worker.running, "the end was never seen")
+        assert (worker.code, process.poll(), worker.failed) == (10, None, True)
+    finally:
+        process._waitpid_lock.release()  # type: ignore[attr-defined]
+        process.wait()
+
+
+def test_a_signal_is_an_end_too(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    worker = Worker(process, tmp_path / "result", process.send_signal)
+    with process._waitpid_lock:  # type: ignore[attr-defined]
+        assert worker.running
+        process.send_signal(signal.SIGKILL)
+        wait_until(lambda: not worker.running, "the end was never seen")
+        assert (worker.code, worker.failed) == (-signal.SIGKILL, True)
+    process.wait()
+
+
+def test_one_that_has_left_its_result_is_not_given_the_time_of_a_checkpoint(
+    started: Callable[[Path, str], Worker], tmp_path: Path
+) -> None:
+    (tmp_path / "hangs").write_text("{}")
+    hangs = started(tmp_path / "hangs", "time.sleep(3600)")
+    end([hangs], signal.SIGTERM, HOUR, ending=0.2)
+    assert hangs.code == -signal.SIGKILL
+
+
+def test_one_that_is_killed_says_first_where_it_hangs(tmp_path: Path) -> None:
+    code = (
+        "import faulthandler, signal, sys, threading; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "faulthandler.register(signal.SIGUSR1)\nprint(flush=True)\n"
+        "def deaf(): threading.Event().wait()\ndeaf()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    end([Worker(process, tmp_path / "result", process.send_signal)], signal.SIGTERM, 0.1)
+    assert process.wait() == -signal.SIGKILL
+    assert b"in deaf" in process.stderr.read()
 
 
 def test_whoever_outlasts_all_patience_is_killed(started: Callable[[Path, str], Worker], tmp_path: Path) -> None:

@@ -259,6 +259,38 @@ def test_background_work_never_makes_the_caller_wait() -> None:
     assert runs[-1] == threading.current_thread().name
 
 
+class LateToClear(threading.Event):
+    """An event whose ``clear`` waits for the test, when a thread of ours calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.go = threading.Event(), threading.Event()
+
+    def clear(self) -> None:
+        if threading.current_thread().name == "late":
+            self.there.set()
+            self.go.wait(30)
+        super().clear()
+
+
+def test_background_work_ends_whenever_it_is_told_to() -> None:
+    """A request directly before the end: the thread has been woken, and not yet taken note of it."""
+    work = Background("late", lambda: None, interval=0)
+    first, wanted = work._wanted, LateToClear()
+    work._wanted = wanted
+    first.set()  # the thread waited on this one; from now on it uses the other
+    work.request()
+    assert wanted.there.wait(30)
+    ending = threading.Thread(target=work.finish, daemon=True)
+    ending.start()
+    while not work._stopped.is_set():
+        time.sleep(0.005)
+    wanted.set()  # as `finish` is about to
+    wanted.go.set()
+    ending.join(30)
+    assert not ending.is_alive()
+
+
 # -- all of it together
 
 

@@ -112,9 +112,10 @@ class Background:
     def _loop(self) -> None:
         while True:
             self._wanted.wait()
+            # In this order: what `finish` sets after it is seen here, what it set before is not cleared unseen.
+            self._wanted.clear()
             if self._stopped.is_set():
                 return
-            self._wanted.clear()
             try:
                 with self._running:
                     self._action()
