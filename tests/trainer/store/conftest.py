@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from dpo_store import RetryPolicy, Store, open_store
 from dpo_testing.faults import FaultProxy, Pauses, fault_proxy
 from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
 
+SOON = RetryPolicy(attempts=4, read_timeout=60.0, connect_timeout=60.0, slow_window=60.0, slow_bytes=65536)
 _numbers = itertools.count(1)
 
 
@@ -21,17 +23,11 @@ def server() -> Iterator[S3Server]:
         pytest.skip(str(missing))
 
 
-@pytest.fixture(scope="session")
-def proxy_of_server(server: S3Server) -> Iterator[FaultProxy]:
+@pytest.fixture
+def proxy(server: S3Server) -> Iterator[FaultProxy]:
+    """One for each test: a request that an earlier test gave up may arrive late, and would be counted here."""
     with fault_proxy(server.endpoint) as running:
         yield running
-
-
-@pytest.fixture
-def proxy(proxy_of_server: FaultProxy) -> Iterator[FaultProxy]:
-    proxy_of_server.clear()
-    yield proxy_of_server
-    proxy_of_server.clear()
 
 
 @pytest.fixture
@@ -74,6 +70,12 @@ def store(primed: Store, credentials: None) -> Store:
 
 @pytest.fixture
 def flaky(server: S3Server, proxy: FaultProxy, credentials: None, pauses: Pauses) -> Store:
-    """A store behind the fault proxy, impatient and without real pauses."""
-    policy = RetryPolicy(attempts=4, read_timeout=1.0, connect_timeout=2.0, slow_window=0.5, slow_bytes=65536)
+    """A store behind the fault proxy that gives up soon and makes no real pauses."""
+    return open_store(server.options(endpoint=proxy.endpoint), retry=SOON, timing=pauses.timing())
+
+
+@pytest.fixture
+def hasty(server: S3Server, proxy: FaultProxy, credentials: None, pauses: Pauses) -> Store:
+    """The same, but a second of silence is too much, and half a second of crawling: a busy machine has both."""
+    policy = replace(SOON, read_timeout=1.0, slow_window=0.5)
     return open_store(server.options(endpoint=proxy.endpoint), retry=policy, timing=pauses.timing())
