@@ -121,13 +121,19 @@ def _fail(draft: Draft, cause: Cause) -> None:
 
 def _queue(draft: Draft, child: Object) -> None:
     """A child that its queue holds, from the start or after a preemption: nothing counts, nothing is due."""
-    limits.release(draft)
+    _release(draft)
     if draft.attempt is not None and (draft.attempt.running_time is not None or draft.attempt.pods):
         draft.change_attempt(running_time=None, pods=())
     queue = (child["metadata"].get("labels") or {}).get("kueue.x-k8s.io/queue-name")
     where = f"queue {queue}" if queue else "its queue"
     number = draft.attempt.number if draft.attempt is not None else 1
     draft.place("Queued", Reason.Queued, f"Waits for {where} (attempt {number}).")
+
+
+def _release(draft: Draft) -> None:
+    """The attempt holds no nodes any more."""
+    limits.release(draft)
+    invariants.withdraw(draft)
 
 
 def _ending(draft: Draft, attempt: Attempt) -> None:
@@ -151,7 +157,7 @@ def _ending(draft: Draft, attempt: Attempt) -> None:
     if attempt.result == "Succeeded":
         words = success(draft.view.pods(attempt))
         draft.change_attempt(end_time=draft.moment)
-        limits.release(draft)
+        _release(draft)
         if words is not None:
             ends.succeed(draft, words)
         return
@@ -164,7 +170,7 @@ def _ending(draft: Draft, attempt: Attempt) -> None:
         _place_ending(draft, attempt)
         return
     attempt = draft.change_attempt(end_time=draft.moment)
-    limits.release(draft)
+    _release(draft)
     restarts.conclude(draft, attempt)
     if draft.status.completion_time is None and attempt.result == "Stopped":
         creation.between(draft)

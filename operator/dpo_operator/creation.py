@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.status import Attempt, ConditionType, State
-from dpo_operator import clock, conditions, evidence, limits, names, restarts
+from dpo_operator import clock, conditions, evidence, invariants, limits, names, restarts
 from dpo_operator.backend import pytorchjob
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -14,8 +14,6 @@ from dpo_operator.view import attempt_of, is_alive, moment
 RETRY_SECONDS = 60.0
 """After a refusal by the API server."""
 NAMESAKE_SECONDS = 10.0
-
-_OF_ATTEMPT = frozenset({ConditionType.TrainingStalled.value, ConditionType.ProgressAvailable.value})
 
 
 def adopt(draft: Draft) -> None:
@@ -42,9 +40,7 @@ def _begin(draft: Draft, number: int, child: str, created: float) -> None:
     reached = progress.last_checkpoint_step if progress is not None else None
     attempt = Attempt(number=number, child=child, start_time=clock.to_text(created), from_step=reached or 0)
     draft.add_attempt(attempt)
-    # What they said was about the attempt before.
-    kept = [c for c in draft.status.conditions if c.type not in _OF_ATTEMPT]
-    draft.update(conditions=tuple(kept))
+    invariants.withdraw(draft)  # an attempt whose end nobody saw
     _resume(draft)  # an adopted child of a job that was resumed is the only trace of it
     draft.update(next_attempt_time=None, start_time=draft.status.start_time or clock.to_text(created))
 

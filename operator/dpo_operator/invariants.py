@@ -15,6 +15,8 @@ TOLERANCE = 0.02
 """Relative. Equal policy and reference differ by bf16's rounding alone, which averages out over a batch."""
 CHANCE = 0.55
 
+_OF_ATTEMPT = frozenset({ConditionType.TrainingStalled.value, ConditionType.ProgressAvailable.value})
+
 
 def first_loss(spec: DPOJobSpec) -> float | None:
     """Return the preference loss of a policy that equals its reference (Delta = 0); None where data decides it.
@@ -42,6 +44,12 @@ def apply(draft: Draft) -> None:
     if spec.dpo.preference_weight > 0:
         _learning(draft, progress)
     _stalled(draft, progress, attempt.running_time)
+
+
+def withdraw(draft: Draft) -> None:
+    """Take back what was said of pods that hold no nodes any more; what ended them stays in the attempt."""
+    kept = [condition for condition in draft.status.conditions if condition.type not in _OF_ATTEMPT]
+    draft.update(conditions=tuple(kept))
 
 
 def _reference(draft: Draft, spec: DPOJobSpec, progress: StatusProgress) -> None:
@@ -76,7 +84,7 @@ def _finite(draft: Draft, progress: StatusProgress) -> None:
 
 
 def _learning(draft: Draft, progress: StatusProgress) -> None:
-    place = "val" if "val/acc" in progress.metrics and progress.step > 0 else "train"
+    place = "val" if "val/acc" in progress.metrics else "train"
     accuracy, margin = progress.metrics.get(f"{place}/acc"), progress.metrics.get(f"{place}/rewards_margin")
     if accuracy is None or margin is None:
         return

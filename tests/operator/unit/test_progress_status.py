@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -218,6 +219,21 @@ def test_learning(step: int, accuracy: float, margin: float, verdict: tuple[str,
     assert cluster.condition("Learning") == verdict
 
 
+def test_learning_is_judged_by_training_until_a_validation_tells_of_it() -> None:
+    """The validation before step 1 brings losses alone: its rewards would be rounding."""
+    cluster = running()
+    first = {"val/loss": math.log(2), "val/preference_loss": math.log(2)}
+    cluster.say(step=150, total=1000, metrics={**first, "train/loss": 0.4, "train/acc": 0.8, "train/rewards_margin": 1})
+    cluster.settle()
+    assert cluster.condition("Learning") == ("True", "AboveChance")
+    assert (cluster.status["summary"]["accuracy"], cluster.status["summary"]["margin"]) == ("0.80", "1.00")
+    cluster.advance(60)
+    late = {**first, "val/acc": 0.5, "val/rewards_margin": 0.1}
+    cluster.say(step=200, total=1000, metrics={**late, "train/loss": 0.4, "train/acc": 0.8, "train/rewards_margin": 1})
+    cluster.settle()
+    assert cluster.condition("Learning") == ("False", "AtChance")
+
+
 def test_fine_tuning_alone_is_not_asked_for_accuracy() -> None:
     cluster = running(dpo={"preferenceWeight": 0, "sftWeight": 1})
     cluster.say(step=500, total=1000, metrics={"train/loss": 0.6, "train/acc": 0.0, "train/rewards_margin": 0.0})
@@ -278,6 +294,74 @@ def test_a_stall_is_retryable() -> None:
     assert cluster.condition("TrainingStalled") == ("False", "StepsAdvance")
     stand_still(cluster, 180, step=5, metrics=FINE)
     assert cluster.attempts[1]["reason"] == "Stalled"
+
+
+def stalled(**policy: Any) -> SimCluster:
+    """A job whose trainer answers and stands still, and has been seen to."""
+    cluster = running(runPolicy=policy)
+    cluster.say(step=5, metrics=FINE)
+    cluster.settle()
+    stand_still(cluster, 660, step=5, metrics=FINE)
+    assert cluster.condition("TrainingStalled") == ("True", "NoStep")
+    assert cluster.condition("ProgressAvailable") == ("True", "ScrapeSucceeded")
+    return cluster
+
+
+def suspend(cluster: SimCluster) -> None:
+    cluster.edit(suspend=True)
+
+
+def fail(cluster: SimCluster) -> None:
+    cluster.end_pod("job-1-worker-0", Outcome.InvalidData, message="line 7")
+
+
+def succeed(cluster: SimCluster) -> None:
+    cluster.end_pod("job-1-master-0", Outcome.Succeeded, step=100, total=100)
+
+
+def exceed_the_deadline(cluster: SimCluster) -> None:
+    cluster.edit(activeDeadlineSeconds=60)
+
+
+def preempt(cluster: SimCluster) -> None:
+    cluster.children["job-1"]["spec"]["runPolicy"]["suspend"] = True
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        (suspend, "Suspended"),
+        (fail, "Failed"),
+        (succeed, "Succeeded"),
+        (exceed_the_deadline, "Failed"),
+        (preempt, "Queued"),
+    ],
+)
+def test_a_job_without_nodes_neither_stands_still_nor_answers(end: Callable[[SimCluster], None], state: str) -> None:
+    cluster = stalled(queueName="team-a")
+    end(cluster)
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.state == state
+    assert cluster.condition("TrainingStalled") is None
+    assert cluster.condition("ProgressAvailable") is None
+    assert cluster.told().count("NoStep") == 1
+
+
+def test_a_stall_that_ends_the_job_stays_in_its_attempt() -> None:
+    cluster = running(runPolicy={"stallTimeoutSeconds": 120, "maxRestarts": 0})
+    cluster.say(step=5, metrics=FINE)
+    cluster.settle()
+    stand_still(cluster, 120, step=5, metrics=FINE)
+    assert cluster.condition("TrainingStalled") == ("True", "NoStep"), "its pods still hold their nodes"
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.condition("TrainingStalled") is None
+    assert cluster.condition("Failed") == ("True", "RestartsExhausted")
+    assert cluster.attempts[0]["reason"] == "Stalled"
+    assert "step 5 unchanged for 120 s" in cluster.attempts[0]["message"]
+    assert [word for word in cluster.told() if word in ("NoStep", "Stalled")] == ["Stalled", "NoStep"]
 
 
 def test_a_long_reference_pass_is_no_stall() -> None:
