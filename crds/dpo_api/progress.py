@@ -86,6 +86,9 @@ class LastWords(_Message):
     run_dir: str | None = Field(default=None, description="URI of the run directory.")
     model_uri: str | None = Field(default=None, description="URI of the exported model, when there is one.")
     attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
+    last_checkpoint_step: int | None = Field(
+        default=None, ge=0, description="Step of the newest complete checkpoint, of this attempt or before."
+    )
     already_complete: bool = Field(
         default=False, description="Whether the run directory held this run, finished: then nothing was trained."
     )

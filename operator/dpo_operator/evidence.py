@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dpo_api.errors import Outcome
 from dpo_api.progress import LastWords
 from dpo_api.status import Attempt, PodRecord, StatusProgress
 from dpo_operator.backend import pytorchjob
@@ -78,14 +77,14 @@ def words_of(pods: Sequence[Object]) -> list[LastWords]:
 
 
 def steps(draft: Draft, attempt: Attempt) -> None:
-    """Take steps and the last checkpoint from last words: a run that stopped when asked has saved its last step."""
+    """Take steps and the newest checkpoint from last words: a run that was asked to stop may have saved nothing."""
     words = words_of(draft.view.pods(attempt))
     if not words:
         return
     last = max(w.step for w in words)
     if last > (attempt.last_step or 0):
         draft.change_attempt(last_step=last)
-    saved = max((w.step for w in words if w.known_outcome is Outcome.Stopped), default=0)
+    saved = max(w.last_checkpoint_step or 0 for w in words)
     progress = draft.status.progress or StatusProgress(phase="checkpoint", observed_at=draft.moment)
     if saved > (progress.last_checkpoint_step or 0):
         changes = {"last_checkpoint_step": saved, "step": max(saved, progress.step)}

@@ -83,6 +83,7 @@ def test_stopped_by_sigterm_and_resumed_without_the_reference(
     assert words["outcome"] == "Stopped"
     assert EVERY < words["step"] < STEPS
     assert checkpoints_in(folder) == [EVERY, words["step"]]
+    assert words["lastCheckpointStep"] == words["step"]
     assert f"checkpoint: {folder}/checkpoints/step-{words['step']:06d}" in words["message"]
     forget_reference(mine)
     assert differences(full, run_processes(mine, folder, processes=2, scratch=world / "resumed scratch")) == []
@@ -124,5 +125,6 @@ def test_one_process_killed_ends_the_run_and_it_resumes(full: Finished, spec: di
         spec, folder, scratch, lambda _: os.kill(workers_of(scratch)[1], signal.SIGKILL), processes=2, code=code
     )
     assert "a process of this run ended without a word" in words["message"]
+    assert words["lastCheckpointStep"] in checkpoints_in(folder)
     assert "Traceback" not in (scratch / "log").read_text()
     assert differences(full, run_here(spec, folder)) == []

@@ -91,6 +91,7 @@ def test_a_signal_before_the_workers_listen_ends_the_run_as_stopped(spec: dict[s
         if child.poll() is None:
             kill(child)
     assert (words["outcome"], words["step"]) == ("Stopped", 0)
+    assert "lastCheckpointStep" not in words
     assert "Traceback" not in (scratch / "log").read_text()
     assert not checkpoints_in(folder)
 

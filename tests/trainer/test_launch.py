@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_the_first_cause_explains_the_run_not_its_consequences(tmp_path: Path) -
         entry.write(tmp_path)
     words = summarise(read_results(tmp_path), 1, asked=False)
     assert (words.outcome, words.message) == ("InvalidData", "line 7")
+
+
+def test_last_words_name_the_checkpoint_that_is_there_not_the_step_that_is_lost() -> None:
+    lost = replace(result(0, Outcome.Communication, 1.0, "lost contact"), step=57)
+    words = summarise([lost], 143, asked=True)
+    assert (words.outcome, words.step, words.last_checkpoint_step) == ("Stopped", 57, None)
+    words = summarise([lost, replace(lost, rank=1, last_checkpoint_step=50)], 75, asked=False)
+    assert (words.outcome, words.step, words.last_checkpoint_step) == ("Communication", 57, 50)
 
 
 def test_a_process_that_left_no_word_is_not_taken_for_a_lost_network() -> None:

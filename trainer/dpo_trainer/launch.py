@@ -46,6 +46,7 @@ class RankResult:
     run_dir: str | None = None
     model_uri: str | None = None
     attempt: int = 1
+    last_checkpoint_step: int | None = None
     already_complete: bool = False
 
     def write(self, folder: Path) -> None:
@@ -202,6 +203,7 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         message = f"asked to stop, and a process ended before it could save: an older checkpoint counts ({message})"
     if lost and failures:
         message = f"a process of this run ended without a word: killed, perhaps for lack of memory ({message})"
+    saved = [result.last_checkpoint_step for result in results if result.last_checkpoint_step is not None]
     return LastWords(
         outcome=outcome,
         message=message,
@@ -211,5 +213,6 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         run_dir=chosen.run_dir,
         model_uri=chosen.model_uri,
         attempt=chosen.attempt,
+        last_checkpoint_step=max(saved, default=None),  # a rank that was lost on its way out may know an older one
         already_complete=chosen.already_complete,
     )

@@ -86,6 +86,7 @@ class Run:
             run_dir=self.directory.uri,
             model_uri=self.model_uri,
             attempt=self.directory.attempt,
+            last_checkpoint_step=self.reporter.last_checkpoint,
             already_complete=self._finished_step is not None,
         )
 

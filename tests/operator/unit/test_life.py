@@ -377,6 +377,26 @@ def test_lost_nodes_end_a_job_that_never_gets_anywhere() -> None:
     assert cluster.condition("Failed") == ("True", "RestartsWithoutProgress")
 
 
+def test_a_stop_that_saved_nothing_is_no_progress() -> None:
+    """Rank 0 was asked to stop because another process was lost: it could not save the step that it had reached."""
+    cluster = SimCluster(settings=Settings(infrastructure_restarts_without_progress=2))
+    cluster.run_to("Running")
+    for attempt in (1, 2, 3):
+        cluster.delete_pod(f"job-{attempt}-worker-0", condition="DeletionByTaintManager")
+        cluster.settle()
+        cluster.end_pod(f"job-{attempt}-master-0", Outcome.Stopped, message="before it could save", step=57, total=100)
+        cluster.settle()
+        cluster.kill_leaving()
+        cluster.settle()
+        assert cluster.attempts[-1]["lastStep"] == 57
+        assert "lastCheckpointStep" not in cluster.status.get("progress", {})
+        if attempt < 3:
+            assert "continues from the newest checkpoint, or from the start" in cluster.status["message"]
+            cluster.sleep()
+            cluster.run_to("Running")
+    assert cluster.condition("Failed") == ("True", "RestartsWithoutProgress")
+
+
 def test_progress_resets_the_pause() -> None:
     cluster = running(runPolicy={"maxRestarts": 100})
     pauses = []

@@ -380,7 +380,8 @@ class SimCluster:
         """Pods that were asked to go save a checkpoint and end as they should; their objects are still there."""
         for name, pod in list(self.pods.items()):
             if pod["metadata"].get("deletionTimestamp") is not None and pod["status"]["phase"] == "Running":
-                self.end_pod(name, Outcome.Stopped, message=f"asked to stop after step {step}", step=step, total=100)
+                text = f"asked to stop after step {step}"
+                self.end_pod(name, Outcome.Stopped, message=text, step=step, total=100, last_checkpoint_step=step)
 
     def say(self, **progress: Any) -> None:
         """Let rank 0 answer GET /status."""
