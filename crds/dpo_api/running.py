@@ -212,8 +212,9 @@ class RunPolicy(Section):
         default=None,
         ge=60,
         le=SECONDS_MAX,
-        description="Seconds without a step after which an attempt is ended and retried. Not set: only the condition"
-        " TrainingStalled tells.",
+        description="Seconds without a step (or a pair of the index or reference, or a batch of a validation) after"
+        " which an attempt is ended and retried; loading, checkpoints and exports are not judged. Not set: only the"
+        " condition TrainingStalled tells.",
     )
     attempts_history_limit: Int = Field(
         default=3, ge=0, le=100, description="Failed attempts whose pods stay for kubectl logs. Default 3."

@@ -6,7 +6,7 @@ import math
 
 from dpo_api.spec import DPOJobSpec
 from dpo_api.status import ConditionType, StatusProgress
-from dpo_operator import clock
+from dpo_operator import clock, limits
 from dpo_operator.conditions import Truth, find
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -114,8 +114,11 @@ def _stalled(draft: Draft, progress: StatusProgress, running_time: str) -> None:
     since = max(progress.changed_at, running_time)
     still = clock.to_moment(progress.observed_at) - clock.to_moment(since)
     limit = draft.view.spec.run_policy.stall_timeout_seconds or draft.settings.stalled_after_seconds
-    if still >= limit:
+    if still < limit:
+        draft.condition(ConditionType.TrainingStalled, "False", Reason.StepsAdvance, "Steps follow each other.")
+    elif limits.is_counted(progress):
         text = f"Phase {progress.phase}, step {progress.step}: unchanged since {since}."
         draft.condition(ConditionType.TrainingStalled, "True", Reason.NoStep, text)
-    else:
-        draft.condition(ConditionType.TrainingStalled, "False", Reason.StepsAdvance, "Steps follow each other.")
+    else:  # a long checkpoint or export: nobody can say whether it moves
+        kept = [c for c in draft.status.conditions if c.type != ConditionType.TrainingStalled.value]
+        draft.update(conditions=tuple(kept))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_api.status import Attempt
+from dpo_api.status import Attempt, StatusProgress
 from dpo_operator import clock
 from dpo_operator.classification import Cause
 from dpo_operator.draft import Draft
@@ -41,11 +41,18 @@ def deadline(draft: Draft) -> Cause | None:
     return Cause(Reason.DeadlineExceeded, f"admitted for runPolicy.activeDeadlineSeconds {limit} s")
 
 
+def is_counted(progress: StatusProgress) -> bool:
+    """Whether something that is counted comes next. Loading, checkpoints and exports take as long as they take."""
+    return progress.phase == "train" or (progress.done is not None and progress.done != progress.of)
+
+
 def stall(draft: Draft, attempt: Attempt) -> Cause | None:
     """Return the cause Stalled when a trainer that answers has stood still for too long."""
     limit = draft.view.spec.run_policy.stall_timeout_seconds
     progress = draft.status.progress
     if limit is None or attempt.running_time is None or progress is None or progress.changed_at is None:
+        return None
+    if not is_counted(progress):
         return None
     seen = progress.observed_at
     # What an earlier attempt said is no news of this one.

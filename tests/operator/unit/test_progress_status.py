@@ -374,6 +374,44 @@ def test_a_long_reference_pass_is_no_stall() -> None:
     assert cluster.status["message"].startswith("Computes the reference's log-probs: ")
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"phase": "starting", "message": "loading the model"},
+        {"phase": "reference", "done": 1000, "of": 1000},  # then a checkpoint is loaded
+        {"phase": "checkpoint", "step": 50},
+        {"phase": "export", "step": 100},
+    ],
+    ids=lambda told: str(told["phase"]),
+)
+def test_what_counts_nothing_is_not_judged(told: dict[str, Any]) -> None:
+    cluster = running(runPolicy={"stallTimeoutSeconds": 600})
+    cluster.say(step=told.get("step", 0), metrics=FINE)
+    cluster.settle()
+    stand_still(cluster, 3600, **told)
+    assert cluster.state == "Running"
+    assert cluster.created == ["job-1"]
+    assert cluster.condition("TrainingStalled") != ("True", "NoStep")
+    assert "NoStep" not in cluster.told()
+    stand_still(cluster, 660, step=told.get("step", 0), metrics=FINE)
+    assert cluster.attempts[0]["reason"] == "Stalled", "the step that follows is judged again"
+
+
+def test_a_stall_that_an_export_follows_is_over() -> None:
+    cluster = stalled()
+    stand_still(cluster, 60, phase="export", step=5)
+    assert cluster.condition("TrainingStalled") == ("False", "StepsAdvance")
+    stand_still(cluster, 3600, phase="export", step=5)
+    assert cluster.condition("TrainingStalled") is None, "nobody can say whether it moves"
+
+
+@pytest.mark.parametrize("told", [{"phase": "index", "done": 7}, {"phase": "validate", "done": 0, "of": 3}])
+def test_units_that_do_not_follow_each_other_are_a_stall(told: dict[str, Any]) -> None:
+    cluster = running(runPolicy={"stallTimeoutSeconds": 600})
+    stand_still(cluster, 660, **told)
+    assert cluster.attempts[0]["reason"] == "Stalled"
+
+
 def test_every_tenth_checkpoint_is_told() -> None:
     cluster = running(checkpoint={"uri": "s3://runs/job/", "everySteps": 10})
     for step in range(0, 351, 10):
