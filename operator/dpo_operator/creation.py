@@ -57,7 +57,7 @@ def between(draft: Draft) -> None:
         suspended(draft)
         return
     _resume(draft)
-    if last is not None and _waits(draft, last):
+    if last is not None and (_waits(draft, last) or restarts.out_of_time(draft, last)):
         return
     number = 1 if last is None else last.number + 1
     name = names.child(draft.view.name, number)

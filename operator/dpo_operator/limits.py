@@ -29,6 +29,12 @@ def admitted_seconds(draft: Draft) -> float:
     return (draft.status.admitted_seconds or 0) + current
 
 
+def used_up(draft: Draft) -> bool:
+    """Whether the job has been admitted for all of its time."""
+    limit = draft.view.spec.run_policy.active_deadline_seconds
+    return limit is not None and admitted_seconds(draft) >= limit
+
+
 def deadline(draft: Draft) -> Cause | None:
     """Return the cause DeadlineExceeded once the admitted time is used up; else ask to be woken then."""
     limit = draft.view.spec.run_policy.active_deadline_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from dpo_api.status import Attempt
-from dpo_operator import clock, ends
+from dpo_operator import clock, ends, limits
 from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason, named
@@ -50,6 +50,8 @@ def conclude(draft: Draft, attempt: Attempt) -> None:
     if attempt.failure_class == "permanent":
         ends.fail(draft, reason, f"{said}.")
         return
+    if out_of_time(draft, attempt):
+        return
     if attempt.failure_class == "retryable":
         charged = draft.status.charged_restarts or 0
         if charged >= policy.max_restarts:
@@ -64,6 +66,17 @@ def conclude(draft: Draft, attempt: Attempt) -> None:
     pause = backoff(max(1, failures), f"{draft.view.uid}/{attempt.number}", draft.settings)
     draft.update(next_attempt_time=clock.to_text(draft.now + pause + 0.999))
     place_restart(draft, attempt)
+
+
+def out_of_time(draft: Draft, attempt: Attempt) -> bool:
+    """End a job whose time is used up: the next attempt would queue, perhaps for days, to be ended at once."""
+    if not limits.used_up(draft):
+        return False
+    said = sentence(attempt.message or named(attempt.reason).meaning)
+    limit = draft.view.spec.run_policy.active_deadline_seconds
+    text = f"{said}. runPolicy.activeDeadlineSeconds {limit} is used up, so that no other attempt follows."
+    ends.fail(draft, Reason.DeadlineExceeded, text)
+    return True
 
 
 def place_restart(draft: Draft, attempt: Attempt) -> None:

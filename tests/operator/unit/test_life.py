@@ -862,6 +862,44 @@ def test_deadline_counts_attempts_together() -> None:
     assert cluster.attempts[-1]["reason"] == "DeadlineExceeded"
 
 
+def test_a_job_whose_last_end_used_up_its_time_queues_no_further_attempt() -> None:
+    cluster = running(runPolicy={"activeDeadlineSeconds": 1000})
+    cluster.advance(990)
+    cluster.delete_pod("job-1-worker-0", condition="DeletionByTaintManager")
+    cluster.settle()
+    cluster.advance(20)
+    cluster.stop_leaving(50)
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.attempts[0]["reason"] == "NodeLost"
+    assert cluster.condition("Failed") == ("True", "DeadlineExceeded")
+    assert "runPolicy.activeDeadlineSeconds 1000 is used up" in cluster.status["message"]
+    assert cluster.status["restarts"] == 0
+    cluster.advance(1e6)
+    cluster.settle()
+    assert cluster.created == ["job-1"]
+
+
+@pytest.mark.parametrize("policy", [{}, {"activeDeadlineSeconds": 2000}])
+def test_resumed_after_its_time_only_with_more_of_it(policy: dict[str, int]) -> None:
+    cluster = running(runPolicy={"activeDeadlineSeconds": 1000})
+    cluster.advance(990)
+    cluster.edit(suspend=True)
+    cluster.settle()
+    cluster.advance(20)
+    cluster.stop_leaving(50)
+    cluster.settle()
+    assert cluster.state == "Suspended"
+    cluster.edit(suspend=False, **policy)
+    cluster.settle()
+    if policy:
+        assert cluster.created == ["job-1", "job-2"]
+    else:
+        assert cluster.created == ["job-1"]
+        assert cluster.condition("Failed") == ("True", "DeadlineExceeded")
+
+
 def test_a_raised_deadline_counts_at_once() -> None:
     cluster = running(runPolicy={"activeDeadlineSeconds": 1000})
     cluster.advance(999)
