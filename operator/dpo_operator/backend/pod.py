@@ -206,7 +206,11 @@ def _pod_security(spec: DPOJobSpec) -> dict[str, Any]:
 
 
 def _tolerations(spec: DPOJobSpec, settings: Settings) -> list[dict[str, Any]]:
-    """The job's own, then ours for failed nodes: Kubernetes' default would wait 300 s."""
+    """Ours for failed nodes, as Kubernetes' default would wait 300 s, then the job's own.
+
+    Of several that fit a taint the first alone decides how long a pod stays: after the job's ``operator: Exists``,
+    which fits all and for ever, ours would count for nothing.
+    """
     own: list[dict[str, Any]] = []
     for toleration in spec.pod_template.tolerations:
         values = {
@@ -217,7 +221,7 @@ def _tolerations(spec: DPOJobSpec, settings: Settings) -> list[dict[str, Any]]:
             "tolerationSeconds": toleration.toleration_seconds,
         }
         own.append({name: value for name, value in values.items() if value is not None})
-    keys = {toleration.get("key") for toleration in own}
+    keys = {toleration.get("key") for toleration in own if toleration.get("effect") in (None, "NoExecute")}
     ours = [
         {
             "key": taint,
@@ -228,7 +232,7 @@ def _tolerations(spec: DPOJobSpec, settings: Settings) -> list[dict[str, Any]]:
         for taint in NODE_FAILURE_TAINTS
         if taint not in keys
     ]
-    return [*own, *ours]
+    return [*ours, *own]
 
 
 def _affinity(spec: DPOJobSpec, avoid: Sequence[str]) -> dict[str, Any]:

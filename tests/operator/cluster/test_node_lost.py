@@ -17,7 +17,9 @@ def test_a_lost_node_costs_one_uncharged_attempt(cluster: ControlPlane, kubelet:
     with OperatorProcess(
         cluster.kubeconfig, "--scrape-by=off", "--node-failure-toleration-seconds=1", namespaces=namespace
     ) as operator:
-        jobs.create(manifest("lost", nodes=2, run_policy={"maxRestarts": 0}))
+        # A job that endures every taint, as on tainted GPU nodes, must not stay on a dead one for ever.
+        endures = {"tolerations": [{"operator": "Exists"}]}
+        jobs.create(manifest("lost", nodes=2, run_policy={"maxRestarts": 0}, podTemplate=endures))
         jobs.wait_child("lost-1")
         kubelet.pod(namespace, "lost-1-master-0")
         worker = kubelet.pod(namespace, "lost-1-worker-0")

@@ -161,6 +161,37 @@ def test_pods_leave_dead_nodes_soon() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("own", "stays"),
+    [
+        ({"operator": "Exists"}, 30),
+        ({"operator": "Exists", "effect": "NoExecute"}, 30),
+        ({"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoSchedule"}, 30),
+        ({"key": "node.kubernetes.io/unreachable", "operator": "Exists", "tolerationSeconds": 5}, 5),
+        (
+            {
+                "key": "node.kubernetes.io/unreachable",
+                "operator": "Exists",
+                "effect": "NoExecute",
+                "tolerationSeconds": 900,
+            },
+            900,
+        ),
+    ],
+)
+def test_the_first_toleration_that_fits_a_dead_nodes_taint_decides(own: Object, stays: int) -> None:
+    """As in the taint manager: a job that endures every taint leaves a dead node in time too."""
+    found = pod(child(podTemplate={"tolerations": [own]}))["tolerations"]
+    assert own in found
+    fits = [
+        toleration
+        for toleration in found
+        if toleration.get("key") in (None, "node.kubernetes.io/unreachable")
+        and toleration.get("effect") in (None, "NoExecute")
+    ]
+    assert fits[0].get("tolerationSeconds") == stays
+
+
 def test_claims_are_mounted_once_and_inputs_read_only() -> None:
     body = child(
         model={"huggingFace": {"uri": "pvc://models/llama/"}},
@@ -279,8 +310,8 @@ def test_overlay_merges() -> None:
     assert metadata["labels"]["dpo-operator.dev/job"] == "job"
     assert metadata["annotations"] == {"note": "b"}
     found = pod(body)
-    assert found["tolerations"][:2] == template["tolerations"]
-    assert [t["key"] for t in found["tolerations"][2:]] == ["node.kubernetes.io/not-ready"]
+    assert [t["key"] for t in found["tolerations"][:-2]] == ["node.kubernetes.io/not-ready"]
+    assert found["tolerations"][-2:] == template["tolerations"]
     assert found["affinity"] == template["affinity"]
     assert body["spec"]["runPolicy"]["schedulingPolicy"]["priorityClass"] == "high"
     for name in ("nodeSelector", "topologySpreadConstraints", "priorityClassName", "schedulerName", "imagePullSecrets"):
