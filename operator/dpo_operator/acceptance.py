@@ -14,11 +14,15 @@ from dpo_operator.creation import RETRY_SECONDS
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
 from dpo_operator.texts import clean
-from dpo_operator.types import CheckChild, CreateConfigMap
+from dpo_operator.types import CheckChild, CreateConfigMap, Refusal
 from dpo_operator.view import owner_uid
 
 INVALID = frozenset({400, 422})
 """HTTP status codes by which an API server calls an object wrong; 403 is about rights, quotas and policies."""
+
+DENIALS = ("denied the request", "denied request")
+"""Words of admission webhooks and of ValidatingAdmissionPolicies. Without a code of their own they answer 400 and 422,
+and a policy may be relaxed, which an object that is wrong in itself never is."""
 
 
 def is_accepted(draft: Draft) -> bool:
@@ -95,7 +99,7 @@ def _passes(draft: Draft, image: str, name: str) -> bool:
         body = pytorchjob.build_child(view.job, view.identity, 1, image, draft.settings)
         draft.act(CheckChild(body, view.generation))
         return False
-    if answer.refusal is not None and answer.refusal.code in INVALID:
+    if answer.refusal is not None and _is_invalid(answer.refusal):
         found = Finding("error", "spec.podTemplate", f"the API server refuses the pods: {answer.refusal.message}")
         _reject(draft, Reason.ChildInvalid, [found])
         return False
@@ -106,6 +110,11 @@ def _passes(draft: Draft, image: str, name: str) -> bool:
         draft.wake_in(RETRY_SECONDS)
         return False
     return True
+
+
+def _is_invalid(refusal: Refusal) -> bool:
+    """Whether the child is wrong for good, as opposed to refused by what somebody may change."""
+    return refusal.code in INVALID and not any(words in refusal.message for words in DENIALS)
 
 
 def _reject(draft: Draft, reason: Reason, findings: list[Finding]) -> None:

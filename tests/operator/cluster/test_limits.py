@@ -127,6 +127,61 @@ def test_only_the_run_policy_may_be_changed(jobs: Jobs) -> None:
     assert jobs.children().keys().isdisjoint({"fixed-1"})
 
 
+def test_a_policy_that_is_relaxed_lets_the_job_go_on(
+    cluster: ControlPlane, kubelet: FakeKubelet, namespace: str
+) -> None:
+    """The answer to what a ValidatingAdmissionPolicy denies is 422, as if the PyTorchJob were wrong for good."""
+    kind, jobs = "admissionregistration.k8s.io/v1", Jobs(cluster.admin, namespace)
+    rule = {
+        "apiGroups": ["kubeflow.org"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pytorchjobs"]
+    }  # fmt: skip
+    policy = {
+        "metadata": {"name": namespace},
+        "spec": {
+            "matchConstraints": {"resourceRules": [rule]},
+            "validations": [{"expression": "'team' in object.metadata.labels", "message": "give a team"}],
+        },
+    }
+    here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
+    binding = {
+        "metadata": {"name": namespace},
+        "spec": {"policyName": namespace, "validationActions": ["Deny"], "matchResources": here},
+    }
+    made = [("validatingadmissionpolicies", policy), ("validatingadmissionpolicybindings", binding)]
+    container = {"name": "pytorch", "image": "localhost/other:1"}
+    replicas = {"Master": {"replicas": 1, "template": {"spec": {"containers": [container]}}}}
+    probe = {
+        "apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": "probe", "labels": {"a": "b"}},
+        "spec": {"pytorchReplicaSpecs": replicas},
+    }  # fmt: skip
+
+    def denied() -> int:
+        path = f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs"
+        try:
+            cluster.admin.call("POST", path, probe, dryRun="All")
+        except ApiError as error:
+            return error.status
+        return 0
+
+    try:
+        for plural, body in made:
+            cluster.admin.create((kind, plural), None, body)
+        assert eventually(denied, what="the policy is in force") == 422
+        flags = ("--scrape-by=off", "--resync-seconds=1")
+        with OperatorProcess(cluster.kubeconfig, *flags, namespaces=namespace) as operator:
+            jobs.create(manifest("teamless"))
+            assert "give a team" in progressing(jobs, "teamless", "ChildRefused")
+            assert "Accepted" not in jobs.conditions("teamless")
+            cluster.admin.delete((kind, "validatingadmissionpolicybindings"), None, namespace)
+            jobs.wait_child("teamless-1")
+            kubelet.pod(namespace, "teamless-1-master-0")
+            jobs.wait_state("Running", name="teamless")
+            assert operator.exceptions() == []
+    finally:
+        for plural, _ in reversed(made):
+            cluster.admin.delete((kind, plural), None, namespace)
+
+
 def test_a_cluster_without_pytorchjob_is_waited_for(
     cluster: ControlPlane, kubelet: FakeKubelet, namespace: str
 ) -> None:

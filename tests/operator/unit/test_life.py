@@ -149,13 +149,24 @@ def test_the_api_servers_no_to_a_dry_run_rejects() -> None:
     assert len(cluster.calls) == calls
 
 
-def test_a_policys_no_is_waited_out() -> None:
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Refusal(403, 'exceeded quota: pytorchjobs "10"'),
+        Refusal(400, 'admission webhook "team.example.com" denied the request: no team'),
+        Refusal(422, "ValidatingAdmissionPolicy 'team' with binding 'all' denied request: no team"),
+    ],
+    ids=lambda refusal: str(refusal.code),
+)
+def test_a_policys_no_is_waited_out(refusal: Refusal) -> None:
+    """Whatever its code: webhooks and policies that name none answer as if the object were wrong."""
     cluster = SimCluster()
-    cluster.invalid = Refusal(403, 'exceeded quota: pytorchjobs "10"')
+    cluster.invalid = refusal
     cluster.settle()
     assert cluster.state == "Pending"
     assert cluster.condition("Progressing") == ("False", "ChildRefused")
-    assert "exceeded quota" in cluster.status["message"]
+    assert cluster.condition("Accepted") is None
+    assert refusal.message in cluster.status["message"]
     cluster.invalid = None
     cluster.sleep()
     assert cluster.created == ["job-1"]
