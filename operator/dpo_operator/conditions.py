@@ -48,3 +48,11 @@ def put(
         message=message[:32_768],
     )
     return tuple(sorted([*others, condition], key=lambda c: (_ORDER.get(c.type, len(_ORDER)), c.type)))
+
+
+def observed_for(conditions: Iterable[Condition], generation: int) -> tuple[Condition, ...]:
+    """Return the conditions as observed for this generation of the spec, each holding since when it did.
+
+    ``kubectl wait`` takes no notice of a condition that was observed for an older one.
+    """
+    return tuple(condition.model_copy(update={"observed_generation": generation}) for condition in conditions)

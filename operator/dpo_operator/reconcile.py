@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.findings import ManifestError
-from dpo_operator import acceptance, attempts, clock, events, housekeeping, patches
+from dpo_operator import acceptance, attempts, clock, conditions, events, housekeeping, patches
 from dpo_operator.backend import pytorchjob
 from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
@@ -31,6 +31,8 @@ def reconcile(observed: Observed, now: float, settings: Settings) -> Decision:
     draft = Draft(view, now, settings)
     _decide(draft)
     draft.update(observed_generation=view.generation)
+    if acceptance.is_accepted(draft):  # before, a verdict counts for the generation that it was asked for
+        draft.update(conditions=conditions.observed_for(draft.status.conditions, view.generation))
     return _conclude(draft)
 
 

@@ -65,6 +65,10 @@ def test_a_job_runs_to_its_end(jobs: Jobs, kubelet: FakeKubelet, cluster: Contro
         "Accepted": "True", "Finished": "True", "Succeeded": "True", "Failed": "False",
     }  # fmt: skip
     assert set(jobs.events("whole")) >= {"Accepted", "PyTorchJobCreated", "TrainingStarted", "Succeeded"}
+    # What was true before an edit is true after it, and kubectl sees that.
+    jobs.patch("whole", {"runPolicy": {"ttlSecondsAfterFinished": 3600}})
+    for kind in ("Accepted", "Succeeded"):
+        cluster.kubectl("wait", f"--for=condition={kind}", "dpo/whole", "-n", space, "--timeout=30s")
     # The workers end with the master: cleanPodPolicy Running.
     eventually(lambda: "whole-1-worker-0" not in jobs.pods(), what="the worker is cleaned up")
     owner = jobs.children()["whole-1"]["metadata"]["ownerReferences"][0]

@@ -933,6 +933,29 @@ def test_ttl_deletes_the_job_and_nothing_before() -> None:
     assert cluster.told()[-1] == "Expired"
 
 
+def test_every_condition_is_observed_for_the_newest_generation() -> None:
+    """kubectl wait takes no notice of one that is older than the last edit."""
+    cluster = running()
+
+    def observed() -> set[tuple[str, int]]:
+        return {(c["type"], c["observedGeneration"]) for c in cluster.status["conditions"]}
+
+    cluster.edit(maxRestarts=7)
+    cluster.settle()
+    assert ("Accepted", 2) in observed()
+    finish(cluster)
+    since = {c["type"]: c["lastTransitionTime"] for c in cluster.status["conditions"]}
+    cluster.advance(60)
+    cluster.edit(ttlSecondsAfterFinished=3600)
+    cluster.settle()
+    assert observed() == {(kind, 3) for kind in since}
+    assert "Succeeded" in since
+    assert {c["type"]: c["lastTransitionTime"] for c in cluster.status["conditions"]} == since
+    calls = len(cluster.calls)
+    cluster.settle()
+    assert len(cluster.calls) == calls
+
+
 def test_no_ttl_by_default() -> None:
     cluster = running()
     finish(cluster)
