@@ -158,6 +158,10 @@ def _of_container(pod: Object, memory_limit: str | None) -> Cause | None:
         if memory_limit is not None:
             text = f"pod {_place(pod)} used more memory than spec.resources.memory {memory_limit}; raise it"
             return _cause(Reason.MemoryLimitExceeded, pod, text)
+        given = pytorchjob.trainer_memory_limit(pod)
+        if given is not None:
+            text = f"pod {_place(pod)} used more memory than {given}, its limit by the namespace's LimitRange"
+            return _cause(Reason.MemoryLimitExceeded, pod, f"{text}; set spec.resources.memory to more")
         return _cause(Reason.NodeOutOfMemory, pod, f"the node of pod {_place(pod)} ran out of memory")
     if reason in CONTAINER_REASONS:
         text = f"pod {_place(pod)} could not start: {clean(str(terminated.get('message') or reason), 500)}"

@@ -167,7 +167,7 @@ class Reason(Enum):
     MemoryLimitExceeded = (
         "MemoryLimitExceeded",
         "cause",
-        "The trainer's container used more memory than spec.resources.memory and was killed.",
+        "The trainer's container used more memory than its limit (spec.resources.memory, or the namespace's default).",
         "Raise spec.resources.memory, or lower data.maxLength or training.packing.maxTokens.",
         "permanent",
     )

@@ -209,3 +209,11 @@ def trainer_status(pod: Object) -> Mapping[str, Any] | None:
     """Return the status of the trainer's container, when there is one yet."""
     statuses: Iterable[Mapping[str, Any]] = (pod.get("status") or {}).get("containerStatuses") or ()
     return next((status for status in statuses if status.get("name") == CONTAINER), None)
+
+
+def trainer_memory_limit(pod: Object) -> str | None:
+    """Return the memory limit of the trainer's container: a namespace's LimitRange sets one where the job does not."""
+    containers: Iterable[Mapping[str, Any]] = (pod.get("spec") or {}).get("containers") or ()
+    own: Mapping[str, Any] = next((c for c in containers if c.get("name") == CONTAINER), {})
+    limit = ((own.get("resources") or {}).get("limits") or {}).get("memory")
+    return str(limit) if limit is not None else None

@@ -180,7 +180,7 @@ def trimmed(resource: Resource, item: Mapping[str, Any]) -> dict[str, Any]:
     spec = item.get("spec") or {}
     if resource == PODS:
         kept["spec"] = {name: spec[name] for name in ("nodeName", "terminationGracePeriodSeconds") if name in spec}
-        kept["spec"]["containers"] = [{"name": c["name"]} for c in spec.get("containers") or []]
+        kept["spec"]["containers"] = [_container(c) for c in spec.get("containers") or []]
         kept["spec"]["initContainers"] = [
             {name: c[name] for name in ("name", "image", "restartPolicy") if name in c}
             for c in spec.get("initContainers") or []
@@ -190,3 +190,9 @@ def trimmed(resource: Resource, item: Mapping[str, Any]) -> dict[str, Any]:
         bare = {role: {k: v for k, v in replica.items() if k != "template"} for role, replica in replicas.items()}
         kept["spec"] = {**spec, "pytorchReplicaSpecs": bare}
     return kept
+
+
+def _container(container: Mapping[str, Any]) -> dict[str, Any]:
+    """Return name and memory limit of a container: of one that is killed for its memory the limit tells whose fault."""
+    limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
+    return {"name": container["name"]} | ({"resources": {"limits": {"memory": limit}}} if limit is not None else {})

@@ -127,6 +127,23 @@ def test_only_the_run_policy_may_be_changed(jobs: Jobs) -> None:
     assert jobs.children().keys().isdisjoint({"fixed-1"})
 
 
+def test_a_namespaces_memory_limit_is_the_containers_own(
+    cluster: ControlPlane, kubelet: FakeKubelet, namespace: str
+) -> None:
+    """The job sets none; the LimitRange gives its container one, and more attempts would end alike."""
+    jobs = Jobs(cluster.admin, namespace)
+    limits = {"metadata": {"name": "all"}, "spec": {"limits": [{"type": "Container", "default": {"memory": "512Mi"}}]}}
+    cluster.admin.create(("v1", "limitranges"), namespace, limits)
+    with OperatorProcess(cluster.kubeconfig, "--scrape-by=off", namespaces=namespace) as operator:
+        jobs.create(manifest("limited"))
+        kubelet.finish(namespace, "limited-1-master-0", code=137, reason="OOMKilled")
+        status = jobs.wait_state("Failed", name="limited")
+        attempt = status["attempts"][0]
+        assert (attempt["reason"], attempt["failureClass"]) == ("MemoryLimitExceeded", "permanent")
+        assert "512Mi" in jobs.conditions("limited")["Failed"]["message"]
+        assert operator.exceptions() == []
+
+
 def test_a_policy_that_is_relaxed_lets_the_job_go_on(
     cluster: ControlPlane, kubelet: FakeKubelet, namespace: str
 ) -> None:

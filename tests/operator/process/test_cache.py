@@ -62,10 +62,13 @@ def test_only_watches_count_as_seen() -> None:
 
 def test_pods_and_children_are_kept_without_what_nobody_reads() -> None:
     cache = Cache()
-    spec = {"nodeName": "n", "containers": [{"name": "pytorch", "image": "i", "env": [1]}], "volumes": [1]}
+    memory = {"limits": {"memory": "4Gi"}}
+    limited = {"name": "pytorch", "image": "i", "env": [1], "resources": {**memory, "requests": {"memory": "1Gi"}}}
+    spec = {"nodeName": "n", "containers": [limited, {"name": "other", "image": "i"}], "volumes": [1]}
     cache.put(PODS, item("p", 1, spec=spec), watched=True)
     (pod,) = cache.of_job(PODS, ("ns", "job"))
-    assert pod["spec"] == {"nodeName": "n", "containers": [{"name": "pytorch"}], "initContainers": []}
+    kept = [{"name": "pytorch", "resources": memory}, {"name": "other"}]
+    assert pod["spec"] == {"nodeName": "n", "containers": kept, "initContainers": []}
     assert spec["volumes"] == [1]  # the event's own object is not touched
 
 

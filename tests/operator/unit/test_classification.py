@@ -129,6 +129,20 @@ def test_without_a_limit_of_its_own_memory_is_the_nodes() -> None:
     assert Reason.MemoryLimitExceeded.retry == "permanent"
 
 
+def test_a_limit_that_the_namespace_gave_is_the_containers_own() -> None:
+    """A job without spec.resources.memory in a namespace with a LimitRange: more attempts would end alike."""
+    killed = pod(code=137, container="OOMKilled")
+    limit = {"limits": {"memory": "512Mi"}}
+    killed["spec"]["containers"] = [{"name": "proxy", "resources": limit}, {"name": "pytorch"}]
+    assert cause(killed, memory=None) is Reason.NodeOutOfMemory
+    killed["spec"]["containers"][1]["resources"] = limit
+    found = cause_of_pod(killed, memory_limit=None, over_at=None)
+    assert found is not None
+    assert found.reason is Reason.MemoryLimitExceeded
+    assert "512Mi" in found.message
+    assert "spec.resources.memory" in found.message
+
+
 def test_the_clean_up_after_a_failure_is_no_cause() -> None:
     leaving = pod(phase="Running", deletionTimestamp="2027-01-15T08:01:00Z", deletionGracePeriodSeconds=30)
     asked = 1_800_000_030.0
