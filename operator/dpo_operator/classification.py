@@ -57,6 +57,10 @@ CONTAINER_REASONS: Mapping[str, Reason] = {
     "CreateContainerError": Reason.ContainerStartFailed,
 }
 
+LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
+"""Container reasons by which containerd (exit code 255) and a kubelet (137) report one that is gone without an end that
+they saw, as after a reboot of its node."""
+
 _WEAK = (Reason.PodDeleted, Reason.Communication, Reason.Stopped, Reason.FinalWordsLost, Reason.PodVanished)
 """Evidence that yields to any other, the strongest first."""
 
@@ -206,6 +210,9 @@ def _of_exit_code(pod: Object) -> Cause | None:
     code = (terminated or {}).get("exitCode")
     if terminated is None or not isinstance(code, int):
         return None
+    if terminated.get("reason") in LOST_CONTAINERS:
+        text = f"the container of pod {_place(pod)} was lost with its node's state, as in a reboot"
+        return _cause(Reason.NodeLost, pod, text)
     said = last_line(str(terminated.get("message") or ""))
     tail = f": {said}" if said else ""
     outcome = Outcome.of_exit_code(code)

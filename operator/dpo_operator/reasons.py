@@ -188,7 +188,7 @@ class Reason(Enum):
     NodeLost = (
         "NodeLost",
         "cause",
-        "A node stopped answering or was removed.",
+        "A node stopped answering, was removed, or lost its containers in a reboot.",
         "Nothing; the next attempt prefers other nodes.",
         "infrastructure",
     )

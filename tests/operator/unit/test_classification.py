@@ -107,6 +107,18 @@ CASES: list[tuple[str, Object, Reason | None]] = [
     ("killed", pod(code=137), Reason.Killed),
     ("crashed", pod(code=139), Reason.Killed),
     ("foreign exit code", pod(code=200), Reason.Killed),
+    ("lost in a reboot, says containerd", pod(code=255, container="Unknown"), Reason.NodeLost),
+    ("lost in a reboot, says the kubelet", pod(code=137, container="ContainerStatusUnknown"), Reason.NodeLost),
+    (
+        "evicted, and its container not found",
+        pod(code=137, container="ContainerStatusUnknown", disruption="TerminationByKubelet", pod_reason="Evicted"),
+        Reason.Evicted,
+    ),
+    (
+        "stopped, and its container not found",
+        pod(code=137, container="ContainerStatusUnknown", message=words(Outcome.Stopped)),
+        Reason.Stopped,
+    ),
     ("words of a newer trainer", pod(code=77, message='{"outcome": "Dreamt", "message": "x"}'), Reason.Internal),
     ("words too long", pod(code=3, message="{" + " " * 5000 + "}"), Reason.InvalidData),
     ("words are a list", pod(code=75, message="[1]"), Reason.Communication),
