@@ -16,11 +16,6 @@ from dpo_operator.texts import sentence
 from dpo_operator.types import DeleteChild, LookUpChild, Object
 from dpo_operator.view import is_alive
 
-OURS = frozenset(
-    reason.value for reason in (Reason.Suspended, Reason.StartTimeout, Reason.Stalled, Reason.DeadlineExceeded)
-)
-"""Reasons for which the operator itself ends an attempt, by deleting its child."""
-
 
 def step(draft: Draft) -> None:
     """Bring the job's newest attempt one step further, or create the next one."""
@@ -77,6 +72,8 @@ def _watch(draft: Draft, attempt: Attempt) -> None:
     """Hold an admitted attempt to its limits and say where it is."""
     cause = limits.deadline(draft) or starting.overdue(draft, attempt) or limits.stall(draft, attempt)
     if cause is not None:
+        if cause.reason is Reason.StartTimeout:
+            evidence.record_stuck(draft, attempt)
         _fail(draft, cause)
     elif attempt.running_time is None:
         starting.say(draft, attempt)
@@ -161,7 +158,7 @@ def _ending(draft: Draft, attempt: Attempt) -> None:
         if words is not None:
             ends.succeed(draft, words)
         return
-    must_go = attempt.reason in OURS or (child is not None and not pytorchjob.is_over(child))
+    must_go = attempt.reason in evidence.OURS or (child is not None and not pytorchjob.is_over(child))
     if must_go and not _torn_down(draft, attempt, child):
         _place_ending(draft, attempt)
         return
@@ -186,7 +183,7 @@ def _refine(draft: Draft, child: Object | None) -> None:
     assert attempt is not None  # noqa: S101 - the caller has one in hand
     best = decisive(evidence.causes(draft, attempt, child))
     told = named(attempt.reason)
-    if told.value in OURS:
+    if told.value in evidence.OURS:
         known = 1
     elif told is Reason.ChildDeleted:
         known = 10  # that pods stop says nothing more than that their child was deleted

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from dpo_api.progress import LastWords
 from dpo_api.status import Attempt, PodRecord, StatusProgress
@@ -10,18 +11,26 @@ from dpo_operator.backend import pytorchjob
 from dpo_operator.classification import Cause, cause_of_pod, cause_of_record, decisive, last_words, record_of
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
+from dpo_operator.starting import is_stuck
 from dpo_operator.types import Object
 from dpo_operator.view import moment
 
 RECORDS_MAX = 64
+
+OURS = frozenset(
+    reason.value for reason in (Reason.Suspended, Reason.StartTimeout, Reason.Stalled, Reason.DeadlineExceeded)
+)
+"""Reasons for which the operator itself ends an attempt, by deleting its child."""
 
 _NODE_IS_INNOCENT = frozenset(
     reason.value for reason in (Reason.Stopped, Reason.Preempted, Reason.PodDeleted, Reason.StorageUnavailable)
 )
 
 
-def over_at(child: Object | None) -> float | None:
-    """Return when training-operator called the child failed or succeeded, and began to clean up."""
+def over_at(attempt: Attempt, child: Object | None) -> float | None:
+    """Return when the clean-up began: training-operator's, which calls the child failed or succeeded, or our own."""
+    if attempt.reason in OURS:
+        return -math.inf  # what somebody deleted before we did is on record
     for condition in ((child or {}).get("status") or {}).get("conditions") or ():
         if condition.get("type") in ("Failed", "Succeeded") and condition.get("status") == "True":
             return moment(condition.get("lastTransitionTime"))
@@ -32,7 +41,7 @@ def causes(draft: Draft, attempt: Attempt, child: Object | None) -> list[Cause]:
     """Return the causes that pods show now, and those recorded of pods that no longer show them."""
     pods = draft.view.pods(attempt)
     limit = draft.view.spec.resources.memory
-    stamp = over_at(child)
+    stamp = over_at(attempt, child)
     found = [cause_of_pod(pod, memory_limit=limit, over_at=stamp) for pod in pods]
     seen = {cause.pod for cause in found if cause is not None}
     recorded = [cause_of_record(record) for record in attempt.pods if record.name not in seen]
@@ -52,7 +61,7 @@ def explain(draft: Draft, attempt: Attempt, child: Object | None) -> Cause:
 def record(draft: Draft, attempt: Attempt, child: Object | None) -> None:
     """Keep what ended pods show: one record a pod, those with a cause first, at most RECORDS_MAX."""
     limit = draft.view.spec.resources.memory
-    stamp = over_at(child)
+    stamp = over_at(attempt, child)
     records = {record.name: record for record in attempt.pods}
     all_run = attempt.running_time is not None
     for pod in draft.view.pods(attempt):
@@ -62,10 +71,26 @@ def record(draft: Draft, attempt: Attempt, child: Object | None) -> None:
         # Pods that merely run are written down once all of them do: one write for all.
         if known is None and cause is None and not all_run and fresh.exit_code is None:
             continue
-        if known is not None and known.reason is not None and cause is None:
+        told = known.reason if known is not None else None
+        # Once it is deleted a pod no longer shows that it had not run in time.
+        if told is not None and (cause is None or told == Reason.StartTimeout.value):
             continue
         records[fresh.name] = fresh
-    ordered = sorted(records.values(), key=lambda r: (r.reason is None, r.exit_code in (None, 0)))
+    _keep(draft, attempt, records.values())
+
+
+def record_stuck(draft: Draft, attempt: Attempt) -> None:
+    """Keep which pods did not run in time, and so which nodes: the operator's own deletion is all they show later."""
+    records = {record.name: record for record in attempt.pods}
+    for pod in draft.view.pods(attempt):
+        if is_stuck(pod):
+            fresh = record_of(pod, Cause(Reason.StartTimeout, ""))
+            records[fresh.name] = fresh
+    _keep(draft, attempt, records.values())
+
+
+def _keep(draft: Draft, attempt: Attempt, records: Iterable[PodRecord]) -> None:
+    ordered = sorted(records, key=lambda r: (r.reason is None, r.exit_code in (None, 0)))
     kept = tuple(ordered[:RECORDS_MAX])
     if kept != attempt.pods:
         draft.change_attempt(pods=kept)

@@ -280,7 +280,7 @@ class Reason(Enum):
         "StartTimeout",
         "cause",
         "Not every pod ran within runPolicy.startTimeoutSeconds of admission; the message has the pod's own words.",
-        "Mend what the message names. No GPU is held meanwhile.",
+        "Mend what the message names; the next attempt prefers other nodes. No GPU is held meanwhile.",
         "retryable",
     )
     Stalled = (

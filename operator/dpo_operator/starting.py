@@ -45,6 +45,15 @@ def has_run(pod: Object) -> bool:
     return status is None and (pod.get("status") or {}).get("phase") == "Running"
 
 
+def is_stuck(pod: Object) -> bool:
+    """Whether a node has a pod and has not run it. A worker that looks for its master waits for another node."""
+    if has_run(pod) or not (pod.get("spec") or {}).get("nodeName"):
+        return False
+    statuses = (pod.get("status") or {}).get("initContainerStatuses") or ()
+    looks = (s for s in statuses if s.get("name") == pytorchjob.INIT_CONTAINER)
+    return not any("running" in (status.get("state") or {}) for status in looks)
+
+
 def started(draft: Draft, attempt: Attempt) -> bool:
     """Whether every pod of an attempt has been running."""
     pods = draft.view.pods(attempt)

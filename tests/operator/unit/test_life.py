@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -564,6 +565,56 @@ def test_not_started_in_time_is_torn_down_backed_off_and_told_in_the_pods_words(
 
 def waiting(container: str, reason: str, message: str) -> dict[str, Any]:
     return {"name": container, "state": {"waiting": {"reason": reason, "message": message}}}
+
+
+def avoided(child: dict[str, Any]) -> list[str]:
+    """Return the nodes that a child's pods prefer others to."""
+    pod = child["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    wishes = pod.get("affinity", {}).get("nodeAffinity", {}).get("preferredDuringSchedulingIgnoredDuringExecution", [])
+    return [value for wish in wishes for field in wish["preference"]["matchFields"] for value in field["values"]]
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["gone", "still there"])
+def test_a_node_that_does_not_start_its_pod_is_avoided(leaves: bool) -> None:
+    """Our own deletion is all that such a pod shows then, and is nobody else's: no pod counts as PodDeleted."""
+    cluster = SimCluster(manifest(runPolicy={"startTimeoutSeconds": 600}))
+    cluster.settle()
+    for name, state in (("master", {"running": {}}), ("worker", {"waiting": {"reason": "ContainerCreating"}})):
+        phase = "Running" if name == "master" else "Pending"
+        containers = [{"name": "pytorch", "state": state}]
+        cluster.pods[f"job-1-{name}-0"]["status"] = {"phase": phase, "containerStatuses": containers}
+    worker = copy.deepcopy(cluster.pods["job-1-worker-0"])
+    cluster.settle()
+    cluster.advance(600)
+    cluster.settle()
+    assert cluster.deleted == ["job-1"]
+    assert [record["reason"] for record in cluster.attempts[0]["pods"]] == ["StartTimeout"]
+    if leaves:
+        gone = {"exitCode": 137, "reason": "ContainerStatusUnknown", "message": "could not be located"}
+        containers = [{"name": "pytorch", "state": {"terminated": gone}}]
+        worker["metadata"]["deletionTimestamp"] = clock.to_text(cluster.now)
+        cluster.pods["job-1-worker-0"] = {**worker, "status": {"phase": "Failed", "containerStatuses": containers}}
+        cluster.settle()
+    cluster.stop_leaving(0)
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.attempts[0]["reason"] == "StartTimeout"
+    recorded = {record["name"]: record["reason"] for record in cluster.attempts[0]["pods"]}
+    assert recorded == {"job-1-worker-0": "StartTimeout", "job-1-master-0": "Stopped"}
+    cluster.sleep_out()
+    assert avoided(cluster.children["job-2"]) == ["node-worker-0"]
+
+
+def test_a_worker_that_looks_for_its_master_speaks_against_the_masters_node() -> None:
+    cluster = SimCluster(manifest(runPolicy={"startTimeoutSeconds": 600}))
+    cluster.settle()
+    looks = [{"name": "init-pytorch", "state": {"running": {}}}]
+    cluster.pods["job-1-worker-0"]["status"]["initContainerStatuses"] = looks
+    cluster.advance(600)
+    cluster.settle()
+    cluster.sleep_out()
+    assert avoided(cluster.children["job-2"]) == ["node-master-0"]
 
 
 @pytest.mark.parametrize(
