@@ -18,6 +18,7 @@ from dpo_api.errors import Outcome
 from dpo_api.progress import LAST_WORDS_MAX_BYTES, LastWords
 from dpo_api.status import PodRecord
 from dpo_operator.backend import pytorchjob
+from dpo_operator.progress import INT_MAX, bounded
 from dpo_operator.reasons import Reason, named, of_outcome
 from dpo_operator.texts import clean, last_line
 from dpo_operator.types import Object
@@ -89,15 +90,20 @@ class Cause:
 
 
 def last_words(pod: Object) -> LastWords | None:
-    """Return what the trainer left in the termination message; None where there is nothing of that form."""
+    """Return what the trainer left in the termination message, within what the status can hold.
+
+    None where there is nothing of that form.
+    """
     terminated = _terminated(pod)
     text = (terminated or {}).get("message")
     if not isinstance(text, str) or len(text.encode()) > LAST_WORDS_MAX_BYTES:
         return None
     try:
-        return LastWords.from_json(text)
+        words = LastWords.from_json(text)
     except ValidationError:
         return None
+    counts = {name: min(value, INT_MAX) for name, value in words if isinstance(value, int)}
+    return words.model_copy(update={**counts, "metrics": bounded(words.metrics)})
 
 
 def success(pods: Iterable[Object]) -> LastWords | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_api.progress import LastWords, finite
+from dpo_api.progress import LastWords
 from dpo_api.status import ConditionType, State, StatusProgress
 from dpo_operator import progress
 from dpo_operator.draft import Draft
@@ -11,8 +11,8 @@ from dpo_operator.reasons import Reason
 
 def succeed(draft: Draft, words: LastWords) -> None:
     """End the job with its model; the final values are rank 0's last words."""
-    metrics = progress.bounded(finite(words.metrics))
     former = draft.status.progress
+    metrics = progress.bounded({**(former.metrics if former is not None else {}), **words.metrics})
     final = (former or StatusProgress(phase="done")).model_copy(
         update={
             "phase": "done",
@@ -22,7 +22,7 @@ def succeed(draft: Draft, words: LastWords) -> None:
             "done": None,
             "of": None,
             "message": None,
-            "metrics": {**(former.metrics if former is not None else {}), **metrics},
+            "metrics": metrics,
             "observed_at": draft.moment,
         }
     )

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from dpo_api.crd import custom_resource_definition
 from dpo_api.errors import Outcome
 from dpo_api.progress import Progress
 from dpo_operator import clock, names
-from dpo_operator.progress import status_of, summarise
+from dpo_operator.progress import INT_MAX, status_of, summarise
 from dpo_operator.types import Scrape
+from dpo_testing.crd_schema import problems
 from dpo_testing.simcluster import START, SimCluster, manifest
 
 FINE = {"train/loss": 0.69, "train/acc": 0.6, "train/rewards_margin": 0.1}
@@ -150,6 +152,25 @@ def test_what_a_trainer_says_is_not_trusted() -> None:
     assert len(text) < 8000
     summary = summarise(status)
     assert all(len(value) <= 32 for value in summary.model_dump().values() if value)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.Succeeded, Outcome.Stopped, Outcome.Internal], ids=lambda o: o.name)
+def test_last_words_are_not_trusted_either(outcome: Outcome) -> None:
+    """A status that the API server refuses would be written for ever, and the job never end."""
+    schema = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+    cluster = running(runPolicy={"maxRestarts": 0})
+    cluster.say(step=1, metrics={f"m{i}": 1.0 for i in range(128)})
+    cluster.settle()
+    words = {"step": 10**30, "total": 10**30, "metrics": {f"n{i}": 1.0 for i in range(128)}}
+    for role in ("worker", "master"):
+        cluster.end_pod(f"job-1-{role}-0", outcome, **words)
+    cluster.settle()
+    status = cluster.status
+    assert status["attempts"][0]["endTime"]
+    assert status["attempts"][0]["lastStep"] == INT_MAX
+    assert problems(schema, status) == []
+    steps = [status["progress"][name] for name in ("step", "total", "lastCheckpointStep") if name in status["progress"]]
+    assert max(steps) <= INT_MAX
 
 
 @pytest.mark.parametrize("value", [1e300, -1e300, 1e-300, 123456789.123])
