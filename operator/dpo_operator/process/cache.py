@@ -7,7 +7,7 @@ indices are not used, because they keep what was deleted while a watch was down.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,11 +103,17 @@ class Cache:
         self._unlink(resource, shelf, old)
         return job_of(resource, old)
 
-    def replace(self, resource: Resource, job: Key, items: Sequence[Mapping[str, Any]]) -> None:
-        """Take in all that the cluster has of a DPOJob's children or pods; forget what it has no more."""
+    def replace(
+        self, resource: Resource, job: Key, items: Sequence[Mapping[str, Any]], *, before: Collection[str]
+    ) -> None:
+        """Take in all that the cluster has of a DPOJob's children or pods; forget what it has no more.
+
+        ``before``: the UIDs that ``uids`` gave before the list was asked for. What a watch brought since then may be
+        younger than the list, which says nothing about it.
+        """
         listed = {item["metadata"]["uid"] for item in items}
         for old in self.of_job(resource, job):
-            if old["metadata"]["uid"] not in listed:
+            if old["metadata"]["uid"] in before and old["metadata"]["uid"] not in listed:
                 self.remove(resource, job[0], old["metadata"]["name"], old["metadata"]["uid"])
         for item in items:
             self.put(resource, item, watched=False)
@@ -155,6 +161,10 @@ class Cache:
         """Return a DPOJob's children or pods, by name."""
         shelf = self._shelves[resource]
         return [shelf.objects[key[0], name] for name in sorted(shelf.by_job.get(key, ()))]
+
+    def uids(self, resource: Resource, key: Key) -> set[str]:
+        """Return the UIDs of a DPOJob's children or pods."""
+        return {item["metadata"]["uid"] for item in self.of_job(resource, key)}
 
     def jobs(self) -> Iterator[dict[str, Any]]:
         """Yield all DPOJobs."""

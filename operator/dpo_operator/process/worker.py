@@ -16,7 +16,7 @@ from dpo_operator.process.client import ApiError, Client, Unreachable
 from dpo_operator.process.metrics import Metrics
 from dpo_operator.process.performer import Outdated, Performer
 from dpo_operator.process.queue import WorkQueue
-from dpo_operator.process.resources import CHILDREN, EVENTS, JOBS, PODS
+from dpo_operator.process.resources import CHILDREN, EVENTS, JOBS, PODS, Resource
 from dpo_operator.process.scraper import Scraper
 from dpo_operator.reconcile import reconcile
 from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, Object, Observed
@@ -157,10 +157,7 @@ class Worker:
         self._cache.put(JOBS, job, watched=False)
         # Children before pods: whatever a child's status tells of has left its traces in the pods by then.
         for resource in (CHILDREN, PODS):
-            items = []
-            async for page in self._client.pages(resource, key[0], selector=f"{JOB}={key[1]}"):
-                items += page
-            self._cache.replace(resource, key, items)
+            await relist(self._client, self._cache, resource, key)
         return replace(
             observed,
             job=trimmed(JOBS, job),
@@ -213,6 +210,15 @@ class Worker:
             words = tuple(found)
             self._events[key] = (now + _EVENTS_SECONDS, words)
         return words
+
+
+async def relist(client: Client, cache: Cache, resource: Resource, key: Key) -> None:
+    """Read a DPOJob's children or pods from the API server into the cache. Watches go on meanwhile."""
+    before = cache.uids(resource, key)
+    items: list[Object] = []
+    async for page in client.pages(resource, key[0], selector=f"{JOB}={key[1]}"):
+        items += page
+    cache.replace(resource, key, items, before=before)
 
 
 def _is_weighty(decision: Decision, job: Object) -> bool:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import kopf
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
 from dpo_operator.process.cache import Cache
+from dpo_operator.process.client import Client
 from dpo_operator.process.resources import CHILDREN, JOBS, PODS
+from dpo_operator.process.worker import relist
 
 
 def item(name: str, version: int, uid: str = "u1", job: str | None = "job", **more: Any) -> dict[str, Any]:
@@ -80,3 +87,27 @@ def test_a_pod_that_came_and_went_between_two_passes_is_heard_once() -> None:
     assert pod["status"] == {**status, "phase": "Failed"}  # nothing of it runs any more
     cache.heard(("ns", "job"), [pod])
     assert cache.departed(("ns", "job")) == []
+
+
+def test_what_a_watch_brings_while_a_list_is_under_way_stays() -> None:
+    """The list is older than that pod and says nothing about it; what it lacks of what was known before is gone."""
+    cache, key = Cache(), ("ns", "job")
+    for name in ("kept", "gone"):
+        cache.put(PODS, item(name, 1, uid=name), watched=True)
+
+    async def answer(_: web.Request) -> web.Response:
+        cache.put(PODS, item("young", 5, uid="young"), watched=True)
+        return web.json_response({"items": [item("kept", 3, uid="kept"), item("unseen", 2, uid="unseen")]})
+
+    async def look() -> None:
+        server = web.Application()
+        server.router.add_get("/api/v1/namespaces/ns/pods", answer)
+        async with TestServer(server) as served:
+            client = Client(lambda: kopf.ConnectionInfo(server=str(served.make_url("/"))), user_agent="test")
+            await relist(client, cache, PODS, key)
+            await client.close()
+
+    asyncio.run(look())
+    assert [pod["metadata"]["name"] for pod in cache.of_job(PODS, key)] == ["kept", "unseen", "young"]
+    assert cache.put(PODS, item("young", 6, uid="young"), watched=True) == key, "its later events are heard"
+    assert cache.put(PODS, item("gone", 2, uid="gone"), watched=True) is None
