@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -84,6 +84,16 @@ def _pair(parser: argparse.ArgumentParser, flag: str, text: str) -> tuple[str, s
     return name.strip(), value
 
 
+def _one_of(variable: str, choices: Sequence[str]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            words = f"invalid choice: {text!r}; give {', '.join(choices[:-1])} or {choices[-1]}"
+            raise argparse.ArgumentTypeError(f"{words}, by the flag or by the variable {variable}")
+        return text
+
+    return read
+
+
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dpo-operator",
@@ -94,7 +104,9 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
 
     def flag(name: str, default: Any, text: str, **more: Any) -> None:
         variable = "DPO_OPERATOR_" + name.upper().replace("-", "_")
-        # A default that is a string is read like a flag's value, type and mistakes included.
+        if "choices" in more:
+            more["type"] = _one_of(variable, more["choices"])
+        # A default that is a string is read like a flag's value, type and mistakes included, but for ``choices``.
         parser.add_argument(f"--{name}", default=environment.get(variable, default), help=text, **more)
 
     d, s = Options(), Settings()

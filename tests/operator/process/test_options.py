@@ -42,6 +42,9 @@ def test_labels_are_read_as_kubernetes_takes_them() -> None:
         (["--labels=team=a b"], {}, "--labels: team=a b is no label"),
         (["--log-format=xml"], {}, "invalid choice"),
         ([], {"DPO_OPERATOR_PORT": "eighty"}, "invalid int value: 'eighty'"),
+        ([], {"DPO_OPERATOR_LOG_LEVEL": "verbose"}, "invalid choice: 'verbose'; give debug, info, warning or error"),
+        ([], {"DPO_OPERATOR_SCRAPE_BY": "proxy"}, "'proxy'; give auto, pod-ip, api-proxy or off"),
+        ([], {"DPO_OPERATOR_SCRAPE_BY": ""}, "by the flag or by the variable DPO_OPERATOR_SCRAPE_BY"),
     ],
 )
 def test_a_mistake_is_one_clear_line(
