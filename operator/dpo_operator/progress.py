@@ -75,7 +75,7 @@ def apply(draft: Draft) -> None:
     if current.last_checkpoint_step is None and checkpoint:
         current = current.model_copy(update={"last_checkpoint_step": checkpoint})
     draft.update(progress=current, summary=summarise(current))
-    if current.step > (attempt.last_step or 0):
+    if attempt.last_step is None or current.step > attempt.last_step:
         draft.change_attempt(last_step=current.step)
     if said.from_step is not None:  # until now the status held what the attempt before was known to have saved
         draft.change_attempt(from_step=min(said.from_step, INT_MAX))

@@ -15,15 +15,27 @@ JITTER = 0.1
 """Share of a pause by which jobs that failed together are spread."""
 
 
+UNHEARD_SECONDS = 3600.0
+"""An attempt that ran for longer, and of which nothing was ever heard, is taken to have made progress."""
+
+
 def without_progress(draft: Draft) -> int:
     """Return how many of the newest attempts failed in a row without a new checkpoint between, this one included."""
     reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
+    grace = draft.view.spec.checkpoint.grace_period_seconds
     count = 0
     for attempt in reversed(draft.status.attempts):
-        if attempt.result != "Failed" or (reached or 0) > (attempt.from_step or 0):
+        if attempt.result != "Failed" or (reached or 0) > (attempt.from_step or 0) or _ran_unheard(attempt, grace):
             break
         count += 1
     return count
+
+
+def _ran_unheard(attempt: Attempt, grace: int) -> bool:
+    """Whether an attempt ran for long unheard: asking may be off, and a lost node takes the last words along."""
+    if attempt.last_step is not None or attempt.running_time is None or attempt.end_time is None:
+        return False
+    return clock.to_moment(attempt.end_time) - clock.to_moment(attempt.running_time) > UNHEARD_SECONDS + grace
 
 
 def backoff(failures: int, key: str, settings: Settings) -> float:

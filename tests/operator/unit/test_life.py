@@ -409,6 +409,30 @@ def test_a_stop_that_saved_nothing_is_no_progress() -> None:
     assert cluster.condition("Failed") == ("True", "RestartsWithoutProgress")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "answers", "lasts"),
+    [(3631, False, True), (3630, False, False), (100_000, True, False)],  # an hour, and 30 s of grace
+)
+def test_an_attempt_of_which_nothing_was_heard_is_judged_by_its_time(seconds: int, answers: bool, lasts: bool) -> None:
+    """Asking is off or forbidden, and a lost node takes last words along: nobody knows of its checkpoints."""
+    cluster = SimCluster(settings=Settings(infrastructure_restarts_without_progress=2))
+    cluster.run_to("Running")
+    for attempt in (1, 2, 3):
+        if answers:
+            cluster.say(phase="reference", step=0, done=7, of=9)
+            cluster.settle()
+        cluster.advance(seconds)
+        lose_node(cluster, attempt)
+        if attempt < 3:
+            cluster.sleep_out()
+            cluster.run_to("Running")
+    assert (cluster.state == "Restarting") is lasts
+    if lasts:
+        assert clock.to_moment(cluster.status["nextAttemptTime"]) - cluster.now < 12, "no pause for what is no series"
+    else:
+        assert cluster.condition("Failed") == ("True", "RestartsWithoutProgress")
+
+
 def test_progress_resets_the_pause() -> None:
     cluster = running(runPolicy={"maxRestarts": 100})
     pauses = []
