@@ -1,6 +1,6 @@
 """The whole product on a real node: images, chart, a DPOJob, faults, an upgrade, and what is left after uninstalling.
 
-The tests tell one story, in this order: each stands on what the ones before have installed.
+The tests tell one story, in this order. One that is run alone begins on an empty cluster, with the chart installed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from dpo_api.metrics import METRICS, OPERATOR
+from dpo_api.progress import Progress
 from dpo_testing.jobs import Jobs
-from dpo_testing.kubeapi import Object, eventually
+from dpo_testing.kubeapi import DPOJOBS, PODS, Object, eventually, path_of
 from dpo_testing.prometheusserver import PrometheusServer
-from dpo_testing.realcluster import monitoring, nextversion, objectstore, release, trainingoperator
-from dpo_testing.realcluster.cluster import Cluster
-from dpo_testing.realcluster.layout import NODE
+from dpo_testing.realcluster import images, monitoring, nextversion, objectstore, release
+from dpo_testing.realcluster.cluster import OPERATOR_IMAGE, Cluster
+from dpo_testing.realcluster.layout import BASE_IMAGE, NODE
 from dpo_testing.realcluster.steps import Steps
 from dpo_testing.realcluster.watching import RANDOM_UID, Run, quickstart
 
@@ -29,7 +30,9 @@ FAULTS = {"maxSteps": STEPS, "epochs": 20, "validationInterval": "100%"}
 
 
 @pytest.fixture(scope="module")
-def prometheus(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrometheusServer]:
+def prometheus(
+    cluster: Cluster, installed: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PrometheusServer]:
     """It watches from the first run on. Pods are reached by their own addresses."""
     need_own_node(cluster)
     with PrometheusServer(monitoring.config(cluster, tmp_path_factory.mktemp("prometheus"))) as server:
@@ -40,8 +43,14 @@ def disturbable(cluster: Cluster, name: str) -> Object:
     return quickstart(cluster, name, training=FAULTS, every_steps=EVERY)
 
 
+def checkpointed(progress: Progress) -> bool:
+    return progress.phase == "train" and (progress.last_checkpoint_step or 0) >= EVERY
+
+
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, jobs: Jobs, steps: Steps, request: pytest.FixtureRequest) -> dict[int, float]:
+def undisturbed(
+    cluster: Cluster, jobs: Jobs, steps: Steps, installed: None, request: pytest.FixtureRequest
+) -> dict[int, float]:
     """The losses of a run that nothing befell."""
     if cluster.given is None:
         request.getfixturevalue("prometheus")
@@ -59,16 +68,18 @@ def need_own_node(cluster: Cluster) -> None:
         pytest.skip("reaches into the node, which is not this machine")
 
 
+def test_the_operators_image_is_small(cluster: Cluster) -> None:
+    need_own_node(cluster)
+    sizes = images.size(cluster.layout, OPERATOR_IMAGE), images.size(cluster.layout, BASE_IMAGE)
+    added = (sizes[0] - sizes[1]) / 1e6
+    print(f"  the operator adds {added:.0f} MB to its base")
+    assert 0 < added < 150
+
+
 def test_the_stock_init_container_is_refused_and_the_status_says_why(
-    nothing_before: None, cluster: Cluster, jobs: Jobs, steps: Steps
+    cluster: Cluster, jobs: Jobs, steps: Steps, stock: None
 ) -> None:
-    if cluster.given is not None:
-        release.install(cluster, release.values(init_container=False))
-        jobs.create(quickstart(cluster, "aligned"))
-        need_own_node(cluster)
-    monitoring.install_kinds(cluster)
-    with steps.step("chart installed by Helm"):
-        release.install(cluster, release.values(init_container=False))
+    need_own_node(cluster)
     with steps.step("the stock init container is refused"):
         jobs.create(quickstart(cluster, "aligned"))
         refused = eventually(
@@ -80,13 +91,14 @@ def test_the_stock_init_container_is_refused_and_the_status_says_why(
     told = next(c["message"] for c in refused.values() if c["reason"] == "InitContainerRefused")
     print(f"  status: {told}")
     assert "init-pytorch" in told
-    with steps.step("the chart's template of the init container"):
-        release.install(cluster, release.values())
-        trainingoperator.restart(cluster)
 
 
-def test_a_job_aligns_the_model_under_a_random_user(cluster: Cluster, jobs: Jobs, steps: Steps, tmp_path: Path) -> None:
+def test_a_job_aligns_the_model_under_a_random_user(
+    cluster: Cluster, jobs: Jobs, steps: Steps, installed: None, tmp_path: Path
+) -> None:
     run = Run(cluster, jobs, "aligned")
+    if cluster.api.find(DPOJOBS, jobs.namespace, run.name) is None:  # else the one whose init container was refused
+        run.create(quickstart(cluster, run.name))
     with steps.step("DPOJob, 2 nodes of 2 processes, from S3 to S3"):
         status = run.wait_succeeded()
     assert status["state"] == "Succeeded", status
@@ -95,7 +107,7 @@ def test_a_job_aligns_the_model_under_a_random_user(cluster: Cluster, jobs: Jobs
     assert columns[1] == "Succeeded"
     assert columns[2] == "63/63"
     assert float(columns[3]) >= 0.95
-    pod = cluster.api.get(("v1", "pods"), jobs.namespace, run.pod(status["attempt"]))
+    pod = cluster.api.get(PODS, jobs.namespace, run.pod(status["attempt"]))
     assert pod["spec"]["securityContext"]["runAsUser"] == RANDOM_UID
 
     run.download("model", tmp_path)
@@ -116,7 +128,7 @@ def survive(
     """
     run.create(disturbable(run.cluster, run.name))
     with steps.step(f"{what}: until the fault"):
-        before = run.wait_step(1, lambda p: p.phase == "train" and (p.last_checkpoint_step or 0) >= EVERY)
+        before = run.wait_step(1, checkpointed)
     assert before.step < STEPS // 2
     began = time.monotonic()
     fault()
@@ -133,12 +145,16 @@ def survive(
     assert status["state"] == "Succeeded", status
     assert len(tried) in ([attempts] if attempts else [1, 2])
     assert not [each for each in tried[1:] if not each.get("fromStep")]
+    assert_same_losses(run, undisturbed)
+    return list(tried)
+
+
+def assert_same_losses(run: Run, undisturbed: dict[int, float]) -> None:
     losses = run.losses()
     assert sorted(losses) == sorted(undisturbed)
     apart = {step: (loss, undisturbed[step]) for step, loss in losses.items()
              if abs(loss - undisturbed[step]) > 1e-5 * max(1.0, abs(undisturbed[step]))}  # fmt: skip
     assert apart == {}
-    return list(tried)
 
 
 def told(attempt: Object) -> str:
@@ -261,13 +277,10 @@ def test_an_upgrade_leaves_a_running_job_alone(
     cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float], later: Path
 ) -> None:
     run = Run(cluster, jobs, "upgraded")
-    given = release.values(init_container=False)
-    if cluster.given is None:
-        given = release.values(operator=nextversion.OPERATOR_IMAGE, trainer=nextversion.TRAINER_IMAGE)
 
     def fault() -> None:
         pods, child = uids(jobs.pods(), run.name), jobs.children()["upgraded-1"]
-        release.install(cluster, given, chart=later / "charts" / "dpo-operator")
+        upgrade(cluster, later)
         assert f'"{nextversion.VERSION}"' in cluster.helm("list", "-n", release.NAMESPACE, "-o", "json")
         assert uids(jobs.pods(), run.name) == pods
         assert jobs.children()["upgraded-1"]["metadata"]["generation"] == child["metadata"]["generation"]
@@ -276,18 +289,20 @@ def test_an_upgrade_leaves_a_running_job_alone(
     survive(run, steps, "helm upgrade", fault, undisturbed, attempts=1)
     assert run.jobs.status(run.name)["image"] == before
 
-    body = quickstart(cluster, "noted", training={"maxSteps": 5})
-    body["spec"][nextversion.FIELD] = "the CRD has one more field"
-    noted = Run(cluster, jobs, "noted")
-    with steps.step("a DPOJob of the new version"):
-        noted.create(body)
-        status = noted.wait_succeeded()
-    assert status["state"] == "Succeeded", status
-    assert jobs.get("noted")["spec"][nextversion.FIELD] == "the CRD has one more field"
-    assert status["image"] == (nextversion.TRAINER_IMAGE if cluster.given is None else before)
+    body = quickstart(cluster, "noted")
+    body["spec"][nextversion.FIELD] = "the definition has one more field"
+    cluster.api.call("POST", path_of(DPOJOBS, jobs.namespace), body, dryRun="All", fieldValidation="Strict")
 
 
-def test_helm_test_runs_a_job(cluster: Cluster, steps: Steps, later: Path) -> None:
+def upgrade(cluster: Cluster, later: Path) -> None:
+    """Bring the release to the next version, unless it has it."""
+    given = release.values(init_container=False)  # a given cluster's nodes know no image of the next version
+    if cluster.given is None:
+        given = release.values(operator=nextversion.OPERATOR_IMAGE, trainer=nextversion.TRAINER_IMAGE)
+    release.install(cluster, given, chart=later / "charts" / "dpo-operator")
+
+
+def test_helm_test_runs_a_job(cluster: Cluster, steps: Steps, installed: None) -> None:
     need_own_node(cluster)
     with steps.step("helm test"):
         said = release.try_out(cluster)
@@ -295,19 +310,46 @@ def test_helm_test_runs_a_job(cluster: Cluster, steps: Steps, later: Path) -> No
     assert "Succeeded" in said
 
 
-def test_uninstalling_keeps_the_jobs(cluster: Cluster, jobs: Jobs, steps: Steps) -> None:
-    before = cluster.kubectl("-n", jobs.namespace, "get", "dpo", "-o", "name")
+def test_uninstalling_leaves_jobs_alone_and_keeps_them(
+    cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float], later: Path
+) -> None:
+    """The last one. Nothing tells of the job then but its pods and training-operator; it is one of the new version."""
+    upgrade(cluster, later)
     print("  " + release.figures(cluster))
+    run = Run(cluster, jobs, "noted")
+    body = disturbable(cluster, run.name)
+    if cluster.given is None:  # elsewhere this version's operator runs, which would refuse the field
+        body["spec"][nextversion.FIELD] = "the definition has one more field"
+    run.create(body)
+    with steps.step("helm uninstall: until then"):
+        run.wait_step(1, checkpointed)
+    if cluster.given is None:
+        assert jobs.status(run.name)["image"] == nextversion.TRAINER_IMAGE
+    pods, kept = uids(jobs.pods(), run.name), cluster.kubectl("-n", jobs.namespace, "get", "dpo", "-o", "name")
     with steps.step("helm uninstall"):
         release.uninstall(cluster)
-    assert cluster.kubectl("-n", jobs.namespace, "get", "dpo", "-o", "name") == before
-    assert "dpojob.dpo-operator.dev/aligned" in before
-    pods = ("v1", "pods")
-    eventually(
-        lambda: cluster.api.list(pods, release.NAMESPACE, labelSelector=release.OPERATOR),
-        until=lambda left: not left,
-        what="the operator's pod is gone",
-    )
+        eventually(
+            lambda: cluster.api.list(PODS, release.NAMESPACE, labelSelector=release.OPERATOR),
+            until=lambda left: not left,
+            what="the operator's pod is gone",
+        )
+    assert cluster.kubectl("-n", jobs.namespace, "get", "dpo", "-o", "name") == kept
+    assert {f"dpojob.dpo-operator.dev/{name}" for name in ("calm", run.name)} <= set(kept.split())
+    with steps.step("helm uninstall: the job without an operator"):
+        then = run.wait_step(1, lambda p: p.phase == "train")
+        run.wait_step(1, lambda p: p.step > then.step)
+        assert uids(jobs.pods(), run.name) == pods
+        eventually(
+            lambda: jobs.children()["noted-1"]["status"]["conditions"],
+            until=lambda found: any(c["type"] == "Succeeded" and c["status"] == "True" for c in found),
+            seconds=120,
+            what="the PyTorchJob is Succeeded",
+        )
+    print(f"  at step {then.step} when the operator was gone")
+    master = jobs.pods()[run.pod(1)]
+    assert master["metadata"]["uid"] in pods
+    assert master["status"]["phase"] == "Succeeded"
+    assert_same_losses(run, undisturbed)
 
 
 def uids(pods: dict[str, Object], name: str) -> set[str]:

@@ -33,8 +33,9 @@ def main() -> int:
         return 0
     if what == "down":
         began = time.monotonic()
+        foreign = machine.foreign_links(layout)  # noted in the run folder, which goes
         sweep.down(layout)
-        left = sweep.leftovers(layout)
+        left = sweep.leftovers(layout, foreign)
         print(
             f"cluster down in {time.monotonic() - began:.1f} s; " + ("left over:" if left else "nothing is left over")
         )

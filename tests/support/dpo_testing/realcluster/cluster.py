@@ -102,8 +102,8 @@ def existing(kubeconfig: Path) -> Iterator[Cluster]:
     """Yield somebody else's cluster, reached through `kubectl proxy`, whatever its kubeconfig's way to log in is."""
     layout = Layout.default()
     layout.make()
-    steps = Steps(layout.run / "times.jsonl")
-    cluster = Cluster(layout, steps, kubeconfig)
+    (layout.run / "times.jsonl").unlink(missing_ok=True)
+    cluster = Cluster(layout, Steps(layout.run / "times.jsonl"), kubeconfig)
     words = [str(tool("kubectl")), f"--kubeconfig={kubeconfig}", "proxy", f"--port={_PROXY_PORT}"]
     daemons.start(layout, "kubectl-proxy", words)
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_testing.realcluster.layout import BRIDGE, FIXED_PATHS, Layout
@@ -28,7 +30,12 @@ PACKAGES = {
 
 OWNED = "owned-paths"
 """A file in the run folder: fixed paths that were not there before, which are removed at the end."""
-
+_LINKS = "links-before"
+"""A file in the run folder: the virtual links that were there before, which are somebody else's."""
+_CONTESTED = ("/var/lib/cni", "/var/lib/kubelet", "/run/containerd")
+"""Fixed paths that another runtime or kubelet would write to as well."""
+_POLICY = Path("/usr/sbin/policy-rc.d")
+"""Debian's packages ask this program whether they may start their service."""
 
 MEMORY_BYTES = 8_000_000_000
 DISK_BYTES = 30_000_000_000
@@ -54,7 +61,17 @@ def unsuitable(layout: Layout) -> str | None:
         return f"{memory / 1e9:.1f} GB of memory are free; two nodes' trainers need {MEMORY_BYTES / 1e9:.0f}"
     if missing() and shutil.which("apt-get") is None:
         return f"these are missing and there is no apt-get to install them: {', '.join(missing())}"
-    return _room(layout)
+    return _others(layout) or _room(layout)
+
+
+def _others(layout: Layout) -> str | None:
+    """Return which other cluster or container runtime has this machine, or None. Asked before our own starts."""
+    if (layout.run / OWNED).exists():
+        return None
+    used = [path for path in _CONTESTED if Path(path).exists() and any(Path(path).iterdir())]
+    if not used:
+        return None
+    return f"{', '.join(used)}: in use by another container runtime or kubelet; use E2E_KUBECONFIG for its cluster"
 
 
 def _room(layout: Layout) -> str | None:
@@ -79,32 +96,63 @@ def missing() -> list[str]:
 
 
 def install() -> None:
-    """Install what is missing."""
+    """Install what is missing; no service of it is started, now or at the next boot. RuntimeError: it failed."""
     wanted = missing()
     if not wanted:
         return
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update", "-q"], ["install", "-y", "--no-install-recommends", *wanted]):
-        done = subprocess.run(["apt-get", *command], env=quiet, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise UnsuitableError(f"apt-get {' '.join(command)} failed:\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+    with no_services():
+        for command in (["update", "-q"], ["install", "-y", "--no-install-recommends", *wanted]):
+            done = subprocess.run(["apt-get", *command], env=quiet, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"apt-get {' '.join(command)} failed:\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+    if "containerd" in wanted and shutil.which("systemctl") is not None:
+        # The machine had none: it would hold /run/containerd from the next boot on.
+        subprocess.run(["systemctl", "disable", "containerd.service"], capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def no_services(policy: Path = _POLICY) -> Iterator[None]:
+    """Let no package start its service within the block; the machine's own policy is put back."""
+    aside = policy.with_name(f"{policy.name}.dpo-e2e")
+    # An aside that is there already: an earlier try was killed, and the policy in its place is ours.
+    if not os.path.lexists(aside) and os.path.lexists(policy):
+        policy.rename(aside)
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        if os.path.lexists(aside):
+            aside.rename(policy)
+        else:
+            policy.unlink()
 
 
 def claim(layout: Layout) -> None:
-    """Refuse a machine on which another cluster lives; remember which fixed paths are ours to remove."""
+    """Refuse a machine that holds our bridge already; remember what is there, and which fixed paths are ours to remove.
+
+    RuntimeError: an earlier cluster was not taken down, or another one of this kind runs.
+    """
     owned = layout.run / OWNED
     if owned.exists():
         return
     if Path(f"/sys/class/net/{BRIDGE}").exists():
-        raise UnsuitableError(f"the network link {BRIDGE} is there already: another cluster runs, or left it behind")
-    used = [str(path) for path in FIXED_PATHS if path.exists() and any(path.iterdir())]
-    foreign = [path for path in used if path in {"/var/lib/cni", "/var/lib/kubelet", "/run/containerd"}]
-    if foreign:
-        raise UnsuitableError(
-            f"{', '.join(foreign)}: in use by another container runtime or kubelet; use E2E_KUBECONFIG for its cluster"
-        )
+        raise RuntimeError(f"the network link {BRIDGE} is there already: another cluster runs, or left it behind")
     layout.make()
+    (layout.run / _LINKS).write_text("\n".join(virtual_links()) + "\n")
     owned.write_text("\n".join(str(path) for path in FIXED_PATHS if not path.exists()) + "\n")
+
+
+def virtual_links() -> set[str]:
+    """Return the ends of virtual links that this machine has now."""
+    return {path.name for path in Path("/sys/class/net").glob("veth*")}
+
+
+def foreign_links(layout: Layout) -> set[str]:
+    """Return the virtual links that ``claim`` found; without a cluster of ours all that are there."""
+    before = layout.run / _LINKS
+    return set(before.read_text().split()) if before.exists() else virtual_links()
 
 
 def owned_paths(layout: Layout) -> list[Path]:

@@ -14,6 +14,8 @@ from dpo_testing.realcluster.layout import GATEWAY, S3_PORT, Layout
 from dpo_testing.s3server import S3Server, tool
 
 ENDPOINT = f"http://{GATEWAY}:{S3_PORT}"
+BUCKET = "dpo-e2e"
+"""The story's own."""
 _NAME = "versitygw"
 
 
@@ -38,14 +40,14 @@ def stop(layout: Layout) -> None:
     daemons.stop(layout, _NAME, signal.SIGKILL)
 
 
-def empty(layout: Layout, bucket: str, prefix: str) -> None:
-    """Delete a bucket's objects below a prefix."""
+def empty(layout: Layout, prefix: str = "") -> None:
+    """Delete the bucket's objects below a prefix; the bucket stays."""
     client = server(layout).client()
-    if bucket not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
+    if BUCKET not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
         return
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix):
         for found in page.get("Contents", []):
-            client.delete_object(Bucket=bucket, Key=found["Key"])
+            client.delete_object(Bucket=BUCKET, Key=found["Key"])
 
 
 def server(layout: Layout) -> S3Server:

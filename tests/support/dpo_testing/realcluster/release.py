@@ -14,8 +14,10 @@ from dpo_testing.realcluster.layout import REPOSITORY
 from dpo_testing.realcluster.trainingoperator import TEMPLATE
 
 CHART = REPOSITORY / "charts" / "dpo-operator"
-NAME = "dpo"
-NAMESPACE = "dpo-system"
+NAME = "dpo-e2e"
+NAMESPACE = "dpo-e2e-system"
+OURS = "dpo-operator.dev/e2e"
+"""Label of the namespaces that the story makes. It deletes no other."""
 OPERATOR = "app.kubernetes.io/name=dpo-operator,app.kubernetes.io/component=operator"
 """Selects the operator's pod and no other of the release."""
 TRIAL = "trial"
@@ -40,8 +42,16 @@ def install(cluster: Cluster, given: dict[str, Any], chart: Path = CHART) -> Non
     """Install the release or upgrade it; return once the operator is ready."""
     path = cluster.layout.run / "values.yaml"
     path.write_text(yaml.safe_dump(given))
-    words = ["upgrade", "--install", NAME, str(chart), "--namespace", NAMESPACE, "--create-namespace"]
+    make_namespace(cluster, NAMESPACE)
+    words = ["upgrade", "--install", NAME, str(chart), "--namespace", NAMESPACE]
     cluster.helm(*words, "--values", str(path), "--wait", "--timeout=120s")
+
+
+def make_namespace(cluster: Cluster, name: str, **labels: str) -> None:
+    """Make a namespace that shows that it is ours."""
+    metadata = {"name": name, "labels": {OURS: "story", **labels}}
+    body = {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
+    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump(body))
 
 
 def try_out(cluster: Cluster) -> str:
@@ -64,9 +74,9 @@ def try_out(cluster: Cluster) -> str:
     return cluster.kubectl("-n", NAMESPACE, "logs", f"{NAME}-dpo-operator-test")
 
 
-def uninstall(cluster: Cluster) -> None:
+def uninstall(cluster: Cluster, *more: str) -> None:
     """Take the release away."""
-    cluster.helm("uninstall", NAME, "--namespace", NAMESPACE, "--wait")
+    cluster.helm("uninstall", NAME, "--namespace", NAMESPACE, "--wait", *more)
 
 
 def figures(cluster: Cluster) -> str:

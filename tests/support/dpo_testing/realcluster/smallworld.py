@@ -29,8 +29,8 @@ def make(layout: Layout) -> Path:
     return home
 
 
-def upload(home: Path, server: S3Server, bucket: str = "quickstart") -> None:
-    """Put base model and preferences into a bucket, where the quickstart's manifest looks for them."""
+def upload(home: Path, server: S3Server, bucket: str) -> None:
+    """Put base model and preferences into a bucket, at the keys that the quickstart's manifest names."""
     client = server.client()
     if bucket not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
         client.create_bucket(Bucket=bucket)

@@ -47,12 +47,12 @@ def down(layout: Layout) -> None:
     shutil.rmtree(layout.run)
 
 
-def leftovers(layout: Layout) -> list[str]:
-    """Return what of a cluster is still on this machine, each as a line."""
+def leftovers(layout: Layout, foreign_links: set[str]) -> list[str]:
+    """Return what of a cluster is still on this machine, each as a line. ``foreign_links`` were there before it."""
     found = [f"mount {point}" for point in _mounts(layout)]
     found += [f"link {BRIDGE}"] if Path(f"/sys/class/net/{BRIDGE}").exists() else []
     found += [f"network namespace {path}" for path in _NAMESPACES.glob("cni-*")]
-    found += [f"link {path.name}" for path in Path("/sys/class/net").glob("veth*")]
+    found += [f"link {name}" for name in sorted(machine.virtual_links() - foreign_links)]
     for tables in ("iptables", "ip6tables"):
         found += [f"{tables} {line}" for line in _rules(tables)]
     found += [f"cgroup {path}" for path in _our_cgroups()]

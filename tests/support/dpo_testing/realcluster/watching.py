@@ -14,13 +14,12 @@ from dpo_api.progress import Progress
 from dpo_cli.metrics_log import attempt_of, merge, parse_events
 from dpo_testing.jobs import Jobs
 from dpo_testing.kubeapi import ApiError, Object, eventually, path_of
-from dpo_testing.realcluster import objectstore
+from dpo_testing.realcluster import objectstore, release
 from dpo_testing.realcluster.cluster import Cluster
 from dpo_testing.realcluster.layout import REPOSITORY
 from dpo_testing.realcluster.node import ctr
-from dpo_testing.realcluster.objectstore import server
+from dpo_testing.realcluster.objectstore import BUCKET, server
 
-BUCKET = "quickstart"
 SECRET = "s3-credentials"
 RANDOM_UID = 1_000_650_000
 """A user that no image knows, as OpenShift gives each namespace."""
@@ -29,21 +28,19 @@ TRAINER_PORT = 9400
 
 def namespace(cluster: Cluster, name: str) -> Jobs:
     """Return a namespace that enforces the restricted Pod Security level and holds the bucket's credentials."""
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    release.make_namespace(cluster, name, **{"pod-security.kubernetes.io/enforce": "restricted"})
     store = server(cluster.layout)
     keys = {"AWS_ACCESS_KEY_ID": store.access_key, "AWS_SECRET_ACCESS_KEY": store.secret_key}
-    for each in (
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}},
-        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET, "namespace": name}, "stringData": keys},
-    ):
-        cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump(each))
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET, "namespace": name}, "stringData": keys}
+    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump(secret))
     eventually(lambda: cluster.api.find(("v1", "serviceaccounts"), name, "default"), what="a default ServiceAccount")
     return Jobs(cluster.api, name)
 
 
 def quickstart(cluster: Cluster, name: str, *, training: Object | None = None, every_steps: int = 20) -> Object:
     """Return the quickstart's manifest for this cluster: two nodes of two processes, its S3 server, a random user."""
-    body: Object = yaml.safe_load((REPOSITORY / "examples" / "quickstart.yaml").read_text())
+    text = (REPOSITORY / "examples" / "quickstart.yaml").read_text()
+    body: Object = yaml.safe_load(text.replace("s3://quickstart/", f"s3://{BUCKET}/"))
     body["metadata"]["name"] = name
     spec = body["spec"]
     spec["resources"] = {"nodes": 2, "gpusPerNode": 0, "processesPerNode": 2}
@@ -65,7 +62,7 @@ class Run:
 
     def create(self, body: Object) -> None:
         """Create the job in an empty run directory, also where an earlier story ran it."""
-        objectstore.empty(self.cluster.layout, BUCKET, f"runs/{self.name}/")
+        objectstore.empty(self.cluster.layout, f"runs/{self.name}/")
         self.jobs.create(body)
 
     def pod(self, attempt: int, role: str = "master-0") -> str:
