@@ -25,6 +25,7 @@ NORMAL = frozenset(
         *(Reason.Accepted, Reason.PyTorchJobCreated, Reason.TrainingStarted, Reason.CheckpointSaved, Reason.Queued),
         *(Reason.Restarting, Reason.Suspended, Reason.Resumed, Reason.Succeeded, Reason.AlreadyComplete),
         *(Reason.Expired, Reason.AboveChance, Reason.PolicyEqualsReference, Reason.WaitingForNamesake),
+        Reason.Checkpointing,
     }
 )
 
@@ -33,7 +34,7 @@ PROGRESS_WARNINGS = frozenset(
         *(Reason.PyTorchJobMissing, Reason.ChildRefused, Reason.ChildNameTaken, Reason.Unschedulable),
         *(Reason.ImagePullFailed, Reason.ContainerConfigError, Reason.VolumeNotMounted, Reason.PodsRefused),
         *(Reason.InitContainerRefused, Reason.SpecUnreadable, Reason.Queued, Reason.Restarting),
-        Reason.WaitingForNamesake,
+        *(Reason.WaitingForNamesake, Reason.Checkpointing),
     }
 )
 """Reasons of Progressing that are worth an event."""
@@ -92,7 +93,8 @@ def _progressing(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
         return
     reason = named(after.reason)
     if reason in PROGRESS_WARNINGS:
-        yield reason, after.message, f"{new.attempt or 0}"
+        # An attempt that was preempted may come to the same once more, after another admission.
+        yield reason, after.message, f"{new.attempt or 0}/{old.admitted_since}"
 
 
 def _run(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:

@@ -286,6 +286,7 @@ def test_pods_that_do_not_start(stage: Stage) -> None:
 @sees(
     *("state Running", "Progressing Running", "Progressing=True", "event TrainingStarted"),
     *("state Checkpointing", "Progressing Checkpointing", "Suspended Checkpointing", "attempt Suspended"),
+    "event Checkpointing",
     *("state Suspended", "Progressing Suspended", "Suspended Suspended", "event Suspended", "Suspended=True"),
     *("Suspended Resumed", "event Resumed", "Suspended=False", "attempt Succeeded", "event Expired"),
     *("state Succeeded", "Progressing Succeeded", "Finished Succeeded", "Succeeded Succeeded", "Failed Succeeded"),

@@ -759,7 +759,8 @@ def test_suspend_writes_a_checkpoint_and_resume_is_free() -> None:
     cluster.run_to("Running")
     finish(cluster, 2)
     assert cluster.state == "Succeeded"
-    assert [r for r in cluster.told() if r in ("Suspended", "Resumed")] == ["Suspended", "Resumed"]
+    words = ("Checkpointing", "Suspended", "Resumed")
+    assert [reason for reason in cluster.told() if reason in words] == [*words]
 
 
 def test_a_stop_is_first_remembered_and_then_done() -> None:
@@ -881,6 +882,7 @@ def test_queued_time_counts_for_nothing() -> None:
     cluster.settle()
     cluster.run_to("Running")
     assert cluster.told().count("TrainingStarted") == 2
+    assert cluster.told().count("Queued") == 2
 
 
 def test_resumed_while_old_pods_end_is_a_lost_node_not_a_failure() -> None:
