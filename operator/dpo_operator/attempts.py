@@ -121,7 +121,7 @@ def _queue(draft: Draft, child: Object) -> None:
     _release(draft)
     if draft.attempt is not None and (draft.attempt.running_time is not None or draft.attempt.pods):
         draft.change_attempt(running_time=None, pods=())
-    queue = (child["metadata"].get("labels") or {}).get("kueue.x-k8s.io/queue-name")
+    queue = pytorchjob.queue_of_child(child)
     where = f"queue {queue}" if queue else "its queue"
     number = draft.attempt.number if draft.attempt is not None else 1
     draft.place("Queued", Reason.Queued, f"Waits for {where} (attempt {number}).")

@@ -50,13 +50,24 @@ def _decide(draft: Draft) -> None:
         return
     if not acceptance.accept(draft):
         return
-    draft.update(queue=pytorchjob.queue_of(draft.view.job, draft.view.identity, draft.settings))
     attempts.step(draft)
+    draft.update(queue=_queue(draft))
     housekeeping.trim_history(draft)
     if draft.status.completion_time is not None:
         draft.wake_in(0)
     else:
         draft.wake_in(draft.settings.resync_seconds)
+
+
+def _queue(draft: Draft) -> str | None:
+    """Return the queue of the attempt's child, which an edit of the job does not move; else the next attempt's."""
+    if draft.status.completion_time is not None:
+        return draft.status.queue
+    attempt = draft.attempt
+    child = draft.view.children.get(attempt.child) if attempt is not None and attempt.end_time is None else None
+    if child is not None:
+        return pytorchjob.queue_of_child(child)
+    return pytorchjob.queue_of(draft.view.job, draft.view.identity, draft.settings)
 
 
 def _conclude(draft: Draft) -> Decision:

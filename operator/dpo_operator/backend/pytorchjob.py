@@ -195,6 +195,12 @@ def is_held(child: Object) -> bool:
     return bool(((child.get("spec") or {}).get("runPolicy") or {}).get("suspend"))
 
 
+def queue_of_child(child: Object) -> str | None:
+    """Return the queue that a child waits in, or was admitted from; None without one."""
+    queue = (child["metadata"].get("labels") or {}).get(labels.KUEUE_QUEUE)
+    return str(queue) if queue else None
+
+
 def is_rank_zero(pod: Object) -> bool:
     """Whether this pod holds rank 0."""
     return (pod["metadata"].get("labels") or {}).get(REPLICA_TYPE) == "master"

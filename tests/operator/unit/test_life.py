@@ -855,6 +855,21 @@ def test_a_job_without_a_queue_names_none() -> None:
     assert "queue" not in cluster.status
 
 
+def test_an_edit_of_the_queue_shows_when_the_next_attempt_waits_there() -> None:
+    """The child stays in the queue that it was created for."""
+    cluster = SimCluster(manifest(runPolicy={"queueName": "slow"}))
+    cluster.queue_holds = True
+    cluster.settle()
+    cluster.edit(queueName="fast")
+    cluster.settle()
+    assert cluster.status["queue"] == "slow"
+    assert "Waits for queue slow" in cluster.status["message"]
+    cluster.remove_child("job-1")
+    cluster.settle()
+    cluster.sleep_out()
+    assert (cluster.state, cluster.status["queue"]) == ("Queued", "fast")
+
+
 def test_queued_time_counts_for_nothing() -> None:
     policy = {"queueName": "team-a", "startTimeoutSeconds": 600, "activeDeadlineSeconds": 1000}
     cluster = SimCluster(manifest(runPolicy=policy))
