@@ -139,6 +139,7 @@ def _ending(draft: Draft, attempt: Attempt) -> None:
     if attempt.result != "Succeeded":
         evidence.record(draft, attempt, child)
         evidence.steps(draft, draft.attempt or attempt)
+        evidence.last_values(draft, draft.attempt or attempt)
         _refine(draft, child)
         attempt = draft.attempt or attempt
         words = success(draft.view.pods(attempt))

@@ -70,6 +70,8 @@ class Draft:
     def place(self, state: State, reason: Reason, message: str, *, progressing: bool = True) -> None:
         """Say where the job is: the state, its message, and the condition Progressing."""
         self.update(state=state, message=clean(message, 4000))
+        if state != "Running":  # what was to come is no longer under way
+            self.update(summary=self.status.summary.model_copy(update={"eta": None}))
         self.condition(ConditionType.Progressing, "True" if progressing else "False", reason, message)
 
     @property

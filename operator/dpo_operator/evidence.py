@@ -10,6 +10,7 @@ from dpo_api.status import Attempt, PodRecord, StatusProgress
 from dpo_operator.backend import pytorchjob
 from dpo_operator.classification import Cause, cause_of_pod, cause_of_record, decisive, last_words, record_of
 from dpo_operator.draft import Draft
+from dpo_operator.progress import bounded, summarise
 from dpo_operator.reasons import Reason
 from dpo_operator.starting import is_stuck
 from dpo_operator.types import Object
@@ -114,6 +115,21 @@ def steps(draft: Draft, attempt: Attempt) -> None:
     if saved > (progress.last_checkpoint_step or 0):
         changes = {"last_checkpoint_step": saved, "step": max(saved, progress.step)}
         draft.update(progress=progress.model_copy(update=changes))
+
+
+def last_values(draft: Draft, attempt: Attempt) -> None:
+    """Take rank 0's metrics from its last words: they are younger than its last answer, and it may have given none."""
+    words = next((last_words(pod) for pod in draft.view.pods(attempt) if pytorchjob.is_rank_zero(pod)), None)
+    if words is None or not words.metrics:
+        return
+    progress = draft.status.progress or StatusProgress(phase="checkpoint", observed_at=draft.moment)
+    changes = {
+        "step": max(progress.step, words.step),
+        "total": words.total or progress.total,
+        "metrics": bounded({**progress.metrics, **words.metrics}),
+    }
+    progress = progress.model_copy(update=changes)
+    draft.update(progress=progress, summary=summarise(progress).model_copy(update={"eta": None}))
 
 
 def broken_nodes(attempts: Sequence[Attempt], last: int = 3) -> list[str]:

@@ -154,6 +154,39 @@ def test_what_a_trainer_says_is_not_trusted() -> None:
     assert all(len(value) <= 32 for value in summary.model_dump().values() if value)
 
 
+def test_a_failed_jobs_final_values_are_its_last_words() -> None:
+    """They are younger than the last answer to a scrape. What is left until the end is nobody's business any more."""
+    cluster = running(runPolicy={"maxRestarts": 0})
+    cluster.say(step=41, eta_seconds=900, metrics={"train/loss": 0.6, "train/acc": 0.6, "train/rewards_margin": 0.1})
+    cluster.settle()
+    assert cluster.status["summary"]["eta"] == "15m"
+    last = {"step": 45, "total": 100, "metrics": {"train/loss": 0.5, "val/acc": 0.8}}
+    cluster.end_pod("job-1-master-0", Outcome.Internal, **last)
+    cluster.end_pod("job-1-worker-0", Outcome.Internal, step=44, total=100, metrics={"train/loss": 9.0})
+    cluster.settle()
+    assert cluster.state == "Failed"
+    assert cluster.status["finalMetrics"] == {
+        "train/loss": 0.5,
+        "train/acc": 0.6,
+        "train/rewards_margin": 0.1,
+        "val/acc": 0.8,
+    }
+    assert cluster.status["summary"] == {"step": "45/100", "accuracy": "0.80", "loss": "0.5000"}
+
+
+def test_a_job_that_does_not_run_has_no_time_left() -> None:
+    cluster = running()
+    cluster.say(step=41, eta_seconds=900, metrics=FINE)
+    cluster.settle()
+    assert cluster.status["summary"]["eta"] == "15m"
+    cluster.edit(suspend=True)
+    cluster.settle()
+    cluster.stop_leaving(42)
+    cluster.settle()
+    assert cluster.state == "Suspended"
+    assert "eta" not in cluster.status["summary"]
+
+
 @pytest.mark.parametrize("outcome", [Outcome.Succeeded, Outcome.Stopped, Outcome.Internal], ids=lambda o: o.name)
 def test_last_words_are_not_trusted_either(outcome: Outcome) -> None:
     """A status that the API server refuses would be written for ever, and the job never end."""
