@@ -1,15 +1,19 @@
-"""What kubectl shows of the API, without an operator: explanations, columns, short names."""
+"""What kubectl shows of the API, and what the API server says to the examples and their children; no operator runs."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import yaml
 
 from dpo_testing.controlplane import REPOSITORY, ControlPlane
 from dpo_testing.jobs import manifest
-from dpo_testing.kubeapi import DPOJOBS
+from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, PODS, PYTORCHJOBS, ApiError, Object, path_of
+
+RESOURCES = {"ConfigMap": CONFIGMAPS, "PyTorchJob": PYTORCHJOBS, "Pod": PODS}
 
 
 def fields(schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
@@ -63,3 +67,44 @@ def test_examples_are_admitted(cluster: ControlPlane, namespace: str) -> None:
     for path in found:
         done = cluster.kubectl("apply", "-n", namespace, "--dry-run=server", "-f", str(path), check=False)
         assert done.returncode == 0, f"{path.name}: {done.stderr}"
+
+
+def test_children_of_examples_are_admitted(cluster: ControlPlane) -> None:
+    """By the strict API server, PyTorchJob's webhook and, as pods, by restricted Pod Security."""
+    goldens = sorted(REPOSITORY.glob("tests/golden/child/*.yaml"))
+    assert goldens
+    accounts = {"default"}
+    with cluster.namespace("goldens", {"pod-security.kubernetes.io/enforce": "restricted"}) as namespace:
+
+        def dry_run(thing: Object) -> None:
+            path = path_of(RESOURCES[thing["kind"]], namespace)
+            cluster.admin.call("POST", path, thing, dryRun="All", fieldValidation="Strict")
+
+        for path in goldens:
+            config_map, child = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+            assert (config_map["kind"], child["kind"]) == ("ConfigMap", "PyTorchJob"), path.name
+            pods = [pod_of(child, role) for role in child["spec"]["pytorchReplicaSpecs"]]
+            for account in {pod["spec"].get("serviceAccountName", "default") for pod in pods} - accounts:
+                cluster.admin.create(("v1", "serviceaccounts"), namespace, {"metadata": {"name": account}})
+                accounts.add(account)
+            for thing in (config_map, child, *pods):
+                try:
+                    dry_run(thing)
+                except ApiError as error:
+                    pytest.fail(f"{thing['kind']} of {path.name}: {error}")
+
+        # Each of the three judges sat: what it alone refuses is refused.
+        strange, double, bold = copy.deepcopy(child), copy.deepcopy(child), pod_of(child, "Master")
+        strange["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["tolerance"] = []
+        double["spec"]["pytorchReplicaSpecs"]["Master"]["replicas"] = 2
+        bold["spec"]["hostNetwork"] = True
+        for thing, words in ((strange, "unknown field"), (double, "admission webhook"), (bold, "PodSecurity")):
+            with pytest.raises(ApiError, match=words):
+                dry_run(thing)
+
+
+def pod_of(child: Object, role: str) -> Object:
+    """Return a pod as training-operator makes it of a role's template, but for what it adds itself."""
+    template = copy.deepcopy(child["spec"]["pytorchReplicaSpecs"][role]["template"])
+    name = f"{child['metadata']['name']}-{role.lower()}-0"
+    return {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template["metadata"], "name": name}}
