@@ -15,7 +15,7 @@ from dpo_testing.chaosproxy import Call, ChaosProxy, Fault, nth, once
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
-from dpo_testing.kubeapi import DPOJOBS, eventually
+from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, eventually
 from dpo_testing.operatorprocess import OperatorProcess
 
 DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
@@ -72,6 +72,12 @@ def check(jobs: Jobs, proxy: ChaosProxy, name: str) -> None:
     assert set(told.values()) == {1}, told
     assert {"PyTorchJobCreated", "TrainingStarted", "Communication", "Restarting", "Suspended", "Resumed",
             "Succeeded"} <= {reason for reason, _ in told}  # fmt: skip
+
+
+def owned(jobs: Jobs, name: str) -> set[str]:
+    """Return the names of a job's children, pods and ConfigMap."""
+    things = [*jobs.children().values(), *jobs.pods().values(), *jobs.api.list(CONFIGMAPS, jobs.namespace)]
+    return {thing["metadata"]["name"] for thing in things if thing["metadata"]["name"].startswith(f"{name}-")}
 
 
 @pytest.mark.slow
@@ -250,14 +256,20 @@ def test_an_api_server_that_restarts_is_waited_for(
 def test_deletion_needs_no_operator(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
 ) -> None:
+    """What an operator made and let run goes with its DPOJob, or its namespace, when that operator is gone."""
     jobs = Jobs(cluster.admin, namespace)
     with serving(cluster, proxy, namespace):
-        jobs.create(manifest("orphan"))
-        kubelet.pod(namespace, "orphan-1-master-0")
-        jobs.wait_state("Running", name="orphan")
+        for name in ("orphan", "left"):
+            jobs.create(manifest(name, nodes=2))
+        for name in ("orphan", "left"):
+            jobs.wait_state("Running", name=name)
+    for name in ("orphan", "left"):
+        *child_and_pods, config_map = sorted(owned(jobs, name))
+        assert child_and_pods == [f"{name}-1", f"{name}-1-master-0", f"{name}-1-worker-0"]
+        assert config_map.startswith(f"{name}-spec-")
     jobs.delete("orphan")
-    eventually(lambda: not jobs.children() and not jobs.pods(), seconds=60, what="child and pods are collected")
-    jobs.create(manifest("left"))
+    eventually(lambda: not owned(jobs, "orphan"), seconds=60, what="child, pods and ConfigMap are collected")
+    assert len(owned(jobs, "left")) == 4
     cluster.admin.delete(("v1", "namespaces"), None, namespace)
     eventually(lambda: cluster.admin.find(("v1", "namespaces"), None, namespace) is None, seconds=60,
                what="the namespace is gone")  # fmt: skip
