@@ -80,17 +80,31 @@ def owned(jobs: Jobs, name: str) -> set[str]:
     return {thing["metadata"]["name"] for thing in things if thing["metadata"]["name"].startswith(f"{name}-")}
 
 
+def expire(jobs: Jobs, name: str, step: Callable[[Callable[[], object]], object]) -> None:
+    """Let the time to live of a finished job end now: it goes, with all that it owns, and is never begun again."""
+    jobs.patch(name, {"runPolicy": {"ttlSecondsAfterFinished": 0}})
+    step(lambda: jobs.api.find(DPOJOBS, jobs.namespace, name) is None)
+    step(lambda: not owned(jobs, name))
+    assert Counter(event["reason"] for event in jobs.told(name))["Expired"] == 1
+
+
 @pytest.mark.slow
 def test_a_kill_before_or_after_any_write_leaves_one_child_an_attempt(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
 ) -> None:
     """First an undisturbed life is written down; then each of its writes in turn is the moment of a SIGKILL."""
     jobs = Jobs(cluster.admin, namespace)
+
+    def calmly(done: Callable[[], object]) -> None:
+        eventually(done, seconds=60, what="a step of a calm life")
+
     with serving(cluster, proxy, namespace):
-        live(jobs, kubelet, "calm", lambda done: eventually(done, seconds=60, what="a step of a calm life") and None)
+        live(jobs, kubelet, "calm", calmly)
         check(jobs, proxy, "calm")
+        expire(jobs, "calm", calmly)
     writes = [call.kind for call in proxy.calls]
-    assert {"POST configmaps", "POST pytorchjobs", "DELETE pytorchjobs", "PATCH dpojobs/status"} <= set(writes)
+    assert {"POST configmaps", "POST pytorchjobs", "DELETE pytorchjobs", "PATCH dpojobs/status",
+            "DELETE dpojobs"} <= set(writes)  # fmt: skip
     # The two lives share nothing, so they are led at the same time.
     with ThreadPoolExecutor(2) as pool:
         for life in [pool.submit(_life_with_kills, cluster, kubelet, when, writes) for when in ("before", "after")]:
@@ -117,9 +131,14 @@ def _life_with_kills(cluster: ControlPlane, kubelet: FakeKubelet, when: str, wri
             # Let it meet the kills of the last writes too, and settle.
             step(lambda: operator.get("/readyz")[0] == 200)
             check(jobs, proxy, name)
+            # The operator that comes after the delete finds nothing to do.
+            expire(jobs, name, step)
+            step(lambda: operator.get("/readyz")[0] == 200)
             # Some writes of the calm life are one here, as time passes between two looks; none of its kinds is missing.
             assert set(kills) >= set(writes) - {"POST events"}
-            assert Counter(kills)["POST pytorchjobs"] == 3
+            assert (Counter(kills)["POST pytorchjobs"], Counter(kills)["DELETE dpojobs"]) == (3, 1)
+            done = Counter(call.kind for call in proxy.calls)
+            assert (done["POST pytorchjobs"], done["DELETE dpojobs"]) == (3, 1)
             assert len(proxy.calls) <= len(writes) + 4
 
 
