@@ -80,6 +80,14 @@ def owned(jobs: Jobs, name: str) -> set[str]:
     return {thing["metadata"]["name"] for thing in things if thing["metadata"]["name"].startswith(f"{name}-")}
 
 
+def bounded(proxy: ChaosProxy, most: int) -> None:
+    """The mutating calls of a test, refused and failed ones too, are ``most`` at most: about twice of what was seen.
+
+    A calm life makes some thirty. An operator that writes at every pass, or meets an error with haste, makes hundreds.
+    """
+    assert len(proxy.tried) <= most, Counter(call.kind for call in proxy.tried)
+
+
 def expire(jobs: Jobs, name: str, step: Callable[[Callable[[], object]], object]) -> None:
     """Let the time to live of a finished job end now: it goes, with all that it owns, and is never begun again."""
     jobs.patch(name, {"runPolicy": {"ttlSecondsAfterFinished": 0}})
@@ -177,6 +185,7 @@ def test_errors_of_the_api_server_delay_and_nothing_more(
         live(jobs, kubelet, "errors", lambda done: eventually(done, seconds=90, what="a step despite errors") and None)
         check(jobs, proxy, "errors")
         eventually(lambda: operator.get("/healthz")[0] == 200, what="all watches are back")
+        bounded(proxy, 100)
 
 
 def _is(kind: str) -> Callable[[Call], bool]:
@@ -211,6 +220,7 @@ def test_watches_that_end_for_good_are_started_anew(
         jobs.create(manifest("later"))
         jobs.wait_child("later-1")
         assert operator.get("/healthz")[0] == 200
+        bounded(proxy, 30)
 
 
 def test_dropped_and_hung_watches_are_noticed_and_made_good(
@@ -245,6 +255,7 @@ def test_dropped_and_hung_watches_are_noticed_and_made_good(
         # And it is no one-way street.
         proxy.rules.clear()
         eventually(lambda: operator.get("/healthz")[0] == 200, seconds=60, what="the watches are back")
+        bounded(proxy, 45)
 
 
 def test_two_operators_do_no_harm(
@@ -256,6 +267,7 @@ def test_two_operators_do_no_harm(
             jobs, kubelet, "twice", lambda done: eventually(done, seconds=90, what="a step with two operators") and None
         )
         check(jobs, proxy, "twice")
+        bounded(proxy, 100)
 
 
 def test_an_api_server_that_restarts_is_waited_for(
@@ -319,3 +331,4 @@ def test_a_recreated_job_waits_for_its_namesakes_pods(
         kubelet.finish(namespace, "again-1-master-0", DONE)
         jobs.wait_state("Succeeded", name="again")
         assert cluster.admin.get(DPOJOBS, namespace, "again")["status"]["restarts"] == 0
+        bounded(proxy, 40)

@@ -85,6 +85,8 @@ class ChaosProxy:
         self.rules: list[Rule] = []
         self.calls: list[Call] = []
         """Mutating calls that the API server has answered, in order."""
+        self.tried: list[Call] = []
+        """Mutating calls as they came, those included that were refused or failed on purpose."""
         self._watches: set[socket.socket] = set()
         self._lock = threading.Lock()
         self.mute = threading.Event()
@@ -143,6 +145,9 @@ class ChaosProxy:
         path, _, query = handler.path.partition("?")
         length = int(handler.headers.get("Content-Length") or 0)
         call = Call(handler.command, path, query, handler.rfile.read(length), handler.headers.get("User-Agent") or "")
+        if call.mutating:
+            with self._lock:
+                self.tried.append(call)
         fault = self.fault(call)
         if fault is not None and fault.before is not None:
             fault.before()
