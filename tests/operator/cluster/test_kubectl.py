@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +16,7 @@ from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, PODS, PYTORCHJOBS, ApiError
 RESOURCES = {"ConfigMap": CONFIGMAPS, "PyTorchJob": PYTORCHJOBS, "Pod": PODS}
 
 
-def fields(schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+def fields(schema: Object, prefix: str) -> Iterator[tuple[str, str]]:
     """Yield path and description of every field of a schema."""
     if "items" in schema:
         schema = schema["items"]
@@ -25,23 +25,44 @@ def fields(schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
         yield from fields(inner, f"{prefix}.{name}")
 
 
+def ours(schema: Object) -> dict[str, str]:
+    """Return the description of every field of a DPOJob that is not any object's, by path."""
+    parts = ("spec", "status")
+    return {path: text for part in parts for path, text in fields(schema["properties"][part], f"dpojob.{part}")}
+
+
+def explained(tree: str) -> set[str]:
+    """Return the path of every field that ``kubectl explain dpojob --recursive`` shows."""
+    found: set[str] = set()
+    way: list[tuple[int, str]] = [(-1, "dpojob")]
+    for line in tree.splitlines():
+        shown = re.fullmatch(r"( *)(\S+)\t<\S+>.*", line)
+        if shown is not None:
+            while way[-1][0] >= len(shown[1]):
+                way.pop()
+            way.append((len(shown[1]), f"{way[-1][1]}.{shown[2]}"))
+            found.add(way[-1][1])
+    return found
+
+
 def test_explain_knows_every_field(cluster: ControlPlane) -> None:
     definition = cluster.admin.get(
         ("apiextensions.k8s.io/v1", "customresourcedefinitions"), None, "dpojobs.dpo-operator.dev"
     )
-    schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    listed = [item for part in ("spec", "status") for item in fields(schema["properties"][part], f"dpojob.{part}")]
+    listed = ours(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
     assert len(listed) > 150
-    assert [path for path, description in listed if not description] == []
-    # kubectl prints what the API server publishes: a few at every depth show that the two agree.
-    for path, description in [listed[0], *(item for item in listed if item[0].endswith((".beta", ".uri", ".reason")))][
-        :8
-    ]:
+    assert [path for path, description in listed.items() if not description] == []
+    # What kubectl explains is what the API server publishes: the same fields in the same words,
+    document = cluster.admin.call("GET", f"/openapi/v3/apis/{DPOJOBS[0]}")
+    (published,) = (s for name, s in document["components"]["schemas"].items() if name.endswith(".DPOJob"))
+    assert ours(published) == listed
+    # each of them at its place in the tree,
+    tree = explained(cluster.kubectl("explain", "dpojob", "--recursive").stdout)
+    assert {path for path in tree if path.startswith(("dpojob.spec.", "dpojob.status."))} == set(listed)
+    # and, for some at every depth, alone.
+    for path in [next(iter(listed)), *(path for path in listed if path.endswith((".beta", ".uri", ".reason")))][:8]:
         shown = " ".join(cluster.kubectl("explain", path).stdout.split())
-        assert " ".join(description.split())[:60] in shown, path
-    tree = cluster.kubectl("explain", "dpojob", "--recursive").stdout
-    for path, _ in listed:
-        assert path.rpartition(".")[2] in tree, path
+        assert " ".join(listed[path].split())[:60] in shown, path
 
 
 def test_columns_and_short_names(cluster: ControlPlane, namespace: str) -> None:
