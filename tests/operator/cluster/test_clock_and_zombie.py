@@ -105,6 +105,43 @@ def test_a_jump_of_the_clock_repeats_nothing_and_loses_nothing(
     assert max(told.values()) == 2
 
 
+def test_a_jump_of_the_clock_while_pods_start_costs_one_attempt_and_no_more(
+    cluster: ControlPlane, kubelet: FakeKubelet, namespace: str, tmp_path: Path
+) -> None:
+    """``startTimeoutSeconds`` is wall time, as docs/restarts.md says: set forward, it ends an attempt that waits."""
+    jobs, clock = Jobs(cluster.admin, namespace), PlayedClock(tmp_path / "clock")
+    kubelet.hold(namespace)
+    with ChaosProxy(cluster.url, cluster.tls()) as proxy:
+        kubeconfig = cluster.identity("admin", ["system:masters"], server=proxy.url)
+        flags = ("--scrape-by=off", "--resync-seconds=0.3")
+        with OperatorProcess(kubeconfig, *flags, namespaces=namespace, clock=clock) as operator:
+            jobs.create(manifest("waits", run_policy={"maxRestarts": 1}))
+            for shift in (0.0, -24 * HOUR):
+                clock.set(shift)
+                jobs.wait_state("Starting", name="waits")
+                at_rest(operator, proxy)
+                assert [a.get("result") for a in jobs.status("waits")["attempts"]] == [None]
+            clock.set(24 * HOUR)
+            jobs.wait_child("waits-2")
+            jobs.wait_state("Starting", name="waits")
+            at_rest(operator, proxy)
+            # What the new attempt counts from is the new time; that the clock is set right again does it no harm.
+            clock.set(0.0)
+            at_rest(operator, proxy)
+            assert jobs.status("waits")["chargedRestarts"] == 1
+            assert jobs.children().keys() == {"waits-2"}
+            kubelet.release(namespace)
+            kubelet.finish(namespace, "waits-2-master-0", DONE)
+            status = jobs.wait_state("Succeeded", name="waits")
+            assert [(a["number"], a["result"], a["reason"]) for a in status["attempts"]] == [
+                (1, "Failed", "StartTimeout"), (2, "Succeeded", "Succeeded"),
+            ]  # fmt: skip
+            assert operator.exceptions() == []
+    made = Counter(json.loads(call.body)["metadata"]["name"] for call in proxy.calls if call.kind == "POST pytorchjobs")
+    assert made == {"waits-1": 1, "waits-2": 1}
+    assert Counter(call.kind for call in proxy.calls if call.method == "DELETE") == {"DELETE pytorchjobs": 1}
+
+
 def _about(event: dict[str, dict[str, str]], name: str) -> bool:
     about = event["involvedObject"]
     return (about["kind"], about["name"]) == ("DPOJob", name)
