@@ -6,11 +6,14 @@ import sys
 from dpo_operator.process import logs, options
 from dpo_operator.process.app import Operator
 from dpo_operator.process.login import LoginError, connection
+from dpo_operator.process.selfcheck import selfcheck
 
 
 def main() -> int:
     """Run the operator; return its exit code."""
     flags, settings = options.parse()
+    if flags.selfcheck:
+        return asyncio.run(selfcheck(flags))
     logs.configure(flags.log_format, flags.log_level)
     operator = Operator(flags, settings)
     try:

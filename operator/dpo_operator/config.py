@@ -30,6 +30,8 @@ class Settings:
     """Kueue's LocalQueue of jobs that name none; empty: they start at once."""
     extra_env: tuple[tuple[str, str], ...] = ()
     """Environment of every trainer, such as the cluster's NCCL settings; a job's own env wins."""
+    trainer_image_pull_secrets: tuple[str, ...] = ()
+    """Pull secrets of jobs whose podTemplate names none; each must be in the job's namespace."""
     identity_audience: str = "sts.amazonaws.com"
     """Audience of the projected identity token for jobs with a serviceAccountName; empty: none is mounted here, and
     the cloud's own webhook (IRSA, workload identity) does it."""

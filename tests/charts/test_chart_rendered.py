@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_every_value_reaches_the_operator(home: Path) -> None:
     assert (options.workers, options.scrape_seconds, options.scrape_by) == (64, 1.5, "pod-ip")
     assert (options.log_format, options.log_level) == ("text", "debug")
     assert settings.default_queue == "all"
+    assert settings.trainer_image_pull_secrets == ("pull-trainer", "pull-more")
     assert dict(settings.labels)["linkerd.io/inject"] == "disabled"
     assert dict(settings.extra_env) == {
         "AWS_DEFAULT_REGION": "eu-1",
@@ -163,8 +165,13 @@ def test_people_get_their_rights_through_view_edit_and_admin(home: Path) -> None
         levels[name] = {label.removeprefix(prefix) for label in role["metadata"]["labels"] if label.startswith(prefix)}
         assert {group for rule in role["rules"] for group in rule["apiGroups"]} == {"dpo-operator.dev"}
     assert levels == {"dpojob-view": {"view", "edit", "admin"}, "dpojob-edit": {"edit", "admin"}}
+    reading = {"get", "list", "watch"}
     view = pick(objects, "ClusterRole", "dpojob-view")["rules"]
-    assert {verb for rule in view for verb in rule["verbs"]} == {"get", "list", "watch"}
+    assert {verb for rule in view for verb in rule["verbs"]} == reading
+    # Whoever is bound to it alone sees what is edited.
+    (edit,) = pick(objects, "ClusterRole", "dpojob-edit")["rules"]
+    assert edit["resources"] == ["dpojobs"], "the status is the operator's to write"
+    assert set(edit["verbs"]) == reading | {"create", "update", "patch", "delete", "deletecollection"}
 
 
 # -- the definition ---------------------------------------------------------------------------------------------------
@@ -266,6 +273,19 @@ def test_the_init_containers_template_is_the_documented_one(home: Path) -> None:
     found = pick(render(COMBINATIONS["everything"], home=home), "ConfigMap", "training-operator-init-container")
     assert found["metadata"]["namespace"] == "kubeflow"
     assert found["data"] == {"initContainer.yaml": INIT_CONTAINER}
+
+
+@pytest.mark.parametrize("user", [1000650000, None])
+def test_the_init_containers_user_may_be_the_clusters_to_choose(home: Path, user: int | None) -> None:
+    def contexts(text: str) -> list[Object]:
+        return [container["securityContext"] for container in yaml.safe_load(re.sub(r"\{\{\.\w+\}\}", "1", text))]
+
+    values = {"trainingOperator": {"initContainer": {"create": True, "runAsUser": user}}}
+    found = pick(render(values, home=home), "ConfigMap", "training-operator-init-container")
+    (documented,) = contexts(INIT_CONTAINER)
+    assert documented.pop("runAsUser") == 65534
+    assert documented["runAsNonRoot"] is True
+    assert contexts(found["data"]["initContainer.yaml"]) == [documented | ({} if user is None else {"runAsUser": user})]
 
 
 def test_the_priority_class_is_the_operators(home: Path) -> None:

@@ -40,6 +40,23 @@ def test_a_spec_of_ones_own_is_laid_over_it(home: Path) -> None:
     assert {key: given[key] for key in own} == own
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"imagePullSecrets": [{"name": "pull"}]}, [{"name": "pull"}]),
+        ({"imagePullSecrets": [{"name": "pull"}], "test": {"fsGroup": None}}, [{"name": "pull"}]),
+        # The operator gives the installation's to every job that names none: the test shows that it does.
+        ({"imagePullSecrets": [{"name": "pull"}], "trainer": {"imagePullSecrets": [{"name": "all"}]}}, None),
+        ({}, None),
+    ],
+)
+def test_its_pods_can_pull_from_a_private_registry(home: Path, values: Object, named: list[Object] | None) -> None:
+    config = pick(render(values, home=home), "ConfigMap", "-test")
+    template = yaml.safe_load(config["data"]["job.yaml"])["spec"].get("podTemplate", {})
+    assert template.get("imagePullSecrets") == named
+    assert template.get("security") == (None if "test" in values else {"fsGroup": 65532})
+
+
 @pytest.mark.slow
 def test_it_learns_what_the_data_says(home: Path, tmp_path: Path) -> None:
     claim = tmp_path / "claims" / f"{RELEASE}-test"

@@ -90,7 +90,7 @@ def test_settings_are_the_flags_that_no_value_stands_for(home: Path) -> None:
     env = {v["name"] for v in _container(home)["env"]}
     own = {name.removeprefix("DPO_OPERATOR_").lower().replace("_", "-") for name in env}
     assert own < flags
-    fixed = {"port", "address", "kubeconfig", "version", "help"}
+    fixed = {"port", "address", "kubeconfig", "version", "selfcheck", "help"}
     assert set(SCHEMA["properties"]["settings"]["propertyNames"]["enum"]) == flags - own - fixed
     assert Options().port == _container(home)["ports"][0]["containerPort"]
 
@@ -122,6 +122,9 @@ def test_combinations_are_rendered(home: Path, name: str) -> None:
         ({"monitoring": {"interval": "30"}}, "/monitoring/interval"),
         ({"settings": {"worker": 3}}, "invalid propertyName 'worker'"),
         ({"settings": {"trainer-image": "x"}}, "invalid propertyName 'trainer-image'"),
+        ({"settings": {"scrape-by": "api-proxy"}}, "/settings/scrape-by"),
+        ({"trainer": {"imagePullSecrets": ["pull"]}}, "/trainer/imagePullSecrets/0"),
+        ({"trainingOperator": {"initContainer": {"runAsUser": 0}}}, "/trainingOperator/initContainer/runAsUser"),
         ({"trainer": {"env": {"A": "x,y=1"}}}, 'trainer.env.A: "x,y=1" holds a comma and NAME='),
         ({"nodeSelector": {"gpu": True}}, "/nodeSelector/gpu"),
         ({"runAsUser": 0}, "/runAsUser"),

@@ -73,6 +73,13 @@ app.kubernetes.io/component: operator
 {{- join "," $pairs -}}
 {{- end -}}
 
+{{- /* NAME,… of a list of objects with a name, for a flag. */ -}}
+{{- define "dpo.names" -}}
+{{- $names := list -}}
+{{- range . }}{{ $names = append $names .name }}{{ end -}}
+{{- join "," $names -}}
+{{- end -}}
+
 {{- /* Whether objects of a kind of Prometheus' operator are made: "true" or nothing. Takes (list kind root). */ -}}
 {{- define "dpo.monitored" -}}
 {{- $root := index . 1 -}}

@@ -72,9 +72,10 @@ def pod_template(
         "tolerations": _tolerations(spec, settings),
         "volumes": [*mounts.volumes, *copy.deepcopy(list(overlay.volumes))],
     }
+    own_secrets = [secret.name for secret in overlay.image_pull_secrets]
     optional = {
         "affinity": _affinity(spec, avoid),
-        "imagePullSecrets": [{"name": secret.name} for secret in overlay.image_pull_secrets],
+        "imagePullSecrets": [{"name": name} for name in own_secrets or settings.trainer_image_pull_secrets],
         "initContainers": [_sidecar(sidecar) for sidecar in overlay.sidecars],
         "nodeSelector": dict(overlay.node_selector),
         "priorityClassName": overlay.priority_class_name,

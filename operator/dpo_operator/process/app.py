@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import time
-from typing import Any
+from typing import Any, Literal
 
 from dpo_api.version import VERSION
 from dpo_operator.config import Settings
@@ -30,15 +29,20 @@ _DISCOVERY_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
+def way_to_trainers(options: Options) -> Literal["pod-ip", "api-proxy", "off"]:
+    """Return how trainers are asked for progress: what ``--scrape-by=auto`` means here. After ``login.use``."""
+    if options.scrape_by == "auto":
+        return "pod-ip" if login.in_cluster() else "api-proxy"
+    return options.scrape_by
+
+
 class Operator:
     """One process. ``run`` returns when it is told to stop."""
 
     def __init__(self, options: Options, settings: Settings) -> None:
         """Wire everything together; nothing starts yet."""
         self._options = options
-        if options.kubeconfig:
-            # kopf reads its kubeconfig from the environment alone.
-            os.environ["KUBECONFIG"] = options.kubeconfig
+        login.use(options.kubeconfig)
         self._client = Client(login.connection, user_agent=f"dpo-operator/{VERSION}")
         self._cache = Cache()
         self._queue: WorkQueue[Key] = WorkQueue(clock=time.monotonic)
@@ -48,11 +52,8 @@ class Operator:
             interval=options.relist_seconds, dead_after=options.dead_watch_seconds,
         )  # fmt: skip
         self.health = self._watchdog.health
-        way = options.scrape_by
-        if way == "auto":
-            way = "pod-ip" if login.in_cluster() else "api-proxy"
         self._scraper = Scraper(
-            self._client, way, self._queue.add,
+            self._client, way_to_trainers(options), self._queue.add,
             interval=options.scrape_seconds, write_interval=settings.progress_write_seconds,
         )  # fmt: skip
         self._metrics = Metrics(self._cache.jobs, self._gauges, job_limit=options.job_metrics_limit)

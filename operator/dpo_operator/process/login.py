@@ -18,6 +18,12 @@ class LoginError(Exception):
     """There is neither a kubeconfig nor a service account."""
 
 
+def use(kubeconfig: str) -> None:
+    """Take this kubeconfig from now on; empty: what ``connection`` finds by itself."""
+    if kubeconfig:
+        os.environ["KUBECONFIG"] = kubeconfig  # kopf reads it from the environment alone
+
+
 def in_cluster() -> bool:
     """Tell whether this process is a pod with a service-account token, and nobody pointed it elsewhere."""
     return "KUBECONFIG" not in os.environ and _TOKEN.exists()

@@ -13,6 +13,7 @@ from dpo_api.version import VERSION
 from dpo_operator.config import Settings
 
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_SECRET = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 _LABEL = re.compile(rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_WORD}")
 _LABEL_VALUE = re.compile(rf"({_WORD})?")
@@ -46,6 +47,8 @@ class Options:
     """How long the cluster may know something that a watch has not brought."""
     job_metrics_limit: int = 1000
     """DPOJobs whose own gauges are exported, the newest first."""
+    selfcheck: bool = False
+    """Say what the cluster lacks, and end."""
 
 
 def parse(
@@ -54,7 +57,7 @@ def parse(
     """Read the command line. Ends the process with one clear line for a mistake, as argparse does (exit code 2)."""
     parser = _parser(environment)
     got = vars(parser.parse_args(arguments))
-    namespaces = tuple(sorted({part.strip() for part in got.pop("namespaces").split(",") if part.strip()}))
+    namespaces = tuple(sorted(set(_parts(got.pop("namespaces")))))
     for namespace in namespaces:
         if not _NAMESPACE.fullmatch(namespace):
             parser.error(f"--namespaces: {namespace!r} is no namespace; give names, separated by commas")
@@ -69,12 +72,25 @@ def parse(
     for key, value in given.get("labels", ()):
         if not _LABEL.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
             parser.error(f"--labels: {key}={value} is no label of Kubernetes; give [PREFIX/]NAME=VALUE")
+    given["trainer_image_pull_secrets"] = _secrets(parser, given["trainer_image_pull_secrets"])
     settings = replace(settings, **given)
     options = Options(namespaces=namespaces, **got)
     for name in ("scrape_seconds", "relist_seconds", "dead_watch_seconds"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')}: must be above 0")
     return options, settings
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _secrets(parser: argparse.ArgumentParser, text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(_parts(text)))
+    for name in names:
+        if not _SECRET.fullmatch(name):
+            parser.error(f"--trainer-image-pull-secrets: {name!r} is no name of a Secret; give names, between commas")
+    return names
 
 
 def _pair(parser: argparse.ArgumentParser, flag: str, text: str) -> tuple[str, str]:
@@ -101,6 +117,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         epilog="Every flag can be given as an environment variable too: --log-format is DPO_OPERATOR_LOG_FORMAT.",
     )
     parser.add_argument("--version", action="version", version=f"dpo-operator {VERSION}")
+    parser.add_argument("--selfcheck", action="store_true", help="say what the cluster has and what it lacks, and exit")
 
     def flag(name: str, default: Any, text: str, **more: Any) -> None:
         variable = "DPO_OPERATOR_" + name.upper().replace("-", "_")
@@ -133,6 +150,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("job-metrics-limit", d.job_metrics_limit, "DPOJobs with gauges of their own; default %(default)s", type=int)
     # What follows sets Settings.
     flag("trainer-image", s.trainer_image, "trainer image of jobs that name none; default %(default)s")
+    flag("trainer-image-pull-secrets", "", "pull secrets of jobs that name none: names, separated by commas")
     flag("default-shm", s.default_shm, "size of /dev/shm on CPU; default %(default)s")
     flag("default-gpu-shm", s.default_gpu_shm, "size of /dev/shm with GPUs; default %(default)s")
     flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")

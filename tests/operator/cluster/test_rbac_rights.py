@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +34,7 @@ from dpo_operator.types import (
     PatchStatus,
     ScrapeTarget,
 )
+from dpo_testing.chaosproxy import ChaosProxy, Fault
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
@@ -366,3 +369,59 @@ def test_a_scenario_fails_without_its_right(cluster: ControlPlane, namespace: st
         asyncio.run(play(reduced))
     assert refused.value.status == 403
     asyncio.run(play(whole))
+
+
+# --- what --selfcheck says of it -------------------------------------------------------------------------------------
+
+
+def selfcheck(kubeconfig: Path, namespaces: str, *flags: str) -> tuple[int, list[str]]:
+    """Run the operator's self-check; return its exit code and lines."""
+    command = [sys.executable, "-m", "dpo_operator", "--selfcheck", f"--kubeconfig={kubeconfig}", *flags]
+    command.append(f"--namespaces={namespaces}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_the_selfcheck_finds_the_shipped_role_enough(cluster: ControlPlane, namespace: str) -> None:
+    who = account(cluster, namespace, rbac.role(namespace))
+    eventually(lambda: may(cluster, who, "", "events", "list"), what="the authorizer knows the role")
+    code, lines = selfcheck(who.kubeconfig(cluster), namespace, "--scrape-by=pod-ip")
+    assert (code, lines[-1]) == (0, "selfcheck: all is there")
+    assert [line.split()[:2] for line in lines[:-1]] == [
+        ["ok", "cluster"], ["ok", "kind"], ["ok", "kind"], ["ok", "rights"]
+    ]  # fmt: skip
+    assert f"{cluster.url} is Kubernetes v1." in lines[0]
+    assert f"{namespace}: all {len(RIGHTS) - 1} " in lines[3]
+    # Out of the cluster trainers are asked through the API server, for which the shipped role has no right.
+    code, lines = selfcheck(who.kubeconfig(cluster), namespace)
+    assert code == 1
+    assert [line for line in lines if "may not" in line] == [line for line in lines if "get pods/proxy" in line] != []
+    # A Role is not for all namespaces.
+    code, lines = selfcheck(who.kubeconfig(cluster), "")
+    assert (code, lines[-1]) == (1, f"selfcheck: {len(RIGHTS)} lacking")
+    assert all("all namespaces: may not" in line for line in lines if line.startswith("lacks"))
+
+
+@pytest.mark.parametrize("right", [("", "pods", "watch"), (OURS, "dpojobs/status", "patch")])
+def test_the_selfcheck_names_the_right_that_is_missing(cluster: ControlPlane, namespace: str, right: Right) -> None:
+    who = account(cluster, namespace, rbac.role(namespace, rules=lacking(right)))
+    eventually(lambda: may(cluster, who, "", "events", "list"), what="the authorizer knows the role")
+    code, lines = selfcheck(who.kubeconfig(cluster), namespace, "--scrape-by=pod-ip")
+    assert (code, lines[-1]) == (1, "selfcheck: 1 lacking")
+    (line,) = [line for line in lines if line.startswith("lacks")]
+    assert f"{namespace}: may not {right[2]} {right[1]} (to " in line
+    assert "rbac.create" in line
+
+
+def test_the_selfcheck_names_the_kinds_that_are_missing(cluster: ControlPlane, namespace: str) -> None:
+    with ChaosProxy(cluster.url, cluster.tls()) as proxy:
+        hidden = ("/apis/kubeflow.org", f"/apis/{OURS}/v1alpha1")
+        proxy.rules[:] = [lambda call: Fault(status=404) if call.path.startswith(hidden) else None]
+        kubeconfig = cluster.identity("admin", ["system:masters"], server=proxy.url)
+        code, lines = selfcheck(kubeconfig, namespace)
+    assert (code, lines[-1]) == (1, "selfcheck: 2 lacking")
+    ours, theirs = [line for line in lines if line.startswith("lacks")]
+    assert f"does not know dpojobs of {OURS}/v1alpha1 (of {OURS} it has v1alpha1)" in ours
+    assert "crds/dpojobs.yaml" in ours
+    assert "does not know pytorchjobs of kubeflow.org/v1; install training-operator" in theirs

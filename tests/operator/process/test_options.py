@@ -22,13 +22,18 @@ def test_a_flag_wins_over_the_environment() -> None:
 
 def test_an_empty_variable_is_nothing() -> None:
     """The chart writes every variable, those without a value too."""
-    names = ("NAMESPACES", "EXTRA_ENV", "LABELS", "DEFAULT_QUEUE")
+    names = ("NAMESPACES", "EXTRA_ENV", "LABELS", "DEFAULT_QUEUE", "TRAINER_IMAGE_PULL_SECRETS")
     assert parse([], dict.fromkeys((f"DPO_OPERATOR_{name}" for name in names), "")) == (Options(), Settings())
 
 
 def test_labels_are_read_as_kubernetes_takes_them() -> None:
     _, settings = parse(["--labels=sidecar.istio.io/inject=false,team="], {})
     assert settings.labels == (("sidecar.istio.io/inject", "false"), ("team", ""))
+
+
+def test_pull_secrets_are_names_between_commas() -> None:
+    _, settings = parse(["--trainer-image-pull-secrets=pull, other.example,pull"], {})
+    assert settings.trainer_image_pull_secrets == ("pull", "other.example")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +45,7 @@ def test_labels_are_read_as_kubernetes_takes_them() -> None:
         (["--labels=inject"], {}, "--labels: 'inject' is not NAME=VALUE"),
         (["--labels=Team A/x=y"], {}, "--labels: Team A/x=y is no label"),
         (["--labels=team=a b"], {}, "--labels: team=a b is no label"),
+        (["--trainer-image-pull-secrets=a,B_c"], {}, "--trainer-image-pull-secrets: 'B_c' is no name of a Secret"),
         (["--log-format=xml"], {}, "invalid choice"),
         ([], {"DPO_OPERATOR_PORT": "eighty"}, "invalid int value: 'eighty'"),
         ([], {"DPO_OPERATOR_LOG_LEVEL": "verbose"}, "invalid choice: 'verbose'; give debug, info, warning or error"),

@@ -285,6 +285,22 @@ def test_kernel_and_collective_settings() -> None:
     assert len(listed) == len(set(listed))
 
 
+@pytest.mark.parametrize(
+    ("own", "installation", "used"),
+    [
+        ([], (), None),
+        ([], ("all", "more"), [{"name": "all"}, {"name": "more"}]),
+        ([{"name": "mine"}], ("all",), [{"name": "mine"}]),
+    ],
+)
+def test_pull_secrets_of_the_installation_serve_jobs_that_name_none(
+    own: list[Object], installation: tuple[str, ...], used: list[Object] | None
+) -> None:
+    settings = Settings(trainer_image_pull_secrets=installation)
+    body = child(resources={"nodes": 2}, podTemplate={"imagePullSecrets": own}, settings=settings)
+    assert [pod(body, role).get("imagePullSecrets") for role in ("Master", "Worker")] == [used, used]
+
+
 def test_overlay_merges() -> None:
     template = {
         "labels": {"team": "a"},

@@ -27,7 +27,11 @@ COMBINATIONS: dict[str, Mapping[str, Any]] = {
         "commonLabels": {"team": "ml"},
         "image": {"digest": "sha256:" + 64 * "0"},
         "imagePullSecrets": [{"name": "pull"}],
-        "trainer": {"env": {"NCCL_DEBUG": "INFO", "NCCL_IB_TIMEOUT": 22}, "labels": {"linkerd.io/inject": "disabled"}},
+        "trainer": {
+            "env": {"NCCL_DEBUG": "INFO", "NCCL_IB_TIMEOUT": 22},
+            "labels": {"linkerd.io/inject": "disabled"},
+            "imagePullSecrets": [{"name": "pull-trainer"}, {"name": "pull-more"}],
+        },
         "defaults": {"s3": {"endpoint": "https://s3.example.com", "region": "eu-1"}, "queue": "all"},
         "settings": {"workers": 64, "scrape-seconds": 1.5, "scrape-by": "pod-ip"},
         "log": {"format": "text", "level": "debug"},

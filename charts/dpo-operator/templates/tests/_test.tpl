@@ -58,10 +58,17 @@ checkpoint:
   gracePeriodSeconds: 30
 runPolicy:
   maxRestarts: 1
-{{- with .Values.test.fsGroup }}
+{{- /* Where the installation names none for trainers, the operator's own may do: both images often come from one registry. */ -}}
+{{- $pull := empty .Values.trainer.imagePullSecrets | ternary .Values.imagePullSecrets (list) }}
+{{- if or .Values.test.fsGroup $pull }}
 podTemplate:
+  {{- with .Values.test.fsGroup }}
   security:
     fsGroup: {{ int64 . }}
+  {{- end }}
+  {{- with $pull }}
+  imagePullSecrets: {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- end }}
 {{- end -}}
 
