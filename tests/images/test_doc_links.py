@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,42 @@ def test_every_make_target_that_a_page_names_is_there() -> None:
     named = {target for page in [*PAGES, *ROOT.glob("Dockerfile.*")] for target in command.findall(page.read_text())}
     assert {"images", "sbom", "test", "e2e", "quickstart"} <= named
     assert named <= targets
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page and the code in them, each once, long commands joined."""
+    text = re.sub(r"\\\n\s*", "", page.read_text())
+    return [part for line in text.splitlines() for part in line.split("`")]
+
+
+def test_no_command_gives_up_early_or_looks_in_the_wrong_namespace() -> None:
+    """`kubectl wait` ends after 30 s otherwise, and Helm looks for a release in the namespace of the context."""
+    waits = [line for page in PAGES for line in commands(page) if re.search(r"kubectl (-n \S+ )?wait ", line)]
+    assert len(waits) >= 3
+    assert [line for line in waits if "--timeout=" not in line] == []
+    release = re.compile(r"helm (get \w+|test|install|upgrade|rollback|uninstall) dpo-operator\b")
+    helms = [line for page in PAGES for line in commands(page) if release.search(line)]
+    assert len(helms) >= 8
+    assert [line for line in helms if not re.search(r" (-n|--namespace)[ =]", line)] == []
+
+
+def test_the_command_that_asks_for_stacks_finds_the_trainers_processes_and_not_itself(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    found = re.search(r"kubectl exec POD -- sh -c '(.*?)'`", page)
+    assert found is not None
+    trainer = ["python", "-m", "dpo_trainer"]
+    processes = {
+        1: [*trainer, "launch", "--spec", "/etc/dpo/spec/spec.json"],
+        7: [*trainer, "agent", "--standalone", "-m", "dpo_trainer", "worker", "--results", "/tmp/r"],
+        8: ["/opt/dpo/bin/python", "-u", "-m", "dpo_trainer", "worker", "--results", "/tmp/r"],
+        9: ["sh", "-c", found[1]],
+    }
+    for number, words in processes.items():
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "cmdline").write_bytes("".join(f"{word}\0" for word in words).encode())
+    script = found[1].replace("/proc/", f"{tmp_path}/").replace("kill -USR1", "echo")
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["7", "8"], ""), "SIGUSR1 ends a shell"
 
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
