@@ -82,6 +82,11 @@ class Reporter:
             if resumed:
                 self._hub.progress.phase("starting", message=f"resumed from step {step}")
 
+    def stepping(self) -> None:
+        """A step begins: who looks while it lasts sees training, not the checkpoint or validation before it."""
+        if self._hub is not None and self._hub.progress.newest.phase != "train":
+            self._hub.progress.phase("train")
+
     def stepped(
         self, step: int, values: dict[str, float], *, seconds: float, tokens: int, pairs: int, waited: float
     ) -> None:

@@ -109,6 +109,7 @@ class Training:
         while self.step < plan.total_steps:
             if self.stop.agreed(self.world):
                 self._stop_here()
+            self.reporter.stepping()
             self._one_step()
             if plan.validates_after(self.step):
                 self._validate_or_stop()
