@@ -52,15 +52,23 @@ def withdraw(draft: Draft) -> None:
     draft.update(conditions=tuple(kept))
 
 
+def _loss_of_step_one(draft: Draft) -> float | None:
+    """What the trainer remembers of it, at whatever step it is asked."""
+    attempt, scrape = draft.attempt, draft.view.observed.scrape
+    if attempt is None or scrape is None or scrape.child != attempt.child or scrape.progress is None:
+        return None
+    return scrape.progress.first_preference_loss
+
+
 def _reference(draft: Draft, spec: DPOJobSpec, progress: StatusProgress) -> None:
     expected = first_loss(spec)
-    if expected is None or progress.step > 1 or find(draft.status.conditions, ConditionType.ReferenceConsistent):
+    if expected is None or find(draft.status.conditions, ConditionType.ReferenceConsistent):
         return
-    group = "train" if progress.step == 1 else "val"
-    seen = progress.metrics.get(f"{group}/preference_loss")
+    where, seen = "step 1", _loss_of_step_one(draft)
+    if seen is None and progress.step == 0:
+        where, seen = "the validation before step 1", progress.metrics.get("val/preference_loss")
     if seen is None:
         return
-    where = "step 1" if group == "train" else "the validation before step 1"
     if abs(seen - expected) <= TOLERANCE * expected:
         text = f"The loss of {where} is {seen:.4f}; equal policy and reference give {expected:.4f}."
         draft.condition(ConditionType.ReferenceConsistent, "True", Reason.PolicyEqualsReference, text)

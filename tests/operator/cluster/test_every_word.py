@@ -331,15 +331,18 @@ def test_what_trainers_say(stage: Stage) -> None:
         pods = {name: stage.run(name, nodes=1) for name in ("well", "wrong", "chance")}
         trainers = {n: stack.enter_context(FakeTrainer(pod["status"]["podIP"])) for n, pod in pods.items()}
 
+        first = {"well": math.log(2), "wrong": 2.0}
+
         def say(name: str, step: int, acc: float, margin: float, **more: float | None) -> None:
             seen = {"train/acc": acc, "train/rewards_margin": margin, "train/loss": 0.6, **more}
             metrics = {key.replace("_saved", ""): value for key, value in seen.items() if value is not None}
-            trainers[name].say(step=step, total=2000, metrics=metrics, lastCheckpointStep=step - step % 1000)
+            trainers[name].say(step=step, total=2000, metrics=metrics, lastCheckpointStep=step - step % 1000,
+                               firstPreferenceLoss=first.get(name))  # fmt: skip
             eventually(lambda: (stage.jobs.status(name).get("progress") or {}).get("step") == step,
                        what=f"{name} at step {step}")  # fmt: skip
 
-        say("well", 1, 0.9, 0.5, **{"train/preference_loss": math.log(2)})
-        say("wrong", 1, 0.5, 0.0, **{"train/preference_loss": 2.0, "train/loss": None})
+        say("well", 1, 0.9, 0.5)
+        say("wrong", 1, 0.5, 0.0, **{"train/loss": None})
         say("chance", 1, 0.5, 0.0)
         say("well", 1000, 0.9, 0.5)
         say("wrong", 200, 0.5, -0.5, **{"train/loss": None})

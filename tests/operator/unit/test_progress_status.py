@@ -235,7 +235,7 @@ def test_the_first_loss_is_that_of_equal_policy_and_reference(
     spec: dict[str, Any], loss: float, verdict: tuple[str, str] | None
 ) -> None:
     cluster = running(**spec)
-    cluster.say(step=1, metrics={**FINE, "train/preference_loss": loss})
+    cluster.say(step=50, first_preference_loss=loss, metrics={**FINE, "train/preference_loss": 0.2})
     cluster.settle()
     assert cluster.condition("ReferenceConsistent") == verdict
     warned = "PolicyDiffersFromReference" in cluster.told()
@@ -248,7 +248,7 @@ def test_validation_before_the_first_step_tells_it_too_and_later_steps_do_not() 
     cluster.settle()
     assert cluster.condition("ReferenceConsistent") == ("True", "PolicyEqualsReference")
     late = running()
-    late.say(step=2, metrics={**FINE, "train/preference_loss": 0.5, "val/preference_loss": 0.5})
+    late.say(step=1, metrics={**FINE, "train/preference_loss": 0.5, "val/preference_loss": 0.5})
     late.settle()
     assert late.condition("ReferenceConsistent") is None
 

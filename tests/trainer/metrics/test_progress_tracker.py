@@ -65,6 +65,18 @@ def test_speed_and_time_left(tracker: ProgressTracker, clock: Clock) -> None:
     assert newest.observed_at == pytest.approx(1e9 + 1005)
 
 
+def test_the_loss_of_step_one_is_kept_and_a_resumed_run_has_none(tracker: ProgressTracker, events: Path) -> None:
+    tracker.plan(step=0, total=10)
+    one = {"epoch": 0.1, "seconds": 1.0, "tokens": 100, "pairs": 4}
+    for step, loss in ((1, 0.6931), (2, 0.6)):
+        tracker.step(step, **one, metrics={"train/preference_loss": loss})
+    assert tracker.newest.first_preference_loss == 0.6931
+    resumed = ProgressTracker(events)
+    resumed.plan(step=4, total=10, last_checkpoint_step=4)
+    resumed.step(5, **one, metrics={"train/preference_loss": 0.5})
+    assert resumed.newest.first_preference_loss is None
+
+
 def test_validation_slows_the_estimate_and_not_the_speed(tracker: ProgressTracker, clock: Clock) -> None:
     tracker.plan(step=0, total=10)
     take(tracker, clock, 1, seconds=2.0)

@@ -100,6 +100,8 @@ class ProgressTracker:
         self._window.append(_StepCost(seconds, tokens, pairs))
         self._stepping += seconds
         spent = sum(cost.seconds for cost in self._window)
+        if step == 1:  # kept, since whoever asks now and then will rarely ask while this is the newest step
+            self._update(first_preference_loss=metrics.get("train/preference_loss"))
         self._update(
             phase="train",
             done=None,
