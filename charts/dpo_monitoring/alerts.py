@@ -8,6 +8,7 @@ from typing import Any, Literal
 from dpo_monitoring.queries import ATTEMPT, JOB, metric
 from dpo_operator.config import Settings
 from dpo_operator.invariants import CHANCE
+from dpo_operator.process.options import Options
 
 RUNBOOKS = "https://github.com/dpo-operator/dpo-operator/blob/main/docs/alerts"
 GROUP = "dpo-operator"
@@ -15,6 +16,7 @@ GROUP = "dpo-operator"
 STALLED_SECONDS = 1800
 CHECKPOINT_SECONDS = 7200
 EARLIEST_STEP = Settings().learning_after_steps
+BLIND_SECONDS = 4 * int(Options().relist_seconds)
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,15 @@ def _stalled() -> Alert:
     names = "|".join(metric(name).name for name in signs)
     still = f'time() - max by ({", ".join(JOB)}) ({{__name__=~"{names}"}})'
     seen, answers = _condition("TrainingStalled"), _condition("ProgressAvailable")
+    runs = _of_job("dpo_job_state", '{state="Running"}')
     return Alert(
         "DPOTrainingStalled",
         "critical",
         "5m",
-        f"{seen} == 1\n"
+        f"({seen} == 1 and {runs})\n"
         f"or (\n  {still} > {STALLED_SECONDS}\n  and {_STEPS} < {_PLANNED}\n"
         f"  unless ({seen} == 0 and {answers} == 1)\n)",
-        (seen, answers, still, _STEPS, _PLANNED),
+        (seen, answers, runs, still, _STEPS, _PLANNED),
         f"{_JOB_IS} holds its nodes and does not train",
         "Neither a step nor a validation nor a checkpoint has ended for long, and the operator, where it can look, sees"
         " no other phase that would explain it.",
@@ -134,7 +137,6 @@ def _negative_margin() -> Alert:
 
 
 def _checkpoint_old() -> Alert:
-    age = f"time() - {_of_job('dpo_checkpoint_last_success_timestamp_seconds', by=ATTEMPT)}"
     steps = _of_job("dpo_train_steps_total", by=ATTEMPT)
     before = _of_job("dpo_train_steps_total", f" offset {CHECKPOINT_SECONDS // 3600}h", by=ATTEMPT)
     saved = _of_job("dpo_checkpoint_last_step", by=ATTEMPT)
@@ -142,8 +144,9 @@ def _checkpoint_old() -> Alert:
         "DPOCheckpointTooOld",
         "warning",
         "10m",
-        f"(\n  {age} > {CHECKPOINT_SECONDS}\n  and {steps} > {saved}\n)\nor ({steps} and {before} unless {saved})",
-        (age, steps, saved),
+        # Not the checkpoint's age: an attempt that goes on after a week of rest has lost nothing yet.
+        f"{before} > {saved}\nor ({steps} and {before} unless {saved})",
+        (steps, saved),
         f"{_JOB_IS} has not saved a checkpoint for more than {CHECKPOINT_SECONDS // 3600} hours",
         "A node that is lost now costs all steps since the last checkpoint.",
     )
@@ -178,12 +181,15 @@ def _restart_loop() -> Alert:
 
 def _operator_down() -> Alert:
     alive, dead = f"max({metric('dpo_operator_info').name})", f"max({metric('dpo_operator_watches_dead').name})"
+    synced = f"max({metric('dpo_operator_synced').name})"
+    checked = f"time() - max({metric('dpo_operator_watch_checked_timestamp_seconds').name})"
     return Alert(
         "DPOOperatorDown",
         "critical",
         "5m",
-        f"absent({alive})\nor {dead} > 0",
-        (alive, dead),
+        # Filling the caches takes seconds, and begins anew when a definition comes or goes: shorter than the pause.
+        f"absent({alive})\nor {dead} > 0\nor {synced} == 0\nor {checked} > {BLIND_SECONDS}",
+        (alive, dead, synced, checked),
         "The DPO operator is down or sees nothing of the cluster",
         "Jobs go on training, but nothing is accepted, restarted or reported until it is back.",
     )

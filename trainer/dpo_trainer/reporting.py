@@ -11,6 +11,8 @@ from dpo_api.progress import Phase
 from dpo_trainer.data.records import Reason
 from dpo_trainer.distributed import World
 from dpo_trainer.metrics.hub import Hub
+from dpo_trainer.metrics.prometheus import PrometheusMetrics
+from dpo_trainer.metrics.writer import telling
 from dpo_trainer.rundir import RunDirectory
 
 
@@ -66,13 +68,15 @@ class Reporter:
         found = f"{plan.train_pairs:,} pairs, {dropped:,} dropped, {stats['tokens']:,} tokens"
         self._hub.progress.phase("index", message=f"{found}, longest {stats['longest']:,}")
 
-    def start_training(self, step: int, plan: Plan, *, resumed: bool) -> None:
-        """Open the record where the checkpoint of ``step`` left it, or anew."""
+    def start_training(self, step: int, plan: Plan, *, resumed: bool, saved_at: float | None = None) -> None:
+        """Open the record where the checkpoint of ``step`` left it, or anew. ``saved_at``: its time, Unix seconds."""
         self.last_checkpoint = step if resumed else None
         if self._hub is not None:
             directory = self._directory
             resume_step = step if resumed else None
             self._hub.open_sinks(directory.store, directory.uri, attempt=directory.attempt, resume_step=resume_step)
+            if resumed:
+                _saved(self._hub.prometheus, step, saved_at)
             self._hub.progress.plan(
                 step=step,
                 total=plan.total_steps,
@@ -104,10 +108,10 @@ class Reporter:
     def validated(self, step: int, values: dict[str, float]) -> None:
         """One validation, after ``step`` optimizer steps."""
         named = {f"val/{name}": value for name, value in values.items()}
-        self.latest |= named
+        self.latest |= telling(step, named)
         if self._hub is not None:
             self._hub.write(step, named)
-            self._hub.progress.measured(named)
+            self._hub.progress.measured(telling(step, named))
 
     def flush(self) -> None:
         """Make the record at least as new as the checkpoint that follows."""
@@ -118,8 +122,7 @@ class Reporter:
         """A complete checkpoint; ``at``: Unix seconds."""
         self.last_checkpoint = step
         if self._hub is not None:
-            self._hub.prometheus.set("dpo_checkpoint_last_step", step)
-            self._hub.prometheus.set("dpo_checkpoint_last_success_timestamp_seconds", at)
+            _saved(self._hub.prometheus, step, at)
             self._hub.progress.saved(step)
 
     def finished_before(self, step: int, metrics: dict[str, float]) -> None:
@@ -132,3 +135,9 @@ class Reporter:
         """Bring every outlet up to date and stop serving."""
         if self._hub is not None:
             self._hub.close()
+
+
+def _saved(figures: PrometheusMetrics, step: int, at: float | None) -> None:
+    figures.set("dpo_checkpoint_last_step", step)
+    if at is not None:
+        figures.set("dpo_checkpoint_last_success_timestamp_seconds", at)

@@ -88,6 +88,7 @@ class Training:
 
         Raises IncompatibleCheckpointError when it belongs to another run.
         """
+        saved_at = None
         if newest is not None:
             marker = checkpoints.read_marker(self.directory, newest)
             check_identity(marker.identity, self.identity, newest.uri)
@@ -96,10 +97,11 @@ class Training:
             self.step = newest.step
             self.reporter.latest |= marker.metrics
             self._validated = marker.validated
+            saved_at = marker.saved_at
         epochs, rest = divmod(self.step, self.plan.steps_per_epoch)
         whole = sum(len(batch) for batch in self.inputs.epoch(0)) if epochs else 0
         self._consumed = epochs * whole + sum(len(batch) for batch in self.inputs.epoch(epochs)[:rest])
-        self.reporter.start_training(self.step, self.plan, resumed=newest is not None)
+        self.reporter.start_training(self.step, self.plan, resumed=newest is not None, saved_at=saved_at)
 
     def run(self) -> None:
         """Train to the last step. Raises StoppedError, after a checkpoint, when asked to stop."""

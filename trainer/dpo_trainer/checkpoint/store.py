@@ -9,6 +9,7 @@ import os
 import queue
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,7 @@ class Marker:
     identity: Identity
     metrics: dict[str, float] = field(default_factory=dict)
     validated: bool = True  #: False: a stop came before the validation that this step was due
+    saved_at: float | None = None  #: Unix seconds at which it was complete; ``save`` says it
     format: int = FORMAT
 
 
@@ -71,7 +73,7 @@ def save(run: RunDirectory, world: World, sharded: Sharded, marker: Marker) -> S
     world.barrier()  # every node's files are there
     if world.is_main:
         run.check_fence()
-        run.write_json("checkpoints", f"step-{marker.step:06d}", MARKER, asdict(marker))
+        run.write_json("checkpoints", f"step-{marker.step:06d}", MARKER, {**asdict(marker), "saved_at": time.time()})
     return SavedCheckpoint(marker.step, uri)
 
 

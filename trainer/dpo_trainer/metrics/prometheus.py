@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dpo_api.metrics import BY_KEY, METRICS
+from dpo_trainer.metrics.writer import telling
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
 
@@ -29,7 +30,7 @@ class PrometheusMetrics(Collector):
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Set the series of one event and the time of the newest training step or validation."""
-        values = {key: value for key, value in metrics.items() if key in BY_KEY}
+        values = {key: value for key, value in telling(step, metrics).items() if key in BY_KEY}
         groups = {key.partition("/")[0] for key in metrics}
         with self._lock:
             for key, value in values.items():

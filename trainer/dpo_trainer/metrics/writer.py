@@ -126,6 +126,16 @@ class Background:
             self._stopped.wait(self._interval)
 
 
+def telling(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out what would be taken for a verdict on the policy and is none: before the first step it is the reference,
+    so rewards are rounding and the accuracy is about 0.
+    """
+    if step > 0:
+        return dict(metrics)
+    names = {name: name.rpartition("/")[2] for name in metrics}
+    return {name: metrics[name] for name, last in names.items() if last != "acc" and not last.startswith("rewards_")}
+
+
 def event_line(step: int, metrics: Mapping[str, float]) -> bytes:
     """One event as a line of strict JSON; NaN and infinities, which JSON lacks, are left out."""
     values = {name: value for name, value in metrics.items() if math.isfinite(value)}
