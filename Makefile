@@ -38,7 +38,7 @@ tools: ## build the servers that the tests use (a real S3 server), once
 
 .PHONY: test
 test: setup tools lint ## everything that must hold: lint, types, import contracts, generated files, tests
-	@echo "test: about 15 minutes on 2 cores"
+	@echo "test: about 17 minutes on 2 cores"
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 .PHONY: lint
