@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from dpo_api.spec import DPOJobSpec
 from dpo_api.status import ConditionType, StatusProgress
 from dpo_operator import clock, limits
 from dpo_operator.conditions import Truth, find
 from dpo_operator.draft import Draft
+from dpo_operator.progress import said_now
 from dpo_operator.reasons import Reason
 
 TOLERANCE = 0.02
 """Relative. Equal policy and reference differ by bf16's rounding alone, which averages out over a batch."""
 CHANCE = 0.55
 
-_OF_ATTEMPT = frozenset({ConditionType.TrainingStalled.value, ConditionType.ProgressAvailable.value})
+_OF_ATTEMPT = (ConditionType.TrainingStalled, ConditionType.ProgressAvailable)
 
 
 def first_loss(spec: DPOJobSpec) -> float | None:
@@ -46,25 +48,18 @@ def apply(draft: Draft) -> None:
     _stalled(draft, progress, attempt.running_time)
 
 
-def withdraw(draft: Draft) -> None:
+def withdraw(draft: Draft, types: Collection[ConditionType] = _OF_ATTEMPT) -> None:
     """Take back what was said of pods that hold no nodes any more; what ended them stays in the attempt."""
-    kept = [condition for condition in draft.status.conditions if condition.type not in _OF_ATTEMPT]
-    draft.update(conditions=tuple(kept))
-
-
-def _loss_of_step_one(draft: Draft) -> float | None:
-    """What the trainer remembers of it, at whatever step it is asked."""
-    attempt, scrape = draft.attempt, draft.view.observed.scrape
-    if attempt is None or scrape is None or scrape.child != attempt.child or scrape.progress is None:
-        return None
-    return scrape.progress.first_preference_loss
+    named = {each.value for each in types}
+    draft.update(conditions=tuple(c for c in draft.status.conditions if c.type not in named))
 
 
 def _reference(draft: Draft, spec: DPOJobSpec, progress: StatusProgress) -> None:
     expected = first_loss(spec)
     if expected is None or find(draft.status.conditions, ConditionType.ReferenceConsistent):
         return
-    where, seen = "step 1", _loss_of_step_one(draft)
+    said = said_now(draft)  # it remembers the loss of step 1 at whatever step it is asked
+    where, seen = "step 1", said.first_preference_loss if said is not None else None
     if seen is None and progress.step == 0:
         where, seen = "the validation before step 1", progress.metrics.get("val/preference_loss")
     if seen is None:
@@ -128,5 +123,4 @@ def _stalled(draft: Draft, progress: StatusProgress, running_time: str) -> None:
         text = f"Phase {progress.phase}, step {progress.step}: unchanged since {since}."
         draft.condition(ConditionType.TrainingStalled, "True", Reason.NoStep, text)
     else:  # a long checkpoint or export: nobody can say whether it moves
-        kept = [c for c in draft.status.conditions if c.type != ConditionType.TrainingStalled.value]
-        draft.update(conditions=tuple(kept))
+        withdraw(draft, (ConditionType.TrainingStalled,))

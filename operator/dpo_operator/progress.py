@@ -60,13 +60,21 @@ def _same_place(said: Progress, former: StatusProgress) -> bool:
     return (said.phase, said.step, said.done) == (former.phase, former.step, former.done)
 
 
+def said_now(draft: Draft) -> Progress | None:
+    """Return rank 0's newest answer, if it is one of the current attempt."""
+    attempt, scrape = draft.attempt, draft.view.observed.scrape
+    if attempt is None or scrape is None or scrape.child != attempt.child or scrape.progress is None:
+        return None
+    return scrape.progress if names.attempt_of_fence(scrape.progress.attempt) == attempt.number else None
+
+
 def apply(draft: Draft) -> None:
     """Take the newest answer of the current attempt's rank 0 into the status, or say that there is none."""
     attempt, scrape = draft.attempt, draft.view.observed.scrape
     if attempt is None or attempt.result is not None or scrape is None or scrape.child != attempt.child:
         return
-    said = scrape.progress
-    if said is None or names.attempt_of_fence(said.attempt) != attempt.number:
+    said = said_now(draft)
+    if said is None:
         _silence(draft, scrape.error or "its answer is about another attempt")
         return
     former = draft.status.progress

@@ -108,10 +108,11 @@ class Reporter:
     def validated(self, step: int, values: dict[str, float]) -> None:
         """One validation, after ``step`` optimizer steps."""
         named = {f"val/{name}": value for name, value in values.items()}
-        self.latest |= telling(step, named)
+        told = telling(step, named)
+        self.latest |= told
         if self._hub is not None:
             self._hub.write(step, named)
-            self._hub.progress.measured(telling(step, named))
+            self._hub.progress.measured(told)
 
     def flush(self) -> None:
         """Make the record at least as new as the checkpoint that follows."""

@@ -242,6 +242,18 @@ def test_the_first_loss_is_that_of_equal_policy_and_reference(
     assert warned == (verdict is not None and verdict[0] == "False")
 
 
+def test_the_first_loss_of_another_attempt_is_not_taken_for_this_ones() -> None:
+    cluster = running()
+    cluster.say(step=0)
+    cluster.settle()
+    cluster.say(step=50, first_preference_loss=2.0, attempt=names.fence(int(START), 7))
+    cluster.settle()
+    assert cluster.condition("ReferenceConsistent") is None
+    cluster.say(step=50, first_preference_loss=2.0)
+    cluster.settle()
+    assert cluster.condition("ReferenceConsistent") == ("False", "PolicyDiffersFromReference")
+
+
 def test_validation_before_the_first_step_tells_it_too_and_later_steps_do_not() -> None:
     cluster = running()
     cluster.say(phase="validate", step=0, metrics={"val/preference_loss": math.log(2)})

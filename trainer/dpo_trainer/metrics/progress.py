@@ -100,8 +100,8 @@ class ProgressTracker:
         self._window.append(_StepCost(seconds, tokens, pairs))
         self._stepping += seconds
         spent = sum(cost.seconds for cost in self._window)
-        if step == 1:  # kept, since whoever asks now and then will rarely ask while this is the newest step
-            self._update(first_preference_loss=metrics.get("train/preference_loss"))
+        # Kept, since whoever asks now and then will rarely ask while this is the newest step.
+        first = metrics.get("train/preference_loss") if step == 1 else self._state.first_preference_loss
         self._update(
             phase="train",
             done=None,
@@ -113,6 +113,7 @@ class ProgressTracker:
             tokens_per_second=sum(cost.tokens for cost in self._window) / spent if spent > 0 else None,
             pairs_per_second=sum(cost.pairs for cost in self._window) / spent if spent > 0 else None,
             eta_seconds=self._eta(step),
+            first_preference_loss=first,
         )
         self._emit(always=step == self._state.total)
 
