@@ -47,6 +47,11 @@ lint: setup ## ruff, strict types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+.PHONY: docs
+docs: setup ## build the docs site into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: generate
 generate: setup ## rewrite what is generated: the CRD, the reference and operations pages, dashboards, alerts, the chart's files

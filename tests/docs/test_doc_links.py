@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "charts").rglob("README.md"))]
+GITHUB = ROOT / ".github"
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "charts").rglob("README.md")),
+    *sorted(GITHUB.rglob("*.md")),
+]
 
 
 def slug(heading: str) -> str:
@@ -43,6 +49,10 @@ def test_every_make_target_that_a_page_names_is_there() -> None:
     named = {target for page in [*PAGES, *ROOT.glob("Dockerfile.*")] for target in command.findall(page.read_text())}
     assert {"images", "sbom", "test", "e2e", "quickstart"} <= named
     assert named <= targets
+    for workflow in (GITHUB / "workflows").glob("*.yml"):
+        called = set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", workflow.read_text()))
+        assert called, workflow
+        assert called <= targets, workflow
 
 
 def commands(page: Path) -> list[str]:
