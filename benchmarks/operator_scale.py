@@ -31,10 +31,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / room) for room in ("cr
 from dpo_api.status import DPOJobStatus
 from dpo_operator import patches
 from dpo_operator.config import Settings
-from dpo_operator.process.client import Client
-from dpo_operator.process.options import Options
-from dpo_operator.process.resources import CHILDREN, JOBS, PODS
-from dpo_operator.process.scraper import pace
+from dpo_operator.runtime.client import Client
+from dpo_operator.runtime.options import Options
+from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS
+from dpo_operator.runtime.scraper import pace
 from dpo_testing.controlplane import ControlPlane, pytorchjob_crd
 from dpo_testing.fakekubelet import PORT, last_words, now
 from dpo_testing.jobs import manifest

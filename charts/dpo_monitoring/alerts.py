@@ -8,7 +8,7 @@ from typing import Any, Literal
 from dpo_monitoring.queries import ATTEMPT, JOB, metric
 from dpo_operator.config import Settings
 from dpo_operator.invariants import CHANCE
-from dpo_operator.process.options import Options
+from dpo_operator.runtime.options import Options
 
 RUNBOOKS = "https://github.com/dpo-operator/dpo-operator/blob/main/docs/alerts"
 GROUP = "dpo-operator"

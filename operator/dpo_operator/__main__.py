@@ -3,10 +3,10 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from dpo_operator.process import logs, options
-from dpo_operator.process.app import Operator
-from dpo_operator.process.login import LoginError, connection
-from dpo_operator.process.selfcheck import selfcheck
+from dpo_operator.runtime import logs, options
+from dpo_operator.runtime.app import Operator
+from dpo_operator.runtime.login import LoginError, connection
+from dpo_operator.runtime.selfcheck import selfcheck
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from dpo_operator import labels, rbac
 from dpo_operator.backend import pod
 from dpo_operator.config import Settings
 from dpo_operator.docs import INIT_CONTAINER
-from dpo_operator.process.options import Options, parse
+from dpo_operator.runtime.options import Options, parse
 from dpo_testing.chart import (
     CHART,
     COMBINATIONS,
@@ -105,7 +105,7 @@ def test_probes_ask_what_the_operator_answers(home: Path) -> None:
     container = pick(render(home=home), "Deployment")["spec"]["template"]["spec"]["containers"][0]
     paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("readiness", "liveness", "startup")}
     assert paths == {"readiness": "/readyz", "liveness": "/healthz", "startup": "/healthz"}
-    server = (REPOSITORY / "operator" / "dpo_operator" / "process" / "server.py").read_text()
+    server = (REPOSITORY / "operator" / "dpo_operator" / "runtime" / "server.py").read_text()
     assert all(f'"{path}"' in server for path in paths.values())
 
 

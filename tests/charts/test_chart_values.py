@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_operator.process.options import Options, _parser
+from dpo_operator.runtime.options import Options, _parser
 from dpo_testing.chart import CHART, COMBINATIONS, REPOSITORY, HelmError, helm, render
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())

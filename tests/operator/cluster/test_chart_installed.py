@@ -203,18 +203,18 @@ class Play:
 
 
 def test_helm_test_fails_with_a_reason_and_passes_once_it_is_gone(release: Release, kubelet: FakeKubelet) -> None:
-    """Hooks in order, rights that suffice, a spec that is accepted. What trains is test_trial's."""
+    """Hooks in order, rights that suffice, a spec that is accepted. The e2e suite trains one."""
     release.upgrade(test={"spec": {"runPolicy": {"maxRestarts": 0}}})
     api, play = release.cluster.admin, Play(release, kubelet)
     with release.operator(), ThreadPoolExecutor(1) as pool:
         tested = pool.submit(release.helm, "test", RELEASE, "--timeout=300s")
         reporter = play.clear_and_make()
         words, variables = play.command(reporter)
-        with subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as trial:
+        with subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as test:
             kubelet.finish(release.served, f"{play.name}-1-master-0", last_words("DataError", message="no pairs"), 65)
-            _, err = trial.communicate(timeout=240)
-        kubelet.exit(reporter, trial.returncode)
-        assert trial.returncode == 1
+            _, err = test.communicate(timeout=240)
+        kubelet.exit(reporter, test.returncode)
+        assert test.returncode == 1
         assert err.startswith("error: ")
         assert "ended as Failed" in err
         with pytest.raises(HelmError):
@@ -224,14 +224,14 @@ def test_helm_test_fails_with_a_reason_and_passes_once_it_is_gone(release: Relea
         tested = pool.submit(release.helm, "test", RELEASE, "--timeout=300s")
         reporter = play.clear_and_make()
         words, variables = play.command(reporter)
-        with subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as trial:
+        with subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as test:
             kubelet.finish(release.served, f"{play.name}-1-master-0", DONE)
-            out, err = trial.communicate(timeout=240)
-        kubelet.exit(reporter, trial.returncode)
-        assert (trial.returncode, err) == (0, "")
+            out, err = test.communicate(timeout=240)
+        kubelet.exit(reporter, test.returncode)
+        assert (test.returncode, err) == (0, "")
         assert "it works: s3://runs/job/model/" in out
         assert "Phase:          Succeeded" in tested.result()
-    assert api.find(DPOJOBS, release.served, play.name) is None, "the trial's job is deleted"
+    assert api.find(DPOJOBS, release.served, play.name) is None, "the test's job is deleted"
     assert api.find(PODS, release.namespace, play.name) is not None, "its log stays"
     claim = ("v1", "persistentvolumeclaims")
     eventually(lambda: api.find(claim, release.served, play.name) is None, what="the claim is gone")

@@ -16,12 +16,12 @@ import kopf
 import pytest
 
 from dpo_operator import rbac
-from dpo_operator.process.cache import Cache
-from dpo_operator.process.client import ApiError, Client, Unreachable
-from dpo_operator.process.performer import Outdated, Performer
-from dpo_operator.process.resources import CHILDREN, EVENTS, JOBS, PODS, Resource
-from dpo_operator.process.scraper import Scraper
-from dpo_operator.process.watchdog import Watchdog
+from dpo_operator.runtime.cache import Cache
+from dpo_operator.runtime.client import ApiError, Client, Unreachable
+from dpo_operator.runtime.performer import Outdated, Performer
+from dpo_operator.runtime.resources import CHILDREN, EVENTS, JOBS, PODS, Resource
+from dpo_operator.runtime.scraper import Scraper
+from dpo_operator.runtime.watchdog import Watchdog
 from dpo_operator.types import (
     Action,
     CreateChild,

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dpo_operator.process.cache import Cache, Key
-from dpo_operator.process.client import ApiError, Client
-from dpo_operator.process.resources import CHILDREN, CONFIG_MAPS, EVENTS, JOBS
+from dpo_operator.runtime.cache import Cache, Key
+from dpo_operator.runtime.client import ApiError, Client
+from dpo_operator.runtime.resources import CHILDREN, CONFIG_MAPS, EVENTS, JOBS
 from dpo_operator.types import (
     Action,
     CheckChild,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpo_operator.config import Settings
-from dpo_operator.process.options import Options, parse
+from dpo_operator.runtime.options import Options, parse
 
 
 def test_defaults_are_those_of_the_classes() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import kopf
 
-from dpo_operator.process.resources import Resource
+from dpo_operator.runtime.resources import Resource
 
 Hear = Callable[[Resource, str | None, dict[str, Any]], None]
 """Called in the main loop with the kind, the event's type (None while listing) and the object."""

@@ -16,9 +16,9 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_operator.process.cache import Cache, Key, job_of, version
-from dpo_operator.process.client import METADATA_ONLY, ApiError, Client, Unreachable
-from dpo_operator.process.resources import Resource
+from dpo_operator.runtime.cache import Cache, Key, job_of, version
+from dpo_operator.runtime.client import METADATA_ONLY, ApiError, Client, Unreachable
+from dpo_operator.runtime.resources import Resource
 
 _GATHER_SECONDS = 3.0
 """Between being asked for a comparison and making it."""

@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 from dpo_api.version import VERSION
 from dpo_operator.config import Settings
-from dpo_operator.process import login
-from dpo_operator.process.cache import Cache, Key, job_of
-from dpo_operator.process.client import ApiError, Client, Unreachable
-from dpo_operator.process.metrics import Metrics
-from dpo_operator.process.options import Options
-from dpo_operator.process.queue import WorkQueue
-from dpo_operator.process.resources import CHILDREN, JOBS, PODS, WATCHED, Resource
-from dpo_operator.process.scraper import Scraper
-from dpo_operator.process.server import serve
-from dpo_operator.process.watchdog import Watchdog
-from dpo_operator.process.watches import Watches
-from dpo_operator.process.worker import Worker
+from dpo_operator.runtime import login
+from dpo_operator.runtime.cache import Cache, Key, job_of
+from dpo_operator.runtime.client import ApiError, Client, Unreachable
+from dpo_operator.runtime.metrics import Metrics
+from dpo_operator.runtime.options import Options
+from dpo_operator.runtime.queue import WorkQueue
+from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS, WATCHED, Resource
+from dpo_operator.runtime.scraper import Scraper
+from dpo_operator.runtime.server import serve
+from dpo_operator.runtime.watchdog import Watchdog
+from dpo_operator.runtime.watches import Watches
+from dpo_operator.runtime.worker import Worker
 
 _DISCOVERY_SECONDS = 5.0
 

@@ -9,8 +9,8 @@ from prometheus_client.core import Metric
 
 from dpo_api.metrics import OPERATOR
 from dpo_operator import clock
-from dpo_operator.process import jobseries
-from dpo_operator.process.metrics import Metrics
+from dpo_operator.runtime import jobseries
+from dpo_operator.runtime.metrics import Metrics
 
 NOW = clock.to_moment("2026-01-01T12:00:00Z")
 

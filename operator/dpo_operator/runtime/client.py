@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import kopf
 
-from dpo_operator.process.resources import Resource
+from dpo_operator.runtime.resources import Resource
 
 MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"

@@ -9,23 +9,23 @@ from pathlib import Path
 import yaml
 
 from dpo_api.version import VERSION
-from dpo_operator.process.client import Client
-from dpo_operator.process.login import LoginError, connection
-from dpo_operator.trial import job, world
+from dpo_operator.helmtest import job, world
+from dpo_operator.runtime.client import Client
+from dpo_operator.runtime.login import LoginError, connection
 
 
 def main() -> int:
     """Make the data, or run the job; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_operator.trial", description="What `helm test` runs.")
+    parser = argparse.ArgumentParser(prog="python -m dpo_operator.helmtest", description="What `helm test` runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="write a tiny model and preferences")
     make.add_argument("folder", type=Path)
-    for name, text in (("run", "run a DPOJob to its end"), ("clear", "delete the DPOJob that a failed trial has left")):
+    for name, text in (("run", "run a DPOJob to its end"), ("clear", "delete the DPOJob that a failed test left")):
         command = commands.add_parser(name, help=text)
         command.add_argument("--file", type=Path, required=True, help="manifest of the DPOJob")
         command.add_argument("--namespace", required=True)
-        command.add_argument("--claim", default="", help="with run: delete this PersistentVolumeClaim after a success")
-        command.add_argument("--seconds", type=float, default=600.0, help="when to give up; default %(default)s")
+        command.add_argument("--claim", default="", help="with run: delete this PersistentVolumeClaim after success")
+        command.add_argument("--seconds", type=float, default=600.0, help="time limit; default %(default)s")
     arguments = parser.parse_args()
     try:
         if arguments.command == "make":
@@ -35,16 +35,16 @@ def main() -> int:
             )
         else:
             asyncio.run(_with_cluster(arguments))
-    except (job.TrialError, LoginError, OSError) as error:
+    except (job.HelmTestError, LoginError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 async def _with_cluster(arguments: argparse.Namespace) -> None:
-    # A run directory of its own: a former trial's would be finished already.
+    # Each test gets its own run directory: an earlier test's would already be finished.
     manifest = yaml.safe_load(arguments.file.read_text(encoding="utf-8").replace("@TIME@", str(int(time.time()))))
-    client = Client(connection, user_agent=f"dpo-trial/{VERSION}")
+    client = Client(connection, user_agent=f"dpo-helmtest/{VERSION}")
     try:
         if arguments.command == "clear":
             await job.clear(client, arguments.namespace, manifest["metadata"]["name"], seconds=arguments.seconds)

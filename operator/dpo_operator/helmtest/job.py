@@ -1,4 +1,4 @@
-"""Runs one DPOJob to its end, and says what becomes of it. The one success is that it Succeeded."""
+"""Runs one DPOJob until it finishes. The test passes only if the job succeeds."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpo_operator.process.client import ApiError, Client, Unreachable
-from dpo_operator.process.resources import JOBS, Resource
+from dpo_operator.runtime.client import ApiError, Client, Unreachable
+from dpo_operator.runtime.resources import JOBS, Resource
 
 CLAIMS = Resource("", "v1", "persistentvolumeclaims")
 LOOK_SECONDS = 1.0
 
 
-class TrialError(Exception):
-    """The job did not succeed; the text says what is known."""
+class HelmTestError(Exception):
+    """The job did not succeed; the text says why."""
 
 
 async def run(
@@ -27,9 +27,9 @@ async def run(
     tell: Callable[[str], None],
     claim: str = "",
 ) -> dict[str, Any]:
-    """Create a DPOJob anew, follow it to its end, and delete it and ``claim``. Returns its last status.
+    """Create a new DPOJob, wait until it finishes, delete it and ``claim``, and return its last status.
 
-    A job that does not succeed is left for people to look at, and TrialError says why; the next trial deletes it.
+    A job that does not succeed is kept for inspection and raises HelmTestError; the next test deletes it.
     """
     name = str(manifest["metadata"]["name"])
     deadline = time.monotonic() + seconds
@@ -57,7 +57,7 @@ async def _follow(
             tell(f"the API server does not answer: {error}")
         else:
             if job is None or job["metadata"]["uid"] != uid:
-                raise TrialError(f"DPOJob {namespace}/{name} was deleted by somebody else")
+                raise HelmTestError(f"DPOJob {namespace}/{name} was deleted by somebody else")
             status = job.get("status") or {}
             said = f"{status.get('state', 'not seen by an operator yet')}: {status.get('message', '')}".rstrip(": ")
             if said != told:
@@ -66,9 +66,9 @@ async def _follow(
             if status.get("state") == "Succeeded":
                 return status
             if status.get("state") in {"Failed", "Rejected"}:
-                raise TrialError(f"DPOJob {namespace}/{name} ended as {told}")
+                raise HelmTestError(f"DPOJob {namespace}/{name} ended as {told}")
         if time.monotonic() > deadline:
-            raise TrialError(
+            raise HelmTestError(
                 f"DPOJob {namespace}/{name} has not ended in time; last seen: {told or 'nothing'}."
                 f" `kubectl describe dpo {name} -n {namespace}` says more"
             )
@@ -76,14 +76,14 @@ async def _follow(
 
 
 async def clear(client: Client, namespace: str, name: str, *, seconds: float) -> None:
-    """Delete a former trial's job and wait until it is gone."""
+    """Delete an earlier test's job and wait until it is gone."""
     deadline = time.monotonic() + seconds
     refused = f"DPOJobs of {namespace} cannot be read"
     while (job := await _ask(client.find(JOBS, namespace, name), refused)) is not None:
         if not job["metadata"].get("deletionTimestamp"):
             await _ask(client.delete(JOBS, namespace, name, str(job["metadata"]["uid"])), f"{name} cannot be deleted")
         if time.monotonic() > deadline:
-            raise TrialError(f"DPOJob {namespace}/{name} of a former trial cannot be deleted in time")
+            raise HelmTestError(f"DPOJob {namespace}/{name} of an earlier test could not be deleted in time")
         await asyncio.sleep(LOOK_SECONDS)
 
 
@@ -91,4 +91,4 @@ async def _ask(request: Any, refused: str) -> Any:
     try:
         return await request
     except (ApiError, Unreachable) as error:
-        raise TrialError(f"{refused}: {error}") from error
+        raise HelmTestError(f"{refused}: {error}") from error

@@ -19,7 +19,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from dpo_api.version import VERSION
-from dpo_operator.process import jobseries
+from dpo_operator.runtime import jobseries
 
 
 class Metrics:

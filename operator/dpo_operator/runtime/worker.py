@@ -11,14 +11,14 @@ from typing import Any
 
 from dpo_operator.config import Settings
 from dpo_operator.labels import ATTEMPT, JOB, JOB_UID
-from dpo_operator.process.cache import Cache, Key, trimmed
-from dpo_operator.process.client import ApiError, Client, Unreachable
-from dpo_operator.process.metrics import Metrics
-from dpo_operator.process.performer import Outdated, Performer
-from dpo_operator.process.queue import WorkQueue
-from dpo_operator.process.resources import CHILDREN, EVENTS, JOBS, PODS, Resource
-from dpo_operator.process.scraper import Scraper
 from dpo_operator.reconcile import reconcile
+from dpo_operator.runtime.cache import Cache, Key, trimmed
+from dpo_operator.runtime.client import ApiError, Client, Unreachable
+from dpo_operator.runtime.metrics import Metrics
+from dpo_operator.runtime.performer import Outdated, Performer
+from dpo_operator.runtime.queue import WorkQueue
+from dpo_operator.runtime.resources import CHILDREN, EVENTS, JOBS, PODS, Resource
+from dpo_operator.runtime.scraper import Scraper
 from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, Object, Observed
 
 _ROUNDS = 8

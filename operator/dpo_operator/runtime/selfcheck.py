@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_api.version import VERSION
-from dpo_operator.process import login
-from dpo_operator.process.app import way_to_trainers
-from dpo_operator.process.client import ApiError, Client, Unreachable
-from dpo_operator.process.options import Options
-from dpo_operator.process.resources import CHILDREN, JOBS, Resource
 from dpo_operator.rbac import RULES, Rule
+from dpo_operator.runtime import login
+from dpo_operator.runtime.app import way_to_trainers
+from dpo_operator.runtime.client import ApiError, Client, Unreachable
+from dpo_operator.runtime.options import Options
+from dpo_operator.runtime.resources import CHILDREN, JOBS, Resource
 
 LACKS = 1
 """Exit code where something is missing; 0 where nothing is."""

@@ -9,10 +9,10 @@ import kopf
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from dpo_operator.process.cache import Cache
-from dpo_operator.process.client import Client
-from dpo_operator.process.resources import CHILDREN, JOBS, PODS
-from dpo_operator.process.worker import relist
+from dpo_operator.runtime.cache import Cache
+from dpo_operator.runtime.client import Client
+from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS
+from dpo_operator.runtime.worker import relist
 
 
 def item(name: str, version: int, uid: str = "u1", job: str | None = "job", **more: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_operator.process.selfcheck import OLDEST, version
+from dpo_operator.runtime.selfcheck import OLDEST, version
 
 ROOT = Path(__file__).resolve().parents[3]
 

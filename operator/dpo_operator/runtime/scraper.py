@@ -18,8 +18,8 @@ import aiohttp
 from pydantic import ValidationError
 
 from dpo_api.progress import Progress
-from dpo_operator.process.cache import Key
-from dpo_operator.process.client import ApiError, Client, Unreachable
+from dpo_operator.runtime.cache import Key
+from dpo_operator.runtime.client import ApiError, Client, Unreachable
 from dpo_operator.types import Scrape, ScrapeTarget
 
 MAX_BYTES = 64 * 1024

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dpo_operator.process import scraper
-from dpo_operator.process.client import Client
-from dpo_operator.process.scraper import MAX_BYTES, Scraper, pace, together
+from dpo_operator.runtime import scraper
+from dpo_operator.runtime.client import Client
+from dpo_operator.runtime.scraper import MAX_BYTES, Scraper, pace, together
 from dpo_operator.types import Scrape, ScrapeTarget
 from dpo_testing.faketrainer import FakeTrainer
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_operator.process.queue import WorkQueue
+from dpo_operator.runtime.queue import WorkQueue
 
 
 class Clock:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_operator.labels import JOB
-from dpo_operator.process.resources import CHILDREN, JOBS, PODS, Resource
+from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS, Resource
 
 Key = tuple[str, str]
 """Namespace and name of a DPOJob: what is worked on."""
