@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dpo_api import cluster
-from dpo_api.errors import DPOError
+from dpo_api.errors import DPOError, InvalidSpecError
 from dpo_api.fields import count, number
 from dpo_api.findings import Finding, Level
 from dpo_api.not_yet import refused
 from dpo_api.plan import make_plan, plan_rates
 from dpo_api.spec import DPOJobSpec
 
-__all__ = ["Finding", "Level", "ModelFacts", "check", "errors"]
+__all__ = ["Finding", "Level", "ModelFacts", "check", "errors", "refuse_errors"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,12 @@ def check(
 def errors(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings that keep a job from running."""
     return [finding for finding in findings if finding.level == "error"]
+
+
+def refuse_errors(spec: DPOJobSpec, model: ModelFacts | None = None) -> None:
+    """Raise InvalidSpecError with every error that ``check`` finds in the spec."""
+    if found := errors(check(spec, model)):
+        raise InvalidSpecError("; ".join(f"{finding.field}: {finding.message}" for finding in found))
 
 
 def _error(field: str, message: str) -> Finding:

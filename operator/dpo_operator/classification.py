@@ -26,8 +26,8 @@ from dpo_operator.view import moment
 
 FailureClass = Literal["infrastructure", "retryable", "permanent"]
 
-CONSEQUENCES = frozenset({Outcome.Internal, Outcome.Communication, Outcome.Stopped})
-"""Outcomes whose words may only echo what happened elsewhere: what Kubernetes knows outranks them."""
+UNSPECIFIC_OUTCOMES = frozenset({Outcome.Internal, Outcome.Communication, Outcome.Stopped})
+"""Outcomes that may only follow from what happened elsewhere: what Kubernetes reports takes precedence."""
 
 DISRUPTIONS: Mapping[str, Reason] = {
     "DeletionByTaintManager": Reason.NodeLost,
@@ -125,7 +125,7 @@ def cause_of_pod(pod: Object, *, memory_limit: str | None, over_at: float | None
     words = last_words(pod)
     if words is not None and words.known_outcome is Outcome.Succeeded:
         return None
-    specific = words is not None and words.known_outcome not in CONSEQUENCES
+    specific = words is not None and words.known_outcome not in UNSPECIFIC_OUTCOMES
     return (
         (_of_words(pod, words) if specific else None)
         or _of_container(pod, memory_limit)

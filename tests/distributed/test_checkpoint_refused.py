@@ -21,7 +21,7 @@ from dpo_testing.runs import Finished, merged, run_here
 from dpo_testing.training_world import make, preferences
 from dpo_testing.trajectories import checkpoints_in, differences
 from dpo_trainer import run as run_module
-from dpo_trainer.launch import summarise
+from dpo_trainer.results import summarise
 from dpo_trainer.run import Run
 from dpo_trainer.rundir import MARKER
 

@@ -124,7 +124,7 @@ def test_one_process_killed_ends_the_run_and_it_resumes(full: Finished, spec: di
     words = interrupted(
         spec, folder, scratch, lambda _: os.kill(workers_of(scratch)[1], signal.SIGKILL), processes=2, code=code
     )
-    assert "a process of this run ended without a word" in words["message"]
+    assert "a process of this run exited without reporting a result" in words["message"]
     assert words["lastCheckpointStep"] in checkpoints_in(folder)
     assert "Traceback" not in (scratch / "log").read_text()
     assert differences(full, run_here(spec, folder)) == []

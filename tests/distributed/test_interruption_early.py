@@ -18,7 +18,8 @@ from dpo_testing.runs import Finished, finish, job_of, kill, merged, run_here, s
 from dpo_testing.training_world import make
 from dpo_testing.trajectories import checkpoints_in, differences, workers_of
 from dpo_trainer.distributed import World, lost_contact
-from dpo_trainer.launch import RankResult, _Forwarding, summarise
+from dpo_trainer.launch import _Forwarding
+from dpo_trainer.results import RankResult, summarise
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
 
@@ -179,7 +180,7 @@ def result(rank: int, outcome: Outcome, message: str) -> RankResult:
 def test_a_lost_process_of_a_stopped_run_is_a_stop_that_saved_nothing() -> None:
     words = summarise([result(0, Outcome.Communication, "lost contact")], 143, asked=True)
     assert words.outcome == "Stopped"
-    assert "an older checkpoint counts" in words.message
+    assert "the last saved checkpoint is older" in words.message
     both = [result(0, Outcome.Communication, "lost contact"), result(1, Outcome.Stopped, "after step 7")]
     assert summarise(both, 143, asked=True).message == "after step 7"
     assert summarise(both[:1], 1, asked=False).outcome == "Communication"

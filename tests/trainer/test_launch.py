@@ -11,7 +11,8 @@ import pytest
 from dpo_api.errors import InvalidSpecError, Outcome
 from dpo_testing.runs import job_of
 from dpo_trainer.distributed import check_device
-from dpo_trainer.launch import RankResult, launch, processes_here, read_results, summarise, switches
+from dpo_trainer.launch import launch, processes_here, switches
+from dpo_trainer.results import RankResult, read_results, summarise
 
 SPEC: dict[str, Any] = {"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}}
 
@@ -82,7 +83,7 @@ def test_last_words_name_the_checkpoint_that_is_there_not_the_step_that_is_lost(
 
 def test_a_process_that_left_no_word_is_not_taken_for_a_lost_network() -> None:
     words = summarise([result(0, Outcome.Communication, 1.0, "lost contact")], 1, asked=False)
-    assert "without a word" in words.message
+    assert "without reporting a result" in words.message
 
 
 def test_nothing_left_at_all() -> None:

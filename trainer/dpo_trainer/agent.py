@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_api.errors import Outcome
-from dpo_trainer.launch import RankResult, follow_parent
+from dpo_trainer.parent import follow_parent
+from dpo_trainer.results import RankResult
 
 PEER_SECONDS = 5.0
 """How long a process may live on once another one of its node has failed: time to notice, and to say so."""
@@ -130,7 +131,7 @@ def agent(argv: Sequence[str]) -> int:
 
     def close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
         workers = [
-            Worker(handler.proc, results / f"rank-{context.envs[place]['RANK']}.json", handler.close)
+            Worker(handler.proc, RankResult.path(results, context.envs[place]["RANK"]), handler.close)
             for place, handler in context.subprocess_handlers.items()
         ]
         end(workers, death_sig, timeout)

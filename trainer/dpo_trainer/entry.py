@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         return launch(arguments)
     if arguments.command == "worker":
-        from dpo_trainer.launch import follow_parent
+        from dpo_trainer.parent import follow_parent
 
         follow_parent()  # before the imports, which take seconds
         from dpo_trainer.worker import work

@@ -5,63 +5,26 @@ our child, each rank leaves a result file, and this process, which imports neith
 """
 
 import argparse
-import ctypes
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from dpo_api.errors import DPOError, InvalidSpecError, Outcome
+from dpo_api.errors import DPOError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_api.progress import LastWords
 from dpo_api.spec import DPOJobSpec, Resources
-from dpo_api.validation import ModelFacts, check
-
-CONSEQUENCES = (Outcome.Communication, Outcome.Stopped)
-"""Outcomes that one rank's failure causes in the others: they explain a run only where nothing else does."""
+from dpo_api.validation import refuse_errors
+from dpo_trainer.parent import follow_parent
+from dpo_trainer.results import read_results, summarise
 
 MARGIN_SECONDS = 5.0
 """Time kept back from the grace period for summing up after the workers are gone."""
-
-
-@dataclass(frozen=True)
-class RankResult:
-    """How one rank ended."""
-
-    rank: int
-    outcome: str
-    message: str = ""
-    at: float = 0.0
-    step: int = 0
-    total: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    run_dir: str | None = None
-    model_uri: str | None = None
-    attempt: int = 1
-    last_checkpoint_step: int | None = None
-    already_complete: bool = False
-
-    def write(self, folder: Path) -> None:
-        """Leave the result where launch looks for it; complete or absent."""
-        path = folder / f"rank-{self.rank}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self)))
-        partial.rename(path)
-
-
-def follow_parent(parent_signal: int = signal.SIGTERM) -> None:
-    """Ask the kernel for a signal when the parent dies, so that a killed launcher leaves no process behind."""
-    with suppress(OSError, AttributeError):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(parent_signal))
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -137,13 +100,6 @@ class _Forwarding:
             self._child.terminate()
 
 
-def refuse_errors(spec: DPOJobSpec, model: ModelFacts | None = None) -> None:
-    """Raise InvalidSpecError for what types cannot say, as `dpo validate` does: nothing is ever ignored."""
-    errors = [finding for finding in check(spec, model) if finding.level == "error"]
-    if errors:
-        raise InvalidSpecError("; ".join(f"{finding.field}: {finding.message}" for finding in errors))
-
-
 def switches(spec: DPOJobSpec) -> dict[str, str]:
     """Environment variables that Transformer Engine and cuBLAS read once, when they are loaded."""
     engine = spec.transformer_engine
@@ -170,49 +126,3 @@ def _rendezvous(environment: Mapping[str, str]) -> list[str]:
     if int(environment.get("PET_NNODES", "1") or 1) > 1:
         return []  # torchrun reads PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT itself
     return ["--standalone"]
-
-
-def read_results(folder: Path) -> list[RankResult]:
-    """The results that ranks of this node left, by rank."""
-    return sorted(
-        (RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")),
-        key=lambda result: result.rank,
-    )
-
-
-def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) -> LastWords:
-    """One node's results as last words: the first failure that is nobody's consequence explains the run."""
-    if not results:
-        if asked:
-            return LastWords(outcome=Outcome.Stopped.name, message="stopped before training began")
-        return LastWords(
-            outcome=Outcome.Internal.name,
-            message=f"the processes ended (code {agent_code}) without a word: if the log does not say why, they were "
-            "killed, perhaps for lack of memory",
-        )
-    failures = [result for result in results if result.outcome != Outcome.Succeeded.name]
-    causes = [result for result in failures if result.outcome not in {outcome.name for outcome in CONSEQUENCES}]
-    lost = (
-        not causes and agent_code != 0 and not asked and all(r.outcome == Outcome.Communication.name for r in failures)
-    )
-    stopped = [result for result in failures if result.outcome == Outcome.Stopped.name]
-    chosen = min(causes or stopped or failures or results, key=lambda result: (result.at, result.rank))
-    outcome, message = chosen.outcome, chosen.message
-    if asked and outcome == Outcome.Communication.name:
-        outcome = Outcome.Stopped.name
-        message = f"asked to stop, and a process ended before it could save: an older checkpoint counts ({message})"
-    if lost and failures:
-        message = f"a process of this run ended without a word: killed, perhaps for lack of memory ({message})"
-    saved = [result.last_checkpoint_step for result in results if result.last_checkpoint_step is not None]
-    return LastWords(
-        outcome=outcome,
-        message=message,
-        step=chosen.step,
-        total=chosen.total,
-        metrics=chosen.metrics,
-        run_dir=chosen.run_dir,
-        model_uri=chosen.model_uri,
-        attempt=chosen.attempt,
-        last_checkpoint_step=max(saved, default=None),  # a rank that was lost on its way out may know an older one
-        already_complete=chosen.already_complete,
-    )

@@ -14,6 +14,7 @@ import torch
 from dpo_api.errors import DPOError, IncompatibleCheckpointError, Outcome, StoppedError
 from dpo_api.manifest import DPOJob
 from dpo_api.plan import make_plan
+from dpo_api.validation import refuse_errors
 from dpo_store import Store
 from dpo_trainer.batches import DataSet, Packer
 from dpo_trainer.checkpoint.identity import Identity, check_identity, identity_of
@@ -25,11 +26,11 @@ from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there
 from dpo_trainer.formats.huggingface import Checkpoint, load_weights, read_config
 from dpo_trainer.formats.start import StartWeights
-from dpo_trainer.launch import RankResult, refuse_errors
 from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora
 from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable, complete, reference_key
 from dpo_trainer.reporting import Reporter
+from dpo_trainer.results import RankResult
 from dpo_trainer.rundir import RunDirectory, SavedCheckpoint
 from dpo_trainer.sources import model_source, open_tokenizer, store_for
 from dpo_trainer.stopping import StopRequest

@@ -14,7 +14,7 @@ import torch
 from dpo_api.errors import DPOError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_trainer.distributed import World, lost_contact
-from dpo_trainer.launch import RankResult
+from dpo_trainer.results import RankResult
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
 
