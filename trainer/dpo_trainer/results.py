@@ -1,6 +1,6 @@
 """What each rank reports when it ends, and how a node's reports become one termination message.
 
-Each rank writes ``rank-<n>.json`` into a folder that the launcher made. The launcher reads them once torchrun has exited.
+Each rank writes ``rank-<n>.json`` into a folder that the launcher made, and the launcher reads them at the end.
 Imports neither torch nor Megatron-Core: the launcher uses it.
 """
 
