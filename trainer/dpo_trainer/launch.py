@@ -101,7 +101,11 @@ class _Forwarding:
 
 
 def switches(spec: DPOJobSpec) -> dict[str, str]:
-    """Environment variables that Transformer Engine and cuBLAS read once, when they are loaded."""
+    """Return the environment variables that Transformer Engine and cuBLAS read when they are loaded.
+
+    This is the only place that sets them: on a cluster too, a pod runs the launcher. A field of the spec takes
+    precedence over a variable that is already set.
+    """
     engine = spec.transformer_engine
     asked = {
         "NVTE_MASKED_SOFTMAX_FUSION": engine.masked_softmax_fusion,

@@ -152,7 +152,7 @@ def _resources(spec: DPOJobSpec) -> dict[str, Any]:
 def _environment(spec: DPOJobSpec, mounts: Mounts, settings: Settings) -> list[dict[str, Any]]:
     """The installation's variables, then ours, then the job's own, each name once: the job's word counts last."""
     values: dict[str, dict[str, Any]] = {name: {"name": name, "value": value} for name, value in settings.extra_env}
-    for variable in [*_libraries(spec), *mounts.env, *_logging(spec)]:
+    for variable in [*_collectives(spec), *mounts.env, *_logging(spec)]:
         values[variable["name"]] = variable
     for own in spec.pod_template.env:
         values[own.name] = (
@@ -163,21 +163,14 @@ def _environment(spec: DPOJobSpec, mounts: Mounts, settings: Settings) -> list[d
     return list(values.values())
 
 
-def _libraries(spec: DPOJobSpec) -> list[dict[str, Any]]:
-    """What NCCL, cuBLAS and Transformer Engine read from the environment alone."""
-    values: dict[str, str] = {}
-    if spec.resources.gpus_per_node:
-        # A time-out leaves a record of the last collectives in scratch space and in the log.
-        values |= {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-    engine = spec.transformer_engine
-    switches = {
-        "NVTE_MASKED_SOFTMAX_FUSION": engine.masked_softmax_fusion,
-        "NVTE_FLASH_ATTN": engine.flash_attention,
-        "NVTE_FUSED_ATTN": engine.fused_attention,
-    }
-    values |= {name: str(int(value)) for name, value in switches.items() if value is not None}
-    if spec.training.deterministic:
-        values |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+def _collectives(spec: DPOJobSpec) -> list[dict[str, Any]]:
+    """Make NCCL keep a record of the last collectives; a time-out writes it to scratch space and to the log.
+
+    What Transformer Engine and cuBLAS read from the environment is not here: the trainer's launcher sets it.
+    """
+    if not spec.resources.gpus_per_node:
+        return []
+    values = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     return [{"name": name, "value": value} for name, value in values.items()]
 
 

@@ -267,7 +267,8 @@ def test_no_service_account_no_token() -> None:
     assert "serviceAccountName" not in pod(child())
 
 
-def test_kernel_and_collective_settings() -> None:
+def test_collective_settings() -> None:
+    """What kernels read from the environment is the trainer's to set: see tests/distributed/test_pod_command.py."""
     body = child(
         resources={"gpusPerNode": 1},
         transformerEngine={"flashAttention": False, "fusedAttention": True},
@@ -276,9 +277,7 @@ def test_kernel_and_collective_settings() -> None:
         settings=Settings(extra_env=(("NCCL_DEBUG", "INFO"), ("NCCL_IB_HCA", "mlx5"))),
     )
     values = env(body)
-    assert (values["NVTE_FLASH_ATTN"], values["NVTE_FUSED_ATTN"]) == ("0", "1")
-    assert "NVTE_MASKED_SOFTMAX_FUSION" not in values
-    assert values["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+    assert not [name for name in values if name.startswith(("NVTE_", "CUBLAS_"))]
     assert (values["NCCL_DEBUG"], values["NCCL_IB_HCA"]) == ("WARN", "mlx5"), "the job's own word counts last"
     assert values["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     listed = [e["name"] for e in trainer(body)["env"]]
