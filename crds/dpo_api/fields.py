@@ -186,12 +186,6 @@ class ConfigMapRef(Section):
     name: DnsName = Field(description="Name of the ConfigMap, in the DPOJob's own namespace.")
 
 
-def number(value: float) -> str:
-    """Write a number as people do: 9e-6, not 9e-06; 1, not 1.0."""
-    mantissa, sign, exponent = f"{value:g}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if sign else mantissa
-
-
 def count(value: int | str, of: int) -> int:
     """Resolve a count-or-percentage of ``of``: a count is itself, p % is max(1, floor(p / 100 * of)).
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpo_api.errors import InvalidDataError
-from dpo_api.fields import count, number
+from dpo_api.fields import count
 from dpo_api.findings import Finding
 from dpo_api.spec import DPOJobSpec, Training
+from dpo_api.texts import number, numbers
 
 CONSTANT_STEPS_MAX = 1000
 """Most steps at the minimum rate when ``constantSteps`` is left out: NeMo's fixed value."""
@@ -162,9 +163,10 @@ def plan_rates(training: Training, total_steps: int) -> RatePlan:
             f" set warmupSteps: {fix}"
         )
         warnings.append(Finding("warning", "spec.training.schedule.warmupSteps", text))
-    elif decay <= 0:
+    elif decay <= 0 and lowest < peak:
+        high, low = numbers(peak, lowest)
         room = f"{total_steps} steps are {'fewer than' if decay < 0 else 'no more than'}"
-        fall = f"the rate would fall from {number(peak)} to {number(lowest)} at step {warmup + 1}"
+        fall = f"the rate would fall from {high} to {low} at step {warmup + 1}"
         fix = min(usual, total_steps - warmup - 1)
         text = f"{room} warm-up {warmup} + constant {constant}: {fall}; set constantSteps: {fix}"
         warnings.append(Finding("warning", "spec.training.schedule", text))

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from dpo_api import cluster
 from dpo_api.errors import DPOError, InvalidSpecError
-from dpo_api.fields import count, number
+from dpo_api.fields import count
 from dpo_api.findings import Finding, Level
 from dpo_api.not_yet import refused
 from dpo_api.plan import make_plan, plan_rates
 from dpo_api.spec import DPOJobSpec
+from dpo_api.texts import number, numbers
 
 __all__ = ["Finding", "Level", "ModelFacts", "check", "errors", "refuse_errors"]
 
@@ -163,7 +164,8 @@ def _loss(spec: DPOJobSpec) -> Iterator[Finding]:
     if dpo.sft_weight == 0:
         yield from _unused(spec, {"sft_average_log_probs"}, "because sftWeight is 0")
     if dpo.beta > 5 or dpo.beta < 0.001:
-        yield _warning("dpo.beta", f"{number(dpo.beta)} is far from the usual 0.01 to 5; 0.1 is a good start")
+        beta, _ = numbers(dpo.beta, 5)
+        yield _warning("dpo.beta", f"{beta} is far from the usual 0.01 to 5; 0.1 is a good start")
 
 
 def _unused(spec: DPOJobSpec, attributes: set[str], why: str) -> Iterator[Finding]:
@@ -173,15 +175,15 @@ def _unused(spec: DPOJobSpec, attributes: set[str], why: str) -> Iterator[Findin
 
 def _rewards(spec: DPOJobSpec) -> Iterator[Finding]:
     dpo = spec.dpo
-    chosen, rejected = dpo.default_chosen_reward, dpo.default_rejected_reward
+    chosen, rejected = numbers(dpo.default_chosen_reward, dpo.default_rejected_reward)
     if dpo.gt_reward_scale == 0:
         yield _warning("dpo.gtRewardScale", "0 makes every reward gap 0: both responses should become equally likely")
-    elif chosen <= rejected:
-        text = f"{number(chosen)} is not above defaultRejectedReward {number(rejected)}: records without rewards would"
+    elif dpo.default_chosen_reward <= dpo.default_rejected_reward:
+        text = f"{chosen} is not above defaultRejectedReward {rejected}: records without rewards would"
         yield _warning("dpo.defaultChosenReward", f"{text} teach nothing or the opposite; set it higher")
     else:
         text = f"{dpo.loss} learns each record's reward gap; records without chosen_reward and rejected_reward get"
-        yield _note("dpo.loss", f"{text} {number(chosen)} and {number(rejected)}")
+        yield _note("dpo.loss", f"{text} {chosen} and {rejected}")
 
 
 def _alias(section: object, attribute: str) -> str:
@@ -300,8 +302,8 @@ def _divides(spec: DPOJobSpec, model: ModelFacts) -> Iterator[Finding]:
         )
 
 
-def _or(numbers: Sequence[int]) -> str:
-    words = [str(number) for number in numbers]
+def _or(counts: Sequence[int]) -> str:
+    words = [str(count) for count in counts]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 

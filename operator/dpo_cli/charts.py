@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
+from dpo_api.texts import compact
+
 Point = tuple[int, float]
 """One observation: (step, value)."""
 
@@ -48,23 +50,6 @@ class Chart:
     high: float | None = None
     reference: tuple[float, str] | None = None
     cut_spikes: bool = False
-
-
-def compact(value: float) -> str:
-    """Write a number in at most about seven characters: 0.0712, 3.1, 12.3k, 9e-07."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size >= 1e15 or size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            scale = 1e3 if suffix == "k" else limit
-            return f"{value / scale:.3g}{suffix}"
-    if size >= 100:
-        return f"{value:.0f}"
-    return f"{value:.3g}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

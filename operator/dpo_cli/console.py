@@ -9,6 +9,7 @@ from rich.text import Text
 
 from dpo_api.errors import Outcome
 from dpo_api.findings import Finding
+from dpo_api.texts import counted
 from dpo_cli.screen import clean
 
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
@@ -29,11 +30,6 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Return a console for errors."""
     return _Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def counted(count: int, noun: str) -> str:
-    """Return "1 error", "2 errors"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def headline(findings: Sequence[Finding]) -> str:

@@ -7,20 +7,10 @@ from collections.abc import Iterator, Sequence
 from dpo_api.manifest import DPOJob
 from dpo_api.plan import Plan, RatePlan, plan_rates
 from dpo_api.spec import DPOJobSpec
-from dpo_cli.charts import compact
-from dpo_cli.console import counted
+from dpo_api.texts import counted, number, numbers, size
 from dpo_cli.survey import SourceSeen, Survey
 
 Row = tuple[str, str]
-
-
-def size(count: int) -> str:
-    """Write a number of bytes: 512 B, 1.2 MB, 16.1 GB (decimal)."""
-    value, units = float(count), ("B", "kB", "MB", "GB", "TB", "PB")
-    unit = 0
-    while value >= 999.5 and unit < len(units) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{count} B" if unit == 0 else f"{value:.3g} {units[unit]}"
 
 
 def rows(job: DPOJob, seen: Survey, plan: Plan | None, *, exact: bool) -> list[Row]:
@@ -69,17 +59,17 @@ def _learning(spec: DPOJobSpec) -> Iterator[Row]:
     if dpo.preference_weight == 0:
         yield "loss", "SFT on the chosen responses alone, without a reference"
     else:
-        sft = f" + {dpo.sft_weight:g} × SFT" if dpo.sft_weight else ""
-        weight = f"{dpo.preference_weight:g} × " if dpo.preference_weight != 1 else ""
+        sft = f" + {number(dpo.sft_weight)} × SFT" if dpo.sft_weight else ""
+        weight = f"{number(dpo.preference_weight)} × " if dpo.preference_weight != 1 else ""
         mean = ", log-probs averaged over tokens" if dpo.average_log_probs else ""
-        yield "loss", f"{weight}{dpo.loss}, beta {dpo.beta:g}{mean}{sft}"
+        yield "loss", f"{weight}{dpo.loss}, beta {number(dpo.beta)}{mean}{sft}"
     if lora is None:
         yield "trains", f"all parameters, {training.precision}"
     else:
         alpha = lora.alpha if lora.alpha is not None else lora.rank
         layers = f" of {counted(len(lora.layers), 'layer')}" if lora.layers is not None else ""
         modules = ", ".join(lora.target_modules)
-        yield "trains", f"LoRA rank {lora.rank}, alpha {alpha:g}, on {modules}{layers}, {training.precision}"
+        yield "trains", f"LoRA rank {lora.rank}, alpha {number(alpha)}, on {modules}{layers}, {training.precision}"
 
 
 def _steps(spec: DPOJobSpec, plan: Plan | None, exact: bool) -> Iterator[Row]:
@@ -101,7 +91,7 @@ def _steps(spec: DPOJobSpec, plan: Plan | None, exact: bool) -> Iterator[Row]:
         yield "steps", f"{epochs_of} in batches of {training.global_batch_size:,} pairs · --deep counts them"
         yield (
             "rate",
-            f"warm-up of {training.schedule.warmup_steps:,} steps to {compact(training.learning_rate)}, then cosine",
+            f"warm-up of {training.schedule.warmup_steps:,} steps to {number(training.learning_rate)}, then cosine",
         )
     if spec.data.validation:
         yield "validates", _validations(spec, plan, about)
@@ -114,11 +104,11 @@ def _steps(spec: DPOJobSpec, plan: Plan | None, exact: bool) -> Iterator[Row]:
 def epochs(plan: Plan) -> str:
     """Write how many epochs a plan's steps are."""
     count = plan.total_steps / plan.steps_per_epoch
-    return f"{count:.3g} epoch{'' if count == 1 else 's'}"
+    return f"{number(count, 3)} epoch{'' if count == 1 else 's'}"
 
 
 def _rate(plan: Plan | RatePlan) -> str:
-    peak, lowest = compact(plan.learning_rate), compact(plan.min_learning_rate)
+    peak, lowest = numbers(plan.learning_rate, plan.min_learning_rate)
     parts = [f"warm-up of {plan.warmup_steps:,} steps to {peak}"] if plan.warmup_steps else [peak]
     if plan.decay_steps:
         parts.append(f"cosine over {plan.decay_steps:,} to {lowest}")

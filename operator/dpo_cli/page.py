@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -13,7 +13,8 @@ from typing import Any
 
 from dpo_api.errors import Outcome
 from dpo_api.progress import LastWords
-from dpo_cli.charts import LEFT, RIGHT, WIDTH, Chart, Line, compact, render
+from dpo_api.texts import compact, elapsed, percent
+from dpo_cli.charts import LEFT, RIGHT, WIDTH, Chart, Line, render
 from dpo_cli.metrics_log import MetricsLog, Point
 
 VALIDATION_ROWS = 200
@@ -91,13 +92,10 @@ def _tile(name: str, value: str, more: str = "") -> str:
     return f'<div class="tile">{head}{detail}</div>'
 
 
-def _trend(name: str, points: Sequence[Point], *, best: str | None, percent: bool = False) -> str:
+def _trend(name: str, points: Sequence[Point], *, best: str | None, text: Callable[[float], str] = compact) -> str:
     """One tile: the last value, with the first and the best ("min" or "max") beneath."""
     if not points:
         return ""
-
-    def text(value: float) -> str:
-        return f"{value:.1%}" if percent else compact(value)
 
     more = f"first {text(points[0][1])}"
     if best is not None and len(points) > 1:
@@ -110,7 +108,7 @@ def _trend(name: str, points: Sequence[Point], *, best: str | None, percent: boo
 def _tiles(log: MetricsLog, ended: LastWords | None) -> str:
     prefix, where = ("val/", "validation") if log.names("val/") else ("train/", "train")
     tiles = [
-        _trend(f"accuracy, {where}", log.get(f"{prefix}acc"), best="max", percent=True),
+        _trend(f"accuracy, {where}", log.get(f"{prefix}acc"), best="max", text=percent),
         _trend(f"loss, {where}", log.get(f"{prefix}loss"), best="min"),
         _trend(f"reward margin, {where}", margins(log, prefix), best="max"),
     ]
@@ -123,7 +121,7 @@ def _tiles(log: MetricsLog, ended: LastWords | None) -> str:
     seconds = [value for _, value in log.get("train/step_time")]
     if seconds:
         tiles.append(
-            _tile("step time, median", f"{compact(median(seconds))} s", f"{duration(sum(seconds))} of training")
+            _tile("step time, median", f"{compact(median(seconds))} s", f"{elapsed(sum(seconds))} of training")
         )
     unit, speeds = throughput(log)
     rates = [value for _, value in speeds]
@@ -146,18 +144,6 @@ def throughput(log: MetricsLog) -> tuple[str, Sequence[Point]]:
             speeds.append((step, done / steps / seconds[step]))
         before = (step, pairs)
     return "pairs", speeds
-
-
-def duration(seconds: float) -> str:
-    """Write a time span as people do: 0.4 s, 41 s, 2:05 min, 3 h 07 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _both(log: MetricsLog, metric: str) -> list[Line]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dpo_api.progress import Phase, Progress
+from dpo_api.texts import clock, figure
 
 LABELS: dict[Phase, str] = {"starting": "start", "validate": "val"}
 """Labels that differ from the phase's own name."""
@@ -37,34 +38,6 @@ class _Phase:
     newest: Progress
 
 
-def clock(seconds: float) -> str:
-    """Write a remaining time: 0:09, 12:30, 3:07:00."""
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def elapsed(seconds: float) -> str:
-    """Write a time span: 0.4 s, 41 s, 2:05 min, 3:07:00 h."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{clock(seconds)} {'min' if seconds < 3599.5 else 'h'}"
-
-
-def number(value: float) -> str:
-    """Write a loss or a margin in three digits, without exponents in the usual range."""
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size >= 10:
-        return f"{value:.1f}"
-    if size >= 1:
-        return f"{value:.2f}"
-    return f"{value:.3f}" if size >= 0.001 or value == 0 else f"{value:.1e}"
-
-
 def margin(metrics: dict[str, float], prefix: str) -> float | None:
     """Return the mean reward margin: the logged one, else the difference of the two mean rewards."""
     if f"{prefix}rewards_margin" in metrics:
@@ -77,12 +50,12 @@ def scores(metrics: dict[str, float], prefix: str) -> list[str]:
     """Return "loss 0.118", "acc 0.98", "margin 3.10": those that there are."""
     parts = []
     if f"{prefix}loss" in metrics:
-        parts.append(f"loss {number(metrics[f'{prefix}loss'])}")
+        parts.append(f"loss {figure(metrics[f'{prefix}loss'])}")
     if f"{prefix}acc" in metrics:
         parts.append(f"acc {metrics[f'{prefix}acc']:.2f}")
     gap = margin(metrics, prefix)
     if gap is not None:
-        parts.append(f"margin {number(gap)}")
+        parts.append(f"margin {figure(gap)}")
     return parts
 
 

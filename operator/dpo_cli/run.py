@@ -21,6 +21,7 @@ from dpo_api.findings import Finding
 from dpo_api.manifest import DPOJob
 from dpo_api.progress import LastWords, Progress
 from dpo_api.spec import DPOJobSpec, Resources, Section
+from dpo_api.texts import counted
 from dpo_cli import machine, trainer
 from dpo_cli.console import headline, print_error, print_findings, stderr, stdout
 from dpo_cli.events import EventTail
@@ -216,10 +217,8 @@ class _Run:
 
     def _train(self, launch: trainer.Launch, log: BinaryIO) -> tuple[int, LastWords]:
         """Start the trainer and show it until it ends; returns the exit code and its last words."""
-        job, plural = self._job, "" if self._processes == 1 else "es"
-        self._console.print(
-            f"{job.metadata.name}  {self._processes} process{plural} · run directory {self._run_dir}", style="bold"
-        )
+        job, started = self._job, counted(self._processes, "process", "processes")
+        self._console.print(f"{job.metadata.name}  {started} · run directory {self._run_dir}", style="bold")
         tail = EventTail(launch.events)
         requests = trainer.Requests()
         with ExitStack() as stack:

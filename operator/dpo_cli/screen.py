@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.text import Text
 
 from dpo_api.progress import Progress
-from dpo_cli.rows import UNTOLD, PhaseLog, Row, elapsed
+from dpo_api.texts import elapsed
+from dpo_cli.rows import UNTOLD, PhaseLog, Row
 
 LABEL_WIDTH = 10
 BAR_WIDTH = 20

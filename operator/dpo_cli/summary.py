@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from dpo_api.errors import Outcome
 from dpo_api.progress import LastWords
+from dpo_api.texts import figure, percent
 from dpo_cli.metrics_log import MetricsLog, Point
 from dpo_cli.page import margins
 from dpo_cli.report import Written
-from dpo_cli.rows import number
 from dpo_store import join_uri
 
 Row = tuple[str, str]
@@ -52,7 +52,7 @@ def compared(log: MetricsLog) -> str:
     """
     prefix = "val/" if log.get("val/loss") else "train/"
     parts = [
-        _pair("accuracy", log.get(f"{prefix}acc")[-1:], "{:.1%}".format),
+        _pair("accuracy", log.get(f"{prefix}acc")[-1:], percent),
         _pair("loss", log.get(f"{prefix}loss")),
         _pair("margin", margins(log, prefix)[-1:]),
     ]
@@ -62,7 +62,7 @@ def compared(log: MetricsLog) -> str:
     return ("validation: " if prefix == "val/" else "training: ") + " · ".join(told)
 
 
-def _pair(name: str, points: Sequence[Point], form: Callable[[float], str] = number) -> str:
+def _pair(name: str, points: Sequence[Point], form: Callable[[float], str] = figure) -> str:
     if not points:
         return ""
     last = form(points[-1][1])

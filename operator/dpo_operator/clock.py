@@ -18,14 +18,3 @@ def to_micro_text(moment: float) -> str:
 def to_moment(text: str) -> float:
     """Return the moment of an RFC 3339 text. Raises ValueError for anything else."""
     return datetime.fromisoformat(text).timestamp()
-
-
-def duration(seconds: float) -> str:
-    """Write a duration as kubectl does: 45s, 12m, 3h12m, 5d4h."""
-    whole = max(0, int(seconds))
-    days, hours, minutes = whole // 86_400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days}d{hours}h"
-    if hours:
-        return f"{hours}h{minutes}m"
-    return f"{minutes}m" if minutes else f"{whole}s"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from dpo_api.progress import Progress
 from dpo_api.status import ConditionType, StatusProgress, Summary
+from dpo_api.texts import age, fixed
 from dpo_operator import clock, names
 from dpo_operator.conditions import find
 from dpo_operator.draft import Draft
@@ -110,18 +111,15 @@ def summarise(progress: StatusProgress) -> Summary:
     left = progress.eta_seconds
     return Summary(
         step=f"{progress.step}/{progress.total}"[:32] if progress.total else None,
-        accuracy=_number(metrics.get(f"{place}/acc"), 2),
-        margin=_number(metrics.get(f"{place}/rewards_margin"), 2),
-        loss=_number(metrics.get("train/loss"), 4),
-        eta=clock.duration(left)[:32] if left and progress.phase != "done" else None,
+        accuracy=_fixed(metrics.get(f"{place}/acc"), 2),
+        margin=_fixed(metrics.get(f"{place}/rewards_margin"), 2),
+        loss=_fixed(metrics.get("train/loss"), 4),
+        eta=age(left)[:32] if left and progress.phase != "done" else None,
     )
 
 
-def _number(value: float | None, digits: int) -> str | None:
-    if value is None:
-        return None
-    text = f"{value:.{digits}f}"
-    return text if len(text) <= 16 else f"{value:.3g}"[:16]
+def _fixed(value: float | None, decimals: int) -> str | None:
+    return None if value is None else fixed(value, decimals)
 
 
 def sentence(progress: StatusProgress | None) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_api.errors import InvalidDataError
-from dpo_api.fields import count, number
+from dpo_api.fields import count
 from dpo_api.plan import make_plan
 from dpo_testing.manifests import spec
 
@@ -35,13 +35,6 @@ def test_percentages_are_exact(fraction: int, whole: int, of: int) -> None:
 )
 def test_counts_and_percentages(value: int | str, of: int, expected: int) -> None:
     assert count(value, of) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(9e-6, "9e-6"), (9e-7, "9e-7"), (0.1, "0.1"), (1.0, "1"), (0.00012, "0.00012"), (1e10, "1e10")]
-)
-def test_numbers_are_written_as_people_do(value: float, text: str) -> None:
-    assert number(value) == text
 
 
 def test_ultrafeedback_at_512() -> None:
@@ -182,3 +175,18 @@ def test_micro_batches() -> None:
 )
 def test_fine_tuning_alone(changes: dict[str, object], sft_only: bool) -> None:
     assert make_plan(spec(changes), 64).sft_only is sft_only
+
+
+def test_a_rate_that_is_constant_by_choice_cannot_fall() -> None:
+    """minLearningRate equal to learningRate: without a decay the rate is what was asked for."""
+    schedule = {"minLearningRate": 1e-5, "constantSteps": 1000}
+    plan = make_plan(spec({"training.learningRate": 1e-5, "training.schedule": schedule}), 61_135)
+    assert (plan.decay_steps, plan.min_learning_rate) == (0, plan.learning_rate)
+    assert plan.warnings == ()
+
+
+def test_rates_that_differ_are_written_differently() -> None:
+    schedule = {"minLearningRate": 1e-5, "constantSteps": 1000}
+    plan = make_plan(spec({"training.learningRate": 1.00000001e-5, "training.schedule": schedule}), 61_135)
+    (warning,) = plan.warnings
+    assert "the rate would fall from 1.00000001e-5 to 1e-5 at step 11" in str(warning)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_api.progress import LastWords
-from dpo_cli.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Line, compact, render, smooth, thin, ticks
+from dpo_cli.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Line, render, smooth, thin, ticks
 from dpo_cli.metrics_log import merge, parse_events
 from dpo_cli.page import Report, flatten, margins, render_page
 from dpo_testing.cli import Dpo, World
@@ -199,22 +199,6 @@ def test_smoothing_neither_lags_nor_bends_a_line() -> None:
 def test_smoothing_averages() -> None:
     saw = [(step, float(step % 2)) for step in range(400)]
     assert all(abs(value - 0.5) < 0.06 for step, value in smooth(saw) if 20 < step < 380)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.0712, "0.0712"),
-        (3.14159, "3.14"),
-        (9e-7, "9e-7"),
-        (12340, "12.3k"),
-        (1.5e6, "1.5M"),
-        (-250, "-250"),
-    ],
-)
-def test_compact_numbers(value: float, text: str) -> None:
-    assert compact(value) == text
 
 
 def test_flatten_names_every_leaf() -> None:

@@ -6,11 +6,10 @@ import io
 import re
 from typing import Any
 
-import pytest
 from rich.console import Console
 
 from dpo_api.progress import Phase, Progress
-from dpo_cli.rows import PhaseLog, clock, elapsed, number
+from dpo_cli.rows import PhaseLog
 from dpo_cli.screen import LiveScreen, PlainScreen, open_screen, quiet_for
 
 START = 1_700_000_000.0
@@ -134,22 +133,6 @@ def test_the_gaps_between_lines_grow() -> None:
 def test_no_control_character_reaches_a_log() -> None:
     [line] = plain(event("export", 0, message="a\x1b[31mb\rc\nd\x07"), end=1)
     assert line == "  export     a [31mb c d  (1.0 s)"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "clocked", "told"),
-    [(9, "0:09", "9.0 s"), (59.6, "1:00", "60 s"), (125, "2:05", "2:05 min"), (11220, "3:07:00", "3:07:00 h")],
-)
-def test_times(seconds: float, clocked: str, told: str) -> None:
-    assert (clock(seconds), elapsed(seconds)) == (clocked, told)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.6931, "0.693"), (-3.14159, "-3.14"), (12.34, "12.3"), (12345, "12,345"), (0, "0.000"), (3e-5, "3.0e-05")],
-)
-def test_numbers(value: float, text: str) -> None:
-    assert number(value) == text
 
 
 def terminal(width: int = 120, **options: Any) -> tuple[Console, io.StringIO]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from dpo_api.errors import NoSpaceError
+from dpo_api.texts import sizes
 from dpo_store.errors import ObjectChangedError, from_os_error
 from dpo_store.options import MIB, ObjectInfo
 from dpo_store.uris import Location, as_folder, to_path
@@ -161,9 +162,9 @@ def check_space(folder: Path, needed: int, subject: str) -> None:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed + needed // 100:
+        wanted, there = sizes(needed + needed // 100, free)
         raise NoSpaceError(
-            f"{subject}: {folder} needs {needed / 1e9:.3g} GB but has {free / 1e9:.3g} GB free; make room or choose "
-            "another folder"
+            f"{subject}: {folder} needs {wanted} but has {there} free; make room or choose another folder"
         )
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from dpo_api.errors import DPOError
+from dpo_api.texts import size, sizes
 from dpo_api.version import VERSION
 from dpo_store import StorageOptions, open_store
 from dpo_store.options import RetryPolicy
-from dpo_trainer.data.cache import cache_folder, size_text
+from dpo_trainer.data.cache import cache_folder
 
 Level = Literal["ok", "note", "lacks"]
 
@@ -138,7 +139,7 @@ def _computes(index: int) -> Finding:
     import torch
 
     facts = torch.cuda.get_device_properties(index)
-    name = f"{index}: {facts.name}, {size_text(facts.total_memory)}, compute capability {facts.major}.{facts.minor}"
+    name = f"{index}: {facts.name}, {size(facts.total_memory)}, compute capability {facts.major}.{facts.minor}"
     ones = torch.ones(256, 256, dtype=torch.bfloat16, device=f"cuda:{index}")
     if not bool(((ones @ ones) == 256).all()):
         return Finding(
@@ -191,11 +192,12 @@ def shared_memory(place: Path, seen: int) -> Finding:
     """NCCL's way between the GPUs of a node."""
     if not place.is_dir():
         return Finding("lacks" if seen > 1 else "note", "shm", f"there is no {place}")
-    size = shutil.disk_usage(place).total
-    if seen > 1 and size < SHM_GPU:
-        needs = f"NCCL needs {size_text(SHM_GPU)}: set resources.shm, or with Docker --shm-size"
-        return Finding("lacks", "shm", f"{place} has {size_text(size)}, {needs}")
-    return Finding("ok", "shm", f"{place} has {size_text(size)}")
+    total = shutil.disk_usage(place).total
+    if seen > 1 and total < SHM_GPU:
+        needed, there = sizes(SHM_GPU, total)
+        needs = f"NCCL needs {needed}: set resources.shm, or with Docker --shm-size"
+        return Finding("lacks", "shm", f"{place} has {there}, {needs}")
+    return Finding("ok", "shm", f"{place} has {size(total)}")
 
 
 def folder(topic: str, place: Path, remedy: str) -> Finding:
@@ -213,7 +215,7 @@ def folder(topic: str, place: Path, remedy: str) -> Finding:
             if path.is_dir():
                 path.rmdir()
     level: Level = "ok" if free >= FREE_SCRATCH else "note"
-    return Finding(level, topic, f"{place} is writable, {size_text(free)} free")
+    return Finding(level, topic, f"{place} is writable, {size(free)} free")
 
 
 def storage(uri: str, endpoint: str | None) -> Finding:
@@ -227,7 +229,7 @@ def storage(uri: str, endpoint: str | None) -> Finding:
         store.read(first.uri, 0, 1 if first.size else 0)
     except DPOError as error:
         return Finding("lacks", "s3", f"{error.outcome.name}: {error}")
-    return Finding("ok", "s3", f"{first.uri} can be read, {size_text(first.size)}")
+    return Finding("ok", "s3", f"{first.uri} can be read, {size(first.size)}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpo_api.errors import NoSpaceError
+from dpo_api.texts import sizes
 from dpo_store.errors import from_os_error
 
 
@@ -38,17 +39,8 @@ def free_bytes(folder: Path) -> int:
 
 def no_space(folder: Path, what: str, needed: int, available: int) -> NoSpaceError:
     """The error that names the folder, what it should hold, and both sizes."""
+    wanted, free = sizes(needed, available)
     return NoSpaceError(
-        f"{folder}: {what} needs about {size_text(needed)} and only {size_text(available)} are free;"
+        f"{folder}: {what} needs about {wanted} and only {free} are free;"
         " free some, or set DPO_CACHE_DIR to a larger disk"
     )
-
-
-def size_text(count: int) -> str:
-    """A size for people: 1.2 GiB."""
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -16,8 +16,9 @@ import numpy as np
 from dpo_api import errors
 from dpo_api.errors import DPOError, InvalidModelError, InvalidSpecError, Outcome
 from dpo_api.spec import Data, DataSource, DPOJobSpec
+from dpo_api.texts import counted, size
 from dpo_store import ObjectInfo, Store
-from dpo_trainer.data.cache import cache_folder, exclusive, free_bytes, no_space, size_text
+from dpo_trainer.data.cache import cache_folder, exclusive, free_bytes, no_space
 from dpo_trainer.data.encode import EncodedPair, PairEncoder
 from dpo_trainer.data.records import Problem, Record, parse_record
 from dpo_trainer.data.spill import FORMAT, PairIndex, SpillWriter
@@ -320,9 +321,9 @@ class _Pass:
         if self._next_space_check == 1:
             text = sum(info.size * (_COMPRESSION if _compressed(info.uri) else 1) for _, _, info in self._files)
             self._listener.message(
-                f"index of {self._name}: {len(self._files)} object{'s' * (len(self._files) > 1)}, {size_text(stored)};"
-                f" about {size_text(round(ratio * max(text, self._read)))} of token ids in {folder}"
-                f" ({size_text(free)} free)"
+                f"index of {self._name}: {counted(len(self._files), 'object')}, {size(stored)};"
+                f" about {size(round(ratio * max(text, self._read)))} of token ids in {folder}"
+                f" ({size(free)} free)"
             )
         self._next_space_check = max(2 * lines, _FIRST_SPACE_CHECK)
         rest = round(ratio * max(stored - self._read, 0))  # a lower bound: compressed text is at least its stored size
