@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from dpo_api.version import VERSION
-from dpo_operator.docs import INIT_CONTAINER
+from dpo_operator.backend import initcontainer
 from dpo_operator.rbac import policy_rules
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def outputs() -> dict[Path, str]:
         CHART / "Chart.yaml": chart,
         CHART / "README.md": head.rstrip() + "\n\n" + values_table((CHART / "values.yaml").read_text(encoding="utf-8")),
         CHART / "files" / "dpojobs.yaml": (ROOT / "crds" / "dpojobs.yaml").read_text(encoding="utf-8"),
-        CHART / "files" / "initContainer.yaml": INIT_CONTAINER,
+        CHART / "files" / "initContainer.yaml": initcontainer.TEMPLATE,
         CHART / "files" / "rules.yaml": GENERATED + yaml.safe_dump(policy_rules(), sort_keys=False),
     }
 

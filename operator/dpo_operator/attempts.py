@@ -6,7 +6,7 @@ that is lost between two calls is repeated and comes to the same.
 
 from __future__ import annotations
 
-from dpo_api.status import Attempt, ConditionType
+from dpo_api.status import ConditionType
 from dpo_operator import creation, ends, evidence, invariants, limits, progress, restarts, starting
 from dpo_operator.backend import pytorchjob
 from dpo_operator.classification import Cause, decisive, success
@@ -20,35 +20,32 @@ from dpo_operator.view import is_alive
 def step(draft: Draft) -> None:
     """Bring the job's newest attempt one step further, or create the next one."""
     creation.adopt(draft)
-    attempt = draft.attempt
-    if attempt is not None and attempt.result is None:
-        _active(draft, attempt)
-        attempt = draft.attempt
-    if attempt is None or attempt.end_time is not None:
+    if draft.attempt is not None and draft.current.result is None:
+        _active(draft)
+    if draft.attempt is None or draft.current.end_time is not None:
         creation.between(draft)
-    elif attempt.result is not None:
-        _ending(draft, attempt)
+    elif draft.current.result is not None:
+        _ending(draft)
 
 
-def _active(draft: Draft, attempt: Attempt) -> None:
-    """Look at an attempt that has not ended; it may turn out to have."""
-    child = draft.view.children.get(attempt.child)
+def _active(draft: Draft) -> None:
+    """Look at an attempt that was active at the last pass; it may have ended since."""
+    child = draft.child
     if child is None:
-        if not draft.view.is_gone(attempt.child):
-            draft.act(LookUpChild(attempt.child))
+        if not draft.view.is_gone(draft.current.child):
+            draft.act(LookUpChild(draft.current.child))
             return
-        evidence.record(draft, attempt, None)
+        evidence.record(draft)
         _fail(draft, _deleted(draft))
         return
     held = pytorchjob.is_held(child) and not pytorchjob.is_over(child)
     if not held:  # the pods of a preempted admission say nothing about the next one
-        evidence.record(draft, attempt, child)
-    current = draft.attempt or attempt
-    words = success(draft.view.pods(current))
+        evidence.record(draft)
+    words = success(draft.pods)
     if words is not None:
         draft.change_attempt(result="Succeeded", reason=Reason.Succeeded.value, last_step=words.step)
         return
-    cause = _failure(draft, current, child)
+    cause = _failure(draft, child)
     if cause is not None:
         _fail(draft, cause)
         return
@@ -60,89 +57,84 @@ def _active(draft: Draft, attempt: Attempt) -> None:
         _queue(draft, child)
         return
     limits.admit(draft)
-    if current.running_time is None and starting.started(draft, current):
+    if draft.current.running_time is None and starting.started(draft):
         draft.change_attempt(running_time=draft.moment)
-        evidence.record(draft, draft.attempt or current, child)
+        evidence.record(draft)
     progress.apply(draft)
     invariants.apply(draft)
-    _watch(draft, draft.attempt or current)
+    _watch(draft)
 
 
-def _watch(draft: Draft, attempt: Attempt) -> None:
-    """Hold an admitted attempt to its limits and say where it is."""
-    cause = limits.deadline(draft) or starting.overdue(draft, attempt) or limits.stall(draft, attempt)
+def _watch(draft: Draft) -> None:
+    """Enforce the limits of an admitted attempt and report where it is."""
+    cause = limits.deadline(draft) or starting.overdue(draft) or limits.stall(draft)
     if cause is not None:
         if cause.reason is Reason.StartTimeout:
-            evidence.record_stuck(draft, attempt)
+            evidence.record_stuck(draft)
         _fail(draft, cause)
-    elif attempt.running_time is None:
-        starting.say(draft, attempt)
+    elif draft.current.running_time is None:
+        starting.say(draft)
     else:
         seen = draft.status.progress
-        fresh = seen is not None and (seen.observed_at or "") >= attempt.running_time
+        fresh = seen is not None and (seen.observed_at or "") >= draft.current.running_time
         draft.place("Running", Reason.Running, progress.sentence(seen if fresh else None))
 
 
-def _failure(draft: Draft, attempt: Attempt, child: Object) -> Cause | None:
+def _failure(draft: Draft, child: Object) -> Cause | None:
     """Return the cause of an attempt that has failed by itself."""
     if pytorchjob.has_failed(child):
-        return evidence.explain(draft, attempt, child)
+        return evidence.explain(draft)
     if child["metadata"].get("deletionTimestamp"):
         return _deleted(draft)
     if pytorchjob.has_succeeded(child):
-        found = decisive(evidence.causes(draft, attempt, child))
+        found = decisive(evidence.causes(draft))
         return found or Cause(
-            Reason.FinalWordsLost, "training-operator says Succeeded, rank 0's last words are not there"
+            Reason.FinalWordsLost, "the PyTorchJob succeeded, but rank 0's termination message is missing"
         )
     return None
 
 
 def _deleted(draft: Draft) -> Cause:
-    attempt = draft.attempt
-    assert attempt is not None  # noqa: S101 - the caller looked at one
-    found = decisive(evidence.causes(draft, attempt, None))
-    # Pods that end because their child was deleted tell of a deletion or a stop; anything more telling came first.
-    if found is not None and found.weakness < 10:
+    found = decisive(evidence.causes(draft))
+    # Pods that end because their PyTorchJob was deleted report a deletion or a stop. Anything decisive came first.
+    if found is not None and found.is_decisive:
         return found
-    return Cause(Reason.ChildDeleted, f"PyTorchJob {attempt.child} was deleted by somebody else")
+    return Cause(Reason.ChildDeleted, f"PyTorchJob {draft.current.child} was deleted, but not by the operator")
 
 
 def _fail(draft: Draft, cause: Cause) -> None:
     draft.change_attempt(
         result="Failed",
-        failure_class="permanent" if cause.reason is Reason.DeadlineExceeded else cause.failure_class,
+        failure_class=cause.failure_class,
         reason=cause.reason.value,
         message=cause.message[:4000],
     )
 
 
 def _queue(draft: Draft, child: Object) -> None:
-    """A child that its queue holds, from the start or after a preemption: nothing counts, nothing is due."""
+    """Handle a PyTorchJob that its queue holds, from the start or after a preemption: no limit runs."""
     _release(draft)
-    if draft.attempt is not None and (draft.attempt.running_time is not None or draft.attempt.pods):
+    if draft.current.running_time is not None or draft.current.pods:
         draft.change_attempt(running_time=None, pods=())
     queue = pytorchjob.queue_of_child(child)
     where = f"queue {queue}" if queue else "its queue"
-    number = draft.attempt.number if draft.attempt is not None else 1
-    draft.place("Queued", Reason.Queued, f"Waits for {where} (attempt {number}).")
+    draft.place("Queued", Reason.Queued, f"Waiting for {where} (attempt {draft.current.number}).")
 
 
 def _release(draft: Draft) -> None:
-    """The attempt holds no nodes any more."""
+    """Note that the attempt no longer holds nodes."""
     limits.release(draft)
     invariants.withdraw(draft)
 
 
-def _ending(draft: Draft, attempt: Attempt) -> None:
-    """Wait until an attempt holds nothing any more, refine its cause meanwhile, then decide what follows."""
-    child = draft.view.children.get(attempt.child)
-    if attempt.result != "Succeeded":
-        evidence.record(draft, attempt, child)
-        evidence.steps(draft, draft.attempt or attempt)
-        evidence.last_values(draft, draft.attempt or attempt)
-        _refine(draft, child)
-        attempt = draft.attempt or attempt
-        words = success(draft.view.pods(attempt))
+def _ending(draft: Draft) -> None:
+    """Wait until an attempt holds nothing any more, refining its cause meanwhile; then decide what follows."""
+    if draft.current.result != "Succeeded":
+        evidence.record(draft)
+        evidence.steps(draft)
+        evidence.last_values(draft)
+        _refine(draft)
+        words = success(draft.pods)
         if words is not None:  # it finished while it was being ended
             draft.change_attempt(
                 result="Succeeded",
@@ -151,51 +143,40 @@ def _ending(draft: Draft, attempt: Attempt) -> None:
                 message=None,
                 last_step=words.step,
             )
-            attempt = draft.attempt or attempt
-    if attempt.result == "Succeeded":
-        words = success(draft.view.pods(attempt))
+    if draft.current.result == "Succeeded":
+        words = success(draft.pods)
         draft.change_attempt(end_time=draft.moment)
         _release(draft)
         if words is not None:
             ends.succeed(draft, words)
         return
-    must_go = attempt.reason in evidence.OURS or (child is not None and not pytorchjob.is_over(child))
-    if must_go and not _torn_down(draft, attempt, child):
-        _place_ending(draft, attempt)
+    must_go = named(draft.current.reason).ended_by_operator or (
+        draft.child is not None and not pytorchjob.is_over(draft.child)
+    )
+    if must_go and not _torn_down(draft):
+        _place_ending(draft)
         return
-    alive = [pod for pod in draft.view.pods(attempt) if is_alive(pod) and not creation.pod_is_given_up(draft, pod)]
-    if alive:
-        _place_ending(draft, attempt)
+    if [pod for pod in draft.pods if is_alive(pod) and not creation.pod_is_given_up(draft, pod)]:
+        _place_ending(draft)
         return
-    attempt = draft.change_attempt(end_time=draft.moment)
+    draft.change_attempt(end_time=draft.moment)
     _release(draft)
-    restarts.conclude(draft, attempt)
-    if draft.status.completion_time is None and attempt.result == "Stopped":
+    restarts.conclude(draft)
+    if draft.status.completion_time is None and draft.current.result == "Stopped":
         creation.between(draft)
     draft.wake_in(0)
 
 
-def _refine(draft: Draft, child: Object | None) -> None:
-    """A more decisive cause may show only when the last pod has ended.
-
-    Of an attempt that the operator ends only a permanent cause changes the story: it would come again.
-    """
-    attempt = draft.attempt
-    assert attempt is not None  # noqa: S101 - the caller has one in hand
-    best = decisive(evidence.causes(draft, attempt, child))
-    told = named(attempt.reason)
-    if told.value in evidence.OURS:
-        known = 1
-    elif told is Reason.ChildDeleted:
-        known = 10  # that pods stop says nothing more than that their child was deleted
-    else:
-        known = Cause(told, "").weakness
-    if best is not None and best.weakness < known:
+def _refine(draft: Draft) -> None:
+    """Record a better cause: the one that explains the attempt may show only when the last pod has ended."""
+    best = decisive(evidence.causes(draft))
+    if best is not None and best.outranks(named(draft.current.reason)):
         _fail(draft, best)
 
 
-def _torn_down(draft: Draft, attempt: Attempt, child: Object | None) -> bool:
-    """Delete the child of an attempt that the operator ends; whether it is gone."""
+def _torn_down(draft: Draft) -> bool:
+    """Delete the PyTorchJob of an attempt that the operator ends; return whether it is gone."""
+    attempt, child = draft.current, draft.child
     if child is None:
         if draft.view.is_gone(attempt.child):
             return True
@@ -203,14 +184,15 @@ def _torn_down(draft: Draft, attempt: Attempt, child: Object | None) -> bool:
         return False
     stored = draft.view.stored_attempt(attempt.number)
     if stored is None or stored.result is None:
-        draft.wake_in(0)  # first the status must remember why
+        draft.wake_in(0)  # the reason must be in the stored status before anything is deleted
     elif not child["metadata"].get("deletionTimestamp"):
         draft.act(DeleteChild(attempt.child, str(child["metadata"]["uid"])))
     return False
 
 
-def _place_ending(draft: Draft, attempt: Attempt) -> None:
-    """Say what an attempt that is being ended waits for."""
+def _place_ending(draft: Draft) -> None:
+    """Report what an attempt that is being ended waits for."""
+    attempt = draft.current
     draft.wake_in(draft.settings.resync_seconds)
     said = sentence(attempt.message or attempt.reason or "it was asked to")
     grace = draft.view.spec.checkpoint.grace_period_seconds

@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from dpo_api.errors import Outcome
 from dpo_api.progress import LAST_WORDS_MAX_BYTES, LastWords
 from dpo_api.status import PodRecord
-from dpo_operator.backend import pytorchjob
+from dpo_operator.backend import initcontainer, pytorchjob
 from dpo_operator.progress import INT_MAX, bounded
-from dpo_operator.reasons import Reason, named, of_outcome
+from dpo_operator.reasons import WEAK, Reason, named, of_outcome
 from dpo_operator.texts import clean, last_line
 from dpo_operator.types import Object
 from dpo_operator.view import moment
@@ -62,9 +62,6 @@ LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
 """Container reasons by which containerd (exit code 255) and a kubelet (137) report one that is gone without an end that
 they saw, as after a reboot of its node."""
 
-_WEAK = (Reason.PodDeleted, Reason.Communication, Reason.Stopped, Reason.FinalWordsLost, Reason.PodVanished)
-"""Evidence that yields to any other, the strongest first."""
-
 
 @dataclass(frozen=True)
 class Cause:
@@ -82,11 +79,22 @@ class Cause:
         return self.reason.retry
 
     @property
-    def weakness(self) -> int:
-        """Order of decisiveness: the lowest explains the attempt."""
-        if self.reason in _WEAK:
-            return 10 + _WEAK.index(self.reason)
-        return {"permanent": 0, "infrastructure": 1, "retryable": 2}[self.failure_class]
+    def is_decisive(self) -> bool:
+        """Whether it explains an attempt by itself. Weak evidence does so only where nothing better is found."""
+        return self.reason.rank < WEAK
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it ends the job."""
+        return self.failure_class == "permanent"
+
+    def outranks(self, reason: Reason) -> bool:
+        """Whether it explains an attempt better than what is recorded of it.
+
+        Only a final cause replaces the operator's own decision to end the attempt: the next one would fail the same
+        way.
+        """
+        return self.is_final if reason.ended_by_operator else self.reason.rank < reason.rank
 
 
 def last_words(pod: Object) -> LastWords | None:
@@ -233,8 +241,8 @@ def _of_exit_code(pod: Object) -> Cause | None:
 def _of_init_container(pod: Object) -> Cause | None:
     for status in (pod.get("status") or {}).get("initContainerStatuses") or ():
         terminated = (status.get("state") or {}).get("terminated")
-        if status.get("name") == pytorchjob.INIT_CONTAINER and terminated and terminated.get("exitCode"):
-            text = f"{pytorchjob.INIT_CONTAINER} of pod {_place(pod)} did not find the master in the cluster's DNS"
+        if status.get("name") == initcontainer.NAME and terminated and terminated.get("exitCode"):
+            text = f"{initcontainer.NAME} of pod {_place(pod)} did not find the master in the cluster's DNS"
             return _cause(Reason.InitContainerFailed, pod, text)
     return None
 
@@ -273,4 +281,4 @@ def cause_of_record(record: PodRecord) -> Cause | None:
 
 def decisive(causes: Sequence[Cause]) -> Cause | None:
     """Return the cause that explains an attempt: the most decisive, of equal ones the first pod's."""
-    return min(causes, key=lambda cause: cause.weakness, default=None)
+    return min(causes, key=lambda cause: cause.reason.rank, default=None)

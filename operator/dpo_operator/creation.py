@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.status import Attempt, ConditionType, State
-from dpo_operator import clock, conditions, evidence, invariants, limits, names, restarts
+from dpo_operator import clock, conditions, evidence, invariants, labels, limits, names, restarts
 from dpo_operator.backend import pytorchjob
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -57,7 +57,7 @@ def between(draft: Draft) -> None:
         suspended(draft)
         return
     _resume(draft)
-    if last is not None and (_waits(draft, last) or restarts.out_of_time(draft, last)):
+    if last is not None and (_waits(draft) or restarts.out_of_time(draft)):
         return
     number = 1 if last is None else last.number + 1
     name = names.child(draft.view.name, number)
@@ -73,9 +73,9 @@ def between(draft: Draft) -> None:
     )
     draft.act(CreateChild(body))
     _begin(draft, number, name, draft.now)
-    queue = body["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")
+    queue = body["metadata"]["labels"].get(labels.KUEUE_QUEUE)
     if queue is not None:
-        draft.place("Queued", Reason.Queued, f"Waits for queue {queue} (attempt {number}).")
+        draft.place("Queued", Reason.Queued, f"Waiting for queue {queue} (attempt {number}).")
         return
     limits.admit(draft)
     nodes = draft.view.spec.resources.nodes
@@ -93,9 +93,9 @@ def suspended(draft: Draft) -> None:
     draft.condition(ConditionType.Suspended, "True", Reason.Suspended, text)
 
 
-def _waits(draft: Draft, last: Attempt) -> bool:
+def _waits(draft: Draft) -> bool:
     """Whether the former attempt's end, or the pause after it, keeps the next one from being created."""
-    stored = draft.view.stored_attempt(last.number)
+    stored = draft.view.stored_attempt(draft.current.number)
     if stored is None or stored.end_time is None:
         draft.wake_in(0)  # first the status must remember how the last one ended
         return True

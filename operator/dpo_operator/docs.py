@@ -10,27 +10,9 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from dpo_api.status import STATES, ConditionType
+from dpo_operator.backend import initcontainer
 from dpo_operator.rbac import RULES
 from dpo_operator.reasons import TOPICS, Reason
-
-INIT_CONTAINER = """\
-- name: init-pytorch
-  image: {{.InitContainerImage}}
-  imagePullPolicy: IfNotPresent
-  resources: {limits: {cpu: 100m, memory: 20Mi}, requests: {cpu: 50m, memory: 10Mi}}
-  securityContext:
-    allowPrivilegeEscalation: false
-    capabilities: {drop: [ALL]}
-    runAsNonRoot: true
-    runAsUser: 65534
-    seccompProfile: {type: RuntimeDefault}
-  command:
-  - sh
-  - -c
-  - >-
-    for i in $(seq {{.MaxTries}}); do nslookup {{.MasterAddr}} | grep -q ^Name: && exit 0; sleep 1; done; exit 1
-"""
-"""Template of the init container that training-operator puts before workers, in a form that every namespace admits."""
 
 HEAD = """\
 # Operating DPOJobs
@@ -124,7 +106,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[s
 
 def to_markdown() -> str:
     """Return the text of the page."""
-    lines = [HEAD.replace("@INIT_CONTAINER@", textwrap.indent(INIT_CONTAINER, "  ")), "## States", ""]
+    lines = [HEAD.replace("@INIT_CONTAINER@", textwrap.indent(initcontainer.TEMPLATE, "  ")), "## States", ""]
     lines += _table(("STATE", "Meaning"), ((f"`{state}`", meaning) for state, meaning in STATES.items()))
     lines += ["", "## Conditions", ""]
     lines += _table(("Condition", "True means"), ((f"`{kind.value}`", kind.description) for kind in ConditionType))

@@ -10,7 +10,7 @@ from dpo_operator.conditions import Truth
 from dpo_operator.config import Settings
 from dpo_operator.reasons import Reason
 from dpo_operator.texts import clean
-from dpo_operator.types import Action
+from dpo_operator.types import Action, Object
 from dpo_operator.view import View
 
 ATTEMPTS_KEPT = 128
@@ -76,8 +76,24 @@ class Draft:
 
     @property
     def attempt(self) -> Attempt | None:
-        """The newest attempt."""
+        """The newest attempt; None before the first one."""
         return self.status.attempts[-1] if self.status.attempts else None
+
+    @property
+    def current(self) -> Attempt:
+        """The newest attempt as this pass has changed it, for code that runs only when there is one."""
+        assert self.status.attempts, "there is no attempt"  # noqa: S101 - callers run only when there is one
+        return self.status.attempts[-1]
+
+    @property
+    def child(self) -> Object | None:
+        """The newest attempt's PyTorchJob, if it is known to exist."""
+        return self.view.children.get(self.current.child)
+
+    @property
+    def pods(self) -> list[Object]:
+        """The newest attempt's pods, rank 0's first."""
+        return self.view.pods(self.current)
 
     def add_attempt(self, attempt: Attempt) -> None:
         """Append an attempt; of many, the first and the newest are kept."""
@@ -87,9 +103,7 @@ class Draft:
         restarts = max(0, attempt.number - 1)
         self.update(attempts=attempts, attempt=attempt.number, restarts=restarts)
 
-    def change_attempt(self, **changes: Any) -> Attempt:
-        """Change the newest attempt and return it."""
-        assert self.status.attempts, "there is no attempt to change"  # noqa: S101 - callers have one in hand
-        changed = self.status.attempts[-1].model_copy(update=changes)
+    def change_attempt(self, **changes: Any) -> None:
+        """Change the newest attempt."""
+        changed = self.current.model_copy(update=changes)
         self.update(attempts=(*self.status.attempts[:-1], changed))
-        return changed

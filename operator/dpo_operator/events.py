@@ -1,9 +1,9 @@
-"""Kubernetes events: one for each transition, under a name that the transition decides, so that it is told once."""
+"""Kubernetes events: one for each transition. A repeated pass gives the same name, so it creates no second event."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dpo_api.manifest import API_VERSION, KIND
 from dpo_api.status import Condition, ConditionType, DPOJobStatus
@@ -12,32 +12,19 @@ from dpo_operator.conditions import find, holds
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason, named
 from dpo_operator.types import DeleteJob, EmitEvent
-from dpo_operator.view import View
 
 MESSAGE_MAX = 1000
 CHECKPOINTS_PER_EVENT = 10
 
-Told = tuple[Reason, str, str]
-"""Reason, message, and what tells this transition from others of the same reason and attempt."""
 
-NORMAL = frozenset(
-    {
-        *(Reason.Accepted, Reason.PyTorchJobCreated, Reason.TrainingStarted, Reason.CheckpointSaved, Reason.Queued),
-        *(Reason.Restarting, Reason.Suspended, Reason.Resumed, Reason.Succeeded, Reason.AlreadyComplete),
-        *(Reason.Expired, Reason.AboveChance, Reason.PolicyEqualsReference, Reason.WaitingForNamesake),
-        Reason.Checkpointing,
-    }
-)
+class Transition(NamedTuple):
+    """One change between two statuses that an event reports."""
 
-PROGRESS_WARNINGS = frozenset(
-    {
-        *(Reason.PyTorchJobMissing, Reason.ChildRefused, Reason.ChildNameTaken, Reason.Unschedulable),
-        *(Reason.ImagePullFailed, Reason.ContainerConfigError, Reason.VolumeNotMounted, Reason.PodsRefused),
-        *(Reason.InitContainerRefused, Reason.SpecUnreadable, Reason.Queued, Reason.Restarting),
-        *(Reason.WaitingForNamesake, Reason.Checkpointing),
-    }
-)
-"""Reasons of Progressing that are worth an event."""
+    reason: Reason
+    message: str
+    detail: str = ""
+    """What distinguishes it from other transitions of the same job and reason; part of the event's name."""
+
 
 INVARIANTS: tuple[tuple[ConditionType, Literal["True", "False"]], ...] = (
     (ConditionType.ReferenceConsistent, "False"),
@@ -46,10 +33,10 @@ INVARIANTS: tuple[tuple[ConditionType, Literal["True", "False"]], ...] = (
     (ConditionType.TrainingStalled, "True"),
     (ConditionType.ProgressAvailable, "False"),
 )
-"""Conditions of the run and the value that is worth a warning."""
+"""Conditions of the run and the status that is worth a warning."""
 
 
-def transitions(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+def transitions(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     """Yield what happened between two statuses, in the order in which it happened."""
     yield from _acceptance(old, new)
     yield from _attempts(old, new)
@@ -59,52 +46,53 @@ def transitions(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
     before, after = find(old.conditions, ConditionType.Finished), find(new.conditions, ConditionType.Finished)
     if after is not None and before is None:
         succeeded = holds(new.conditions, ConditionType.Succeeded)
-        yield (named(after.reason) if succeeded else Reason.Failed), after.message, ""
+        yield Transition(named(after.reason) if succeeded else Reason.Failed, after.message)
 
 
-def _acceptance(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+def _acceptance(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     before, after = find(old.conditions, ConditionType.Accepted), find(new.conditions, ConditionType.Accepted)
     if after is None:
         return
     if before is None or (before.status, before.reason) != (after.status, after.reason):
-        yield named(after.reason), after.message, f"{after.observed_generation}"
+        yield Transition(named(after.reason), after.message, f"{after.observed_generation}")
 
 
-def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     former = {attempt.number: attempt for attempt in old.attempts}
     for attempt in new.attempts:
         before = former.get(attempt.number)
         if before is None:
-            yield Reason.PyTorchJobCreated, f"Created PyTorchJob {attempt.child}.", f"{attempt.number}"
+            yield Transition(Reason.PyTorchJobCreated, f"Created PyTorchJob {attempt.child}.", f"{attempt.number}")
         if attempt.running_time is not None and (before is None or before.running_time is None):
             text = f"All pods of attempt {attempt.number} run."
             # Only what is stored already may name an event: a write that is lost repeats the pass at another time.
-            yield Reason.TrainingStarted, text, f"{attempt.number}/{old.admitted_since}"
+            yield Transition(Reason.TrainingStarted, text, f"{attempt.number}/{old.admitted_since}")
         news = before is None or (before.result, before.reason) != (attempt.result, attempt.reason)
         if attempt.result == "Failed" and news:
             reason = named(attempt.reason)
             text = attempt.message or reason.meaning
-            yield reason, f"Attempt {attempt.number}: {text}", f"{attempt.number}"
+            yield Transition(reason, f"Attempt {attempt.number}: {text}", f"{attempt.number}")
 
 
-def _progressing(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+def _progressing(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     before, after = find(old.conditions, ConditionType.Progressing), find(new.conditions, ConditionType.Progressing)
     if after is None or (before is not None and before.reason == after.reason):
         return
     reason = named(after.reason)
-    if reason in PROGRESS_WARNINGS:
-        # An attempt that was preempted may come to the same once more, after another admission.
-        yield reason, after.message, f"{new.attempt or 0}/{old.admitted_since}"
+    # The condition Suspended reports Suspended; the other topics have events of their own.
+    if reason.topic == "progress" and reason.event is not None and reason is not Reason.Suspended:
+        # A preempted attempt may reach the same reason again, after another admission.
+        yield Transition(reason, after.message, f"{new.attempt or 0}/{old.admitted_since}")
 
 
-def _run(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+def _run(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     for kind, bad in INVARIANTS:
         before, after = find(old.conditions, kind), find(new.conditions, kind)
         if after is not None and after.status == bad and (before is None or before.status != bad):
-            yield named(after.reason), after.message, f"{new.attempt or 0}/{_since(before)}"
+            yield Transition(named(after.reason), after.message, f"{new.attempt or 0}/{_since(before)}")
 
 
-def checkpoint(old: DPOJobStatus, new: DPOJobStatus, every: int) -> Iterator[Told]:
+def checkpoint(old: DPOJobStatus, new: DPOJobStatus, every: int) -> Iterator[Transition]:
     """Yield CheckpointSaved for every tenth checkpoint, of which ``every`` is the distance in steps."""
 
     def step(status: DPOJobStatus) -> int:
@@ -112,15 +100,16 @@ def checkpoint(old: DPOJobStatus, new: DPOJobStatus, every: int) -> Iterator[Tol
 
     size = every * CHECKPOINTS_PER_EVENT
     if step(new) // size > step(old) // size:
-        yield Reason.CheckpointSaved, f"The checkpoint of step {step(new)} is complete.", f"{step(new) // size}"
+        text = f"The checkpoint of step {step(new)} is complete."
+        yield Transition(Reason.CheckpointSaved, text, f"{step(new) // size}")
 
 
-def _suspension(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Told]:
+def _suspension(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     before, after = find(old.conditions, ConditionType.Suspended), find(new.conditions, ConditionType.Suspended)
     was, is_now = before is not None and before.status == "True", after is not None and after.status == "True"
     if after is not None and was != is_now:
         reason = Reason.Suspended if is_now else Reason.Resumed
-        yield reason, after.message, f"{new.attempt or 0}/{_since(before)}"
+        yield Transition(reason, after.message, f"{new.attempt or 0}/{_since(before)}")
 
 
 def _since(stored: Condition | None) -> str:
@@ -129,19 +118,21 @@ def _since(stored: Condition | None) -> str:
 
 
 def emit(draft: Draft) -> list[EmitEvent]:
-    """Return the events of a pass, to be told before its status is written: a lost write repeats both."""
+    """Return the events of a pass. They are created before its status is written: a lost write repeats both."""
     view = draft.view
-    told = list(transitions(view.status, draft.status))
-    if draft.status.attempts:
-        told += checkpoint(view.status, draft.status, view.spec.checkpoint.every_steps)
+    found = list(transitions(view.status, draft.status))
+    if draft.status.attempts and view.is_readable:  # a spec that cannot be read has no interval to count
+        found += checkpoint(view.status, draft.status, view.spec.checkpoint.every_steps)
     if any(isinstance(action, DeleteJob) for action in draft.actions):
-        text = "runPolicy.ttlSecondsAfterFinished has passed; the run directory stays."
-        told.append((Reason.Expired, text, ""))
-    return [build(view, draft.now, *one, component=draft.settings.component) for one in told]
+        text = "runPolicy.ttlSecondsAfterFinished has passed. The run directory is kept."
+        found.append(Transition(Reason.Expired, text))
+    return [build(draft, transition) for transition in found]
 
 
-def build(view: View, now: float, reason: Reason, message: str, detail: str, *, component: str) -> EmitEvent:
+def build(draft: Draft, transition: Transition) -> EmitEvent:
     """Return one event about a DPOJob."""
+    view, (reason, message, detail) = draft.view, transition
+    now, component = clock.to_text(draft.now), draft.settings.component
     namespace = view.identity.namespace or "default"
     text = message if len(message) <= MESSAGE_MAX else message[: MESSAGE_MAX - 1] + "…"
     body: dict[str, Any] = {
@@ -158,9 +149,9 @@ def build(view: View, now: float, reason: Reason, message: str, detail: str, *, 
         },
         "reason": reason.value,
         "message": text,
-        "type": "Normal" if reason in NORMAL else "Warning",
-        "firstTimestamp": clock.to_text(now),
-        "lastTimestamp": clock.to_text(now),
+        "type": reason.event or "Warning",
+        "firstTimestamp": now,
+        "lastTimestamp": now,
         "count": 1,
         "source": {"component": component},
         "reportingComponent": component,

@@ -11,61 +11,51 @@ from dpo_operator.backend import pytorchjob
 from dpo_operator.classification import Cause, cause_of_pod, cause_of_record, decisive, last_words, record_of
 from dpo_operator.draft import Draft
 from dpo_operator.progress import bounded, summarise
-from dpo_operator.reasons import Reason
+from dpo_operator.reasons import Reason, named
 from dpo_operator.starting import is_stuck
 from dpo_operator.types import Object
 from dpo_operator.view import moment
 
 RECORDS_MAX = 64
 
-OURS = frozenset(
-    reason.value for reason in (Reason.Suspended, Reason.StartTimeout, Reason.Stalled, Reason.DeadlineExceeded)
-)
-"""Reasons for which the operator itself ends an attempt, by deleting its child."""
 
-_NODE_IS_INNOCENT = frozenset(
-    reason.value for reason in (Reason.Stopped, Reason.Preempted, Reason.PodDeleted, Reason.StorageUnavailable)
-)
-
-
-def over_at(attempt: Attempt, child: Object | None) -> float | None:
+def over_at(draft: Draft) -> float | None:
     """Return when the clean-up began: training-operator's, which calls the child failed or succeeded, or our own."""
-    if attempt.reason in OURS:
+    if named(draft.current.reason).ended_by_operator:
         return -math.inf  # what somebody deleted before we did is on record
-    for condition in ((child or {}).get("status") or {}).get("conditions") or ():
+    for condition in ((draft.child or {}).get("status") or {}).get("conditions") or ():
         if condition.get("type") in ("Failed", "Succeeded") and condition.get("status") == "True":
             return moment(condition.get("lastTransitionTime"))
     return None
 
 
-def causes(draft: Draft, attempt: Attempt, child: Object | None) -> list[Cause]:
+def causes(draft: Draft) -> list[Cause]:
     """Return the causes that pods show now, and those recorded of pods that no longer show them."""
-    pods = draft.view.pods(attempt)
     limit = draft.view.spec.resources.memory
-    stamp = over_at(attempt, child)
-    found = [cause_of_pod(pod, memory_limit=limit, over_at=stamp) for pod in pods]
+    stamp = over_at(draft)
+    found = [cause_of_pod(pod, memory_limit=limit, over_at=stamp) for pod in draft.pods]
     seen = {cause.pod for cause in found if cause is not None}
-    recorded = [cause_of_record(record) for record in attempt.pods if record.name not in seen]
+    recorded = [cause_of_record(record) for record in draft.current.pods if record.name not in seen]
     return [cause for cause in (*found, *recorded) if cause is not None]
 
 
-def explain(draft: Draft, attempt: Attempt, child: Object | None) -> Cause:
+def explain(draft: Draft) -> Cause:
     """Return the cause of an attempt that has failed, PodVanished where nothing says more."""
-    found = decisive(causes(draft, attempt, child))
+    found = decisive(causes(draft))
     if found is not None:
         return found
-    said = pytorchjob.failure_message(child) if child is not None else ""
+    said = pytorchjob.failure_message(draft.child) if draft.child is not None else ""
     text = "no pod is left to say how the attempt ended"
     return Cause(Reason.PodVanished, f"{text}: {said}" if said else text)
 
 
-def record(draft: Draft, attempt: Attempt, child: Object | None) -> None:
+def record(draft: Draft) -> None:
     """Keep what ended pods show: one record a pod, those with a cause first, at most RECORDS_MAX."""
     limit = draft.view.spec.resources.memory
-    stamp = over_at(attempt, child)
-    records = {record.name: record for record in attempt.pods}
-    all_run = attempt.running_time is not None
-    for pod in draft.view.pods(attempt):
+    stamp = over_at(draft)
+    records = {record.name: record for record in draft.current.pods}
+    all_run = draft.current.running_time is not None
+    for pod in draft.pods:
         cause = cause_of_pod(pod, memory_limit=limit, over_at=stamp)
         fresh = record_of(pod, cause)
         known = records.get(fresh.name)
@@ -77,23 +67,23 @@ def record(draft: Draft, attempt: Attempt, child: Object | None) -> None:
         if told is not None and (cause is None or told == Reason.StartTimeout.value):
             continue
         records[fresh.name] = fresh
-    _keep(draft, attempt, records.values())
+    _keep(draft, records.values())
 
 
-def record_stuck(draft: Draft, attempt: Attempt) -> None:
+def record_stuck(draft: Draft) -> None:
     """Keep which pods did not run in time, and so which nodes: the operator's own deletion is all they show later."""
-    records = {record.name: record for record in attempt.pods}
-    for pod in draft.view.pods(attempt):
+    records = {record.name: record for record in draft.current.pods}
+    for pod in draft.pods:
         if is_stuck(pod):
             fresh = record_of(pod, Cause(Reason.StartTimeout, ""))
             records[fresh.name] = fresh
-    _keep(draft, attempt, records.values())
+    _keep(draft, records.values())
 
 
-def _keep(draft: Draft, attempt: Attempt, records: Iterable[PodRecord]) -> None:
+def _keep(draft: Draft, records: Iterable[PodRecord]) -> None:
     ordered = sorted(records, key=lambda r: (r.reason is None, r.exit_code in (None, 0)))
     kept = tuple(ordered[:RECORDS_MAX])
-    if kept != attempt.pods:
+    if kept != draft.current.pods:
         draft.change_attempt(pods=kept)
 
 
@@ -102,13 +92,13 @@ def words_of(pods: Sequence[Object]) -> list[LastWords]:
     return [words for words in map(last_words, pods) if words is not None]
 
 
-def steps(draft: Draft, attempt: Attempt) -> None:
+def steps(draft: Draft) -> None:
     """Take steps and the newest checkpoint from last words: a run that was asked to stop may have saved nothing."""
-    words = words_of(draft.view.pods(attempt))
+    words = words_of(draft.pods)
     if not words:
         return
     last = max(w.step for w in words)
-    if last > (attempt.last_step or 0):
+    if last > (draft.current.last_step or 0):
         draft.change_attempt(last_step=last)
     saved = max(w.last_checkpoint_step or 0 for w in words)
     progress = draft.status.progress or StatusProgress(phase="checkpoint", observed_at=draft.moment)
@@ -117,9 +107,9 @@ def steps(draft: Draft, attempt: Attempt) -> None:
         draft.update(progress=progress.model_copy(update=changes))
 
 
-def last_values(draft: Draft, attempt: Attempt) -> None:
+def last_values(draft: Draft) -> None:
     """Take rank 0's metrics from its last words: they are younger than its last answer, and it may have given none."""
-    words = next((last_words(pod) for pod in draft.view.pods(attempt) if pytorchjob.is_rank_zero(pod)), None)
+    words = next((last_words(pod) for pod in draft.pods if pytorchjob.is_rank_zero(pod)), None)
     if words is None or not words.metrics:
         return
     progress = draft.status.progress or StatusProgress(phase="checkpoint", observed_at=draft.moment)
@@ -138,10 +128,6 @@ def broken_nodes(attempts: Sequence[Attempt], last: int = 3) -> list[str]:
     for attempt in attempts[-last:]:
         if attempt.result != "Failed":
             continue
-        nodes += [r.node for r in attempt.pods if r.node is not None and r.reason is not None and _blames(r, attempt)]
+        if named(attempt.reason).speaks_against_node:
+            nodes += [r.node for r in attempt.pods if r.node is not None and r.reason == attempt.reason]
     return list(dict.fromkeys(reversed(nodes)))
-
-
-def _blames(record: PodRecord, attempt: Attempt) -> bool:
-    """Whether a pod's end speaks against its node."""
-    return record.reason == attempt.reason and attempt.reason not in _NODE_IS_INNOCENT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_api.status import Attempt, StatusProgress
+from dpo_api.status import StatusProgress
 from dpo_operator import clock
 from dpo_operator.classification import Cause
 from dpo_operator.draft import Draft
@@ -52,19 +52,19 @@ def is_counted(progress: StatusProgress) -> bool:
     return progress.phase == "train" or (progress.done is not None and progress.done != progress.of)
 
 
-def stall(draft: Draft, attempt: Attempt) -> Cause | None:
+def stall(draft: Draft) -> Cause | None:
     """Return the cause Stalled when a trainer that answers has stood still for too long."""
     limit = draft.view.spec.run_policy.stall_timeout_seconds
-    progress = draft.status.progress
-    if limit is None or attempt.running_time is None or progress is None or progress.changed_at is None:
+    running, progress = draft.current.running_time, draft.status.progress
+    if limit is None or running is None or progress is None or progress.changed_at is None:
         return None
     if not is_counted(progress):
         return None
     seen = progress.observed_at
     # What an earlier attempt said is no news of this one.
-    if seen is None or clock.to_moment(seen) < clock.to_moment(attempt.running_time):
+    if seen is None or clock.to_moment(seen) < clock.to_moment(running):
         return None
-    start = max(clock.to_moment(progress.changed_at), clock.to_moment(attempt.running_time))
+    start = max(clock.to_moment(progress.changed_at), clock.to_moment(running))
     still = clock.to_moment(seen) - start
     if still < limit:
         return None

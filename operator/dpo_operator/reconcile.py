@@ -11,7 +11,6 @@ from dpo_operator.types import (
     CheckChild,
     Decision,
     DeleteJob,
-    EmitEvent,
     LookUpChild,
     Observed,
     PatchStatus,
@@ -77,25 +76,15 @@ def _conclude(draft: Draft) -> Decision:
     asks = any(isinstance(action, CheckChild | LookUpChild) for action in draft.actions)
     if asks or _is_progress_alone(draft):  # an answer comes first; what was drafted without it is void
         return Decision(tuple(draft.actions), patches.to_json(view.status), draft.wake, scrape)
-    told = _events(draft)
+    emitted = events.emit(draft)
     if any(isinstance(action, DeleteJob) for action in draft.actions):
-        return Decision((*told, *draft.actions), patches.to_json(view.status), draft.wake, scrape)
+        return Decision((*emitted, *draft.actions), patches.to_json(view.status), draft.wake, scrape)
     patch = patches.difference(patches.to_json(view.status), patches.to_json(draft.status))
     written = []
     if patch:
         version = view.metadata.get("resourceVersion")
         written.append(PatchStatus({"metadata": {"resourceVersion": version}, "status": patch}))
-    return Decision((*draft.actions, *told, *written), patches.to_json(draft.status), draft.wake, scrape)
-
-
-def _events(draft: Draft) -> list[EmitEvent]:
-    try:
-        return events.emit(draft)
-    except ManifestError:  # a spec that cannot be read has no intervals to count
-        return [
-            events.build(draft.view, draft.now, *told, component=draft.settings.component)
-            for told in events.transitions(draft.view.status, draft.status)
-        ]
+    return Decision((*draft.actions, *emitted, *written), patches.to_json(draft.status), draft.wake, scrape)
 
 
 def _is_progress_alone(draft: Draft) -> bool:

@@ -50,8 +50,16 @@ def longest_pause(settings: Settings) -> float:
     return settings.backoff_max_seconds * (1 + JITTER) + 1
 
 
-def conclude(draft: Draft, attempt: Attempt) -> None:
+def is_charged(attempt: Attempt) -> bool:
+    """Whether a failed attempt counts against runPolicy.maxRestarts."""
+    if attempt.reason in Reason.__members__:
+        return named(attempt.reason).charged == "always"
+    return attempt.failure_class == "retryable"  # a newer operator recorded a reason that this one does not know
+
+
+def conclude(draft: Draft) -> None:
     """Decide what follows an attempt that is over and did not succeed."""
+    attempt = draft.current
     if attempt.result == "Stopped":
         draft.update(next_attempt_time=None)
         return
@@ -62,9 +70,9 @@ def conclude(draft: Draft, attempt: Attempt) -> None:
     if attempt.failure_class == "permanent":
         ends.fail(draft, reason, f"{said}.")
         return
-    if out_of_time(draft, attempt):
+    if out_of_time(draft):
         return
-    if attempt.failure_class == "retryable":
+    if is_charged(attempt):
         charged = draft.status.charged_restarts or 0
         if charged >= policy.max_restarts:
             text = f"{said}. runPolicy.maxRestarts {policy.max_restarts} is used up ({reason.value})."
@@ -77,13 +85,14 @@ def conclude(draft: Draft, attempt: Attempt) -> None:
         return
     pause = backoff(max(1, failures), f"{draft.view.uid}/{attempt.number}", draft.settings)
     draft.update(next_attempt_time=clock.to_text(draft.now + pause + 0.999))
-    place_restart(draft, attempt)
+    place_restart(draft)
 
 
-def out_of_time(draft: Draft, attempt: Attempt) -> bool:
+def out_of_time(draft: Draft) -> bool:
     """End a job whose time is used up: the next attempt would queue, perhaps for days, to be ended at once."""
     if not limits.used_up(draft):
         return False
+    attempt = draft.current
     said = sentence(attempt.message or named(attempt.reason).meaning)
     limit = draft.view.spec.run_policy.active_deadline_seconds
     text = f"{said}. runPolicy.activeDeadlineSeconds {limit} is used up, so that no other attempt follows."
@@ -91,8 +100,9 @@ def out_of_time(draft: Draft, attempt: Attempt) -> bool:
     return True
 
 
-def place_restart(draft: Draft, attempt: Attempt) -> None:
+def place_restart(draft: Draft) -> None:
     """Say that the next attempt is on its way."""
+    attempt = draft.current
     reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
     start = f"from step {reached}" if reached else "from the newest checkpoint, or from the start"
     said = sentence(attempt.message or attempt.reason or "the attempt ended")

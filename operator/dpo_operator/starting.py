@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_api.status import Attempt
 from dpo_operator import clock
-from dpo_operator.backend import pytorchjob
+from dpo_operator.backend import initcontainer, pytorchjob
 from dpo_operator.classification import Cause
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -31,7 +30,7 @@ class Obstacle:
     message: str
 
     @property
-    def needs_somebody(self) -> bool:
+    def needs_action(self) -> bool:
         """Whether waiting alone will not do."""
         return self.reason is not Reason.Unschedulable
 
@@ -50,31 +49,23 @@ def is_stuck(pod: Object) -> bool:
     if has_run(pod) or not (pod.get("spec") or {}).get("nodeName"):
         return False
     statuses = (pod.get("status") or {}).get("initContainerStatuses") or ()
-    looks = (s for s in statuses if s.get("name") == pytorchjob.INIT_CONTAINER)
+    looks = (s for s in statuses if s.get("name") == initcontainer.NAME)
     return not any("running" in (status.get("state") or {}) for status in looks)
 
 
-def started(draft: Draft, attempt: Attempt) -> bool:
+def started(draft: Draft) -> bool:
     """Whether every pod of an attempt has been running."""
-    pods = draft.view.pods(attempt)
+    pods = draft.pods
     return len(pods) >= draft.view.spec.resources.nodes and all(has_run(pod) for pod in pods)
 
 
-def obstacle(draft: Draft, attempt: Attempt) -> Obstacle | None:
+def obstacle(draft: Draft) -> Obstacle | None:
     """Return what stands in the way, the most telling first: what nobody will mend by waiting."""
-    pods = draft.view.pods(attempt)
+    pods = draft.pods
     found = [hit for pod in pods for hit in _of_pod(pod, draft.view.observed.events)]
     if len(pods) < draft.view.spec.resources.nodes:
-        found += _of_child(draft, attempt)
-    order = [
-        Reason.InitContainerRefused,
-        Reason.ImagePullFailed,
-        Reason.ContainerConfigError,
-        Reason.PodsRefused,
-        Reason.VolumeNotMounted,
-        Reason.Unschedulable,
-    ]
-    return min(found, key=lambda hit: order.index(hit.reason), default=None)
+        found += _of_child(draft)
+    return min(found, key=lambda hit: hit.reason.rank, default=None)
 
 
 def _of_pod(pod: Object, events: Iterable[Object]) -> Iterable[Obstacle]:
@@ -100,20 +91,20 @@ def _of_container(pod: Object, container: Mapping[str, Any], *, init: bool) -> I
         return
     name, label = pod["metadata"]["name"], container.get("name")
     text = f"pod {name}, container {label}: {reason}" + (f": {said}" if said else "")
-    if init and label == pytorchjob.INIT_CONTAINER:
-        yield Obstacle(Reason.InitContainerRefused, f"{sentence(text)}; {pytorchjob.INIT_CONTAINER_FIX}")
+    if init and label == initcontainer.NAME:
+        yield Obstacle(Reason.InitContainerRefused, f"{sentence(text)}; {initcontainer.FIX}")
     else:
         yield Obstacle(Reason.ImagePullFailed if reason in PULL_REASONS else Reason.ContainerConfigError, text)
 
 
-def _of_child(draft: Draft, attempt: Attempt) -> Iterable[Obstacle]:
+def _of_child(draft: Draft) -> Iterable[Obstacle]:
     """Pods that were refused exist nowhere but in an event of the child."""
-    for event in _newest_first(draft.view.observed.events, pytorchjob.CHILD_KIND, attempt.child):
+    for event in _newest_first(draft.view.observed.events, pytorchjob.CHILD_KIND, draft.current.child):
         if event.get("reason") != "FailedCreatePod":
             continue
         said = clean(str(event.get("message") or ""))
-        if pytorchjob.INIT_CONTAINER in said:
-            yield Obstacle(Reason.InitContainerRefused, f"{sentence(said)}; {pytorchjob.INIT_CONTAINER_FIX}")
+        if initcontainer.NAME in said:
+            yield Obstacle(Reason.InitContainerRefused, f"{sentence(said)}; {initcontainer.FIX}")
         else:
             yield Obstacle(Reason.PodsRefused, said)
         return
@@ -140,34 +131,34 @@ def _seen(event: Object) -> float:
     return next((moment(time) or 0.0 for time in times if time), 0.0)
 
 
-def overdue(draft: Draft, attempt: Attempt) -> Cause | None:
+def overdue(draft: Draft) -> Cause | None:
     """Return the cause StartTimeout when pods have waited too long since admission; else ask to be woken then."""
     admitted = draft.status.admitted_since
-    if attempt.running_time is not None or admitted is None:
+    if draft.current.running_time is not None or admitted is None:
         return None
     limit = draft.view.spec.run_policy.start_timeout_seconds
     due = clock.to_moment(admitted) + limit
     if draft.now < due:
         draft.wake_at(due)
         return None
-    hit = obstacle(draft, attempt)
-    pods, nodes = draft.view.pods(attempt), draft.view.spec.resources.nodes
+    hit = obstacle(draft)
+    pods, nodes = draft.pods, draft.view.spec.resources.nodes
     running = sum(has_run(pod) for pod in pods)
     why = hit.message if hit is not None else f"{len(pods)} pods exist, {nodes} are wanted"
     text = f"{running} of {nodes} pods ran within {limit} s of admission: {why}"
     return Cause(Reason.StartTimeout, clean(text, 2000))
 
 
-def say(draft: Draft, attempt: Attempt) -> None:
+def say(draft: Draft) -> None:
     """Place an attempt that is starting."""
-    hit = obstacle(draft, attempt)
+    hit = obstacle(draft)
     if hit is None:
-        pods, nodes = draft.view.pods(attempt), draft.view.spec.resources.nodes
+        pods, nodes = draft.pods, draft.view.spec.resources.nodes
         running = sum(has_run(pod) for pod in pods)
         # A thousand pods start one by one; their status is not written a thousand times.
         share = max(1, nodes // 10)
         shown = running if running == nodes else running - running % share
-        text = f"{shown} of {nodes} pods run (attempt {attempt.number})."
+        text = f"{shown} of {nodes} pods run (attempt {draft.current.number})."
         draft.place("Starting", Reason.Starting, text)
         return
-    draft.place("Starting", hit.reason, f"{sentence(hit.message)}.", progressing=not hit.needs_somebody)
+    draft.place("Starting", hit.reason, f"{sentence(hit.message)}.", progressing=not hit.needs_action)

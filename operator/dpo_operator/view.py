@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from dpo_api.findings import ManifestError
 from dpo_api.manifest import DPOJob, parse_job
 from dpo_api.spec import DPOJobSpec
 from dpo_api.status import Attempt, DPOJobStatus
@@ -80,6 +81,14 @@ class View:
     def spec(self) -> DPOJobSpec:
         """Its spec. Raises ManifestError."""
         return self.job.spec
+
+    @cached_property
+    def is_readable(self) -> bool:
+        """Whether this operator can read the spec."""
+        try:
+            return bool(self.job)
+        except ManifestError:
+            return False
 
     @cached_property
     def identity(self) -> Identity:

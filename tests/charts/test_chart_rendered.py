@@ -12,9 +12,8 @@ import yaml
 
 from dpo_api.version import VERSION
 from dpo_operator import labels, rbac
-from dpo_operator.backend import pod
+from dpo_operator.backend import initcontainer, pod
 from dpo_operator.config import Settings
-from dpo_operator.docs import INIT_CONTAINER
 from dpo_operator.runtime.options import Options, parse
 from dpo_testing.chart import (
     CHART,
@@ -272,7 +271,7 @@ def test_what_is_made_by_default(home: Path) -> None:
 def test_the_init_containers_template_is_the_documented_one(home: Path) -> None:
     found = pick(render(COMBINATIONS["everything"], home=home), "ConfigMap", "training-operator-init-container")
     assert found["metadata"]["namespace"] == "kubeflow"
-    assert found["data"] == {"initContainer.yaml": INIT_CONTAINER}
+    assert found["data"] == {"initContainer.yaml": initcontainer.TEMPLATE}
 
 
 @pytest.mark.parametrize("user", [1000650000, None])
@@ -282,7 +281,7 @@ def test_the_init_containers_user_may_be_the_clusters_to_choose(home: Path, user
 
     values = {"trainingOperator": {"initContainer": {"create": True, "runAsUser": user}}}
     found = pick(render(values, home=home), "ConfigMap", "training-operator-init-container")
-    (documented,) = contexts(INIT_CONTAINER)
+    (documented,) = contexts(initcontainer.TEMPLATE)
     assert documented.pop("runAsUser") == 65534
     assert documented["runAsNonRoot"] is True
     assert contexts(found["data"]["initContainer.yaml"]) == [documented | ({} if user is None else {"runAsUser": user})]

@@ -1,6 +1,7 @@
-"""All knowledge of PyTorchJob (training-operator v1): how to write one, and how to read one back.
+"""Write a PyTorchJob (training-operator v1), and read one back.
 
-Another kind (TrainJob, JobSet) would be a module beside this one with the same functions.
+The operator creates PyTorchJobs only. Other modules know the kind too: what its conditions and events mean for an
+attempt, which objects to watch, which rights to ask for.
 """
 
 from __future__ import annotations
@@ -25,14 +26,6 @@ CHILD_PLURAL = "pytorchjobs"
 
 REPLICA_TYPE = "training.kubeflow.org/replica-type"
 REPLICA_INDEX = "training.kubeflow.org/replica-index"
-INIT_CONTAINER = "init-pytorch"
-"""The init container that training-operator puts before every worker."""
-
-INIT_CONTAINER_FIX = (
-    "set training-operator's flag --pytorch-init-container-image to an image that the nodes can pull, and its template"
-    " /etc/config/initContainer.yaml to one whose securityContext drops all capabilities, forbids privilege escalation"
-    " and runs as non-root"
-)
 
 
 @dataclass(frozen=True)

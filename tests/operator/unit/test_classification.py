@@ -190,6 +190,38 @@ def test_many_pods(reasons: list[Reason], explains: Reason) -> None:
     assert found.reason is explains
 
 
+def test_weak_evidence_explains_an_attempt_only_where_nothing_better_is_found() -> None:
+    weak = {reason for reason in Reason if reason.topic == "cause" and not Cause(reason, "").is_decisive}
+    assert weak == {
+        *(Reason.ChildDeleted, Reason.PodDeleted, Reason.Communication),
+        *(Reason.Stopped, Reason.FinalWordsLost, Reason.PodVanished),
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "recorded", "outranks"),
+    [
+        (Reason.NodeLost, Reason.Killed, True),
+        (Reason.Killed, Reason.NodeLost, False),
+        (Reason.NodeLost, Reason.NodeLost, False),
+        (Reason.PodDeleted, Reason.ChildDeleted, False),
+        (Reason.Internal, Reason.ChildDeleted, True),
+        (Reason.NodeLost, Reason.Stalled, False),
+        (Reason.NodeLost, Reason.Suspended, False),
+        (Reason.InvalidData, Reason.Suspended, True),
+        (Reason.InvalidData, Reason.DeadlineExceeded, True),
+    ],
+)
+def test_a_better_cause_replaces_the_recorded_one(found: Reason, recorded: Reason, outranks: bool) -> None:
+    """Of what the operator ends only a final cause changes the story."""
+    assert Cause(found, "").outranks(recorded) is outranks
+
+
+def test_failures_are_charged_by_their_class() -> None:
+    for reason in Reason:
+        assert (reason.charged == "always") == (reason.retry == "retryable"), reason
+
+
 def test_every_cause_has_a_class_and_survives_being_recorded() -> None:
     for reason in Reason:
         if reason.topic == "cause":

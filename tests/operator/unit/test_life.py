@@ -863,7 +863,7 @@ def test_an_edit_of_the_queue_shows_when_the_next_attempt_waits_there() -> None:
     cluster.edit(queueName="fast")
     cluster.settle()
     assert cluster.status["queue"] == "slow"
-    assert "Waits for queue slow" in cluster.status["message"]
+    assert "Waiting for queue slow" in cluster.status["message"]
     cluster.remove_child("job-1")
     cluster.settle()
     cluster.sleep_out()

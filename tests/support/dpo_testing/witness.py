@@ -14,7 +14,6 @@ from typing import Self
 import urllib3.exceptions
 
 from dpo_api.status import STATES, ConditionType
-from dpo_operator.events import PROGRESS_WARNINGS
 from dpo_operator.reasons import Reason
 from dpo_testing.kubeapi import DPOJOBS, EVENTS, Api, ApiError, Object, path_of
 
@@ -99,9 +98,8 @@ _INVARIANTS = {
 def every_word() -> set[str]:
     """Return all words that the operator has, from its own tables."""
     of = {topic: {r.value for r in Reason if r.topic == topic} for topic in {r.topic for r in Reason}}
-    judged = of["acceptance"] - {"SpecUnreadable"}  # which comes later, while a job runs
-    conditions = {f"Accepted {word}" for word in judged}
-    conditions |= {f"Progressing {word}" for word in of["progress"] - {"Resumed"} | {"SpecUnreadable"}}
+    conditions = {f"Accepted {word}" for word in of["acceptance"]}
+    conditions |= {f"Progressing {word}" for word in of["progress"] - {"Resumed"}}
     conditions |= {f"Suspended {word}" for word in ("Suspended", "Checkpointing", "Resumed")}
     permanent = {r.value for r in Reason if r.topic == "cause" and r.retry == "permanent"}
     ends = permanent | _ENDS_OF_JOBS | {"Succeeded", "AlreadyComplete"}
@@ -111,9 +109,6 @@ def every_word() -> set[str]:
         conditions.add(f"{kind} {word}")
     truths = {f"{kind.value}={truth}" for kind in ConditionType for truth in ("True", "False")} - {"Finished=False"}
     attempts = {f"attempt {word}" for word in of["cause"] | {"DeadlineExceeded", "Suspended", "Succeeded"}}
-    warnings = {"ScrapeFailed", "PolicyDiffersFromReference", "LossNotFinite", "AtChance", "MarginNegative", "NoStep"}
-    # An attempt that an operator finds ended when it finds the next one is no news.
-    told = judged | warnings | of["event"] | of["cause"] - {"PodVanished"}
-    told |= {reason.value for reason in PROGRESS_WARNINGS} | {"DeadlineExceeded", "Suspended", "Resumed"}
-    told |= {"Succeeded", "AlreadyComplete", "Failed"}
-    return {f"state {s}" for s in STATES} | conditions | truths | attempts | {f"event {word}" for word in told}
+    # An attempt that an operator finds ended when it finds the next one makes no event.
+    events = {r.value for r in Reason if r.event is not None} - {"PodVanished"}
+    return {f"state {s}" for s in STATES} | conditions | truths | attempts | {f"event {word}" for word in events}
