@@ -6,36 +6,18 @@ Types and single sections are checked when a manifest is read; here sections mee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from dpo_api import cluster
 from dpo_api.errors import DPOError, InvalidSpecError
 from dpo_api.fields import count
 from dpo_api.findings import Finding, Level
+from dpo_api.models import ModelFacts
 from dpo_api.not_yet import refused
 from dpo_api.plan import make_plan, plan_rates
 from dpo_api.spec import DPOJobSpec
 from dpo_api.texts import number, numbers
 
 __all__ = ["Finding", "Level", "ModelFacts", "check", "errors", "refuse_errors"]
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What validation needs to know of a model, as its configuration says."""
-
-    layers: int
-    heads: int
-    """Attention (query) heads."""
-    kv_heads: int
-    """Key-value heads; equal to ``heads`` without grouping."""
-    hidden: int
-    ffn: int
-    vocab: int
-    max_positions: int
-    """Positions that the model was made for; 0 when it does not say."""
-    family: str
-    """Architecture name, such as ``llama``."""
 
 
 def check(

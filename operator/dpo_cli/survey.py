@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from dpo_api.errors import DPOError, Outcome
+from dpo_api.errors import DPOError, InvalidModelError, Outcome
 from dpo_api.findings import Finding
+from dpo_api.models import ModelFacts, read_config
+from dpo_api.models.folder import VOCABULARIES, check_tokenizer, check_weights
 from dpo_api.spec import DataSource, DPOJobSpec, StorageAccess
-from dpo_api.validation import ModelFacts
-from dpo_cli.model_facts import hub_hint, read_model_facts, tokenizer_problem, weights_problem
 from dpo_cli.stores import Stores
-from dpo_store import ObjectInfo, Store, is_remote
+from dpo_store import ObjectInfo, Store, base_name, is_remote
 
 SAMPLE_BYTES = 256 * 1024
 """Read from each plain-text object to estimate its lines."""
 COMPRESSED = (".gz", ".zst")
 WORKERS = 8
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -130,32 +133,43 @@ class _Look:
         source, tokenizer = spec.model.hugging_face, spec.tokenizer
         result = _Result()
         if source is not None:
-            name, store = "spec.model.huggingFace.uri", self._stores.reach(source.storage)
-            try:
-                result.facts = read_model_facts(store, source.uri)
-                names = store.children(source.uri)
-                problems = [weights_problem(source.uri, names)]
-                problems += [tokenizer_problem(source.uri, names)] if tokenizer is None else []
-                result.problems += [
-                    self._problem(name, source.uri, problem) for problem in problems if problem is not None
-                ]
-                result.model_bytes = sum(
-                    info.size for info in store.list(source.uri) if info.uri.endswith(".safetensors")
-                )
-            except DPOError as error:
-                hint = hub_hint(source.uri) or _similar(store, source.uri, error)
-                result.problems.append(self._problem(name, source.uri, error, hint))
+            self._folder(source.uri, self._stores.reach(source.storage), result, with_tokenizer=tokenizer is None)
         if tokenizer is not None:
             result.problems += self._tokenizer(tokenizer.uri, self._stores.reach(tokenizer.storage))
         return result
 
+    def _folder(self, uri: str, store: Store, result: _Result, *, with_tokenizer: bool) -> None:
+        """Check a model folder: its configuration, weights and, unless the spec names another, its tokenizer."""
+        name = "spec.model.huggingFace.uri"
+        try:
+            result.facts = read_config(store, uri).facts
+        except InvalidModelError as error:
+            result.problems.append(self._problem(name, uri, error))
+        except DPOError as error:  # no such folder, or no access to it: the rest would only say so again
+            hint = hub_hint(uri) or _similar(store, uri, error)
+            result.problems.append(self._problem(name, uri, error, hint))
+            return
+        checks: list[Callable[[], None]] = [lambda: check_weights(store, uri)]
+        if with_tokenizer:
+            checks.append(lambda: check_tokenizer(uri, store.children(uri)))
+        for check in checks:
+            try:
+                check()
+            except DPOError as error:
+                result.problems.append(self._problem(name, uri, error))
+        if not result.problems:
+            result.model_bytes = sum(info.size for info in store.list(uri) if info.uri.endswith(".safetensors"))
+
     def _tokenizer(self, uri: str, store: Store) -> list[Problem]:
+        """Check what ``spec.tokenizer`` names: a folder, or one file that is a tokenizer by itself."""
         try:
             names = store.children(uri)
-            problem = None if not names and store.exists(uri) else tokenizer_problem(uri, names)
+            if not names and base_name(uri) in VOCABULARIES:
+                names = [base_name(store.stat(uri).uri)]
+            check_tokenizer(uri, names)
         except DPOError as error:
-            problem = error
-        return [] if problem is None else [self._problem("spec.tokenizer.uri", uri, problem)]
+            return [self._problem("spec.tokenizer.uri", uri, error)]
+        return []
 
     def bucket(self, name: str, uri: str, access: StorageAccess | None) -> _Result:
         """See that the place exists at all: a mistyped bucket is better met now than after the last step."""
@@ -164,6 +178,13 @@ class _Look:
         except DPOError as error:
             return _Result([self._problem(name, uri, error)])
         return _Result()
+
+
+def hub_hint(uri: str) -> str:
+    """Return advice for an address that looks like a name on the Hugging Face Hub; empty otherwise."""
+    if _HUB_NAME.fullmatch(uri) is None:
+        return ""
+    return f"; models are not fetched from the Hub by name: download it first (hf download {uri} --local-dir FOLDER)"
 
 
 def _similar(store: Store, folder: str, error: DPOError) -> str:

@@ -12,7 +12,6 @@ import pytest
 from dpo_api.errors import Outcome
 from dpo_api.version import VERSION
 from dpo_cli import __main__ as entry
-from dpo_cli import model_facts
 from dpo_testing.cli import ROOMS, Dpo, World
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
@@ -133,8 +132,3 @@ def test_every_option_is_documented(dpo: Dpo, command: str) -> None:
     section = DOCS.split(f"## dpo {command}")[1].split("\n## ")[0]
     # `dpo report` reaches S3 as boto3 does: its region is the environment's as a rule.
     assert {option for option in options if option not in section} <= {"--region"}
-
-
-def test_families_are_the_trainers() -> None:
-    config = pytest.importorskip("dpo_trainer.model.config")
-    assert config.FAMILIES == model_facts.FAMILIES

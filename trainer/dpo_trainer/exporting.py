@@ -15,7 +15,8 @@ from dpo_store import Store, join_uri, local_path_of
 from dpo_trainer.data.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.export import export
-from dpo_trainer.formats.huggingface import Value, stage_slots
+from dpo_trainer.formats.huggingface import stage_slots
+from dpo_trainer.formats.layout import Value
 from dpo_trainer.formats.layout import target as target_of
 from dpo_trainer.formats.peft import export_adapter
 from dpo_trainer.formats.start import StartWeights

@@ -8,10 +8,10 @@ from typing import Any
 
 from dpo_api.errors import DPOError
 from dpo_api.manifest import load_manifest
+from dpo_api.models import read_config
 from dpo_api.plan import make_plan
 from dpo_api.progress import LastWords
 from dpo_trainer.data.index import Listener, build_indexes
-from dpo_trainer.formats.huggingface import read_config
 from dpo_trainer.sources import model_source, open_tokenizer, store_for
 
 

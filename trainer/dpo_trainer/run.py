@@ -13,6 +13,7 @@ import torch
 
 from dpo_api.errors import DPOError, IncompatibleCheckpointError, Outcome, StoppedError
 from dpo_api.manifest import DPOJob
+from dpo_api.models import read_config
 from dpo_api.plan import make_plan
 from dpo_api.validation import refuse_errors
 from dpo_store import Store
@@ -24,7 +25,7 @@ from dpo_trainer.data.index import IndexProgress, Listener, build_indexes
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there
-from dpo_trainer.formats.huggingface import Checkpoint, load_weights, read_config
+from dpo_trainer.formats.huggingface import Checkpoint, load_weights
 from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora

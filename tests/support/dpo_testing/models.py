@@ -14,9 +14,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from dpo_api.models import read_config
 from dpo_store import Store, open_store
 from dpo_trainer.distributed import World
-from dpo_trainer.formats.huggingface import load_weights, read_config
+from dpo_trainer.formats.huggingface import load_weights
 from dpo_trainer.model.build import build_model
 from dpo_trainer.model.pack import Pack, Segment
 

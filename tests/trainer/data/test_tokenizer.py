@@ -169,7 +169,7 @@ def test_vocabularies_that_disagree(folders: dict[str, Path], tmp_path: Path) ->
 def test_folders_without_or_with_a_damaged_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"spec\.tokenizer\.uri"):
         load_tokenizer(tmp_path)
-    with pytest.raises(NotFoundError, match=r"^s3://models/x: no tokenizer"):
+    with pytest.raises(NotFoundError, match=r"^s3://models/x holds no tokenizer"):
         load_tokenizer(tmp_path, name="s3://models/x")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
     with pytest.raises(InvalidModelError, match="cannot be loaded"):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_api.errors import DPOError, InvalidModelError, NoSpaceError, NotFoundError
+from dpo_api.models import ModelConfig, read_config
 from dpo_testing.models import (
     VARIANTS,
     VOCABULARY,
@@ -24,7 +25,7 @@ from dpo_testing.models import (
     token_stream,
 )
 from dpo_trainer.formats.export import export
-from dpo_trainer.formats.huggingface import check_tokenizer, load_weights, model_fingerprint, read_config
+from dpo_trainer.formats.huggingface import check_tokenizer, load_weights, model_fingerprint
 from dpo_trainer.formats.safetensors_reader import SafetensorsFile
 from dpo_trainer.model.build import build_model
 from dpo_trainer.model.forward import logits
@@ -272,9 +273,7 @@ def test_a_tokenizer_with_more_ids_than_the_model() -> None:
         check_tokenizer(config, VOCABULARY, "tok")
 
 
-def build_model_config() -> Any:
-    from dpo_trainer.model.config import ModelConfig
-
+def build_model_config() -> ModelConfig:
     return ModelConfig("llama", VOCABULARY, 48, 80, 3, 6, 2, 8)
 
 

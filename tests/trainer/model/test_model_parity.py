@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_api.models import ModelConfig, RopeScaling
 from dpo_testing.models import (
     VARIANTS,
     load_model,
@@ -22,7 +23,6 @@ from dpo_testing.models import (
 )
 from dpo_trainer.formats.huggingface import load_weights
 from dpo_trainer.model.build import build_model
-from dpo_trainer.model.config import ModelConfig, RopeScaling
 from dpo_trainer.model.forward import head_weight, hidden_rows, logits
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.model.rotary import inverse_frequencies

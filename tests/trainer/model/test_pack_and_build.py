@@ -9,10 +9,10 @@ import torch
 from megatron.core import parallel_state
 
 from dpo_api.errors import InvalidSpecError
+from dpo_api.models import ModelConfig
 from dpo_testing.models import plain_pack, shared_pack, single_process, token_stream
 from dpo_trainer.model.attention import PackContext, Piece, pieces_of
 from dpo_trainer.model.build import build_model
-from dpo_trainer.model.config import ModelConfig
 from dpo_trainer.model.pack import Pack, Segment
 
 SHARED = shared_pack([tuple(token_stream(n) for n in (4, 3, 2)), tuple(token_stream(n) for n in (2, 1, 5))], padding=2)  # type: ignore[arg-type]

@@ -16,7 +16,8 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from dpo_api.errors import InvalidModelError, NotFoundError
+from dpo_api.errors import InvalidModelError
+from dpo_api.models.folder import VOCABULARIES, check_tokenizer
 from dpo_store import Store, base_name, join_uri
 from dpo_trainer.data.chat import ChatTemplate
 
@@ -38,7 +39,6 @@ TOKENIZER_FILES = (
 )
 """Every file of a model folder that can change how text becomes ids."""
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBE = "a"
 _SMALL_SHARE = 0.5  # a tokenizer with fewer ids than this share of the model's is suspicious: padding is a few percent
 
@@ -206,10 +206,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None = None, name: str 
     """
     name = name or str(folder)
     present = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
-    if not any(file in _VOCABULARIES for file in present):
-        raise NotFoundError(
-            f"{name}: no tokenizer ({', '.join(_VOCABULARIES)}); set spec.tokenizer.uri to a folder that has one"
-        )
+    check_tokenizer(name, present)
     bare = "tokenizer.model" in present and not {"tokenizer.json", "tokenizer_config.json"} & set(present)
     backend: _Backend = _SentencePiece(folder / "tokenizer.model", name) if bare else _HuggingFace(folder, name)
     return Tokenizer(backend, _fingerprint(folder, present), _end_ids(folder), chat_template)
@@ -224,7 +221,7 @@ def fetch_tokenizer(store: Store, uri: str, folder: Path) -> Path:
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)  # of an earlier model at the same place
     names = store.children(uri)
-    if not names and base_name(uri) in _VOCABULARIES:
+    if not names and base_name(uri) in VOCABULARIES:
         store.download(uri, folder / base_name(uri))
     for name in set(names).intersection(TOKENIZER_FILES):
         store.download(join_uri(uri, name), folder / name)

@@ -11,13 +11,14 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from dpo_api.errors import InvalidSpecError, NotFoundError
+from dpo_api.models import ModelConfig
+from dpo_api.models.folder import INDEX, SINGLE, read_json
 from dpo_store import join_uri
 from dpo_store.errors import from_os_error
 from dpo_trainer import bridge
-from dpo_trainer.formats.huggingface import INDEX, SINGLE, Checkpoint, Value, read_json, stage_slots
-from dpo_trainer.formats.layout import Slot, dissolve, target, whole
+from dpo_trainer.formats.huggingface import Checkpoint, stage_slots
+from dpo_trainer.formats.layout import Slot, Value, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, RangeStore, bytes_of, header_of
-from dpo_trainer.model.config import ModelConfig
 from dpo_trainer.model.forward import unwrap
 
 # Copied byte for byte: a newer transformers would rewrite them into forms that older ones cannot read.

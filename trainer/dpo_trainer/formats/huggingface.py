@@ -1,8 +1,6 @@
 """Hugging Face model folders: config.json and safetensors in, the same out. Weights are never unpickled."""
 
 import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,33 +9,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_store import base_name, join_uri
+from dpo_api.models import ModelConfig, read_config
+from dpo_api.models.folder import INDEX, SINGLE, missing_shard, read_weight_map
+from dpo_store import join_uri
 from dpo_trainer.formats.layout import Slot, assemble, slots, target
 from dpo_trainer.formats.safetensors_reader import WEIGHT_DTYPES, RangeStore, SafetensorsFile
-from dpo_trainer.model.config import ModelConfig
 from dpo_trainer.model.forward import unwrap
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-def read_config(store: RangeStore, folder: str) -> ModelConfig:
-    """Read the folder's config.json. Raises NotFoundError without one, InvalidModelError naming what is unsupported."""
-    return ModelConfig.from_hugging_face(
-        read_json(store, join_uri(folder, "config.json")), join_uri(folder, "config.json")
-    )
-
-
-def read_json(store: RangeStore, uri: str) -> dict[str, Any]:
-    """Read a JSON object; InvalidModelError if it is none."""
-    try:
-        value = json.loads(store.read(uri))
-    except ValueError as error:
-        raise InvalidModelError(f"{uri}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(value, dict):
-        raise InvalidModelError(f"{uri}: must hold a JSON object; copy the file again")
-    return value
 
 
 @dataclass
@@ -51,33 +28,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, store: RangeStore, folder: str) -> "Checkpoint":
-        """Find the folder's weights: those of its index, or else its single file."""
-        index = join_uri(folder, INDEX)
-        try:
-            entries = read_json(store, index).get("weight_map")
-        except NotFoundError:
-            return cls._open_single(store, folder)
-        if not isinstance(entries, dict) or not all(isinstance(v, str) and base_name(v) == v for v in entries.values()):
-            raise InvalidModelError(
-                f"{index}: weight_map must map tensors to file names beside it; copy the file again"
-            )
-        return cls(store, folder, entries, {})
-
-    @classmethod
-    def _open_single(cls, store: RangeStore, folder: str) -> "Checkpoint":
-        uri = join_uri(folder, SINGLE)
-        try:
-            file = SafetensorsFile(store, uri)
-        except NotFoundError:
-            for name in _PICKLED:
-                if _exists(store, join_uri(folder, name)):
-                    raise InvalidModelError(
-                        f"{join_uri(folder, name)}: pickled weights can run code and are not read; "
-                        "save the model again with safe_serialization=True"
-                    ) from None
-            raise NotFoundError(
-                f"{folder}: holds neither {SINGLE} nor {INDEX}; is it a Hugging Face model folder?"
-            ) from None
+        """Find the folder's weights: those of its index, or else its single file. Errors: see ``read_weight_map``."""
+        weight_map = read_weight_map(store, folder)
+        if weight_map is not None:
+            return cls(store, folder, weight_map, {})
+        file = SafetensorsFile(store, join_uri(folder, SINGLE))
         return cls(store, folder, dict.fromkeys(file.tensors, SINGLE), {SINGLE: file})
 
     def file_of(self, tensor: str) -> SafetensorsFile:
@@ -87,9 +42,7 @@ class Checkpoint:
             try:
                 self.files[name] = SafetensorsFile(self.store, join_uri(self.folder, name))
             except NotFoundError:
-                raise InvalidModelError(
-                    f"{join_uri(self.folder, name)}: {INDEX} names this file, but it is missing; copy it there"
-                ) from None
+                raise missing_shard(self.folder, name) from None
         file = self.files[name]
         if tensor not in file.tensors:
             raise InvalidModelError(f"{file.uri}: {INDEX} puts tensor {tensor} here, but the file does not hold it")
@@ -106,7 +59,7 @@ class Checkpoint:
                 f"{self.folder}: tensor {missing[0]} is missing{_and_more(missing)}; "
                 "config.json and the weights disagree"
             )
-        ignored = {"lm_head.weight"} if config.tied_embeddings else set()
+        ignored = {f"{config.row.tensors.head}.weight"} if config.tied_embeddings else set()
         extra = sorted(
             name
             for name in self.weight_map.keys() - expected.keys() - ignored
@@ -203,10 +156,6 @@ def check_tokenizer(config: ModelConfig, largest_id: int, where: str) -> None:
         )
 
 
-Value = Callable[[str, Tensor], Tensor]
-"""(parameter name, parameter) → the value to write; lets LoRA merge and fp32 masters take the parameter's place."""
-
-
 def _tensor_key(name: str, file: SafetensorsFile, digest: str) -> str:
     info = file.tensors[name]
     return f"{name} {info.dtype} {list(info.shape)} {digest}"
@@ -219,11 +168,3 @@ def _combine(config: ModelConfig, digests: dict[str, str]) -> str:
 
 def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _exists(store: RangeStore, uri: str) -> bool:
-    try:
-        store.stat(uri)
-    except NotFoundError:
-        return False
-    return True

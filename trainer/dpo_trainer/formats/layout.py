@@ -6,16 +6,19 @@ values) and gate and up into one matrix, gate first.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dpo_trainer.model.config import ModelConfig
+from dpo_api.models import ModelConfig
 
-#: Read a Hugging Face tensor, or its rows [start, end): read(name, (start, end))
 Read = Callable[[str, tuple[int, int] | None], Tensor]
+"""Read a Hugging Face tensor, or its rows [start, end): ``read(name, (start, end))``."""
+
+Value = Callable[[str, Tensor], Tensor]
+"""(parameter name, parameter) → the value to write: a LoRA merge or an fp32 master in place of the parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,40 +36,36 @@ def slots(config: ModelConfig, layers: range, *, first: bool, last: bool) -> Ite
     ``last``, in the model's order."""
     h, f, d = config.hidden_size, config.ffn_hidden_size, config.head_dim
     q, kv = config.num_attention_heads * d, config.num_query_groups * d
+    names = config.row.tensors
+    embedding = Slot(
+        "rows", "embedding.word_embeddings.weight", (f"{names.embedding}.weight",), ((config.vocab_size, h),)
+    )
     # With tied weights Megatron-Core keeps a copy of the embedding for the head on the last of several stages.
     if first:
-        yield Slot(
-            "rows", "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ((config.vocab_size, h),)
-        )
+        yield embedding
     for local, layer in enumerate(layers):
-        ours, theirs = f"decoder.layers.{local}", f"model.layers.{layer}"
-        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
-        yield Slot("copy", f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), ((h,),))
-        names = tuple(f"{attention}.{part}_proj" for part in "qkv")
-        weights, biases = tuple(f"{name}.weight" for name in names), tuple(f"{name}.bias" for name in names)
+        ours, theirs = f"decoder.layers.{local}", names.layer(layer)
+        yield Slot("copy", f"{ours}.input_layernorm.weight", (f"{theirs}.{names.attention_norm}.weight",), ((h,),))
+        weights, biases = (tuple(f"{theirs}.{name}.{kind}" for name in names.qkv) for kind in ("weight", "bias"))
         yield Slot("qkv", f"{ours}.self_attention.linear_qkv.weight", weights, ((q, h), (kv, h), (kv, h)))
         if config.qkv_bias:
             yield Slot("qkv", f"{ours}.self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)))
         if config.qk_norm:
-            for part in "qk":
-                yield Slot(
-                    "copy",
-                    f"{ours}.self_attention.{part}_layernorm.weight",
-                    (f"{attention}.{part}_norm.weight",),
-                    ((d,),),
-                )
-        yield Slot("columns", f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), ((h, q),))
-        norm = f"{theirs}.post_attention_layernorm.weight"
-        yield Slot("copy", f"{ours}.pre_mlp_layernorm.weight", (norm,), ((h,),))
-        gated = (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
+            for part, name in zip("qk", names.qk_norm, strict=True):
+                norm = f"{ours}.self_attention.{part}_layernorm.weight"
+                yield Slot("copy", norm, (f"{theirs}.{name}.weight",), ((d,),))
+        output = f"{theirs}.{names.attention_output}.weight"
+        yield Slot("columns", f"{ours}.self_attention.linear_proj.weight", (output,), ((h, q),))
+        yield Slot("copy", f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.{names.mlp_norm}.weight",), ((h,),))
+        gated = tuple(f"{theirs}.{name}.weight" for name in names.gate_up)
         yield Slot("gated", f"{ours}.mlp.linear_fc1.weight", gated, ((f, h), (f, h)))
-        yield Slot("columns", f"{ours}.mlp.linear_fc2.weight", (f"{mlp}.down_proj.weight",), ((h, f),))
+        yield Slot("columns", f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.{names.down}.weight",), ((h, f),))
     if last:
-        yield Slot("copy", "decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),))
+        yield Slot("copy", "decoder.final_layernorm.weight", (f"{names.final_norm}.weight",), ((h,),))
         if not config.tied_embeddings:
-            yield Slot("rows", "output_layer.weight", ("lm_head.weight",), ((config.vocab_size, h),))
+            yield Slot("rows", "output_layer.weight", (f"{names.head}.weight",), ((config.vocab_size, h),))
         elif not first:
-            yield Slot("rows", "output_layer.weight", ("model.embed_tokens.weight",), ((config.vocab_size, h),))
+            yield replace(embedding, parameter="output_layer.weight")
 
 
 def assemble(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) -> Tensor:

@@ -11,19 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_api.models import ModelConfig, TensorNames
 from dpo_store.errors import from_os_error
 from dpo_trainer.formats.export import Planned, write_tensors
 from dpo_trainer.formats.layout import split_qkv
-from dpo_trainer.model.config import ModelConfig
 from dpo_trainer.model.forward import unwrap
 from dpo_trainer.model.lora import LoraSettings, LowRankAdapter, Module, Trained, adapters, target_modules
 
-PROJECTIONS: dict[Module, tuple[str, ...]] = {
-    "attention_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention_dense": ("self_attn.o_proj",),
-    "mlp_fc1": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp_fc2": ("mlp.down_proj",),
-}
+
+def projections(names: TensorNames, module: Module) -> tuple[str, ...]:
+    """Return the names of the Hugging Face linear layers that one of our modules is made of."""
+    of: dict[Module, tuple[str, ...]] = {
+        "attention_qkv": names.qkv,
+        "attention_dense": (names.attention_output,),
+        "mlp_fc1": names.gate_up,
+        "mlp_fc2": (names.down,),
+    }
+    return of[module]
 
 
 def export_adapter(
@@ -40,11 +44,12 @@ def export_adapter(
     dtype: of the written matrices; None means fp32, which small adapters can afford. Raises NoSpaceError when the disk
     is full. A collective over tensor-parallel ranks. trained: see ``model.lora.merged_value``.
     """
+    names = unwrap(model).dpo_config.row.tensors
     tensors = adapter_tensors(model, trained)
     plan: list[Planned] = [(name, tuple(value.shape), dtype or torch.float32) for name, value in tensors.items()]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(adapter_config(lora, base), indent=2) + "\n"
+        config = json.dumps(adapter_config(lora, base, names), indent=2) + "\n"
         (out_dir / "adapter_config.json").write_text(config)
         write_tensors(out_dir / "adapter_model.safetensors", plan, iter(tensors.items()))
     except OSError as error:
@@ -55,20 +60,21 @@ def export_adapter(
 def adapter_tensors(model: Any, trained: Trained | None = None) -> dict[str, Tensor]:
     """PEFT's names → fp32 matrices. Each projection has its own A, since safetensors refuses shared memory."""
     config: ModelConfig = unwrap(model).dpo_config
+    names = config.row.tensors
     found: dict[str, Tensor] = {}
     for adapter in adapters(model):
         a, b = adapter.matrices(trained)
-        for projection, part in zip(PROJECTIONS[adapter.place.module], _parts(adapter, b, config), strict=True):
-            prefix = f"base_model.model.model.layers.{adapter.place.layer}.{projection}"
+        for projection, part in zip(projections(names, adapter.place.module), _parts(adapter, b, config), strict=True):
+            prefix = f"base_model.model.{names.layer(adapter.place.layer)}.{projection}"
             found[f"{prefix}.lora_A.weight"] = a.clone()
             found[f"{prefix}.lora_B.weight"] = part.contiguous()
     return found
 
 
-def adapter_config(lora: LoraSettings, base: str) -> dict[str, Any]:
+def adapter_config(lora: LoraSettings, base: str, names: TensorNames) -> dict[str, Any]:
     """The content of adapter_config.json. PEFT's scale is lora_alpha / r, as ours."""
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    projections = [name for module in target_modules(lora.target_modules) for name in PROJECTIONS[module]]
+    targets = [name for module in target_modules(lora.target_modules) for name in projections(names, module)]
     layers = None if lora.layers is None else sorted(set(lora.layers))
     return {
         "peft_type": "LORA",
@@ -77,9 +83,9 @@ def adapter_config(lora: LoraSettings, base: str) -> dict[str, Any]:
         "r": lora.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": [name.rpartition(".")[2] for name in projections],
+        "target_modules": [name.rpartition(".")[2] for name in targets],
         "layers_to_transform": layers,
-        "layers_pattern": None if layers is None else "layers",
+        "layers_pattern": None if layers is None else names.layers.rpartition(".")[2],
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

@@ -6,10 +6,10 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from dpo_api.models import ModelConfig
 from dpo_trainer.formats.huggingface import Checkpoint, stage_slots
 from dpo_trainer.formats.layout import assemble, target
 from dpo_trainer.formats.safetensors_reader import DTYPES
-from dpo_trainer.model.config import ModelConfig
 
 
 class StartWeights:

@@ -18,9 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from dpo_api.errors import InvalidSpecError
+from dpo_api.models import Activation, ModelConfig, Norm
 from dpo_trainer import bridge
 from dpo_trainer.model.attention import PackAttention
-from dpo_trainer.model.config import ModelConfig
 from dpo_trainer.model.linear import (
     AdaptableColumnParallelLinear,
     AdaptableRowParallelLinear,
@@ -32,6 +32,12 @@ from dpo_trainer.model.rotary import inverse_frequencies
 Precision = Literal["bf16", "fp32"]
 Backend = Literal["auto", "local", "transformer_engine"]
 Recomputation = Literal["none", "selective", "full"]
+
+NORMS: dict[Norm, tuple[str, Any]] = {"rms": ("RMSNorm", RMSNorm)}
+"""A family's norm → (Megatron-Core's name of it, our module without Transformer Engine)."""
+
+ACTIVATIONS: dict[Activation, dict[str, Any]] = {"swiglu": {"gated_linear_unit": True, "activation_func": F.silu}}
+"""A family's activation → Megatron-Core's settings of it."""
 
 
 def build_model(
@@ -102,10 +108,8 @@ def transformer_config(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
         kv_channels=config.head_dim,
-        normalization="RMSNorm",
+        normalization=NORMS[config.row.norm][0],
         layernorm_epsilon=config.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=config.qkv_bias,
         qk_layernorm=config.qk_norm,
@@ -127,6 +131,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - not a password; variable_seq_lengths wants it, experts or not
         calculate_per_token_loss=True,  # our loss function returns (sum, number of pairs): divided once, globally
         deterministic_mode=deterministic,
+        **ACTIVATIONS[config.row.activation],
         **choices[recomputation],
     )
 
@@ -154,7 +159,7 @@ def block_spec(config: ModelConfig, transformer: Any, transformer_engine: bool) 
     """
     column: Any = AdaptableColumnParallelLinear
     row: Any = AdaptableRowParallelLinear
-    norm: Any = RMSNorm
+    norm: Any = NORMS[config.row.norm][1]
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dpo_api.errors import InvalidSpecError
 from dpo_trainer import bridge
-from dpo_trainer.formats.huggingface import Value
+from dpo_trainer.formats.layout import Value
 from dpo_trainer.model.forward import unwrap
 
 Module = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"]

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpo_trainer.model.config import ModelConfig
+from dpo_api.models import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dpo_api.errors import InvalidModelError
-from dpo_trainer.model.config import ModelConfig, RopeScaling
+from dpo_api.models import ModelConfig, RopeScaling, parse_config
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
 
 def read(**changes: Any) -> ModelConfig:
     raw = {**BASE, **changes}
-    return ModelConfig.from_hugging_face({k: v for k, v in raw.items() if v is not ...}, "m/config.json")
+    return parse_config({k: v for k, v in raw.items() if v is not ...}, "m/config.json")
 
 
 def test_a_llama_2() -> None:
@@ -94,7 +94,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r'rope_scaling\.rope_type is "yarn"'),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r'rope_scaling\.rope_type is "dynamic"'),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r'rope_parameters\.rope_type is "longrope"'),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, r"rope_parameters is .*one rope a layer type"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, r"rope_parameters is .*a different rope for each layer type"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"low_freq_factor is missing"),
     ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, r"factor is -2"),
     ({"rope_scaling": "linear"}, r'rope_scaling is "linear": it must be an object'),

@@ -1,0 +1,84 @@
+"""What a model is: everything that its weights and its forward pass depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from dpo_api.models.families import FAMILIES, Family
+from dpo_api.models.rope import RopeScaling
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the validation of a spec needs to know of a model."""
+
+    layers: int
+    heads: int
+    """Attention (query) heads."""
+    kv_heads: int
+    """Key-value heads; equal to ``heads`` without grouping."""
+    hidden: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    """Positions that the model was made for; 0 when it does not say."""
+    family: str
+    """Architecture name, such as ``llama``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only transformer with rotary positions and grouped heads; its family decides the rest."""
+
+    family: str  #: a key of FAMILIES
+    vocab_size: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int  #: key/value heads; each serves num_attention_heads / num_query_groups query heads
+    head_dim: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None  #: tokens a windowed layer sees, the query's own included
+    windowed_layers: tuple[bool, ...] = ()  #: one a layer; empty means all layers when ``window`` is set
+    qkv_bias: bool = False
+    qk_norm: bool = False  #: a norm over each query and key head before the rotary embedding
+    tied_embeddings: bool = False
+    max_positions: int = 4096
+    dtype: str | None = None  #: "bfloat16", "float16" or "float32" as config.json says; None when it does not
+
+    @property
+    def row(self) -> Family:
+        """The family's row: norm, activation and the names of the tensors."""
+        return FAMILIES[self.family]
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the window of the 0-based ``layer``, or None if it sees all earlier tokens."""
+        if self.window is None or (self.windowed_layers and not self.windowed_layers[layer]):
+            return None
+        return self.window
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the spec's validation needs to know of the model."""
+        return ModelFacts(
+            layers=self.num_layers,
+            heads=self.num_attention_heads,
+            kv_heads=self.num_query_groups,
+            hidden=self.hidden_size,
+            ffn=self.ffn_hidden_size,
+            vocab=self.vocab_size,
+            max_positions=self.max_positions,
+            family=self.family,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what changes the model's output (the weights' dtype and the position limit do not)."""
+        fields = asdict(self)
+        del fields["dtype"], fields["max_positions"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""Rotary position embeddings as config.json describes them. A new type is one function and one entry of ``TYPES``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo_api.models.keys import Keys
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How the rotary frequencies are changed for longer contexts.
+
+    ``linear`` divides every frequency by ``factor`` (position interpolation). ``llama3`` divides those with a
+    wavelength above ``original_max_positions / low_freq_factor`` tokens, keeps those below
+    ``original_max_positions / high_freq_factor`` and interpolates between the two.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+def _linear(rope: Keys, _model: Keys) -> RopeScaling:
+    return RopeScaling("linear", rope.number("factor"))
+
+
+def _llama3(rope: Keys, model: Keys) -> RopeScaling:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if high <= low:
+        raise rope.error(
+            "high_freq_factor", high, f"it must be above low_freq_factor {low}; copy the model's original config.json"
+        )
+    original = int(rope.number("original_max_position_embeddings", model.integer("max_position_embeddings", 8192)))
+    return RopeScaling("llama3", rope.number("factor"), low, high, original)
+
+
+TYPES: dict[str, Callable[[Keys, Keys], RopeScaling | None]] = {
+    "default": lambda _rope, _model: None,
+    "linear": _linear,
+    "llama3": _llama3,
+}
+"""``rope_type`` → what reads its settings: (the rope's own keys, the model's keys) → scaling."""
+
+
+def read_rope(model: Keys) -> tuple[float, RopeScaling | None]:
+    """Return the rotary base (theta) and the scaling. Raises InvalidModelError for what cannot be reproduced."""
+    # transformers ≥ 5 writes rope_parameters alone; older versions rope_theta and rope_scaling.
+    key = "rope_parameters" if model.raw.get("rope_parameters") else "rope_scaling"
+    raw = model.raw.get(key) or {}
+    if not isinstance(raw, Mapping):
+        raise model.error(key, raw, "it must be an object; copy the model's original config.json")
+    if any(isinstance(value, Mapping) for value in raw.values()):
+        raise model.error(
+            key, raw, "a different rope for each layer type is not supported; use a model with one for all layers"
+        )
+    rope = Keys(raw, model.where)
+    theta = (rope if "rope_theta" in raw else model).number("rope_theta", 10000.0)
+    partial = raw.get("partial_rotary_factor", model.raw.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1, 1.0):
+        raise model.error(
+            "partial_rotary_factor",
+            partial,
+            "only full rotary embedding (1.0) is supported; use a model of another family",
+        )
+    kind = raw.get("rope_type", raw.get("type"))
+    read = TYPES.get(kind if kind is not None else "default") if isinstance(kind, str | None) else None
+    if read is None:
+        *most, last = TYPES
+        fix = f"supported are {', '.join(most)} and {last}; remove it if no text exceeds the model's original context"
+        raise model.error(f"{key}.rope_type", kind, fix)
+    return theta, read(rope, model)

@@ -1,0 +1,266 @@
+"""Wrong model folders: `dpo validate` refuses each without torch, in the words of the trainer that would load it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_api.errors import DPOError, Outcome
+from dpo_api.manifest import load_manifest
+from dpo_api.models import read_config
+from dpo_testing.cli import ROOMS, Dpo, World, make_world
+from dpo_testing.models import edit_config, load_model, single_process
+from dpo_testing.s3server import S3Server
+from dpo_testing.training_world import write_model
+from dpo_trainer.sources import open_tokenizer
+
+SHARD = "model-00002-of-00003.safetensors"
+WITHOUT_TORCH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "megatron", "transformers", "dpo_trainer"):
+            raise AssertionError(f"dpo validate imports {name}")
+
+sys.meta_path.insert(0, Blocked())
+from dpo_cli.__main__ import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is wrong with the folder, the outcome, and the texts for file, key with value, and fix."""
+
+    name: str
+    change: Callable[[Path], object]
+    texts: tuple[str, ...]
+    outcome: Outcome = Outcome.InvalidModel
+
+
+def config(**changes: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def key(name: str, value: str, fix: str, **changes: Any) -> Case:
+    return Case(name, config(**changes), ("config.json: ", value, fix))
+
+
+def remove(*names: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def sharded(folder: Path) -> None:
+    """Cut the weights into three files, as a large model's."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+def lose_a_shard(folder: Path) -> None:
+    sharded(folder)
+    (folder / SHARD).unlink()
+
+
+def index_of(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+ORIGINAL = "copy the model's original config.json"
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
+GPTQ = {"quant_method": "gptq", "bits": 4, "desc_act": False}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 4096}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
+
+CASES = [
+    key("yarn", 'rope_parameters.rope_type is "yarn"', "remove it if no text exceeds", rope_parameters=YARN),
+    key(
+        "yarn of older files",
+        'rope_scaling.rope_type is "yarn"',
+        "remove it if no text exceeds",
+        rope_parameters=...,
+        rope_scaling={"type": "yarn", "factor": 4.0},
+    ),
+    key("awq", 'quantization_config is {"quant_method": "awq"', "use the original model", quantization_config=AWQ),
+    key("gptq", 'quantization_config is {"quant_method": "gptq"', "use the original model", quantization_config=GPTQ),
+    key("mlx", 'quantization is {"bits": 4', "use the original model", quantization={"bits": 4}),
+    key("gelu", 'hidden_act is "gelu"', "use a model with this activation", hidden_act="gelu"),
+    key(
+        "unknown rope",
+        'rope_parameters.rope_type is "spiral"',
+        "supported are default, linear and llama3",
+        rope_parameters={"rope_type": "spiral"},
+    ),
+    key(
+        "rope of no type",
+        "rope_parameters.rope_type is 7",
+        "supported are default, linear and llama3",
+        rope_parameters={"rope_type": 7},
+    ),
+    key("rope without factor", "factor is missing", ORIGINAL, rope_parameters={"rope_type": "linear"}),
+    key("llama3 bounds", "high_freq_factor is 4.0: it must be above low_freq", ORIGINAL, rope_parameters=LLAMA3),
+    key("part of the head", "partial_rotary_factor is 0.5", "(1.0) is supported", partial_rotary_factor=0.5),
+    key("bias on o_proj", "attention_bias is true: a bias on o_proj", "use a model without it", attention_bias=True),
+    key("bias in the MLP", "mlp_bias is true: a bias in the MLP", "use a model without it", mlp_bias=True),
+    key("experts", "num_local_experts is 8: mixture-of-experts", "use a dense model", num_local_experts=8),
+    key("experts of Qwen", "num_experts is 64: mixture-of-experts", "use a dense model", num_experts=64),
+    key("experts of DeepSeek", "n_routed_experts is 4", "use a dense model", n_routed_experts=4),
+    key("moe family", 'model_type is "mixtral"', "start from a model of one of these families", model_type="mixtral"),
+    key("no family", "model_type is null", "start from a model of one of these families", model_type=...),
+    key("family of no name", 'model_type is ["llama"]', "start from a model of one", model_type=["llama"]),
+    key("odd head", "head_dim is 15: it must be even", "use a model with an even head size", head_dim=15),
+    key("heads", "hidden_size is 50: not divisible by", "set head_dim", hidden_size=50, head_dim=...),
+    key("groups", "num_key_value_heads is 3: it must divide", ORIGINAL, num_key_value_heads=3),
+    key("classifier", 'architectures is ["LlamaForS', "use the base model", architectures=["LlamaForSequence"]),
+    key("architectures", 'architectures is "Llama', "it must be a list", architectures="LlamaForCausalLM"),
+    key("float8", 'dtype is "float8_e4m3fn"', "use the original model", dtype="float8_e4m3fn"),
+    key("no layers", "num_hidden_layers is 0", ORIGINAL, num_hidden_layers=0),
+    key("no width", "intermediate_size is missing", ORIGINAL, intermediate_size=...),
+    key("epsilon", "rms_norm_eps is NaN", "it must be a positive number", rms_norm_eps=float("nan")),
+    key("layer types", "layer_types is ", "it must name full_attention", **QWEN2, layer_types=["chunked"] * 3),
+    Case("not JSON", lambda f: (f / "config.json").write_text("{"), ("config.json: not valid JSON", "copy the file")),
+    Case("a list", lambda f: (f / "config.json").write_text("[]"), ("config.json: must hold a JSON object", "copy")),
+    Case(
+        "missing shard",
+        lose_a_shard,
+        (f"{SHARD}: model.safetensors.index.json names this file, but it is missing", "copy it there"),
+    ),
+    Case("index not JSON", index_of("{"), ("model.safetensors.index.json: not valid JSON", "copy the file again")),
+    Case(
+        "index of other folders",
+        index_of('{"weight_map": {"x": "../y.safetensors"}}'),
+        ("weight_map must map tensors to file names beside it", "copy the file again"),
+    ),
+    Case("empty index", index_of('{"weight_map": {}}'), ("weight_map must map tensors", "copy the file again")),
+    Case("pickled", pickled, ("pytorch_model.bin: pickled weights can run code", "safe_serialization=True")),
+    Case(
+        "no weights",
+        remove("model.safetensors"),
+        ("holds neither model.safetensors nor model.safetensors.index.json", "is it a Hugging Face model folder?"),
+        Outcome.NotFound,
+    ),
+    Case(
+        "no tokenizer",
+        remove("tokenizer.json"),
+        ("holds no tokenizer (tokenizer.json, ", "set spec.tokenizer.uri to a folder that has one"),
+        Outcome.NotFound,
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_group() -> Iterator[None]:
+    with single_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Case → the manifest of a job with that model; "right" is a job that can run."""
+    root = tmp_path_factory.mktemp("models")
+    original = write_model(root / "original")
+    manifests = {}
+    for case in [Case("right", lambda _folder: None, ()), Case("right shards", sharded, ()), *CASES]:
+        folder = root / case.name.replace(" ", "-")
+        folder.mkdir()
+        world = make_world(folder)
+        shutil.rmtree(folder / "model")
+        shutil.copytree(original, folder / "model")
+        case.change(folder / "model")
+        manifests[case.name] = world.write()
+    return manifests
+
+
+@pytest.fixture(scope="module")
+def verdicts(jobs: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Case → what one `dpo validate -o json` of all jobs says, in a process that cannot import the trainer."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(ROOMS)}
+    command = [sys.executable, "-c", WITHOUT_TORCH, "validate", *jobs.values(), "-o", "json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == Outcome.InvalidModel.exit_code, done.stderr
+    return dict(zip(jobs, json.loads(done.stdout), strict=True))
+
+
+def trainer_says(manifest: str) -> DPOError | None:
+    """What the trainer's own loading of the model and its tokenizer ends with."""
+    spec = load_manifest(Path(manifest)).spec
+    assert spec.model.hugging_face is not None
+    try:
+        load_model(Path(spec.model.hugging_face.uri))
+        open_tokenizer(spec)
+    except DPOError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("name", ["right", "right shards"])
+def test_a_right_model_is_right_to_both(name: str, jobs: dict[str, str], verdicts: dict[str, dict[str, Any]]) -> None:
+    assert (verdicts[name]["valid"], verdicts[name]["findings"]) == (True, [])
+    assert trainer_says(jobs[name]) is None
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_both_refuse_it_in_the_same_words(
+    case: Case, jobs: dict[str, str], verdicts: dict[str, dict[str, Any]], dpo: Dpo
+) -> None:
+    error = trainer_says(jobs[case.name])
+    assert error is not None
+    for text in case.texts:
+        assert text in str(error)
+    assert error.outcome is case.outcome
+    verdict = verdicts[case.name]
+    assert [finding["message"] for finding in verdict["findings"]] == [str(error)]
+    assert verdict["findings"][0]["field"] == "spec.model.huggingFace.uri"
+    assert verdict["outcome"] == case.outcome.name
+    said = dpo("validate", jobs[case.name])
+    assert said.code == case.outcome.exit_code
+    assert f"error    spec.model.huggingFace.uri: {error}" in said.out
+
+
+@pytest.mark.parametrize("name", ["yarn", "missing shard", "no tokenizer"])
+def test_the_same_for_a_model_in_s3(
+    name: str, world: World, dpo: Dpo, s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from dpo_store import open_store
+    from dpo_trainer.formats.huggingface import Checkpoint
+
+    case = next(case for case in CASES if case.name == name)
+    for variable, value in s3.environment().items():
+        monkeypatch.setenv(variable, value)
+    bucket = name.replace(" ", "-")
+    s3.make_bucket(bucket)
+    uri = f"s3://{bucket}/model"
+    folder = write_model(tmp_path / "wrong")
+    case.change(folder)
+    store = open_store()
+    store.upload_tree(folder, f"{uri}/")
+    world.spec["model"]["huggingFace"]["uri"] = uri
+    manifest = world.write()
+    with pytest.raises(DPOError) as caught:  # noqa: PT012 - which of the three fails depends on the case
+        model = read_config(store, uri)
+        Checkpoint.open(store, uri).check(model)
+        open_tokenizer(load_manifest(Path(manifest)).spec)
+    assert str(caught.value).startswith(uri)
+    said = dpo("validate", manifest)
+    assert said.code == case.outcome.exit_code
+    assert f"error    spec.model.huggingFace.uri: {caught.value}" in said.out
