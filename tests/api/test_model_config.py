@@ -94,7 +94,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r'rope_scaling\.rope_type is "yarn"'),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r'rope_scaling\.rope_type is "dynamic"'),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r'rope_parameters\.rope_type is "longrope"'),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, r"rope_parameters is .*a different rope for each layer type"),
+    (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        r"rope_parameters is .*a different rope for each layer type",
+    ),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"low_freq_factor is missing"),
     ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, r"factor is -2"),
     ({"rope_scaling": "linear"}, r'rope_scaling is "linear": it must be an object'),
