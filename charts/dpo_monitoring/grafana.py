@@ -13,7 +13,7 @@ from grafana_foundation_sdk.models import common as words
 from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from dpo_monitoring.model import Dashboard, Form, Panel, Row, Variable
+from dpo_monitoring.panels import Dashboard, Form, Panel, Row, Variable
 
 TAG = "dpo-operator"
 _SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")

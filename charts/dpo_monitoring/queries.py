@@ -1,8 +1,10 @@
-"""PromQL over our own series. A name that is in no table raises KeyError, so no query asks in vain."""
+"""PromQL over our own series. A name without a row in dpo_api.metrics raises KeyError: no query can name it."""
 
 from __future__ import annotations
 
-from dpo_api.metrics import METRICS, OPERATOR, Metric
+import re
+
+from dpo_api.metrics import BY_NAME, OPERATOR, Metric
 
 JOB = ("namespace", "dpojob")
 ATTEMPT = (*JOB, "attempt")
@@ -16,23 +18,29 @@ GPU: dict[str, str] = {
     "DCGM_FI_DEV_XID_ERRORS": "Value of the last XID error encountered.",
     "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": "Share of cycles in which the tensor cores were busy, 0 to 1.",
 }
-"""The only series that are not ours: of NVIDIA's dcgm-exporter, by its documented names."""
-
-TABLE: dict[str, Metric] = {metric.name: metric for metric in (*METRICS, *OPERATOR)}
+"""The only series that are not ours: those of NVIDIA's dcgm-exporter, by their documented names."""
 
 _HISTOGRAM = ("_bucket", "_sum", "_count")
 
 
 def metric(name: str) -> Metric:
-    """Return the table's line of a series. KeyError for one that nobody exports."""
+    """Return the row of a series. KeyError for a name that nobody exports."""
     for ending in _HISTOGRAM:
-        base = TABLE.get(name.removesuffix(ending))
+        base = BY_NAME.get(name.removesuffix(ending))
         if base is not None and base.kind == "histogram" and name.endswith(ending):
             return base
-    found = TABLE[name]
+    found = BY_NAME[name]
     if found.kind == "histogram":
-        raise KeyError(f"{name} is a histogram: take {', '.join(name + ending for ending in _HISTOGRAM)}")
+        raise KeyError(f"{name} is a histogram: use {', '.join(name + ending for ending in _HISTOGRAM)}")
     return found
+
+
+_NAME = re.compile(r"\bdpo_(?:train|val|data|checkpoint|trainer|job|operator)_\w+")
+
+
+def rows_in(text: str) -> set[Metric]:
+    """Return the rows of all series that PromQL, or a page that quotes it, names."""
+    return {metric(name) for name in _NAME.findall(text)}
 
 
 def of_run(name: str, more: str = "") -> str:
@@ -91,5 +99,5 @@ def gpu(name: str) -> str:
 
 def _chosen(name: str, label: str) -> str:
     if metric(name) in OPERATOR:
-        raise KeyError(f"{name} is the operator's: it has no label {label}")
+        raise KeyError(f"{name} is exported by the operator: it has no label {label}")
     return 'namespace=~"$namespace", dpojob=~"$dpojob"'

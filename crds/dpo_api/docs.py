@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel
 
-from dpo_api import metrics
 from dpo_api.crd import COLUMNS, MUTABLE, Schema, custom_resource_definition, structural
 from dpo_api.errors import Outcome
 from dpo_api.fields import PATTERN_HINTS
@@ -53,7 +52,6 @@ def reference() -> str:
             ],
         ),
         _outcomes(),
-        _metrics(),
         "## Messages of the trainer\n\nFields that may be absent have no value then.\n",
         _fields("### Progress: a line of the events file, and `GET /status`\n", Progress.model_json_schema()),
         _fields("### Last words: the termination message\n", LastWords.model_json_schema()),
@@ -146,20 +144,6 @@ def _outcomes() -> str:
     )
     rows = [(f"`{o.name}`", str(o.exit_code), o.retry, o.description) for o in Outcome]
     return _table(text, ("Outcome", "Exit code", "Another attempt", "Meaning"), rows)
-
-
-def _metrics() -> str:
-    rows = [
-        (
-            f"`{metric.name}`" + (f" {{{', '.join(metric.labels)}}}" if metric.labels else ""),
-            metric.kind,
-            f"`{metric.key}`" if metric.key else "",
-            metric.help,
-        )
-        for metric in metrics.METRICS
-    ]
-    only = "".join(f"\n`{key}` in metrics.jsonl only: {text}\n" for key, text in metrics.JSONL_ONLY.items())
-    return _table("## Metrics\n", ("Prometheus", "Kind", "metrics.jsonl", "Meaning"), rows) + only
 
 
 def _rules() -> str:

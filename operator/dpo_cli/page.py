@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from dpo_api.errors import Outcome
+from dpo_api.metrics import ACCURACY, LOSS, MARGIN, newest_group
 from dpo_api.progress import LastWords
 from dpo_api.texts import compact, elapsed, percent
 from dpo_cli.charts import LEFT, RIGHT, WIDTH, Chart, Line, render
@@ -77,15 +78,6 @@ def _head(report: Report) -> str:
     return f"<header><h1>{escape(report.name)}{badge}</h1>{lines}</header>{why}"
 
 
-def margins(log: MetricsLog, prefix: str) -> Sequence[Point]:
-    """Return the mean reward margin (chosen − rejected) over steps: the logged one, else the means' difference."""
-    logged = log.get(f"{prefix}rewards_margin")
-    if logged:
-        return logged
-    rejected = dict(log.get(f"{prefix}rewards_rejected_mean"))
-    return [(step, v - rejected[step]) for step, v in log.get(f"{prefix}rewards_chosen_mean") if step in rejected]
-
-
 def _tile(name: str, value: str, more: str = "") -> str:
     detail = f'<div class="more">{escape(more)}</div>' if more else ""
     head = f'<div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
@@ -106,11 +98,12 @@ def _trend(name: str, points: Sequence[Point], *, best: str | None, text: Callab
 
 
 def _tiles(log: MetricsLog, ended: LastWords | None) -> str:
-    prefix, where = ("val/", "validation") if log.names("val/") else ("train/", "train")
+    group = newest_group(log.series)
+    where = "validation" if group == "val" else "train"
     tiles = [
-        _trend(f"accuracy, {where}", log.get(f"{prefix}acc"), best="max", text=percent),
-        _trend(f"loss, {where}", log.get(f"{prefix}loss"), best="min"),
-        _trend(f"reward margin, {where}", margins(log, prefix), best="max"),
+        _trend(f"accuracy, {where}", log.get(f"{group}/{ACCURACY}"), best="max", text=percent),
+        _trend(f"loss, {where}", log.get(f"{group}/{LOSS}"), best="min"),
+        _trend(f"reward margin, {where}", log.get(f"{group}/{MARGIN}"), best="max"),
     ]
     total = ended.total if ended is not None and ended.total else 0
     steps = f"of {total:,} planned" if total and total != log.last_step else ""
@@ -169,10 +162,10 @@ def _charts(log: MetricsLog) -> list[Chart]:
         Line("rejected (validation)", log.get("val/rewards_rejected_mean"), 1, "dots"),
     ]
     unit, speeds = throughput(log)
-    margin = [Line("train", margins(log, "train/")), Line("validation", margins(log, "val/"), 1, "dots")]
+    margin = [Line("train", log.get(f"train/{MARGIN}")), Line("validation", log.get(f"val/{MARGIN}"), 1, "dots")]
     return [
-        Chart("Loss", _both(log, "loss")),
-        Chart("Accuracy", _both(log, "acc"), low=0.0, high=1.0, reference=(0.5, "chance")),
+        Chart("Loss", _both(log, LOSS)),
+        Chart("Accuracy", _both(log, ACCURACY), low=0.0, high=1.0, reference=(0.5, "chance")),
         Chart("Rewards", rewards),
         Chart("Reward margin (chosen − rejected)", margin),
         *([Chart("Loss terms", terms)] if with_sft else []),

@@ -5,10 +5,12 @@ Pure: events in, rows out. How rows reach a terminal or a log is the business of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dpo_api.metrics import ACCURACY, LOSS, MARGIN, Group
 from dpo_api.progress import Phase, Progress
-from dpo_api.texts import clock, figure
+from dpo_api.texts import clock, figure, fixed
 
 LABELS: dict[Phase, str] = {"starting": "start", "validate": "val"}
 """Labels that differ from the phase's own name."""
@@ -38,25 +40,10 @@ class _Phase:
     newest: Progress
 
 
-def margin(metrics: dict[str, float], prefix: str) -> float | None:
-    """Return the mean reward margin: the logged one, else the difference of the two mean rewards."""
-    if f"{prefix}rewards_margin" in metrics:
-        return metrics[f"{prefix}rewards_margin"]
-    chosen, rejected = metrics.get(f"{prefix}rewards_chosen_mean"), metrics.get(f"{prefix}rewards_rejected_mean")
-    return None if chosen is None or rejected is None else chosen - rejected
-
-
-def scores(metrics: dict[str, float], prefix: str) -> list[str]:
-    """Return "loss 0.118", "acc 0.98", "margin 3.10": those that there are."""
-    parts = []
-    if f"{prefix}loss" in metrics:
-        parts.append(f"loss {figure(metrics[f'{prefix}loss'])}")
-    if f"{prefix}acc" in metrics:
-        parts.append(f"acc {metrics[f'{prefix}acc']:.2f}")
-    gap = margin(metrics, prefix)
-    if gap is not None:
-        parts.append(f"margin {figure(gap)}")
-    return parts
+def scores(metrics: Mapping[str, float], group: Group) -> list[str]:
+    """Return "loss 0.118", "acc 0.98", "margin 3.10": those that the group has."""
+    forms = (("loss", LOSS, figure), ("acc", ACCURACY, lambda value: fixed(value, 2)), ("margin", MARGIN, figure))
+    return [f"{word} {form(metrics[f'{group}/{key}'])}" for word, key, form in forms if f"{group}/{key}" in metrics]
 
 
 def _units(phase: Phase) -> str:
@@ -69,7 +56,7 @@ def describe(progress: Progress, metrics: dict[str, float], *, running: bool) ->
     if progress.phase == "train":
         if progress.total:
             parts.append(f"step {progress.step:,}/{progress.total:,}")
-        parts += scores(metrics, "train/")
+        parts += scores(metrics, "train")
         if progress.tokens_per_second:
             parts.append(f"{progress.tokens_per_second:,.0f} tok/s")
         if running and progress.eta_seconds is not None and progress.step < progress.total:
@@ -77,7 +64,7 @@ def describe(progress: Progress, metrics: dict[str, float], *, running: bool) ->
     elif progress.phase in PAUSES:
         parts.append(f"step {progress.step:,}")
         if progress.phase == "validate":
-            parts += scores(metrics, "val/")
+            parts += scores(metrics, "val")
     elif progress.of:
         parts.append(f"{progress.done or 0:,}/{progress.of:,}{_units(progress.phase)}")
     if progress.message and progress.message not in parts:

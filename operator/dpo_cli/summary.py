@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dpo_api.errors import Outcome
+from dpo_api.metrics import ACCURACY, LOSS, MARGIN, newest_group
 from dpo_api.progress import LastWords
 from dpo_api.texts import figure, percent
 from dpo_cli.metrics_log import MetricsLog, Point
-from dpo_cli.page import margins
 from dpo_cli.report import Written
 from dpo_store import join_uri
 
@@ -50,16 +50,16 @@ def compared(log: MetricsLog) -> str:
 
     Accuracy and margin have no "before": at first the model is its own reference, and both are 0 by definition.
     """
-    prefix = "val/" if log.get("val/loss") else "train/"
+    group = newest_group(log.series)
     parts = [
-        _pair("accuracy", log.get(f"{prefix}acc")[-1:], percent),
-        _pair("loss", log.get(f"{prefix}loss")),
-        _pair("margin", margins(log, prefix)[-1:]),
+        _pair("accuracy", log.get(f"{group}/{ACCURACY}")[-1:], percent),
+        _pair("loss", log.get(f"{group}/{LOSS}")),
+        _pair("margin", log.get(f"{group}/{MARGIN}")[-1:]),
     ]
     told = [part for part in parts if part]
     if not told:
         return ""
-    return ("validation: " if prefix == "val/" else "training: ") + " · ".join(told)
+    return ("validation: " if group == "val" else "training: ") + " · ".join(told)
 
 
 def _pair(name: str, points: Sequence[Point], form: Callable[[float], str] = figure) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from dpo_api.metrics import ACCURACY, MARGIN, newest_group
 from dpo_api.spec import DPOJobSpec
 from dpo_api.status import ConditionType, StatusProgress
 from dpo_operator import clock, limits
@@ -87,12 +88,12 @@ def _finite(draft: Draft, progress: StatusProgress) -> None:
 
 
 def _learning(draft: Draft, progress: StatusProgress) -> None:
-    place = "val" if "val/acc" in progress.metrics else "train"
-    accuracy, margin = progress.metrics.get(f"{place}/acc"), progress.metrics.get(f"{place}/rewards_margin")
+    group = newest_group(progress.metrics)
+    accuracy, margin = progress.metrics.get(f"{group}/{ACCURACY}"), progress.metrics.get(f"{group}/{MARGIN}")
     if accuracy is None or margin is None:
         return
     truth: Truth
-    source = "validation" if place == "val" else "training"
+    source = "validation" if group == "val" else "training"
     if accuracy > CHANCE and margin > 0:
         truth, reason = "True", Reason.AboveChance
         text = "Accuracy and margin are above chance."

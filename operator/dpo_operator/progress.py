@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from dpo_api.metrics import ACCURACY, MARGIN, newest_group
 from dpo_api.progress import Progress
 from dpo_api.status import ConditionType, StatusProgress, Summary
 from dpo_api.texts import age, fixed
@@ -107,12 +108,12 @@ def _silence(draft: Draft, error: str) -> None:
 def summarise(progress: StatusProgress) -> Summary:
     """Return the columns: validation's accuracy and margin once there are any, else training's."""
     metrics = progress.metrics
-    place = "val" if "val/acc" in metrics else "train"
+    group = newest_group(metrics)
     left = progress.eta_seconds
     return Summary(
         step=f"{progress.step}/{progress.total}"[:32] if progress.total else None,
-        accuracy=_fixed(metrics.get(f"{place}/acc"), 2),
-        margin=_fixed(metrics.get(f"{place}/rewards_margin"), 2),
+        accuracy=_fixed(metrics.get(f"{group}/{ACCURACY}"), 2),
+        margin=_fixed(metrics.get(f"{group}/{MARGIN}"), 2),
         loss=_fixed(metrics.get("train/loss"), 4),
         eta=age(left)[:32] if left and progress.phase != "done" else None,
     )

@@ -143,6 +143,23 @@ def test_metric_names_follow_prometheus() -> None:
         assert "step" not in metric.labels
 
 
+@pytest.mark.parametrize(
+    ("keys", "group"),
+    [
+        ({"train/acc", "val/acc"}, "val"),
+        ({"train/acc", "val/loss"}, "train"),  # the validation before the first step reports no accuracy
+        ({"val/loss"}, "val"),
+        ({"train/loss", "val/loss"}, "val"),  # SFT alone
+        ({"train/loss"}, "train"),
+        (set(), "train"),
+    ],
+)
+def test_validation_counts_once_it_has_scored(keys: set[str], group: str) -> None:
+    from dpo_api.metrics import newest_group
+
+    assert newest_group(keys) == group
+
+
 def test_metrics_of_the_reference_have_their_series() -> None:
     from dpo_api.metrics import BY_KEY
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dpo_api.progress import LastWords
 from dpo_cli.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Line, render, smooth, thin, ticks
 from dpo_cli.metrics_log import merge, parse_events
-from dpo_cli.page import Report, flatten, margins, render_page
+from dpo_cli.page import Report, flatten, render_page
 from dpo_testing.cli import Dpo, World
 from dpo_testing.s3server import S3Server
 
@@ -276,8 +276,3 @@ def test_a_run_directory_in_s3_with_one_log_an_attempt(
     assert (said.code, said.out.strip()) == (0, "s3://reports/job/report.html")
     text = Page(client.get_object(Bucket="reports", Key="job/report.html")["Body"].read().decode()).text
     assert "steps 11" in text
-
-
-def test_the_margin_is_chosen_minus_rejected_where_it_is_not_logged() -> None:
-    line = {"step": 3, "val/rewards_chosen_mean": 0.25, "val/rewards_rejected_mean": -0.5, "val/loss": 1.0}
-    assert margins(merge(parse_events("m", json.dumps(line).encode() + b"\n")), "val/") == [(3, 0.75)]

@@ -90,12 +90,6 @@ def test_the_sets_of_a_phase_have_rows_of_their_own() -> None:
     assert lines == ["  reference  512/512 pairs  train  (2.0 s)", "  reference  64/64 pairs  heldout  (1.0 s)"]
 
 
-def test_the_margin_is_the_rewards_difference_where_it_is_not_logged() -> None:
-    metrics = {"train/rewards_chosen_mean": 0.5, "train/rewards_rejected_mean": -1.0}
-    [line] = plain(event("train", 0, step=1, total=2, metrics=metrics), end=1)
-    assert "margin 1.50" in line
-
-
 def test_the_remaining_time_is_told_while_there_is_some() -> None:
     log = PhaseLog()
     log.feed(event("train", 0, step=1, total=9, eta_seconds=80.0))

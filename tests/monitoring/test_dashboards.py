@@ -12,10 +12,10 @@ import pytest
 import yaml
 from grafana_foundation_sdk.models import units
 
-from dpo_api.metrics import METRICS, OPERATOR, RUN_LABELS
+from dpo_api.metrics import BY_NAME, RUN_LABELS, Metric
 from dpo_monitoring.alerts import ALERTS, RUNBOOKS, rules
-from dpo_monitoring.pages import DASHBOARDS, REPOSITORY, generated
-from dpo_monitoring.queries import GPU, TABLE, metric, of_run
+from dpo_monitoring.pages import DASHBOARDS, REPOSITORY, generated, shown_in
+from dpo_monitoring.queries import GPU, metric, of_run
 from dpo_testing.s3server import tool
 
 FILES = [REPOSITORY / "charts/dpo-operator/dashboards" / f"{dashboard.uid}.json" for dashboard in DASHBOARDS]
@@ -129,16 +129,10 @@ def test_the_queries_of_a_run_aggregate_over_pods_and_follow_the_choice() -> Non
             assert found[1].startswith('{namespace=~"$namespace"'), expr
 
 
-def test_every_series_of_a_run_is_shown_somewhere() -> None:
-    shown = {name for path in FILES for name in NAME.findall(path.read_text())}
-    hidden = {item.name for item in (*METRICS, *OPERATOR)} - {TABLE[n].name if n in TABLE else n for n in shown}
-    allowed = {
-        "dpo_train_reward_mean", "dpo_val_reward_mean",  # halfway between chosen and rejected, which are shown
-        "dpo_operator_info", "dpo_operator_queue_depth", "dpo_operator_reconcile_duration_seconds",
-        "dpo_operator_process_virtual_memory_bytes", "dpo_operator_process_open_fds", "dpo_operator_process_max_fds",
-        "dpo_operator_process_start_time_seconds",
-    }  # fmt: skip
-    assert hidden <= allowed
+@pytest.mark.parametrize("row", BY_NAME.values(), ids=lambda row: row.name)
+def test_a_series_has_a_panel_or_a_reason_for_none(row: Metric) -> None:
+    panels = [place for place in shown_in(row) if "alerts/" not in place]
+    assert bool(panels) != bool(row.no_panel), f"{row.name}: add a panel in charts/dpo_monitoring, or no_panel"
 
 
 @pytest.mark.parametrize("name", ["dpo_train_lose", "dpo_operator_reconcile_duration_seconds", "dpo_train_loss_bucket"])

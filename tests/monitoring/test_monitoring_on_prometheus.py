@@ -9,8 +9,8 @@ import pytest
 
 from dpo_api.metrics import METRICS, OPERATOR
 from dpo_monitoring.alerts import ALERTS
-from dpo_monitoring.model import Dashboard
 from dpo_monitoring.pages import DASHBOARDS
+from dpo_monitoring.panels import Dashboard
 from dpo_monitoring.queries import GPU
 from dpo_testing.dcgm import VALUES
 from dpo_testing.kubeapi import eventually

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
+from dpo_api.metrics import METRICS
 from dpo_testing.runs import merged, run_here
 from dpo_testing.training_world import make
 from dpo_trainer.reporting import Reporter
@@ -61,6 +64,26 @@ def test_the_validation_before_the_first_step_passes_no_verdict(
     assert {"val/acc", "val/other/acc", "val/rewards_margin", "val/other/rewards_all_std"} <= at_end[1].keys()
     assert run.events[0]["step"] == 0
     assert {"val/acc", "val/rewards_margin", "val/one/acc"} <= run.events[0].keys(), "the record holds everything"
+
+
+def test_a_run_exports_exactly_the_rows_of_the_table(spec: dict[str, Any], tmp_path: Path) -> None:
+    """Names, types, labels and help texts of /metrics at the end of a run that uses everything."""
+    found: dict[str, Metric] = {}
+
+    def look(run: Run) -> None:
+        assert run.reporter._hub is not None
+        text = generate_latest(run.reporter._hub.prometheus.registry).decode()
+        found.update({family.name: family for family in text_string_to_metric_families(text)})
+
+    run_here(merged(spec, {"dpo": {"sftWeight": 0.1}}), tmp_path / "run", look)
+    rows = {row.family: row for row in METRICS}
+    assert set(found) == set(rows)
+    for name, family in found.items():
+        row = rows[name]
+        assert (family.type, family.documentation) == (row.kind, row.help), name
+        assert family.samples, name
+        for sample in family.samples:
+            assert (sample.name, set(sample.labels)) == (row.name, set(row.labels))
 
 
 def test_a_resumed_run_says_which_checkpoint_it_has_and_how_old_it_is(spec: dict[str, Any], tmp_path: Path) -> None:

@@ -166,20 +166,16 @@ class Operator:
             return "the cluster does not know dpojobs yet"
         return "" if self.health.synced else "the caches are being filled"
 
-    def _gauges(self) -> dict[str, tuple[str, float]]:
-        checked = self.health.checked_at
-        gauges: dict[str, tuple[str, float]] = {
-            "dpo_operator_queue_depth": ("DPOJobs that wait for a pass.", self._queue.depth),
-            "dpo_operator_queue_oldest_seconds": ("Wait of the DPOJob that waits longest.", self._queue.oldest()),
-            "dpo_operator_watches_dead": ("Kinds whose watch is dead.", len(self.health.dead)),
-            "dpo_operator_watch_restarts": ("Times that the watches were started anew.", self._watches.failures),
-            "dpo_operator_synced": ("1 once the caches are filled.", float(self.health.synced)),
-            "dpo_operator_backend_installed": (
-                "1 where the cluster knows PyTorchJob.", float(CHILDREN.plural not in self.health.missing)
-            ),
-            "dpo_operator_scrape_failures": ("Trainers that did not answer, so far.", self._scraper.failures),
-        }  # fmt: skip
-        if checked is not None:
-            text = "Unix time at which the watches were last compared with the cluster."
-            gauges["dpo_operator_watch_checked_timestamp_seconds"] = (text, checked)
+    def _gauges(self) -> dict[str, float]:
+        gauges: dict[str, float] = {
+            "dpo_operator_queue_depth": self._queue.depth,
+            "dpo_operator_queue_oldest_seconds": self._queue.oldest(),
+            "dpo_operator_watches_dead": len(self.health.dead),
+            "dpo_operator_watch_restarts": self._watches.failures,
+            "dpo_operator_synced": float(self.health.synced),
+            "dpo_operator_backend_installed": float(CHILDREN.plural not in self.health.missing),
+            "dpo_operator_scrape_failures": self._scraper.failures,
+        }
+        if self.health.checked_at is not None:
+            gauges["dpo_operator_watch_checked_timestamp_seconds"] = self.health.checked_at
         return gauges

@@ -8,13 +8,12 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from dpo_api.metrics import OPERATOR
+from dpo_api.metrics import ACCURACY, BY_NAME, LOSS, MARGIN, OPERATOR, newest_group
 from dpo_api.status import STATES, ConditionType
 from dpo_operator import clock
 
 Job = Mapping[str, Any]
 
-_TABLE = {metric.name: metric for metric in OPERATOR}
 _VALUES = {"True": 1.0, "False": 0.0}
 _WATCHED = frozenset(
     kind.value
@@ -28,9 +27,9 @@ _WATCHED = frozenset(
 )
 """The conditions about the run itself; the others say no more than the state."""
 _OF_RUN: tuple[tuple[str, str], ...] = (
-    ("dpo_job_accuracy_ratio", "acc"),
-    ("dpo_job_reward_margin", "rewards_margin"),
-    ("dpo_job_loss", "loss"),
+    ("dpo_job_accuracy_ratio", ACCURACY),
+    ("dpo_job_reward_margin", MARGIN),
+    ("dpo_job_loss", LOSS),
 )
 
 
@@ -43,20 +42,20 @@ def of_fleet(jobs: Iterable[Job]) -> Iterator[Metric]:
         states[namespace, _state(job)] += 1
         attempts = _status(job).get("attempts") or ()
         gpus[namespace] += _gpus(job) if attempts and _runs(attempts[-1]) else 0
-    family = _family("dpo_operator_jobs")
+    counted = family("dpo_operator_jobs")
     for namespace in sorted(gpus):
         for state in STATES:
-            family.add_metric([namespace, state], states[namespace, state])
-    yield family
-    family = _family("dpo_operator_gpus")
+            counted.add_metric([namespace, state], states[namespace, state])
+    yield counted
+    counted = family("dpo_operator_gpus")
     for namespace, count in sorted(gpus.items()):
-        family.add_metric([namespace], count)
-    yield family
+        counted.add_metric([namespace], count)
+    yield counted
 
 
 def of_jobs(jobs: Iterable[Job], now: float) -> Iterator[Metric]:
     """Yield what is said of each DPOJob. ``now``: Unix seconds."""
-    families = {name: _family(name) for name in _TABLE if name.startswith("dpo_job_")}
+    families = {row.name: family(row.name) for row in OPERATOR if row.name.startswith("dpo_job_")}
     for job in jobs:
         labels = [job["metadata"]["namespace"], job["metadata"]["name"]]
         families["dpo_job_state"].add_metric([*labels, _state(job)], 1)
@@ -82,17 +81,18 @@ def _values(job: Job, now: float) -> Iterator[tuple[str, float]]:
     if progress.get("step") is not None:
         yield "dpo_job_step", progress["step"]
     values = {**(progress.get("metrics") or {}), **(status.get("finalMetrics") or {})}
-    group = "val" if "val/acc" in values else "train"
+    group = newest_group(values)
     for name, key in _OF_RUN:
         value = values.get(f"{group}/{key}")
         if value is not None:
             yield name, value
 
 
-def _family(name: str) -> GaugeMetricFamily | CounterMetricFamily:
-    metric = _TABLE[name]
+def family(name: str) -> GaugeMetricFamily | CounterMetricFamily:
+    """Return an empty family with the help and labels of its row. KeyError for a name that the table lacks."""
+    metric = BY_NAME[name]
     kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-    return kind(name.removesuffix("_total"), metric.help, labels=metric.labels)
+    return kind(metric.family, metric.help, labels=metric.labels)
 
 
 def _status(job: Job) -> Mapping[str, Any]:

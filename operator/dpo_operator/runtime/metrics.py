@@ -1,4 +1,7 @@
-"""What Prometheus learns of the operator. Gauges are read off the cache when asked, so they go when a job goes."""
+"""The operator's /metrics, built from the rows of dpo_api.metrics.
+
+Gauges about jobs are read from the cache at each scrape, so they disappear with their job.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,15 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dpo_api.metrics import BY_NAME
 from dpo_api.version import VERSION
 from dpo_operator.runtime import jobseries
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Seconds of a reconcile."""
 
 
 class Metrics:
@@ -28,30 +35,27 @@ class Metrics:
     def __init__(
         self,
         jobs: Callable[[], Iterable[Mapping[str, Any]]],
-        gauges: Callable[[], Mapping[str, tuple[str, float]]],
+        gauges: Callable[[], Mapping[str, float]],
         *,
         job_limit: int,
     ) -> None:
-        """``jobs``: the DPOJobs of now. ``gauges``: further gauges, by name: help and value."""
-        disable_created_metrics()  # one more series a counter, which no dashboard reads
+        """``jobs``: the current DPOJobs. ``gauges``: the current value of further gauges, by name."""
+        disable_created_metrics()  # one more series per counter, which no dashboard reads
         self.registry = CollectorRegistry()
-        self._passes = Histogram(
-            "dpo_operator_reconcile_duration_seconds", "Duration of a pass over one DPOJob.", registry=self.registry,
-            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
-        )  # fmt: skip
-        self._errors = Counter(
-            "dpo_operator_reconcile_errors", "Passes that failed and are repeated, by cause.", ["cause"],
-            registry=self.registry,
-        )  # fmt: skip
+        duration = BY_NAME["dpo_operator_reconcile_duration_seconds"]
+        self._passes = Histogram(duration.family, duration.help, registry=self.registry, buckets=_BUCKETS)
+        self._errors = self._counter("dpo_operator_reconcile_errors_total")
         for cause in ("unreachable", "unsettled", "exception"):
             self._errors.labels(cause)  # from 0, so that the first one counts
-        self._restarts = Counter(
-            "dpo_operator_restarts", "Attempts that ended in failure, by class.", ["class"], registry=self.registry
-        )
+        self._restarts = self._counter("dpo_operator_restarts_total")
         for name in ("infrastructure", "retryable", "permanent"):
             self._restarts.labels(name)
-        ProcessCollector("dpo_operator", registry=self.registry)
-        self.registry.register(_OfNow(jobs, gauges, job_limit))
+        self.registry.register(_Process())
+        self.registry.register(_LiveGauges(jobs, gauges, job_limit))
+
+    def _counter(self, name: str) -> Counter:
+        row = BY_NAME[name]
+        return Counter(row.family, row.help, row.labels, registry=self.registry)
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text form."""
@@ -78,13 +82,26 @@ class Metrics:
                 self._restarts.labels(attempt["failureClass"]).inc()
 
 
-class _OfNow(Collector):
-    """Gauges over what the cache holds at the moment of the scrape."""
+class _Process(Collector):
+    """Memory, CPU time and files of this process, as prometheus_client measures them, with the table's help texts."""
+
+    def __init__(self) -> None:
+        self._collector = ProcessCollector("dpo_operator", registry=None)
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._collector.collect():
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            family.documentation = BY_NAME[name].help
+            yield family
+
+
+class _LiveGauges(Collector):
+    """Gauges over what the cache holds when Prometheus scrapes."""
 
     def __init__(
         self,
         jobs: Callable[[], Iterable[Mapping[str, Any]]],
-        gauges: Callable[[], Mapping[str, tuple[str, float]]],
+        gauges: Callable[[], Mapping[str, float]],
         limit: int,
     ) -> None:
         self._jobs = jobs
@@ -92,13 +109,15 @@ class _OfNow(Collector):
         self._limit = limit
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # names without values; else registering would look at the cache
+        return ()  # otherwise registering would call collect, which reads the cache
 
     def collect(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("dpo_operator", "Always 1; its labels describe the operator.", {"version": VERSION})
+        info = jobseries.family("dpo_operator_info")
+        info.add_metric([VERSION], 1)
+        yield info
         jobs = list(self._jobs())
         yield from jobseries.of_fleet(jobs)
-        for name, (text, value) in self._gauges().items():
-            yield GaugeMetricFamily(name, text, value=value)
+        for name, value in self._gauges().items():
+            yield GaugeMetricFamily(name, BY_NAME[name].help, value=value)
         newest = sorted(jobs, key=lambda job: job["metadata"].get("creationTimestamp") or "", reverse=True)
         yield from jobseries.of_jobs(newest[: self._limit], time.time())

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from dpo_api.metrics import OPERATOR
 from dpo_operator import clock
+from dpo_operator.config import Settings
 from dpo_operator.runtime import jobseries
+from dpo_operator.runtime.app import Operator
 from dpo_operator.runtime.metrics import Metrics
+from dpo_operator.runtime.options import Options
+from dpo_operator.runtime.resources import JOBS
 
 NOW = clock.to_moment("2026-01-01T12:00:00Z")
 
@@ -119,23 +124,32 @@ def test_a_spec_that_was_refused_may_hold_anything(resources: object) -> None:
     assert of({"metadata": item["metadata"]})["dpo_job_state", "a", "j", "Pending"] == 1
 
 
-def test_names_kinds_and_labels_are_the_table_s() -> None:
+def test_the_operator_exports_exactly_the_rows_of_the_table() -> None:
+    """Wired as the process wires it, without a cluster: names, types, labels and help texts."""
     status = {
         "state": "Running",
         "attempt": 1,
         "attempts": [attempt(1, startTime="10:00", runningTime="10:10")],
         "conditions": [{"type": "Finite", "status": "True"}],
-        "progress": {"step": 1, "metrics": {"train/acc": 1.0, "train/loss": 0.1, "train/rewards_margin": 0.2}},
+        "progress": {
+            "step": 1,
+            "metrics": {"train/acc": 1.0, "train/loss": 0.1, "train/rewards_margin": 0.2},
+        },
     }
-    metrics = Metrics(lambda: [job(**status)], dict, job_limit=10)
-    metrics.error("500")
-    table = {item.name: item for item in OPERATOR}
-    for family in metrics.registry.collect():
+    operator = Operator(Options(), Settings())
+    item = job(**status)
+    operator._cache.put(JOBS, {**item, "metadata": {**item["metadata"], "uid": "1"}}, watched=False)
+    operator.health.checked_at = NOW
+    rows = {row.family: row for row in OPERATOR}
+    families = {family.name: family for family in text_string_to_metric_families(operator._metrics.text().decode())}
+    assert set(families) == set(rows)
+    for name, family in families.items():
+        row = rows[name]
+        assert (family.type, family.documentation) == (row.kind, row.help), name
+        assert family.samples, name
         for sample in family.samples:
-            base = sample.name if sample.name in table else family.name
-            line = table[base]
-            assert set(sample.labels) - {"le"} == set(line.labels), sample
-            assert family.type == {"info": "info"}.get(family.type, line.kind) or family.name == "dpo_operator"
+            assert set(sample.labels) - {"le"} == set(row.labels), sample
+        assert row.kind == "histogram" or {sample.name for sample in family.samples} == {row.name}
 
 
 def test_only_the_newest_jobs_have_series_of_their_own() -> None:

@@ -1,4 +1,4 @@
-"""The run's figures in Prometheus' format: the names and meanings of dpo_api.metrics, and no other."""
+"""The run's metrics in Prometheus' format, built from the rows of dpo_api.metrics."""
 
 import threading
 import time
@@ -8,10 +8,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dpo_api.metrics import BY_KEY, METRICS
+from dpo_api.metrics import BY_KEY, BY_NAME, METRICS
 from dpo_trainer.metrics.writer import telling
-
-_BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 class PrometheusMetrics(Collector):
@@ -48,7 +46,7 @@ class PrometheusMetrics(Collector):
 
     def add(self, name: str, amount: float, **labels: str) -> None:
         """Add to a counter, from 0."""
-        if _BY_NAME[name].kind != "counter" or amount < 0:
+        if BY_NAME[name].kind != "counter" or amount < 0:
             raise ValueError(f"{name} is not a counter, or {amount} is negative")
         with self._lock:
             series = self._labels(name, labels)
@@ -73,7 +71,7 @@ class PrometheusMetrics(Collector):
             if metric.name not in values:
                 continue
             kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-            family = kind(metric.name.removesuffix("_total"), metric.help, labels=metric.labels)
+            family = kind(metric.family, metric.help, labels=metric.labels)
             for series, value in values[metric.name].items():
                 family.add_metric(series, value)
             yield family
@@ -83,7 +81,7 @@ class PrometheusMetrics(Collector):
 
     @staticmethod
     def _labels(name: str, labels: Mapping[str, str]) -> tuple[str, ...]:
-        wanted = _BY_NAME[name].labels
+        wanted = BY_NAME[name].labels
         if set(labels) != set(wanted):
             raise KeyError(f"{name} has the labels {list(wanted)}, not {list(labels)}")
         return tuple(labels[label] for label in wanted)

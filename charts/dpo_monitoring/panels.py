@@ -1,8 +1,8 @@
-"""What a dashboard is made of, before Grafana's SDK writes it: small enough to be read, counted and tested."""
+"""The parts of a dashboard, as plain data; ``grafana`` turns them into Grafana's JSON."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 Form = Literal["lines", "stacked", "stat", "table"]
@@ -27,6 +27,7 @@ class Panel:
     unit: str
     """Grafana's name of the unit."""
     queries: tuple[Query, ...]
+    _: KW_ONLY
     form: Form = "lines"
     width: int = 8
     """Of 24."""

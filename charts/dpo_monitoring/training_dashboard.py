@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_monitoring.model import Dashboard, Panel, Query, Row, Variable
+from dpo_monitoring.panels import Dashboard, Panel, Query, Row, Variable
 from dpo_monitoring.queries import gpu, of_run, run, run_rate
 
 WHO = "{{dpojob}} #{{attempt}}"
@@ -37,22 +37,42 @@ NOW = Row(
                     "{{dpojob}}",
                 ),
             ),
-            "stat", 4, 4, 0, 1,
+            form="stat",
+            width=4,
+            height=4,
+            lowest=0,
+            highest=1,
         ),
         Panel(
             "Validation accuracy",
             "Newest share of validation pairs whose chosen response has the higher reward. 0.5 is chance.",
-            "percentunit", (_newest("dpo_val_reward_accuracy_ratio"),), "stat", 4, 4, 0, 1,
+            "percentunit",
+            (_newest("dpo_val_reward_accuracy_ratio"),),
+            form="stat",
+            width=4,
+            height=4,
+            lowest=0,
+            highest=1,
         ),
         Panel(
             "Validation margin",
             "Newest mean reward of chosen minus rejected responses of the validation pairs. It should be above 0.",
-            "none", (_newest("dpo_val_reward_margin"),), "stat", 4, 4, decimals=3,
+            "none",
+            (_newest("dpo_val_reward_margin"),),
+            form="stat",
+            width=4,
+            height=4,
+            decimals=3,
         ),
         Panel(
             "Training loss",
             "Loss of the last step's global batch. DPO begins at ln 2 = 0.693.",
-            "none", (_newest("dpo_train_loss"),), "stat", 4, 4, decimals=4,
+            "none",
+            (_newest("dpo_train_loss"),),
+            form="stat",
+            width=4,
+            height=4,
+            decimals=4,
         ),
         Panel(
             "Time left",
@@ -66,7 +86,10 @@ NOW = Row(
                     "{{dpojob}}",
                 ),
             ),
-            "stat", 4, 4, 0,
+            form="stat",
+            width=4,
+            height=4,
+            lowest=0,
         ),
         Panel(
             "Checkpoint age",
@@ -77,7 +100,10 @@ NOW = Row(
                     f"time() - {_STEPS.format(of_run('dpo_checkpoint_last_success_timestamp_seconds'))}", "{{dpojob}}"
                 ),
             ),
-            "stat", 4, 4, 0,
+            form="stat",
+            width=4,
+            height=4,
+            lowest=0,
         ),
         Panel(
             "Runs side by side",
@@ -93,11 +119,13 @@ NOW = Row(
                 _newest("dpo_train_learning_rate", "Learning rate"),
                 _newest("dpo_train_tokens_per_second", "Tokens/s"),
             ),
-            "table", 24, 6,
+            form="table",
+            width=24,
+            height=6,
             units={"Val accuracy": "percentunit", "Learning rate": "sci", "Tokens/s": "short"},
         ),
     ),
-)  # fmt: skip
+)
 
 LEARNING = Row(
     "Does it learn?",
@@ -106,48 +134,60 @@ LEARNING = Row(
             "Accuracy",
             "Share of pairs whose chosen response has the higher reward: of each step's global batch (noisy) and of all"
             " validation pairs. It rises from 0.5. Training near 1 with validation far below is overfitting.",
-            "percentunit", _both("reward_accuracy_ratio"), width=12, lowest=0, highest=1,
+            "percentunit",
+            _both("reward_accuracy_ratio"),
+            width=12,
+            lowest=0,
+            highest=1,
         ),
         Panel(
             "Reward margin",
             "Mean reward of chosen minus rejected responses. It begins at 0 and rises; below 0 the pairs may be"
             " swapped.",
-            "none", _both("reward_margin"), width=12,
+            "none",
+            _both("reward_margin"),
+            width=12,
         ),
         Panel(
             "Rewards of chosen responses",
             "Beta times how much more likely the policy finds chosen responses than the reference does. Some decline"
             " is usual in DPO; a steep one together with the rejected ones means the model forgets.",
-            "none", _both("reward_chosen"),
+            "none",
+            _both("reward_chosen"),
         ),
         Panel(
             "Rewards of rejected responses",
             "The same for rejected responses. It should fall.",
-            "none", _both("reward_rejected"),
+            "none",
+            _both("reward_rejected"),
         ),
         Panel(
             "Spread of rewards",
             "Standard deviation of the rewards of all responses. It grows as the policy leaves the reference.",
-            "none", _both("reward_stddev"),
+            "none",
+            _both("reward_stddev"),
         ),
         Panel(
             "Loss",
             "The loss that is minimised. DPO begins at ln 2 = 0.693, and validation should follow training down.",
-            "none", _both("loss"),
+            "none",
+            _both("loss"),
         ),
         Panel(
             "Preference loss",
             "The preference part of the loss, before its weight.",
-            "none", _both("preference_loss"),
+            "none",
+            _both("preference_loss"),
         ),
         Panel(
             "SFT loss",
             "Negative log-prob of the chosen response, before its weight dpo.sftWeight; empty where that is 0. Rising,"
             " it shows the model drifting away from what it should say.",
-            "none", _both("sft_loss"),
+            "none",
+            _both("sft_loss"),
         ),
     ),
-)  # fmt: skip
+)
 
 OPTIMIZER = Row(
     "Optimizer",
@@ -155,13 +195,17 @@ OPTIMIZER = Row(
         Panel(
             "Learning rate",
             "Learning rate of the last step: warm-up, constant part, decay.",
-            "sci", (Query(run("dpo_train_learning_rate"), WHO),), lowest=0,
+            "sci",
+            (Query(run("dpo_train_learning_rate"), WHO),),
+            lowest=0,
         ),
         Panel(
             "Gradient norm",
             "Norm of the whole gradient before clipping. Spikes are clipped; a norm that keeps growing asks for a lower"
             " learning rate.",
-            "none", (Query(run("dpo_train_grad_norm"), WHO),), logarithmic=True,
+            "none",
+            (Query(run("dpo_train_grad_norm"), WHO),),
+            logarithmic=True,
         ),
         Panel(
             "Steps and epochs",
@@ -174,7 +218,7 @@ OPTIMIZER = Row(
             lowest=0,
         ),
     ),
-)  # fmt: skip
+)
 
 SPEED = Row(
     "Speed",
@@ -182,7 +226,9 @@ SPEED = Row(
         Panel(
             "Tokens a second",
             "Tokens computed a second in the last step, by all processes. Padding does not count.",
-            "short", (Query(run("dpo_train_tokens_per_second"), WHO),), lowest=0,
+            "short",
+            (Query(run("dpo_train_tokens_per_second"), WHO),),
+            lowest=0,
         ),
         Panel(
             "Step time",
@@ -198,7 +244,9 @@ SPEED = Row(
             "Data wait",
             "Share of time that steps waited for data. Above a few percent the storage or the node's CPUs hold up the"
             " GPUs.",
-            "percentunit", (Query(run_rate("dpo_data_wait_seconds_total"), WHO),), lowest=0,
+            "percentunit",
+            (Query(run_rate("dpo_data_wait_seconds_total"), WHO),),
+            lowest=0,
         ),
         Panel(
             "Tokens and pairs trained on",
@@ -208,7 +256,8 @@ SPEED = Row(
                 Query(run("dpo_train_tokens_total"), f"{WHO} tokens"),
                 Query(run("dpo_train_samples_total"), f"{WHO} pairs"),
             ),
-            lowest=0, logarithmic=True,
+            lowest=0,
+            logarithmic=True,
         ),
         Panel(
             "Since the last step",
@@ -234,7 +283,7 @@ SPEED = Row(
             lowest=0,
         ),
     ),
-)  # fmt: skip
+)
 
 DATA = Row(
     "Data and checkpoints",
@@ -267,7 +316,7 @@ DATA = Row(
             lowest=0,
         ),
     ),
-)  # fmt: skip
+)
 
 
 def _gpus(name: str, scale: str = "") -> tuple[Query, ...]:
@@ -284,12 +333,18 @@ GPUS = Row(
         Panel(
             "GPU utilization",
             "Share of time in which a kernel ran, over the GPUs of a job. One GPU far below the others holds all up.",
-            "percentunit", _gpus("DCGM_FI_DEV_GPU_UTIL", " / 100"), lowest=0, highest=1,
+            "percentunit",
+            _gpus("DCGM_FI_DEV_GPU_UTIL", " / 100"),
+            lowest=0,
+            highest=1,
         ),
         Panel(
             "Tensor cores",
             "Share of cycles in which the tensor cores were busy: how well the GPUs are really used.",
-            "percentunit", _gpus("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE"), lowest=0, highest=1,
+            "percentunit",
+            _gpus("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE"),
+            lowest=0,
+            highest=1,
         ),
         Panel(
             "GPU memory",
@@ -302,7 +357,8 @@ GPUS = Row(
                     "{{dpojob}} highest",
                 ),
             ),
-            lowest=0, highest=1,
+            lowest=0,
+            highest=1,
         ),
         Panel(
             "GPU power",
@@ -314,25 +370,27 @@ GPUS = Row(
         Panel(
             "GPU temperature",
             "Hot GPUs lower their clock: then one node is slower than the others.",
-            "celsius", _gpus("DCGM_FI_DEV_GPU_TEMP"), lowest=0,
+            "celsius",
+            _gpus("DCGM_FI_DEV_GPU_TEMP"),
+            lowest=0,
         ),
         Panel(
             "GPU errors",
             "Number of the last XID error of each GPU; 0 is none. NVIDIA's list says what a number means.",
-            "none", (Query(gpu("DCGM_FI_DEV_XID_ERRORS"), "{{pod}} GPU {{gpu}}"),), lowest=0,
+            "none",
+            (Query(gpu("DCGM_FI_DEV_XID_ERRORS"), "{{pod}} GPU {{gpu}}"),),
+            lowest=0,
         ),
     ),
     folded=True,
-)  # fmt: skip
+)
 
 TRAINING = Dashboard(
     uid="dpo-training",
     title="DPO training",
     description="Does a DPO run learn, and is it fast. Choose several jobs to compare them.",
     variables=(
-        Variable(
-            "namespace", "Namespace", "Namespaces of the jobs.", "label_values(dpo_trainer_info, namespace)"
-        ),
+        Variable("namespace", "Namespace", "Namespaces of the jobs.", "label_values(dpo_trainer_info, namespace)"),
         Variable(
             "dpojob",
             "Job",
@@ -342,4 +400,4 @@ TRAINING = Dashboard(
     ),
     rows=(NOW, LEARNING, OPTIMIZER, SPEED, DATA, GPUS),
     start="now-6h",
-)  # fmt: skip
+)

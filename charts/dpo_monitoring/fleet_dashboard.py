@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_monitoring.model import Dashboard, Panel, Query, Row, Variable
+from dpo_monitoring.panels import Dashboard, Panel, Query, Row, Variable
 from dpo_monitoring.queries import fleet, metric, of_fleet, own
 
 WAITING = "Pending|Queued|Starting|Restarting"
@@ -13,7 +13,7 @@ _CONDITIONS = fleet("dpo_job_condition", "namespace", "dpojob", "condition", mor
 def _jobs(title: str, description: str, states: str) -> Panel:
     """Return the number of jobs in some states."""
     inner = fleet("dpo_operator_jobs", "namespace", "state", more=f', state=~"{states}"')
-    return Panel(title, description, "none", (Query(f"sum({inner})", title),), "stat", 4, 4)
+    return Panel(title, description, "none", (Query(f"sum({inner})", title),), form="stat", width=4, height=4)
 
 
 NOW = Row(
@@ -28,7 +28,9 @@ NOW = Row(
             "GPUs of the attempts that run now.",
             "none",
             (Query(f"sum({fleet('dpo_operator_gpus', 'namespace')})", "GPUs"),),
-            "stat", 4, 4,
+            form="stat",
+            width=4,
+            height=4,
         ),
         Panel(
             "Operator",
@@ -41,7 +43,12 @@ NOW = Row(
                     "ready",
                 ),
             ),
-            "stat", 4, 4, 0, 1, none="down",
+            form="stat",
+            width=4,
+            height=4,
+            lowest=0,
+            highest=1,
+            none="down",
         ),
         Panel(
             "Jobs",
@@ -57,11 +64,13 @@ NOW = Row(
                 Query(fleet("dpo_job_queue_seconds", "namespace", "dpojob"), "Queue time"),
                 Query(f"{fleet('dpo_job_gpu_seconds_total', 'namespace', 'dpojob')} / 3600", "GPU hours"),
             ),
-            "table", 24, 10,
+            form="table",
+            width=24,
+            height=10,
             units={"Accuracy": "percentunit", "Queue time": "s", "GPU hours": "short"},
         ),
     ),
-)  # fmt: skip
+)
 
 JOBS = Row(
     "Jobs",
@@ -76,7 +85,9 @@ JOBS = Row(
                     "{{state}}",
                 ),
             ),
-            "stacked", 12, lowest=0,
+            form="stacked",
+            width=12,
+            lowest=0,
         ),
         Panel(
             "Unfinished jobs by namespace",
@@ -90,19 +101,18 @@ JOBS = Row(
                     "{{namespace}}",
                 ),
             ),
-            "stacked", 12, lowest=0,
+            form="stacked",
+            width=12,
+            lowest=0,
         ),
         Panel(
             "Failed attempts by class",
             "Attempts of all namespaces that ended in failure in the last hour. infrastructure: nodes were lost or"
             " drained; retryable: charged to maxRestarts; permanent: the job failed.",
             "none",
-            (
-                Query(
-                    f"sum by (class) (increase({metric('dpo_operator_restarts_total').name}[1h]))", "{{class}}"
-                ),
-            ),
-            "stacked", lowest=0,
+            (Query(f"sum by (class) (increase({metric('dpo_operator_restarts_total').name}[1h]))", "{{class}}"),),
+            form="stacked",
+            lowest=0,
         ),
         Panel(
             "Jobs with most attempts",
@@ -133,7 +143,8 @@ JOBS = Row(
             "GPUs that running attempts hold, by namespace.",
             "none",
             (Query(fleet("dpo_operator_gpus", "namespace"), "{{namespace}}"),),
-            "stacked", lowest=0,
+            form="stacked",
+            lowest=0,
         ),
         Panel(
             "GPU hours",
@@ -145,7 +156,7 @@ JOBS = Row(
                     "{{namespace}}",
                 ),
             ),
-            "stat",
+            form="stat",
         ),
         Panel(
             "Runs that need a look",
@@ -159,7 +170,7 @@ JOBS = Row(
             lowest=0,
         ),
     ),
-)  # fmt: skip
+)
 
 _PASSES = metric("dpo_operator_reconcile_duration_seconds_bucket").name + "_bucket"
 
@@ -237,11 +248,7 @@ OPERATOR = Row(
             "Operator's CPU",
             "CPU cores that the operator uses.",
             "short",
-            (
-                Query(
-                    f"sum(rate({metric('dpo_operator_process_cpu_seconds_total').name}[$__rate_interval]))", "cores"
-                ),
-            ),
+            (Query(f"sum(rate({metric('dpo_operator_process_cpu_seconds_total').name}[$__rate_interval]))", "cores"),),
             lowest=0,
         ),
         Panel(
@@ -249,10 +256,11 @@ OPERATOR = Row(
             "1 where the cluster knows PyTorchJob, that is where training-operator is installed.",
             "none",
             (Query(own("dpo_operator_backend_installed"), "PyTorchJob"),),
-            lowest=0, highest=1,
+            lowest=0,
+            highest=1,
         ),
     ),
-)  # fmt: skip
+)
 
 FLEET = Dashboard(
     uid="dpo-fleet",
