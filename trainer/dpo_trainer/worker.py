@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import torch
 
+import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
 from dpo_api.errors import DPOError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_trainer.distributed import World, lost_contact

@@ -1,0 +1,77 @@
+"""Imports Megatron-Core without what no run uses. Import this module before any other that imports Megatron-Core.
+
+Importing Megatron-Core pulls in two things that cost a process seconds of CPU time:
+
+- wandb and TensorBoard, for timers that the trainer does not use. They are hidden while Megatron-Core is imported, and
+  it works without them. The trainer's own writers import them later if the spec asks for them.
+- torch's compiler (dynamo and inductor), because fused functions are decorated with ``torch.compile``. Without a GPU
+  the decorator is lazy: it calls ``torch.compile`` at the first call of the function, which is when ``torch.compile``
+  itself compiles. The same code runs and gives the same numbers. With a GPU ``torch.compile`` is left alone.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from dpo_trainer import bridge
+
+_HIDDEN = ("wandb", "torch.utils.tensorboard")
+
+_MODULES = (
+    "megatron.core",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+)
+"""These import, directly or indirectly, every module of Megatron-Core that the trainer uses."""
+
+
+def lazily_compiled(compile_: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a decorator like ``torch.compile`` that calls it at the first call of the decorated function."""
+
+    @functools.wraps(compile_)
+    def decorator(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(decorator, **options)
+        if not isinstance(model, FunctionType):
+            return compile_(model, **options)
+
+        @functools.cache
+        def compiled() -> Callable[..., Any]:
+            function: Callable[..., Any] = compile_(model, **options)
+            return function
+
+        @functools.wraps(model)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    return decorator
+
+
+@contextlib.contextmanager
+def _unused_modules_hidden() -> Iterator[None]:
+    hidden = [name for name in _HIDDEN if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: an import raises ModuleNotFoundError
+    compile_ = torch.compile
+    if bridge.needed():
+        torch.compile = lazily_compiled(compile_)
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+        for name in hidden:
+            del sys.modules[name]
+
+
+with _unused_modules_hidden():
+    for _module in _MODULES:
+        importlib.import_module(_module)
