@@ -1,7 +1,7 @@
 """How a run can end: one table of outcomes, their exit codes, and the typed errors that lead to them.
 
-The trainer exits with an outcome's code and names it in its last words; the operator reads it to decide
-whether another attempt can help; the CLI exits with the same code. Nothing else maps errors to codes.
+The trainer exits with an outcome's code and names it in its termination message. The operator reads the message to
+decide whether another attempt can help. The CLI exits with the same code. Errors are mapped to codes only here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ Retry = Literal["none", "permanent", "retryable", "infrastructure"]
 """What another attempt could change.
 
 ``none``: nothing to retry. ``permanent``: the same spec fails again, never retried. ``retryable``: may pass next
-time, charged to ``runPolicy.maxRestarts``. ``infrastructure``: the machine's doing, not the job's.
+time, counted against ``runPolicy.maxRestarts``. ``infrastructure``: caused by the machine, not by the job.
 """
 
 
 class Outcome(Enum):
-    """One way for a run to end. Its name, which is also its value, is what last words and status carry."""
+    """One way for a run to end. Termination messages and the status carry its name, which is also its value."""
 
     exit_code: int
     retry: Retry
@@ -65,6 +65,11 @@ class Outcome(Enum):
     def of_exit_code(cls, code: int) -> Outcome | None:
         """Return the outcome with this exit code, or None for a code that is not ours (137, 139, ...)."""
         return next((outcome for outcome in cls if outcome.exit_code == code), None)
+
+    @property
+    def error(self) -> type[DPOError]:
+        """The class of the errors that end a run this way; KeyError for Succeeded."""
+        return _CLASSES[self]
 
 
 class DPOError(Exception):
@@ -172,3 +177,7 @@ class StoppedError(DPOError):
     """See Outcome.Stopped."""
 
     outcome = Outcome.Stopped
+
+
+_CLASSES = {error.outcome: error for error in DPOError.__subclasses__()}
+"""One class for each outcome but Succeeded; dpo_store's subclasses of these are not among them."""

@@ -210,9 +210,9 @@ def _raise_if_new(note: Path, before: int | None) -> None:
         return
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
-        error: type[DPOError] = getattr(errors, f"{Outcome[found['outcome']].value}Error")
+        error = Outcome[found["outcome"]].error
         message = str(found["message"])
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return
     raise error(message)
 
