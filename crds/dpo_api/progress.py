@@ -17,6 +17,22 @@ from dpo_api.errors import Outcome
 
 Phase = Literal["starting", "index", "reference", "validate", "train", "checkpoint", "export", "done", "failed"]
 
+PHASE_TEXTS: dict[Phase, str] = {
+    "starting": "starting the trainer",
+    "index": "reading the data",
+    "reference": "computing reference log-probs",
+    "validate": "validating",
+    "train": "training",
+    "checkpoint": "writing a checkpoint",
+    "export": "exporting the model",
+    "done": "done",
+    "failed": "failing",
+}
+"""What a run does in a phase, for the rows of `dpo run` and the message of a DPOJob."""
+
+PHASE_UNITS: dict[Phase, str] = {"index": "pairs", "reference": "pairs", "validate": "batches"}
+"""What ``done`` and ``of`` count, in the phases that have them."""
+
 LAST_WORDS_MAX_BYTES = 4096
 """Kubernetes keeps this much of a container's termination message."""
 

@@ -1,4 +1,4 @@
-"""The commands of `dpo` and their options. What they do lives in a module each."""
+"""The commands of `dpo` and their options. Each command is implemented in a module of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_api.errors import DPOError
 
 app = typer.Typer(
     name="dpo",
-    help="Align language models with preference data: one manifest, on this machine or on a cluster.",
+    help="Fine-tune language models on preference data with DPO, on this machine or on a Kubernetes cluster.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -19,14 +19,14 @@ app = typer.Typer(
 
 
 class OutputForm(StrEnum):
-    """How a verdict is printed."""
+    """Output formats of `dpo validate`."""
 
     TEXT = "text"
     JSON = "json"
 
 
 class Shell(StrEnum):
-    """Shells with completion."""
+    """Shells that have a completion script."""
 
     BASH = "bash"
     ZSH = "zsh"
@@ -35,27 +35,30 @@ class Shell(StrEnum):
 
 Set = Annotated[
     list[str],
-    typer.Option("--set", metavar="PATH=VALUE", help="Lay a value over the spec: training.maxSteps=10. Repeatable."),
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a spec field: training.maxSteps=10. Repeatable."),
 ]
 
 
 @app.command()
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Manifests; - reads standard input.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read all data: exact pairs and steps, every bad line.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not look for data, model and buckets.")] = False,
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Manifest files; - for standard input.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read all data; count pairs exactly.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Check the manifest only.")] = False,
     cluster: Annotated[bool, typer.Option("--cluster", help="Also check what only a cluster needs.")] = False,
-    settings: Set = [],  # noqa: B006 - typer reads the default, nobody changes it
-    output: Annotated[OutputForm, typer.Option("--output", "-o", help="Form of the answer.")] = OutputForm.TEXT,
+    settings: Set = [],  # noqa: B006 - typer reads the default, never modified
+    output: Annotated[OutputForm, typer.Option("--output", "-o", help="Output format.")] = OutputForm.TEXT,
 ) -> None:
-    """Report every mistake of a manifest at once, and what it amounts to."""
+    """Check manifests and print the effective settings.
+
+    All errors of a manifest are reported at once, each with its field, its line and a fix.
+    """
     from dpo_cli import validate as command
     from dpo_cli.console import stdout
 
     if deep and offline:
         from dpo_api.errors import UsageError
 
-        raise UsageError("--deep reads the data and --offline forbids it; leave one out")
+        raise UsageError("--deep reads the data and --offline does not; use one of them")
     options = command.Options(deep=deep, offline=offline, cluster=cluster)
     verdicts: list[command.Verdict] = []
     for file in files:
@@ -76,25 +79,38 @@ def validate(
 
 @app.command()
 def run(
-    manifest: Annotated[str | None, typer.Argument(metavar="FILE", help="Manifest, as with -f.")] = None,
+    manifest: Annotated[str | None, typer.Argument(metavar="FILE", help="Manifest file; the same as -f FILE.")] = None,
     file: Annotated[
-        str | None, typer.Option("-f", "--file", metavar="FILE", help="Manifest; - reads standard input.")
+        str | None, typer.Option("-f", "--file", metavar="FILE", help="Manifest file; - for standard input.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="DIR", help="Run directory. [checkpoint.uri, or runs/NAME]")
+        str | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Run directory. [checkpoint.uri, or runs/NAME]"),
     ] = None,
-    settings: Set = [],  # noqa: B006 - typer reads the default, nobody changes it
+    settings: Set = [],  # noqa: B006 - typer reads the default, never modified
     processes: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Training processes. [one a GPU; resources.processesPerNode, or 1]"),
+        typer.Option(
+            min=1,
+            max=256,
+            metavar="N",
+            help="Training processes. [one per GPU; on CPU processesPerNode, or 1]",
+        ),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Serve /metrics, /status and /healthz here. [not served]")
+        int | None,
+        typer.Option(min=1, max=65535, metavar="PORT", help="Serve /metrics, /status and /healthz here."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address that the port listens on.")] = "127.0.0.1",
-    name: Annotated[str | None, typer.Option(help="Which DPOJob, when the file holds several.")] = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address that --port listens on.")] = "127.0.0.1",
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the DPOJob, if the file holds several.")
+    ] = None,
 ) -> None:
-    """Train on this machine, by the same manifest as on a cluster. The same command continues a stopped run."""
+    """Run a job on this machine.
+
+    The manifest is the same as on a cluster. Run the same command again to continue a stopped run from its newest
+    checkpoint.
+    """
     from dpo_cli import run as command
 
     if (manifest is None) is (file is None):
@@ -109,11 +125,11 @@ def run(
 
 @app.command()
 def report(
-    run_dir: Annotated[str, typer.Argument(metavar="DIR", help="A run directory: a folder or s3://bucket/prefix.")],
-    endpoint: Annotated[str | None, typer.Option(help="S3 endpoint. [AWS_ENDPOINT_URL]")] = None,
-    region: Annotated[str | None, typer.Option(help="S3 region. [AWS_REGION]")] = None,
+    run_dir: Annotated[str, typer.Argument(metavar="DIR", help="Run directory: a folder or s3://bucket/prefix.")],
+    endpoint: Annotated[str | None, typer.Option(metavar="URL", help="S3 endpoint. [$AWS_ENDPOINT_URL]")] = None,
+    region: Annotated[str | None, typer.Option(metavar="REGION", help="S3 region. [$AWS_REGION]")] = None,
 ) -> None:
-    """Draw report.html of a run directory again."""
+    """Write report.html of a run directory again."""
     from dpo_cli.report import redraw
     from dpo_cli.stores import PATIENCE
     from dpo_store import StorageOptions, open_store
@@ -124,12 +140,17 @@ def report(
 
 @app.command()
 def render(
-    file: Annotated[str, typer.Option("-f", "--file", metavar="FILE", help="Manifest; - reads standard input.")],
-    settings: Set = [],  # noqa: B006 - typer reads the default, nobody changes it
-    image: Annotated[str | None, typer.Option(help="The operator's trainer image, for jobs that name none.")] = None,
-    attempt: Annotated[int, typer.Option(min=1, max=999_999, help="Number of the attempt.")] = 1,
+    file: Annotated[str, typer.Option("-f", "--file", metavar="FILE", help="Manifest file; - for standard input.")],
+    settings: Set = [],  # noqa: B006 - typer reads the default, never modified
+    image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Trainer image for jobs without spec.image.")
+    ] = None,
+    attempt: Annotated[int, typer.Option(min=1, max=999_999, metavar="N", help="Attempt number.")] = 1,
 ) -> None:
-    """Print the objects that the operator would create on a cluster, offline."""
+    """Print the objects that the operator would create.
+
+    No cluster is needed.
+    """
     from dpo_cli.render import print_rendered
 
     print_rendered(file, settings, image=image, attempt=attempt)
@@ -137,7 +158,10 @@ def render(
 
 @app.command()
 def completion(shell: Annotated[Shell, typer.Argument(help="bash, zsh or fish.")]) -> None:
-    """Print a completion script: `source <(dpo completion bash)`."""
+    """Print a shell completion script.
+
+    Load it with `source <(dpo completion bash)`.
+    """
     from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
     typer.echo(get_completion_script(prog_name="dpo", complete_var="_DPO_COMPLETE", shell=shell.value))
@@ -145,7 +169,7 @@ def completion(shell: Annotated[Shell, typer.Argument(help="bash, zsh or fish.")
 
 @app.command()
 def version() -> None:
-    """Print the versions of the client and of its API."""
+    """Print the versions of the client and of the API."""
     from dpo_api.manifest import API_VERSION
     from dpo_api.version import VERSION
 

@@ -1,6 +1,6 @@
-"""What the screen of a run says, as plain text: one row a phase, from the trainer's progress events.
+"""The rows that `dpo run` shows, as plain text: one per phase, from the trainer's progress events.
 
-Pure: events in, rows out. How rows reach a terminal or a log is the business of `screen`.
+No input or output here: `screen` writes the rows to a terminal or a log.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dpo_api.metrics import ACCURACY, LOSS, MARGIN, Group
-from dpo_api.progress import Phase, Progress
+from dpo_api.progress import PHASE_TEXTS, PHASE_UNITS, Phase, Progress
 from dpo_api.texts import clock, figure, fixed
 
 LABELS: dict[Phase, str] = {"starting": "start", "validate": "val"}
 """Labels that differ from the phase's own name."""
-
-UNTOLD: dict[Phase, str] = {"starting": "processes", "index": "reading the data", "export": "writing the model"}
-"""What a row says before the trainer has said anything."""
 
 ENDINGS: tuple[Phase, ...] = ("done", "failed")
 PAUSES: tuple[Phase, ...] = ("validate", "checkpoint")
@@ -46,10 +43,6 @@ def scores(metrics: Mapping[str, float], group: Group) -> list[str]:
     return [f"{word} {form(metrics[f'{group}/{key}'])}" for word, key, form in forms if f"{group}/{key}" in metrics]
 
 
-def _units(phase: Phase) -> str:
-    return {"reference": " pairs", "index": " files", "export": " files"}.get(phase, "")
-
-
 def describe(progress: Progress, metrics: dict[str, float], *, running: bool) -> str:
     """Return the text of a phase's row. `metrics` may be newer than the event's own."""
     parts: list[str] = []
@@ -65,11 +58,12 @@ def describe(progress: Progress, metrics: dict[str, float], *, running: bool) ->
         parts.append(f"step {progress.step:,}")
         if progress.phase == "validate":
             parts += scores(metrics, "val")
-    elif progress.of:
-        parts.append(f"{progress.done or 0:,}/{progress.of:,}{_units(progress.phase)}")
+    elif progress.of or progress.done:
+        of = f"/{progress.of:,}" if progress.of else ""
+        parts.append(f"{progress.done or 0:,}{of} {PHASE_UNITS.get(progress.phase, '')}".rstrip())
     if progress.message and progress.message not in parts:
         parts.append(progress.message)
-    return "  ".join(parts) or UNTOLD.get(progress.phase, "")
+    return "  ".join(parts) or PHASE_TEXTS[progress.phase]
 
 
 def share(progress: Progress) -> float | None:
@@ -105,9 +99,9 @@ class PhaseLog:
         if self.current is not None and self.current is not self.training:
             completed.append(self._row(self.current, progress.observed_at))
         if self.training is not None and progress.step > self.training.newest.step:
-            # Steps that follow each other quickly are not all told of; what interrupts them knows the last one.
-            told = {"phase": "train", "done": None, "of": None, "message": ""}
-            self.training.newest = progress.model_copy(update=told)
+            # Not every quick step has an event; the phase that interrupts training knows the last step.
+            caught_up = {"phase": "train", "done": None, "of": None, "message": ""}
+            self.training.newest = progress.model_copy(update=caught_up)
         if self.training is not None and progress.phase not in ("train", *PAUSES):
             completed.append(self._row(self.training, progress.observed_at))
             self.training = None

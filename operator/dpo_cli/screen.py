@@ -11,9 +11,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from dpo_api.progress import Progress
+from dpo_api.progress import PHASE_TEXTS, Progress
 from dpo_api.texts import elapsed
-from dpo_cli.rows import UNTOLD, PhaseLog, Row
+from dpo_cli.rows import PhaseLog, Row
 
 LABEL_WIDTH = 10
 BAR_WIDTH = 20
@@ -84,7 +84,7 @@ class PlainScreen:
             if row.text != text and now - at >= quiet_for(row.seconds):
                 self._printed[row.label] = (now, row.text)
                 # The same words follow once the phase is over, with its time.
-                self.say(line_of(row) + (" …" if row.text in UNTOLD.values() else ""))
+                self.say(line_of(row) + (" …" if row.text in PHASE_TEXTS.values() else ""))
 
     def say(self, text: str) -> None:
         """Print one line."""

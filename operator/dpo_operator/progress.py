@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from dpo_api.metrics import ACCURACY, MARGIN, newest_group
-from dpo_api.progress import Progress
+from dpo_api.progress import PHASE_TEXTS, PHASE_UNITS, Progress
 from dpo_api.status import ConditionType, StatusProgress, Summary
 from dpo_api.texts import age, fixed
 from dpo_operator import clock, names
@@ -127,20 +127,9 @@ def sentence(progress: StatusProgress | None) -> str:
     """Say in words where a running attempt is."""
     if progress is None:
         return "All pods run."
-    where = {
-        "starting": "Loads the model",
-        "index": "Reads the data",
-        "reference": "Computes the reference's log-probs",
-        "validate": "Validates",
-        "train": "Trains",
-        "checkpoint": "Writes a checkpoint",
-        "export": "Exports the model",
-        "done": "Done",
-        "failed": "Failing",
-    }[progress.phase]
-    if progress.phase in ("index", "reference", "validate") and progress.done is not None:
-        units = {"index": "pairs", "reference": "pairs", "validate": "batches"}[progress.phase]
-        where += f": {progress.done:,} {units}" + (f" of {progress.of:,}" if progress.of else "")
+    where, unit = PHASE_TEXTS[progress.phase].capitalize(), PHASE_UNITS.get(progress.phase)
+    if unit is not None and progress.done is not None:
+        where += f": {progress.done:,} {unit}" + (f" of {progress.of:,}" if progress.of else "")
     elif progress.total and progress.step:
         where += f", step {progress.step} of {progress.total}"
     return f"{where}."

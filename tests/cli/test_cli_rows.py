@@ -48,7 +48,7 @@ def test_a_whole_run() -> None:
         event("done", 48, step=4, total=4),
     )
     assert lines == [
-        "  start      processes  (1.0 s)",
+        "  start      starting the trainer  (1.0 s)",
         "  index      512 pairs, 0 dropped, 61,440 tokens, longest 96  (0.4 s)",
         "  reference  512/512 pairs  cached: 7f3a  (2.1 s)",
         "  val        step 0  loss 0.693  acc 0.52  (0.5 s)",
@@ -168,3 +168,8 @@ def test_no_color_is_honoured() -> None:
     console, stream = terminal(_environ={"TERM": "xterm", "NO_COLOR": "1"})
     live(console, event("train", 0, step=13, total=52, metrics=TRAIN))
     assert not any(f"\x1b[{code}m" in stream.getvalue() for code in ("36", "31", "33", "32"))
+
+
+def test_pairs_that_were_read_are_counted_although_nobody_knows_how_many_there_are() -> None:
+    [line] = plain(event("index", 0, done=12_000, message="train: 5,000,000 tokens"), end=2)
+    assert line == "  index      12,000 pairs  train: 5,000,000 tokens  (2.0 s)"

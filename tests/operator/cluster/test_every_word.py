@@ -365,14 +365,16 @@ def test_every_column_is_printed(stage: Stage) -> None:
         trainer.say(step=12, total=64, etaSeconds=90, attempt=2,
                     metrics={"train/acc": 0.75, "train/loss": 0.61, "train/rewards_margin": 0.25})  # fmt: skip
         row = eventually(
-            lambda: columns(stage, "shown"), until=lambda row: row.get("MESSAGE", "").startswith("Trains"), what="a row"
+            lambda: columns(stage, "shown"),
+            until=lambda row: row.get("MESSAGE", "").startswith("Training"),
+            what="a row",
         )
     age = row.pop("AGE")
     assert age[:-1].isdigit(), age
     assert row == {
         "NAME": "shown", "STATE": "Running", "STEP": "12/64", "ACC": "0.75", "MARGIN": "0.25", "RESTARTS": "1",
         "NODES": "2", "LOSS": "0.6100", "ETA": "1m", "GPUS": "8", "QUEUE": "team-a",
-        "MESSAGE": "Trains, step 12 of 64.",
+        "MESSAGE": "Training, step 12 of 64.",
     }  # fmt: skip
     crds = ("apiextensions.k8s.io/v1", "customresourcedefinitions")
     served = stage.cluster.admin.get(crds, None, "dpojobs.dpo-operator.dev")["spec"]["versions"][0]

@@ -50,7 +50,7 @@ def test_progress_and_columns() -> None:
         "observedAt": clock.to_text(START),
         "changedAt": clock.to_text(START),
     }
-    assert cluster.status["message"] == "Trains, step 41 of 100."
+    assert cluster.status["message"] == "Training, step 41 of 100."
     assert cluster.attempts[0]["lastStep"] == 41
 
 
@@ -437,7 +437,7 @@ def test_a_long_reference_pass_is_no_stall() -> None:
         cluster.say(phase="reference", step=0, total=0, done=done, of=1000)
         cluster.settle()
     assert cluster.state == "Running"
-    assert cluster.status["message"].startswith("Computes the reference's log-probs: ")
+    assert cluster.status["message"].startswith("Computing reference log-probs: ")
 
 
 @pytest.mark.parametrize(
