@@ -171,7 +171,7 @@ def test_an_alert_says_whose_it_is_how_bad_it_is_and_where_to_read_on() -> None:
 def test_every_alert_has_a_page_that_says_what_to_look_at_in_order(alert: Any) -> None:
     page = (REPOSITORY / "docs/alerts" / f"{alert.name}.md").read_text()
     assert page.startswith(f"# {alert.name}\n")
-    for heading in ("## What it means", "## What to look at, in order", "## What mends it"):
+    for heading in ("## What it means", "## What to check, in order", "## How to fix it"):
         assert heading in page
     assert "\n1. " in page
     for name in NAME.findall(page):
