@@ -34,7 +34,7 @@ def is_accepted(draft: Draft) -> bool:
 def unreadable(draft: Draft, error: ManifestError) -> None:
     """Report a spec that cannot be parsed: the author's mistake, or after acceptance this operator's age."""
     if is_accepted(draft):
-        text = f"This operator cannot read the accepted spec, and leaves the job alone: {error}"
+        text = f"This operator cannot read the accepted spec and does not touch the job: {error}"
         draft.update(message=clean(text, 4000))
         draft.condition(ConditionType.Progressing, "False", Reason.SpecUnreadable, text)
     else:
@@ -52,7 +52,7 @@ def accept(draft: Draft) -> bool:
         _reject(draft, Reason.Rejected, wrong)
         return False
     if not view.observed.backend_installed:
-        text = "The cluster has no PyTorchJob kind; install training-operator v1. This job goes on by itself then."
+        text = "The cluster has no PyTorchJob resource: install training-operator v1. The job then continues by itself."
         draft.place("Pending", Reason.PyTorchJobMissing, text, progressing=False)
         draft.wake_in(RETRY_SECONDS)
         return False
@@ -61,7 +61,7 @@ def accept(draft: Draft) -> bool:
     pinned = view.observed.config_map
     if pinned is not None:
         if owner_uid(pinned) != view.uid:
-            text = f"ConfigMap {name} exists and is not this job's; delete it."
+            text = f"ConfigMap {name} already exists and belongs to another owner: delete it."
             draft.place("Pending", Reason.ChildNameTaken, text, progressing=False)
             draft.wake_in(RETRY_SECONDS)
             return False
@@ -79,7 +79,7 @@ def accept(draft: Draft) -> bool:
         charged_restarts=draft.status.charged_restarts or 0,
     )
     doubts = [f"{finding}." for finding in found if finding.level == "warning"]
-    text = " ".join(["The spec is possible; image and spec are fixed.", *(["Doubtful:"] if doubts else []), *doubts])
+    text = " ".join(["The spec is valid. Image and spec are pinned.", *(["Warnings:"] if doubts else []), *doubts])
     draft.condition(ConditionType.Accepted, "True", Reason.Accepted, text)
     return True
 
@@ -100,12 +100,12 @@ def _passes(draft: Draft, image: str, name: str) -> bool:
         draft.act(CheckChild(body, view.generation))
         return False
     if answer.refusal is not None and _is_invalid(answer.refusal):
-        found = Finding("error", "spec.podTemplate", f"the API server refuses the pods: {answer.refusal.message}")
+        found = Finding("error", "spec.podTemplate", f"rejected by the API server: {answer.refusal.message}")
         _reject(draft, Reason.ChildInvalid, [found])
         return False
     refusal = answer.refusal or refusal
     if refusal is not None:
-        text = f"The API server refuses this job's objects: {clean(refusal.message, 2000)}"
+        text = f"The API server refused to create this job's objects: {clean(refusal.message, 2000)}"
         draft.place("Pending", Reason.ChildRefused, text, progressing=False)
         draft.wake_in(RETRY_SECONDS)
         return False

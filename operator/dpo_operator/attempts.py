@@ -1,7 +1,7 @@
-"""The life of one attempt: created, seen running, ended by itself or by us, over when its last pod is.
+"""The life of one attempt: it is created, runs, ends by itself or by the operator, and is over with its last pod.
 
-Nothing is destroyed, and no next attempt created, before the stored status says that the attempt has ended: a pass
-that is lost between two calls is repeated and comes to the same.
+Nothing is deleted, and no next attempt is created, before the stored status says that the attempt has ended. A pass
+that is lost between two calls is repeated with the same result.
 """
 
 from __future__ import annotations
@@ -194,13 +194,13 @@ def _place_ending(draft: Draft) -> None:
     """Report what an attempt that is being ended waits for."""
     attempt = draft.current
     draft.wake_in(draft.settings.resync_seconds)
-    said = sentence(attempt.message or attempt.reason or "it was asked to")
+    said = sentence(attempt.message or attempt.reason or "the operator stopped it")
     grace = draft.view.spec.checkpoint.grace_period_seconds
     if attempt.reason == Reason.Suspended.value or attempt.failure_class == "permanent":
-        text = f"Attempt {attempt.number} ends ({said}); its pods have up to {grace} s to write a checkpoint."
+        text = f"Stopping attempt {attempt.number} ({said}). Its pods have up to {grace} s to write a checkpoint."
         draft.place("Checkpointing", Reason.Checkpointing, text)
     else:
-        text = f"Attempt {attempt.number} ended ({attempt.reason}): {said}. Its last pods are ending."
+        text = f"Attempt {attempt.number} ended ({attempt.reason}): {said}. Waiting for its last pods to terminate."
         draft.place("Restarting", Reason.Restarting, text)
     if draft.view.spec.run_policy.suspend and attempt.result == "Stopped":
-        draft.condition(ConditionType.Suspended, "False", Reason.Checkpointing, "A checkpoint is being written.")
+        draft.condition(ConditionType.Suspended, "False", Reason.Checkpointing, "Writing a checkpoint.")

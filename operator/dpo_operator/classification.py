@@ -1,9 +1,9 @@
-"""Why an attempt ended: one table, from the surest evidence to the weakest, over all of its pods.
+"""Why an attempt ended, from the evidence of all of its pods.
 
-The order within a pod: the trainer's last words where they name a cause of their own; the container's reason; what
-Kubernetes did to the pod (DisruptionTarget); the words that only say that another process was lost; the exit code.
-Over all pods the most decisive cause explains the attempt: a permanent one ends the job whatever else happened, and a
-lost node explains why its peers lost contact, not the other way round.
+Within a pod the first of these counts: the trainer's termination message if it names a cause of its own; the
+container's reason; what Kubernetes did to the pod (DisruptionTarget); a termination message that only reports the loss
+of another process; the exit code. Of all pods, the cause of lowest rank (``Reason.rank``) explains the attempt: a
+permanent cause ends the job whatever else happened, and a lost node explains why its peers lost contact.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ POD_REASONS: Mapping[str, Reason] = {
     "NodeAffinity": Reason.AdmissionFailed,
     "TopologyAffinityError": Reason.AdmissionFailed,
 }
-"""``status.reason`` of a pod; beside these, OutOf<resource> is the kubelet's refusal too."""
+"""``status.reason`` of a pod; besides these, OutOf<resource> is a rejection by the kubelet."""
 
 CONTAINER_REASONS: Mapping[str, Reason] = {
     "StartError": Reason.ContainerStartFailed,
@@ -59,8 +59,8 @@ CONTAINER_REASONS: Mapping[str, Reason] = {
 }
 
 LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
-"""Container reasons by which containerd (exit code 255) and a kubelet (137) report one that is gone without an end that
-they saw, as after a reboot of its node."""
+"""Container reasons by which containerd (exit code 255) and the kubelet (137) report a container whose end they did not
+see, as after a reboot of its node."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ class Cause:
 
 
 def last_words(pod: Object) -> LastWords | None:
-    """Return what the trainer left in the termination message, within what the status can hold.
-
-    None where there is nothing of that form.
-    """
+    """Return the trainer's termination message, bounded to what the status can hold; None if there is none."""
     terminated = _terminated(pod)
     text = (terminated or {}).get("message")
     if not isinstance(text, str) or len(text.encode()) > LAST_WORDS_MAX_BYTES:
@@ -115,7 +112,7 @@ def last_words(pod: Object) -> LastWords | None:
 
 
 def success(pods: Iterable[Object]) -> LastWords | None:
-    """Return rank 0's last words if they report success: it says so only after the export's marker is written."""
+    """Return rank 0's termination message if it reports success: it does so only after writing the export's marker."""
     for pod in pods:
         if pytorchjob.is_rank_zero(pod):
             words = last_words(pod)
@@ -125,10 +122,10 @@ def success(pods: Iterable[Object]) -> LastWords | None:
 
 
 def cause_of_pod(pod: Object, *, memory_limit: str | None, over_at: float | None) -> Cause | None:
-    """Return why a pod ended or is ending; None while it runs, or where it ended well.
+    """Return why a pod ended or is ending; None while it runs, or if it succeeded.
 
-    ``memory_limit``: the job's own (spec.resources.memory). ``over_at``: when the child was called failed or
-    succeeded; deletions from then on are the clean-up.
+    ``memory_limit``: the job's own (spec.resources.memory). ``over_at``: when the PyTorchJob was marked failed or
+    succeeded; deletions after that are clean-up.
     """
     words = last_words(pod)
     if words is not None and words.known_outcome is Outcome.Succeeded:
@@ -178,11 +175,11 @@ def _of_container(pod: Object, memory_limit: str | None) -> Cause | None:
             return _cause(Reason.MemoryLimitExceeded, pod, text)
         given = pytorchjob.trainer_memory_limit(pod)
         if given is not None:
-            text = f"pod {_place(pod)} used more memory than {given}, its limit by the namespace's LimitRange"
-            return _cause(Reason.MemoryLimitExceeded, pod, f"{text}; set spec.resources.memory to more")
-        return _cause(Reason.NodeOutOfMemory, pod, f"the node of pod {_place(pod)} ran out of memory")
+            text = f"pod {_place(pod)} used more memory than {given}, its limit from the namespace's LimitRange"
+            return _cause(Reason.MemoryLimitExceeded, pod, f"{text}; set spec.resources.memory to a higher value")
+        return _cause(Reason.NodeOutOfMemory, pod, f"pod {_place(pod)} was killed because the node ran out of memory")
     if reason in CONTAINER_REASONS:
-        text = f"pod {_place(pod)} could not start: {clean(str(terminated.get('message') or reason), 500)}"
+        text = f"pod {_place(pod)} failed to start: {clean(str(terminated.get('message') or reason), 500)}"
         return _cause(CONTAINER_REASONS[reason], pod, text)
     return None
 
@@ -190,7 +187,7 @@ def _of_container(pod: Object, memory_limit: str | None) -> Cause | None:
 _DONE_TO: Mapping[Reason, str] = {
     Reason.NodeLost: "node {node} was lost",
     Reason.Drained: "node {node} was drained",
-    Reason.Preempted: "a pod of higher priority took node {node}",
+    Reason.Preempted: "a pod of higher priority preempted it on node {node}",
     Reason.Evicted: "node {node} evicted its pod",
     Reason.NodeShutdown: "node {node} was shut down",
     Reason.AdmissionFailed: "node {node} refused its pod",
@@ -212,7 +209,7 @@ def _of_disruption(pod: Object) -> Cause | None:
         return None
     if reason is Reason.Evicted and "exceeds the" in detail and "emptyDir" in detail.replace("EmptyDir", "emptyDir"):
         reason = Reason.ScratchLimitExceeded
-        text = f"pod {_place(pod)} filled its volume: {clean(detail, 500)}; raise spec.resources.scratch or shm"
+        text = f"pod {_place(pod)} exceeded its volume size: {clean(detail, 500)}; raise spec.resources.scratch or shm"
         return _cause(reason, pod, text)
     node = (pod.get("spec") or {}).get("nodeName") or "unknown"
     text = f"{_DONE_TO[reason].format(node=node)} (pod {pod['metadata']['name']})"
@@ -225,7 +222,7 @@ def _of_exit_code(pod: Object) -> Cause | None:
     if terminated is None or not isinstance(code, int):
         return None
     if terminated.get("reason") in LOST_CONTAINERS:
-        text = f"the container of pod {_place(pod)} was lost with its node's state, as in a reboot"
+        text = f"the container of pod {_place(pod)} was lost, as in a reboot of the node"
         return _cause(Reason.NodeLost, pod, text)
     said = last_line(str(terminated.get("message") or ""))
     tail = f": {said}" if said else ""
@@ -234,15 +231,17 @@ def _of_exit_code(pod: Object) -> Cause | None:
         return None
     if outcome is None:
         signal = f"signal {code - 128}" if 128 < code < 160 else f"exit code {code}"
-        return _cause(Reason.Killed, pod, f"pod {_place(pod)} ended by {signal} without last words{tail}")
-    return _cause(of_outcome(outcome), pod, f"pod {_place(pod)} ended with exit code {code} ({outcome.name}){tail}")
+        return _cause(
+            Reason.Killed, pod, f"pod {_place(pod)} was terminated by {signal} without a termination message{tail}"
+        )
+    return _cause(of_outcome(outcome), pod, f"pod {_place(pod)} exited with code {code} ({outcome.name}){tail}")
 
 
 def _of_init_container(pod: Object) -> Cause | None:
     for status in (pod.get("status") or {}).get("initContainerStatuses") or ():
         terminated = (status.get("state") or {}).get("terminated")
         if status.get("name") == initcontainer.NAME and terminated and terminated.get("exitCode"):
-            text = f"{initcontainer.NAME} of pod {_place(pod)} did not find the master in the cluster's DNS"
+            text = f"init container {initcontainer.NAME} of pod {_place(pod)} could not resolve the master's DNS name"
             return _cause(Reason.InitContainerFailed, pod, text)
     return None
 
@@ -252,10 +251,10 @@ def _of_deletion(pod: Object, over_at: float | None) -> Cause | None:
     if due is None:
         return None
     asked = due - float(pod["metadata"].get("deletionGracePeriodSeconds") or 0)
-    # Times have whole seconds: a deletion in the very second of the failure may be the clean-up, and counts as such.
+    # Times have whole seconds: a deletion in the same second as the failure counts as clean-up.
     if over_at is not None and asked >= over_at:
         return None
-    return _cause(Reason.PodDeleted, pod, f"pod {_place(pod)} was deleted while it ran")
+    return _cause(Reason.PodDeleted, pod, f"pod {_place(pod)} was deleted while it was running")
 
 
 def record_of(pod: Object, cause: Cause | None) -> PodRecord:
@@ -271,7 +270,7 @@ def record_of(pod: Object, cause: Cause | None) -> PodRecord:
 
 
 def cause_of_record(record: PodRecord) -> Cause | None:
-    """Return the cause that was recorded of a pod that may be gone by now."""
+    """Return the recorded cause of a pod that may no longer exist."""
     reason = named(record.reason, Reason.Succeeded)
     if reason.retry == "none":
         return None
@@ -280,5 +279,5 @@ def cause_of_record(record: PodRecord) -> Cause | None:
 
 
 def decisive(causes: Sequence[Cause]) -> Cause | None:
-    """Return the cause that explains an attempt: the most decisive, of equal ones the first pod's."""
+    """Return the cause that explains an attempt: the one of lowest rank; of equal ones the first pod's."""
     return min(causes, key=lambda cause: cause.reason.rank, default=None)

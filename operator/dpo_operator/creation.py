@@ -79,15 +79,15 @@ def between(draft: Draft) -> None:
         return
     limits.admit(draft)
     nodes = draft.view.spec.resources.nodes
-    draft.place("Starting", Reason.Starting, f"0 of {nodes} pods run (attempt {number}).")
+    draft.place("Starting", Reason.Starting, f"0 of {nodes} pods are running (attempt {number}).")
 
 
 def suspended(draft: Draft) -> None:
     """Rest without nodes."""
     limits.release(draft)
     reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
-    start = f"the checkpoint of step {reached}" if reached else "the newest checkpoint, or the start"
-    text = f"runPolicy.suspend is true; false continues from {start}."
+    start = f"the checkpoint of step {reached}" if reached else "the newest checkpoint, if there is one"
+    text = f"runPolicy.suspend is true. Set it to false to continue from {start}."
     draft.update(next_attempt_time=None)
     draft.place("Suspended", Reason.Suspended, text, progressing=False)
     draft.condition(ConditionType.Suspended, "True", Reason.Suspended, text)
@@ -112,13 +112,13 @@ def _blocked(draft: Draft, name: str) -> bool:
     """Whether something outside the job keeps the child from being created; says what."""
     view = draft.view
     if not view.observed.backend_installed:
-        text = "The cluster has no PyTorchJob kind; install training-operator v1. This job goes on by itself then."
+        text = "The cluster has no PyTorchJob resource: install training-operator v1. The job then continues by itself."
         draft.place(_before(draft), Reason.PyTorchJobMissing, text, progressing=False)
         draft.wake_in(RETRY_SECONDS)
         return True
     refusal = view.observed.refusals.get(name)
     if refusal is not None:
-        text = f"The API server refused PyTorchJob {name}: {clean(refusal.message, 2000)}"
+        text = f"The API server refused to create PyTorchJob {name}: {clean(refusal.message, 2000)}"
         draft.place(_before(draft), Reason.ChildRefused, text, progressing=False)
         draft.wake_in(RETRY_SECONDS)
         return True
@@ -131,7 +131,7 @@ def _blocked(draft: Draft, name: str) -> bool:
     # A former DPOJob's pods write to the same run directory as a rule: none may live on beside the new ones.
     ghosts += [pod for pod in view.namesake_pods if is_alive(pod) and not pod_is_given_up(draft, pod)]
     if ghosts:
-        text = f"Pod {ghosts[0]['metadata']['name']} of a deleted DPOJob of this name is still there."
+        text = f"Pod {ghosts[0]['metadata']['name']} of a deleted DPOJob with the same name still exists."
         draft.place(_before(draft), Reason.WaitingForNamesake, text)
         draft.wake_in(NAMESAKE_SECONDS)
         return True
@@ -162,9 +162,9 @@ def _refuse_stranger(draft: Draft, name: str, *, ending: bool) -> None:
     owners = draft.view.strangers[name]["metadata"].get("ownerReferences") or []
     namesake = any(owner.get("kind") == "DPOJob" and owner.get("name") == draft.view.name for owner in owners)
     if ending or namesake:
-        text = f"PyTorchJob {name} of a deleted DPOJob of this name is still ending."
+        text = f"PyTorchJob {name} of a deleted DPOJob with the same name is still terminating."
         draft.place(_before(draft), Reason.WaitingForNamesake, text)
     else:
-        text = f"PyTorchJob {name} exists and is not this job's; rename or delete it."
+        text = f"PyTorchJob {name} already exists and belongs to another owner: rename or delete it."
         draft.place(_before(draft), Reason.ChildNameTaken, text, progressing=False)
     draft.wake_in(NAMESAKE_SECONDS)

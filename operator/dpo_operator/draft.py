@@ -1,4 +1,4 @@
-"""The decision in the making: the next status, the actions, and when to look again."""
+"""The draft of a decision: the next status, the actions, and when to reconcile again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ATTEMPTS_KEPT = 128
 
 
 class Draft:
-    """Mutable within one pass; policies write to it one after the other."""
+    """Changed by each policy in turn during one pass."""
 
     def __init__(self, view: View, now: float, settings: Settings) -> None:
         self.view = view
@@ -37,21 +37,21 @@ class Draft:
         self.actions.append(action)
 
     def wake_in(self, seconds: float) -> None:
-        """Ask for another pass after so many seconds at the latest."""
+        """Request another pass within this many seconds."""
         self._wakes.append(max(0.0, seconds))
 
     def wake_at(self, moment: float) -> None:
-        """Ask for another pass at a moment at the latest."""
+        """Request another pass at this time or earlier."""
         self.wake_in(moment - self.now)
 
     @property
     def wake(self) -> float | None:
-        """Seconds until the earliest pass that was asked for."""
+        """Seconds until the earliest requested pass."""
         return min(self._wakes, default=None)
 
     @property
     def moment(self) -> str:
-        """This pass's time as the status writes it."""
+        """The time of this pass, as text."""
         return clock.to_text(self.now)
 
     def condition(self, kind: ConditionType, truth: Truth, reason: Reason, message: str) -> None:
@@ -68,9 +68,9 @@ class Draft:
         self.update(conditions=placed)
 
     def place(self, state: State, reason: Reason, message: str, *, progressing: bool = True) -> None:
-        """Say where the job is: the state, its message, and the condition Progressing."""
+        """Set the state, its message, and the condition Progressing."""
         self.update(state=state, message=clean(message, 4000))
-        if state != "Running":  # what was to come is no longer under way
+        if state != "Running":  # an ETA applies only to a running attempt
             self.update(summary=self.status.summary.model_copy(update={"eta": None}))
         self.condition(ConditionType.Progressing, "True" if progressing else "False", reason, message)
 
@@ -96,7 +96,7 @@ class Draft:
         return self.view.pods(self.current)
 
     def add_attempt(self, attempt: Attempt) -> None:
-        """Append an attempt; of many, the first and the newest are kept."""
+        """Append an attempt; only the first and the newest ones are kept."""
         attempts = (*self.status.attempts, attempt)
         if len(attempts) > ATTEMPTS_KEPT:
             attempts = (attempts[0], *attempts[-(ATTEMPTS_KEPT - 1) :])

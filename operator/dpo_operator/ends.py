@@ -35,7 +35,7 @@ def succeed(draft: Draft, words: LastWords) -> None:
     )
     where = f"; the model is at {words.model_uri}" if draft.status.model_uri else ""
     if words.already_complete and draft.attempt is not None and draft.attempt.number == 1:  # a later one finds our own
-        text = f"The run directory held this run, finished after step {words.step}{where}."
+        text = f"The run directory already held this run, finished after step {words.step}{where}."
         _end(draft, Reason.AlreadyComplete, text, succeeded=True)
         return
     _end(draft, Reason.Succeeded, f"Finished after step {words.step} of {words.total}{where}.", succeeded=True)

@@ -64,7 +64,7 @@ def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
         if before is None:
             yield Transition(Reason.PyTorchJobCreated, f"Created PyTorchJob {attempt.child}.", f"{attempt.number}")
         if attempt.running_time is not None and (before is None or before.running_time is None):
-            text = f"All pods of attempt {attempt.number} run."
+            text = f"All pods of attempt {attempt.number} are running."
             # Only what is stored already may name an event: a write that is lost repeats the pass at another time.
             yield Transition(Reason.TrainingStarted, text, f"{attempt.number}/{old.admitted_since}")
         news = before is None or (before.result, before.reason) != (attempt.result, attempt.reason)

@@ -1,4 +1,4 @@
-"""What an attempt's pods say, and what of it is kept: pods vanish, and their causes must not vanish with them."""
+"""Collects why an attempt's pods ended, and records it in the status, because pods are deleted."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ RECORDS_MAX = 64
 
 
 def over_at(draft: Draft) -> float | None:
-    """Return when the clean-up began: training-operator's, which calls the child failed or succeeded, or our own."""
+    """Return when clean-up began: when the PyTorchJob failed or succeeded, or when the operator ended the attempt."""
     if named(draft.current.reason).ended_by_operator:
-        return -math.inf  # what somebody deleted before we did is on record
+        return -math.inf  # earlier deletions are recorded already
     for condition in ((draft.child or {}).get("status") or {}).get("conditions") or ():
         if condition.get("type") in ("Failed", "Succeeded") and condition.get("status") == "True":
             return moment(condition.get("lastTransitionTime"))
@@ -30,7 +30,7 @@ def over_at(draft: Draft) -> float | None:
 
 
 def causes(draft: Draft) -> list[Cause]:
-    """Return the causes that pods show now, and those recorded of pods that no longer show them."""
+    """Return the causes that pods show now, and the recorded ones of pods that no longer show them."""
     limit = draft.view.spec.resources.memory
     stamp = over_at(draft)
     found = [cause_of_pod(pod, memory_limit=limit, over_at=stamp) for pod in draft.pods]
@@ -40,17 +40,17 @@ def causes(draft: Draft) -> list[Cause]:
 
 
 def explain(draft: Draft) -> Cause:
-    """Return the cause of an attempt that has failed, PodVanished where nothing says more."""
+    """Return the cause of a failed attempt; PodVanished if there is no evidence."""
     found = decisive(causes(draft))
     if found is not None:
         return found
     said = pytorchjob.failure_message(draft.child) if draft.child is not None else ""
-    text = "no pod is left to say how the attempt ended"
+    text = "no pod is left that shows how the attempt ended"
     return Cause(Reason.PodVanished, f"{text}: {said}" if said else text)
 
 
 def record(draft: Draft) -> None:
-    """Keep what ended pods show: one record a pod, those with a cause first, at most RECORDS_MAX."""
+    """Record how pods ended: one record per pod, those with a cause first, at most RECORDS_MAX."""
     limit = draft.view.spec.resources.memory
     stamp = over_at(draft)
     records = {record.name: record for record in draft.current.pods}
@@ -59,11 +59,11 @@ def record(draft: Draft) -> None:
         cause = cause_of_pod(pod, memory_limit=limit, over_at=stamp)
         fresh = record_of(pod, cause)
         known = records.get(fresh.name)
-        # Pods that merely run are written down once all of them do: one write for all.
+        # Running pods are recorded once all of them run: one status write for all.
         if known is None and cause is None and not all_run and fresh.exit_code is None:
             continue
         told = known.reason if known is not None else None
-        # Once it is deleted a pod no longer shows that it had not run in time.
+        # A pod that is being deleted no longer shows that it did not start in time.
         if told is not None and (cause is None or told == Reason.StartTimeout.value):
             continue
         records[fresh.name] = fresh
@@ -71,7 +71,7 @@ def record(draft: Draft) -> None:
 
 
 def record_stuck(draft: Draft) -> None:
-    """Keep which pods did not run in time, and so which nodes: the operator's own deletion is all they show later."""
+    """Record which pods, and so which nodes, did not start in time: later they only show the operator's deletion."""
     records = {record.name: record for record in draft.current.pods}
     for pod in draft.pods:
         if is_stuck(pod):
@@ -88,12 +88,12 @@ def _keep(draft: Draft, records: Iterable[PodRecord]) -> None:
 
 
 def words_of(pods: Sequence[Object]) -> list[LastWords]:
-    """Return all last words that pods left, rank 0's first."""
+    """Return the termination messages of pods, rank 0's first."""
     return [words for words in map(last_words, pods) if words is not None]
 
 
 def steps(draft: Draft) -> None:
-    """Take steps and the newest checkpoint from last words: a run that was asked to stop may have saved nothing."""
+    """Take steps and the newest checkpoint from termination messages."""
     words = words_of(draft.pods)
     if not words:
         return
@@ -108,7 +108,7 @@ def steps(draft: Draft) -> None:
 
 
 def last_values(draft: Draft) -> None:
-    """Take rank 0's metrics from its last words: they are younger than its last answer, and it may have given none."""
+    """Take rank 0's metrics from its termination message: they are newer than its last response, if there was one."""
     words = next((last_words(pod) for pod in draft.pods if pytorchjob.is_rank_zero(pod)), None)
     if words is None or not words.metrics:
         return
@@ -123,7 +123,7 @@ def last_values(draft: Draft) -> None:
 
 
 def broken_nodes(attempts: Sequence[Attempt], last: int = 3) -> list[str]:
-    """Return the nodes to avoid: those whose pods explain the newest failures, and all that were lost or drained."""
+    """Return the nodes to avoid: those whose pods explain the newest failures, the most recent first."""
     nodes: list[str] = []
     for attempt in attempts[-last:]:
         if attempt.result != "Failed":

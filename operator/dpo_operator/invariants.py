@@ -66,11 +66,11 @@ def _reference(draft: Draft, spec: DPOJobSpec, progress: StatusProgress) -> None
     if seen is None:
         return
     if abs(seen - expected) <= TOLERANCE * expected:
-        text = f"The loss of {where} is {seen:.4f}; equal policy and reference give {expected:.4f}."
+        text = f"The loss at {where} is {seen:.4f}; a policy equal to its reference gives {expected:.4f}."
         draft.condition(ConditionType.ReferenceConsistent, "True", Reason.PolicyEqualsReference, text)
         return
     text = (
-        f"The loss of {where} is {seen:.4f}, but equal policy and reference give {expected:.4f}: the reference's"
+        f"The loss at {where} is {seen:.4f}, but a policy equal to its reference gives {expected:.4f}: reference"
         " log-probs, the data or the model do not match. Stop the job and delete the reference cache."
     )
     draft.condition(ConditionType.ReferenceConsistent, "False", Reason.PolicyDiffersFromReference, text)
@@ -81,10 +81,10 @@ def _finite(draft: Draft, progress: StatusProgress) -> None:
     if progress.step < 1 or not any(name.startswith("train/") for name in progress.metrics):
         return
     if "train/loss" not in progress.metrics:
-        text = f"At step {progress.step} the loss is not finite."
+        text = f"The loss is not finite at step {progress.step}."
         draft.condition(ConditionType.Finite, "False", Reason.LossNotFinite, text)
     else:
-        draft.condition(ConditionType.Finite, "True", Reason.LossFinite, "The losses seen are finite.")
+        draft.condition(ConditionType.Finite, "True", Reason.LossFinite, "All losses so far are finite.")
 
 
 def _learning(draft: Draft, progress: StatusProgress) -> None:
@@ -101,13 +101,13 @@ def _learning(draft: Draft, progress: StatusProgress) -> None:
         if find(draft.status.conditions, ConditionType.Learning) is not None:
             return
         truth, reason = "Unknown", Reason.TooEarly
-        text = f"Judged after step {draft.settings.learning_after_steps}."
+        text = f"Evaluated after step {draft.settings.learning_after_steps}."
     elif margin < 0:
         truth, reason = "False", Reason.MarginNegative
-        text = f"The margin of {source} is negative: rejected responses are rewarded more; are they swapped?"
+        text = f"The {source} margin is negative: rejected responses have the higher reward. Are they swapped?"
     else:
         truth, reason = "False", Reason.AtChance
-        text = f"The accuracy of {source} is still at chance."
+        text = f"The {source} accuracy is still at chance."
     draft.condition(ConditionType.Learning, truth, reason, text)
 
 
@@ -119,9 +119,9 @@ def _stalled(draft: Draft, progress: StatusProgress, running_time: str) -> None:
     still = clock.to_moment(progress.observed_at) - clock.to_moment(since)
     limit = draft.view.spec.run_policy.stall_timeout_seconds or draft.settings.stalled_after_seconds
     if still < limit:
-        draft.condition(ConditionType.TrainingStalled, "False", Reason.StepsAdvance, "Steps follow each other.")
+        draft.condition(ConditionType.TrainingStalled, "False", Reason.StepsAdvance, "Steps are advancing.")
     elif limits.is_counted(progress):
-        text = f"Phase {progress.phase}, step {progress.step}: unchanged since {since}."
+        text = f"No progress since {since}: phase {progress.phase}, step {progress.step}."
         draft.condition(ConditionType.TrainingStalled, "True", Reason.NoStep, text)
     else:  # a long checkpoint or export: nobody can say whether it moves
         withdraw(draft, (ConditionType.TrainingStalled,))

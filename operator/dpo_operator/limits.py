@@ -44,7 +44,7 @@ def deadline(draft: Draft) -> Cause | None:
     if left > 0:
         draft.wake_in(left)
         return None
-    return Cause(Reason.DeadlineExceeded, f"admitted for runPolicy.activeDeadlineSeconds {limit} s")
+    return Cause(Reason.DeadlineExceeded, f"the job was active for {limit} s (runPolicy.activeDeadlineSeconds)")
 
 
 def is_counted(progress: StatusProgress) -> bool:
@@ -68,5 +68,5 @@ def stall(draft: Draft) -> Cause | None:
     still = clock.to_moment(seen) - start
     if still < limit:
         return None
-    text = f"phase {progress.phase}, step {progress.step} unchanged for {int(still)} s while the trainer answered"
+    text = f"no progress for {int(still)} s in phase {progress.phase}, step {progress.step}, while the trainer answered"
     return Cause(Reason.Stalled, text)

@@ -77,7 +77,7 @@ def apply(draft: Draft) -> None:
         return
     said = said_now(draft)
     if said is None:
-        _silence(draft, scrape.error or "its answer is about another attempt")
+        _silence(draft, scrape.error or "the answer belongs to another attempt")
         return
     former = draft.status.progress
     current = status_of(said, scrape.at, former)
@@ -89,7 +89,7 @@ def apply(draft: Draft) -> None:
         draft.change_attempt(last_step=current.step)
     if said.from_step is not None:  # until now the status held what the attempt before was known to have saved
         draft.change_attempt(from_step=min(said.from_step, INT_MAX))
-    draft.condition(ConditionType.ProgressAvailable, "True", Reason.ScrapeSucceeded, "Rank 0 answers.")
+    draft.condition(ConditionType.ProgressAvailable, "True", Reason.ScrapeSucceeded, "Rank 0 answers GET /status.")
 
 
 def _silence(draft: Draft, error: str) -> None:
@@ -101,7 +101,7 @@ def _silence(draft: Draft, error: str) -> None:
         return
     if told is not None and told.status == "False":
         return  # its words may change with each try; they are worth no write
-    text = f"Rank 0 does not answer: {clean(error, 300)}."
+    text = f"Rank 0 does not answer GET /status: {clean(error, 300)}."
     draft.condition(ConditionType.ProgressAvailable, "False", Reason.ScrapeFailed, text)
 
 
@@ -126,7 +126,7 @@ def _fixed(value: float | None, decimals: int) -> str | None:
 def sentence(progress: StatusProgress | None) -> str:
     """Say in words where a running attempt is."""
     if progress is None:
-        return "All pods run."
+        return "All pods are running."
     where, unit = PHASE_TEXTS[progress.phase].capitalize(), PHASE_UNITS.get(progress.phase)
     if unit is not None and progress.done is not None:
         where += f": {progress.done:,} {unit}" + (f" of {progress.of:,}" if progress.of else "")

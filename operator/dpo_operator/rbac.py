@@ -1,6 +1,6 @@
-"""What the operator may do: one table. The Role, the ClusterRole and the chart are made from it.
+"""The permissions of the operator: one table. The Role, the ClusterRole and the chart are generated from it.
 
-It reads no Secret, writes no spec, and touches no pod. ``python -m dpo_operator.rbac`` prints the ClusterRole.
+It reads no Secrets, and changes neither specs nor pods. ``python -m dpo_operator.rbac`` prints the ClusterRole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME = "dpo-operator"
 
 @dataclass(frozen=True)
 class Rule:
-    """Verbs on one resource, and what stops without them."""
+    """Verbs on one resource, and what they are for."""
 
     group: str
     """API group; empty for the core group."""
@@ -29,22 +29,27 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("dpo-operator.dev", "dpojobs", ("get", "list", "watch"), "to know the jobs"),
+    Rule("dpo-operator.dev", "dpojobs", ("get", "list", "watch"), "to watch the jobs"),
     Rule("dpo-operator.dev", "dpojobs", ("delete",), "runPolicy.ttlSecondsAfterFinished"),
-    Rule("dpo-operator.dev", "dpojobs/status", ("patch",), "to say what has become of a job"),
-    Rule("kubeflow.org", "pytorchjobs", ("get", "list", "watch"), "to see the attempts"),
+    Rule("dpo-operator.dev", "dpojobs/status", ("patch",), "to update the status of a job"),
+    Rule("kubeflow.org", "pytorchjobs", ("get", "list", "watch"), "to watch the attempts"),
     Rule("kubeflow.org", "pytorchjobs", ("create",), "to start an attempt"),
-    Rule("kubeflow.org", "pytorchjobs", ("delete",), "to suspend a job, to end what never starts, to trim the history"),
-    Rule("", "pods", ("list", "watch"), "to see how an attempt's pods are and how they ended"),
+    Rule(
+        "kubeflow.org",
+        "pytorchjobs",
+        ("delete",),
+        "to suspend a job, to end an attempt, to trim the history",
+    ),
+    Rule("", "pods", ("list", "watch"), "to see the state of an attempt's pods and how they ended"),
     Rule("", "configmaps", ("get", "create"), "to pin a job's spec and image"),
-    Rule("", "events", ("create",), "to tell of transitions"),
-    Rule("", "events", ("list",), "to repeat why pods are refused"),
+    Rule("", "events", ("create",), "to report transitions"),
+    Rule("", "events", ("list",), "to report why pods are refused"),
     Rule("", "pods/proxy", ("get",), "to ask trainers for progress through the API server", outside_only=True),
 )
 
 
 def policy_rules(*, outside: bool = False, rules: Iterable[Rule] = RULES) -> list[dict[str, Any]]:
-    """Return the table as RBAC rules, one for each group and resource. ``outside``: for an operator out of it."""
+    """Return the table as RBAC rules, one for each group and resource. ``outside``: those needed outside too."""
     verbs: dict[tuple[str, str], list[str]] = {}
     for rule in rules:
         if outside or not rule.outside_only:

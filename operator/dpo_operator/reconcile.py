@@ -1,4 +1,4 @@
-"""One pure function from what was observed to what should be done. Each policy has a module of its own."""
+"""``reconcile``: one pure function from observations to actions. Each policy has its own module."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def reconcile(observed: Observed, now: float, settings: Settings) -> Decision:
     Raises pydantic's ValidationError for a stored status of a form that no operator writes.
     """
     view = View.of(observed)
-    if view.metadata.get("deletionTimestamp"):  # owner references take along what it owns; nothing waits for us
+    if view.metadata.get("deletionTimestamp"):  # garbage collection deletes what it owns; there is no finalizer
         return Decision(status=patches.to_json(view.status))
     draft = Draft(view, now, settings)
     _decide(draft)
     draft.update(observed_generation=view.generation)
-    if acceptance.is_accepted(draft):  # before, a verdict counts for the generation that it was asked for
+    if acceptance.is_accepted(draft):  # until then a rejection applies to the generation that was checked
         draft.update(conditions=conditions.observed_for(draft.status.conditions, view.generation))
     return _conclude(draft)
 
@@ -59,7 +59,7 @@ def _decide(draft: Draft) -> None:
 
 
 def _queue(draft: Draft) -> str | None:
-    """Return the queue of the attempt's child, which an edit of the job does not move; else the next attempt's."""
+    """Return the queue of the current PyTorchJob, which an edit of the job does not move; else the next one's."""
     if draft.status.completion_time is not None:
         return draft.status.queue
     attempt = draft.attempt
@@ -70,11 +70,11 @@ def _queue(draft: Draft) -> str | None:
 
 
 def _conclude(draft: Draft) -> Decision:
-    """Put actions, events and the status patch in their order."""
+    """Put actions, events and the status patch in order."""
     view = draft.view
     scrape = _target(draft)
     asks = any(isinstance(action, CheckChild | LookUpChild) for action in draft.actions)
-    if asks or _is_progress_alone(draft):  # an answer comes first; what was drafted without it is void
+    if asks or _is_progress_alone(draft):  # the answer comes first; what was drafted without it is dropped
         return Decision(tuple(draft.actions), patches.to_json(view.status), draft.wake, scrape)
     emitted = events.emit(draft)
     if any(isinstance(action, DeleteJob) for action in draft.actions):
@@ -88,7 +88,7 @@ def _conclude(draft: Draft) -> Decision:
 
 
 def _is_progress_alone(draft: Draft) -> bool:
-    """Whether the pass brings nothing but progress, and the last write of it is young."""
+    """Whether the pass changes only the progress, and that was written recently."""
     former = draft.view.status.progress
     if former is None or former.observed_at is None:
         return False

@@ -75,12 +75,12 @@ def conclude(draft: Draft) -> None:
     if is_charged(attempt):
         charged = draft.status.charged_restarts or 0
         if charged >= policy.max_restarts:
-            text = f"{said}. runPolicy.maxRestarts {policy.max_restarts} is used up ({reason.value})."
+            text = f"{said}. The limit of runPolicy.maxRestarts {policy.max_restarts} is reached ({reason.value})."
             ends.fail(draft, Reason.RestartsExhausted, text)
             return
         draft.update(charged_restarts=charged + 1)
     elif failures > draft.settings.infrastructure_restarts_without_progress:
-        text = f"{failures} attempts in a row were lost without a new checkpoint between; the last: {said}."
+        text = f"{failures} attempts in a row failed without a new checkpoint. Last failure: {said}."
         ends.fail(draft, Reason.RestartsWithoutProgress, text)
         return
     pause = backoff(max(1, failures), f"{draft.view.uid}/{attempt.number}", draft.settings)
@@ -95,7 +95,7 @@ def out_of_time(draft: Draft) -> bool:
     attempt = draft.current
     said = sentence(attempt.message or named(attempt.reason).meaning)
     limit = draft.view.spec.run_policy.active_deadline_seconds
-    text = f"{said}. runPolicy.activeDeadlineSeconds {limit} is used up, so that no other attempt follows."
+    text = f"{said}. runPolicy.activeDeadlineSeconds {limit} has passed, so the job is not restarted."
     ends.fail(draft, Reason.DeadlineExceeded, text)
     return True
 
@@ -104,7 +104,7 @@ def place_restart(draft: Draft) -> None:
     """Say that the next attempt is on its way."""
     attempt = draft.current
     reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
-    start = f"from step {reached}" if reached else "from the newest checkpoint, or from the start"
+    start = f"from step {reached}" if reached else "from the newest checkpoint, if there is one"
     said = sentence(attempt.message or attempt.reason or "the attempt ended")
     text = f"Attempt {attempt.number} ended ({attempt.reason}): {said}. Attempt {attempt.number + 1} continues {start}."
     draft.place("Restarting", Reason.Restarting, text)

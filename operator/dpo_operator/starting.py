@@ -1,4 +1,4 @@
-"""An attempt whose pods do not all run yet: what they wait for, in their own words, and for how long they may."""
+"""An attempt whose pods are not all running yet: what they wait for, and for how long they may."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ MOUNT_REASONS = frozenset({"FailedMount", "FailedAttachVolume"})
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What a pod, or the lack of one, waits for."""
+    """Why a pod does not start or does not exist."""
 
     reason: Reason
     message: str
 
     @property
     def needs_action(self) -> bool:
-        """Whether waiting alone will not do."""
+        """Whether somebody must act: waiting alone does not help."""
         return self.reason is not Reason.Unschedulable
 
 
 def has_run(pod: Object) -> bool:
-    """Whether the trainer's container of a pod has been running, now or before its end."""
+    """Whether the trainer's container of a pod is running or has been."""
     status = pytorchjob.trainer_status(pod)
     state = (status or {}).get("state") or {}
     if "running" in state or "terminated" in state:
@@ -45,7 +45,7 @@ def has_run(pod: Object) -> bool:
 
 
 def is_stuck(pod: Object) -> bool:
-    """Whether a node has a pod and has not run it. A worker that looks for its master waits for another node."""
+    """Whether a pod has a node but has not started there. A worker that waits for its master is not stuck."""
     if has_run(pod) or not (pod.get("spec") or {}).get("nodeName"):
         return False
     statuses = (pod.get("status") or {}).get("initContainerStatuses") or ()
@@ -54,13 +54,13 @@ def is_stuck(pod: Object) -> bool:
 
 
 def started(draft: Draft) -> bool:
-    """Whether every pod of an attempt has been running."""
+    """Whether every pod of the attempt is running or has been."""
     pods = draft.pods
     return len(pods) >= draft.view.spec.resources.nodes and all(has_run(pod) for pod in pods)
 
 
 def obstacle(draft: Draft) -> Obstacle | None:
-    """Return what stands in the way, the most telling first: what nobody will mend by waiting."""
+    """Return what keeps pods from starting: the obstacle of lowest rank."""
     pods = draft.pods
     found = [hit for pod in pods for hit in _of_pod(pod, draft.view.observed.events)]
     if len(pods) < draft.view.spec.resources.nodes:
@@ -98,7 +98,7 @@ def _of_container(pod: Object, container: Mapping[str, Any], *, init: bool) -> I
 
 
 def _of_child(draft: Draft) -> Iterable[Obstacle]:
-    """Pods that were refused exist nowhere but in an event of the child."""
+    """Pods that could not be created leave no trace but an event of the PyTorchJob."""
     for event in _newest_first(draft.view.observed.events, pytorchjob.CHILD_KIND, draft.current.child):
         if event.get("reason") != "FailedCreatePod":
             continue
@@ -132,7 +132,7 @@ def _seen(event: Object) -> float:
 
 
 def overdue(draft: Draft) -> Cause | None:
-    """Return the cause StartTimeout when pods have waited too long since admission; else ask to be woken then."""
+    """Return the cause StartTimeout if pods have waited too long since admission; else request a pass for then."""
     admitted = draft.status.admitted_since
     if draft.current.running_time is not None or admitted is None:
         return None
@@ -144,21 +144,21 @@ def overdue(draft: Draft) -> Cause | None:
     hit = obstacle(draft)
     pods, nodes = draft.pods, draft.view.spec.resources.nodes
     running = sum(has_run(pod) for pod in pods)
-    why = hit.message if hit is not None else f"{len(pods)} pods exist, {nodes} are wanted"
-    text = f"{running} of {nodes} pods ran within {limit} s of admission: {why}"
+    why = hit.message if hit is not None else f"{len(pods)} of {nodes} pods exist"
+    text = f"{running} of {nodes} pods were running {limit} s after admission (runPolicy.startTimeoutSeconds): {why}"
     return Cause(Reason.StartTimeout, clean(text, 2000))
 
 
 def say(draft: Draft) -> None:
-    """Place an attempt that is starting."""
+    """Report an attempt that is starting."""
     hit = obstacle(draft)
     if hit is None:
         pods, nodes = draft.pods, draft.view.spec.resources.nodes
         running = sum(has_run(pod) for pod in pods)
-        # A thousand pods start one by one; their status is not written a thousand times.
+        # A thousand pods start one by one; their count is not written a thousand times.
         share = max(1, nodes // 10)
         shown = running if running == nodes else running - running % share
-        text = f"{shown} of {nodes} pods run (attempt {draft.current.number})."
+        text = f"{shown} of {nodes} pods are running (attempt {draft.current.number})."
         draft.place("Starting", Reason.Starting, text)
         return
     draft.place("Starting", hit.reason, f"{sentence(hit.message)}.", progressing=not hit.needs_action)

@@ -1,19 +1,19 @@
-"""What one pass looks at and what it decides: the seam between the pure reconcile and the process around it.
+"""The input and output of a pass: the interface between the pure ``reconcile`` and ``runtime``.
 
-How the process runs a pass:
+How ``runtime`` runs a pass:
 
-1. Fill an ``Observed`` from its caches and call ``reconcile(observed, now, settings)``.
+1. Fill an ``Observed`` from the caches and call ``reconcile(observed, now, settings)``.
 2. Perform ``Decision.actions`` in order. All of them are safe to repeat.
-3. Where an action brings news, put the news into the ``Observed`` and go to 1 at once (a few rounds at most, then the
-   queue's back-off); the rest of the old decision, its status included, is dropped:
+3. If an action returns new information, add it to the ``Observed`` and go to 1 at once (a few rounds at most, then the
+   queue's back-off). The rest of the old decision, including its status, is dropped:
    - ``CreateConfigMap`` or ``CreateChild`` answered 409 AlreadyExists: GET the object; put it into ``config_map`` or
-     ``children`` (whoever owns it: reconcile adopts, waits or refuses).
+     ``children``, whatever its owner: reconcile adopts it, waits or refuses it.
    - an action answered 400, 403, 404 or 422: add a ``Refusal`` under the object's name to ``refusals``.
-   - ``CheckChild`` (a dry run) answered: put the ``ChildCheck`` into ``check``. 409 counts as yes: names are looked
-     at last.
+   - ``CheckChild`` (a dry run) answered: put the ``ChildCheck`` into ``check``. 409 counts as accepted: names
+     are checked last.
    - ``LookUpChild`` answered: add the object to ``children``, or its name to ``absent``.
    404 for a delete, and 409 for an event, are successes. 429, 5xx and lost connections: drop the decision, back off.
-   ``config_map``, ``check``, ``absent`` and ``refusals`` hold the news of this round alone; the next one starts empty.
+   ``config_map``, ``check``, ``absent`` and ``refusals`` belong to one pass; the next pass starts with them empty.
 4. ``PatchStatus`` is the last action and carries the resourceVersion; on 409 drop it and reconcile the newer object.
 5. Call again after ``Decision.wake`` seconds, or as soon as anything about the job changes.
 """
@@ -32,32 +32,32 @@ Object = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Refusal:
-    """The API server's no to a request. Never its retryable errors."""
+    """A request that the API server refused. Retryable errors are never refusals."""
 
     code: int
     """HTTP status: 400, 403, 404 or 422."""
     message: str
-    """The server's own words."""
+    """The server's message."""
 
 
 @dataclass(frozen=True)
 class ChildCheck:
-    """What a dry-run create of the child said."""
+    """The result of creating the PyTorchJob with a dry run."""
 
     generation: int
     """metadata.generation of the DPOJob that it was made for."""
     refusal: Refusal | None = None
-    """None: the child would be admitted."""
+    """None: the API server accepts it."""
 
 
 @dataclass(frozen=True)
 class Scrape:
-    """The newest answer of rank 0 to GET /status, or the lack of one."""
+    """Rank 0's newest response to GET /status, or why there is none."""
 
     at: float
-    """When it was asked, Unix seconds."""
+    """Time of the request, Unix seconds."""
     child: str
-    """Name of the child whose rank 0 was asked."""
+    """Name of the PyTorchJob whose rank 0 was asked."""
     progress: Progress | None = None
     error: str = ""
     """Why there is no progress, in one sentence."""
@@ -76,7 +76,7 @@ class ScrapeTarget:
 
 @dataclass(frozen=True)
 class Observed:
-    """Everything that a pass looks at. Caches may lag: reconcile never destroys or repeats on a cache's word alone."""
+    """The input of a pass. Caches may lag: reconcile never deletes or repeats anything on their evidence alone."""
 
     job: Object
     """The DPOJob with metadata, spec and status."""
@@ -85,17 +85,17 @@ class Observed:
     pods: Sequence[Object] = ()
     """Pods of the job's namespace with that label, of any attempt and any owner."""
     events: Sequence[Object] = ()
-    """Core v1 Events about those children and pods, as far as they are known; only words are taken from them."""
+    """Core v1 Events about those children and pods, as far as they are known. Only their messages are used."""
     config_map: Object | None = None
-    """Set after CreateConfigMap met one that exists already."""
+    """Set after CreateConfigMap found one that exists already."""
     check: ChildCheck | None = None
     absent: frozenset[str] = frozenset()
-    """Names of children that a GET (not a cache) has just not found."""
+    """Names of PyTorchJobs that a GET (not a cache) did not find."""
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
-    """By object name: what the API server refused in this round."""
+    """By object name: what the API server refused in this pass."""
     scrape: Scrape | None = None
     backend_installed: bool = True
-    """Whether the cluster knows the child's kind (PyTorchJob)."""
+    """Whether the cluster serves PyTorchJob."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class CreateConfigMap:
 
 @dataclass(frozen=True)
 class CheckChild:
-    """POST the child with dryRun=All and fieldValidation=Strict."""
+    """POST the PyTorchJob with dryRun=All and fieldValidation=Strict."""
 
     body: dict[str, Any]
     generation: int
@@ -115,21 +115,21 @@ class CheckChild:
 
 @dataclass(frozen=True)
 class CreateChild:
-    """POST the child."""
+    """POST the PyTorchJob."""
 
     body: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LookUpChild:
-    """GET a child that the cache does not show."""
+    """GET a PyTorchJob that is not in the cache."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class DeleteChild:
-    """DELETE a child in the background, only while it has this UID."""
+    """DELETE a PyTorchJob in the background, if it still has this UID."""
 
     name: str
     uid: str
@@ -137,7 +137,7 @@ class DeleteChild:
 
 @dataclass(frozen=True)
 class DeleteJob:
-    """DELETE the DPOJob itself in the background, only while it has this UID (TTL)."""
+    """DELETE the DPOJob itself in the background, if it still has this UID (TTL)."""
 
     name: str
     uid: str
@@ -145,7 +145,7 @@ class DeleteJob:
 
 @dataclass(frozen=True)
 class EmitEvent:
-    """POST a core v1 Event; its name is deterministic, so that 409 means it was told before."""
+    """POST a core v1 Event; its name is deterministic, so 409 means that it exists already."""
 
     body: dict[str, Any]
 
@@ -162,13 +162,13 @@ Action = CreateConfigMap | CheckChild | CreateChild | LookUpChild | DeleteChild 
 
 @dataclass(frozen=True)
 class Decision:
-    """What one pass wants done."""
+    """The output of a pass."""
 
     actions: tuple[Action, ...] = ()
-    """In this order; events before the status that they tell of, at most one PatchStatus, as the last."""
+    """In order. Events precede the status that they report; at most one PatchStatus, as the last action."""
     status: dict[str, Any] = field(default_factory=dict)
-    """The whole status that PatchStatus leads to, as JSON; the present one where there is no PatchStatus."""
+    """The whole status after PatchStatus, as JSON; the stored one if there is no PatchStatus."""
     wake: float | None = None
     """Seconds until the next pass is due even if nothing changes; None: only a change matters."""
     scrape: ScrapeTarget | None = None
-    """Whom to ask for progress; None: nobody is to be asked."""
+    """The pod to ask for progress; None: no pod."""

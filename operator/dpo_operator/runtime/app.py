@@ -59,8 +59,7 @@ class Operator:
         self._metrics = Metrics(self._cache.jobs, self._gauges, job_limit=options.job_metrics_limit)
         self._worker = Worker(
             self._client, self._cache, self._queue, self._scraper, self._metrics, settings,
- ready=lambda: self.health.synced,
-            backend_installed=lambda: CHILDREN.plural not in self.health.missing,
+            ready=lambda: self.health.synced, backend_installed=lambda: CHILDREN.plural not in self.health.missing,
         )  # fmt: skip
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -75,7 +74,7 @@ class Operator:
             self._options.address, self._options.port, metrics=self._metrics.text, alive=self.alive, ready=self.ready
         )
         where = ", ".join(self._options.namespaces) or "all namespaces"
-        _log.info("dpo-operator %s serves %s; metrics and probes on port %d", VERSION, where, port)
+        _log.info("dpo-operator %s watches %s; metrics and probes on port %d", VERSION, where, port)
         tasks = [asyncio.create_task(self._discover(), name="discovery")]
         tasks += [asyncio.create_task(self._watchdog.run(), name="watchdog")]
         tasks += [asyncio.create_task(self._worker.run(), name=f"worker {n}") for n in range(self._options.workers)]
@@ -103,9 +102,9 @@ class Operator:
             with contextlib.suppress(Unreachable):
                 missing = frozenset([r.plural for r in WATCHED if not await self._knows(r)])
                 for plural in sorted(missing - self.health.missing):
-                    _log.warning("the cluster does not know %s yet; waiting for its CustomResourceDefinition", plural)
+                    _log.warning("the cluster has no %s; waiting for the CustomResourceDefinition", plural)
                 for plural in sorted(self.health.missing - missing):
-                    _log.info("the cluster knows %s now", plural)
+                    _log.info("the cluster has %s now", plural)
                 self.health.missing = missing
                 found = tuple(r for r in WATCHED if r.plural not in missing)
                 if found != served:
@@ -163,8 +162,8 @@ class Operator:
     def ready(self) -> str:
         """Return why the caches cannot be relied on yet."""
         if JOBS.plural in self.health.missing:
-            return "the cluster does not know dpojobs yet"
-        return "" if self.health.synced else "the caches are being filled"
+            return "the cluster has no dpojobs: install the CustomResourceDefinition"
+        return "" if self.health.synced else "the caches are not synced yet"
 
     def _gauges(self) -> dict[str, float]:
         gauges: dict[str, float] = {

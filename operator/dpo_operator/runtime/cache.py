@@ -1,7 +1,7 @@
-"""What the process has seen of the cluster: DPOJobs, their children and their pods, newest version of each.
+"""The cache: the newest known version of DPOJobs, their PyTorchJobs and their pods.
 
-Watches fill it, the operator's own writes are put in at once, and a paged re-list (``watchdog``) repairs it. kopf's
-indices are not used, because they keep what was deleted while a watch was down.
+Watches fill it, the operator's own writes are added at once, and a paged re-list (``watchdog``) repairs it. kopf's
+indices are not used, because they keep objects that were deleted while a watch was down.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dpo_operator.labels import JOB
 from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS, Resource
 
 Key = tuple[str, str]
-"""Namespace and name of a DPOJob: what is worked on."""
+"""Namespace and name of a DPOJob, the key of the work queue."""
 
 _REMEMBERED_GONE = 20_000
 
@@ -29,7 +29,7 @@ def version(item: Mapping[str, Any]) -> int:
 
 
 def job_of(resource: Resource, item: Mapping[str, Any]) -> Key | None:
-    """Return the key of the DPOJob that an object is or belongs to; None for a stranger's object."""
+    """Return the key of the DPOJob that an object is or belongs to; None for any other object."""
     metadata = item["metadata"]
     if resource == JOBS:
         return metadata["namespace"], metadata["name"]
@@ -38,13 +38,13 @@ def job_of(resource: Resource, item: Mapping[str, Any]) -> Key | None:
 
 
 @dataclass
-class _Shelf:
+class _ObjectsOfKind:
     """All objects of one kind."""
 
     objects: dict[Key, dict[str, Any]] = field(default_factory=dict)
     by_job: dict[Key, set[str]] = field(default_factory=dict)
     seen: dict[Key, tuple[str, int]] = field(default_factory=dict)
-    """By object: UID and version that a watch, not a write of ours, has brought."""
+    """By object: the UID and version that a watch delivered last. The operator's own writes do not count."""
 
 
 class Cache:
@@ -52,64 +52,64 @@ class Cache:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._shelves = {resource: _Shelf() for resource in (JOBS, CHILDREN, PODS)}
+        self._kinds = {resource: _ObjectsOfKind() for resource in (JOBS, CHILDREN, PODS)}
         self._gone: OrderedDict[str, None] = OrderedDict()
         self._departed: dict[Key, dict[str, dict[str, Any]]] = {}
 
     # -- filling ------------------------------------------------------------------------------------------------------
 
     def put(self, resource: Resource, item: Mapping[str, Any], *, watched: bool) -> Key | None:
-        """Take an object in; return the DPOJob to look at, or None if the object is old or a stranger's.
+        """Add an object; return the DPOJob to reconcile, or None if the object is outdated or belongs to no DPOJob.
 
-        ``watched``: a watch brought it, as opposed to a request of ours.
+        ``watched``: a watch delivered it, as opposed to a request of the operator.
         """
         metadata = item["metadata"]
-        key, uid, shelf = (metadata["namespace"], metadata["name"]), metadata["uid"], self._shelves[resource]
+        key, uid, kind = (metadata["namespace"], metadata["name"]), metadata["uid"], self._kinds[resource]
         if watched:
-            self._note_seen(shelf, key, uid, version(item))
+            self._note_seen(kind, key, uid, version(item))
         if uid in self._gone:
             return None
-        old = shelf.objects.get(key)
+        old = kind.objects.get(key)
         if old is not None and old["metadata"]["uid"] == uid and version(old) >= version(item):
             return None
         job = job_of(resource, item)
         if old is not None:
-            self._unlink(resource, shelf, old)
+            self._unlink(resource, kind, old)
         if job is None:
-            shelf.objects.pop(key, None)
+            kind.objects.pop(key, None)
             return None
-        shelf.objects[key] = trimmed(resource, item)
-        shelf.by_job.setdefault(job, set()).add(key[1])
+        kind.objects[key] = trimmed(resource, item)
+        kind.by_job.setdefault(job, set()).add(key[1])
         return job
 
     @staticmethod
-    def _note_seen(shelf: _Shelf, key: Key, uid: str, number: int) -> None:
-        known = shelf.seen.get(key)
+    def _note_seen(kind: _ObjectsOfKind, key: Key, uid: str, number: int) -> None:
+        known = kind.seen.get(key)
         if known is None or known[0] != uid or known[1] < number:
-            shelf.seen[key] = (uid, number)
+            kind.seen[key] = (uid, number)
 
     def remove(self, resource: Resource, namespace: str, name: str, uid: str) -> Key | None:
-        """Forget an object that is gone; return the DPOJob to look at. Another object of its name stays."""
-        shelf, key = self._shelves[resource], (namespace, name)
+        """Remove a deleted object; return the DPOJob to reconcile. Another object of the same name is kept."""
+        kind, key = self._kinds[resource], (namespace, name)
         self._gone[uid] = None
         while len(self._gone) > _REMEMBERED_GONE:
             self._gone.popitem(last=False)
-        if shelf.seen.get(key, ("", 0))[0] == uid:
-            del shelf.seen[key]
-        old = shelf.objects.get(key)
+        if kind.seen.get(key, ("", 0))[0] == uid:
+            del kind.seen[key]
+        old = kind.objects.get(key)
         if old is None or old["metadata"]["uid"] != uid:
             return None
-        del shelf.objects[key]
-        self._unlink(resource, shelf, old)
+        del kind.objects[key]
+        self._unlink(resource, kind, old)
         return job_of(resource, old)
 
     def replace(
         self, resource: Resource, job: Key, items: Sequence[Mapping[str, Any]], *, before: Collection[str]
     ) -> None:
-        """Take in all that the cluster has of a DPOJob's children or pods; forget what it has no more.
+        """Replace a DPOJob's PyTorchJobs or pods by what the cluster lists.
 
-        ``before``: the UIDs that ``uids`` gave before the list was asked for. What a watch brought since then may be
-        younger than the list, which says nothing about it.
+        ``before``: the UIDs that ``uids`` returned before the list was requested. What a watch delivered since then may
+        be newer than the list, and is kept.
         """
         listed = {item["metadata"]["uid"] for item in items}
         for old in self.of_job(resource, job):
@@ -119,19 +119,19 @@ class Cache:
             self.put(resource, item, watched=False)
 
     def depart(self, job: Key, pod: Mapping[str, Any]) -> None:
-        """Keep a deleted pod's last words until a pass has heard them: it may have come and gone between two passes."""
+        """Keep a deleted pod until a pass has processed it: it may have come and gone between two passes."""
         kept = trimmed(PODS, pod)
         status = kept.get("status") or {}
         if status.get("phase") not in {"Succeeded", "Failed"}:
-            kept["status"] = {**status, "phase": "Failed"}  # it is gone, so nothing of it runs
+            kept["status"] = {**status, "phase": "Failed"}  # it is deleted, so nothing of it runs
         self._departed.setdefault(job, {})[kept["metadata"]["uid"]] = kept
 
     def departed(self, job: Key) -> list[dict[str, Any]]:
-        """Return a DPOJob's pods that were deleted since ``heard`` was called."""
+        """Return a DPOJob's pods that were deleted and not yet processed."""
         return list(self._departed.get(job, {}).values())
 
-    def heard(self, job: Key, pods: Iterable[Mapping[str, Any]]) -> None:
-        """Forget departed pods that a pass has taken into the status."""
+    def processed(self, job: Key, pods: Iterable[Mapping[str, Any]]) -> None:
+        """Drop deleted pods that a pass has processed."""
         kept = self._departed.get(job, {})
         for pod in pods:
             kept.pop(pod["metadata"]["uid"], None)
@@ -139,52 +139,52 @@ class Cache:
             self._departed.pop(job, None)
 
     @staticmethod
-    def _unlink(resource: Resource, shelf: _Shelf, old: Mapping[str, Any]) -> None:
+    def _unlink(resource: Resource, kind: _ObjectsOfKind, old: Mapping[str, Any]) -> None:
         job = job_of(resource, old)
-        names = shelf.by_job.get(job) if job is not None else None
+        names = kind.by_job.get(job) if job is not None else None
         if job is not None and names is not None:
             names.discard(old["metadata"]["name"])
             if not names:
-                del shelf.by_job[job]
+                del kind.by_job[job]
 
     def clear(self, resource: Resource) -> None:
-        """Forget all objects of a kind that the cluster no longer knows."""
-        self._shelves[resource] = _Shelf()
+        """Drop all objects of a kind that the cluster no longer serves."""
+        self._kinds[resource] = _ObjectsOfKind()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def job(self, key: Key) -> dict[str, Any] | None:
         """Return a DPOJob."""
-        return self._shelves[JOBS].objects.get(key)
+        return self._kinds[JOBS].objects.get(key)
 
     def of_job(self, resource: Resource, key: Key) -> list[dict[str, Any]]:
-        """Return a DPOJob's children or pods, by name."""
-        shelf = self._shelves[resource]
-        return [shelf.objects[key[0], name] for name in sorted(shelf.by_job.get(key, ()))]
+        """Return a DPOJob's PyTorchJobs or pods, by name."""
+        kind = self._kinds[resource]
+        return [kind.objects[key[0], name] for name in sorted(kind.by_job.get(key, ()))]
 
     def uids(self, resource: Resource, key: Key) -> set[str]:
-        """Return the UIDs of a DPOJob's children or pods."""
+        """Return the UIDs of a DPOJob's PyTorchJobs or pods."""
         return {item["metadata"]["uid"] for item in self.of_job(resource, key)}
 
     def jobs(self) -> Iterator[dict[str, Any]]:
         """Yield all DPOJobs."""
-        yield from list(self._shelves[JOBS].objects.values())
+        yield from list(self._kinds[JOBS].objects.values())
 
     def job_keys(self) -> list[Key]:
         """Return the keys of all DPOJobs."""
-        return list(self._shelves[JOBS].objects)
+        return list(self._kinds[JOBS].objects)
 
     def seen(self, resource: Resource, namespace: str, name: str) -> tuple[str, int]:
-        """Return UID and version of what a watch last brought under a name; ("", 0) if nothing."""
-        return self._shelves[resource].seen.get((namespace, name), ("", 0))
+        """Return UID and version that a watch last delivered under a name; ("", 0) if none."""
+        return self._kinds[resource].seen.get((namespace, name), ("", 0))
 
     def known(self, resource: Resource) -> dict[Key, str]:
         """Return name and UID of every object of a kind."""
-        return {key: item["metadata"]["uid"] for key, item in self._shelves[resource].objects.items()}
+        return {key: item["metadata"]["uid"] for key, item in self._kinds[resource].objects.items()}
 
 
 def trimmed(resource: Resource, item: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object without the parts that nobody here reads: they are most of its bytes."""
+    """Return an object without the parts that the operator does not read, which are most of its bytes."""
     metadata = {name: value for name, value in item["metadata"].items() if name != "managedFields"}
     kept = {**item, "metadata": metadata}
     spec = item.get("spec") or {}
@@ -203,6 +203,6 @@ def trimmed(resource: Resource, item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _container(container: Mapping[str, Any]) -> dict[str, Any]:
-    """Return name and memory limit of a container: of one that is killed for its memory the limit tells whose fault."""
+    """Return name and memory limit of a container: the limit tells why one was killed for memory."""
     limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
     return {"name": container["name"]} | ({"resources": {"limits": {"memory": limit}}} if limit is not None else {})

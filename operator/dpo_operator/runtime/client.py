@@ -109,7 +109,7 @@ class Client:
         try:
             return json.loads(payload)
         except ValueError as error:
-            raise Unreachable(f"{method} {path}: the answer is no JSON") from error
+            raise Unreachable(f"{method} {path}: the response is not JSON") from error
 
     async def raw(self, path: str, limit: int) -> bytes:
         """Return the bytes of an answer of at most ``limit`` bytes. Raises ApiError, aiohttp's errors, TimeoutError."""
@@ -190,7 +190,7 @@ async def bounded(answer: aiohttp.ClientResponse, limit: int) -> bytes:
     async for part in answer.content.iter_chunked(16 * 1024):
         size += len(part)
         if size > limit:
-            raise aiohttp.ClientError(f"the answer is longer than {limit} bytes")
+            raise aiohttp.ClientError(f"the response is larger than {limit} bytes")
         parts.append(part)
     return b"".join(parts)
 

@@ -51,13 +51,13 @@ def connection() -> kopf.ConnectionInfo:
             found = kopf.login_via_client(logger=_log, settings=settings)
             if found is None and find_spec("kubernetes") is None:  # the image is for pods and goes without
                 raise LoginError(
-                    "the kubeconfig runs a program for its credentials, which takes the Python package kubernetes, and "
-                    "it is not installed here: use a kubeconfig with a token or certificate, or install '.[operator]'"
+                    "the kubeconfig uses a credential plugin (exec), which needs the Python package kubernetes; it is "
+                    "not installed: use a kubeconfig with a token or a certificate, or install '.[operator]'"
                 )
     if found is None:
-        raise LoginError("there is no way to a cluster: set KUBECONFIG, or run as a pod with a service account")
+        raise LoginError("no cluster credentials found: set KUBECONFIG, or run in a pod with a service account")
     if not isinstance(found, kopf.ConnectionInfo):
-        raise LoginError(f"the login gave {type(found).__name__}, which this operator cannot use")
+        raise LoginError(f"unsupported credentials of type {type(found).__name__}")
     return found
 
 

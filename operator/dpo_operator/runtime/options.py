@@ -1,4 +1,4 @@
-"""Flags and environment of the process: each flag is also the variable DPO_OPERATOR_<NAME>, and a flag wins."""
+"""Flags and environment: each flag is also the variable DPO_OPERATOR_<NAME>; the flag takes precedence."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ _WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 _LABEL = re.compile(rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_WORD}")
 _LABEL_VALUE = re.compile(rf"({_WORD})?")
 _BETWEEN_PAIRS = {"extra_env": re.compile(r",(?=[A-Za-z_][A-Za-z0-9_.-]*=)"), "labels": re.compile(",")}
-"""A comma in a variable's value, as in NCCL_IB_HCA=mlx5_0,mlx5_1, has no NAME= behind it."""
+"""A comma inside a value, as in NCCL_IB_HCA=mlx5_0,mlx5_1, is not followed by NAME=."""
 
 ScrapeBy = Literal["auto", "pod-ip", "api-proxy", "off"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How this process runs; ``Settings`` is what it does."""
+    """How this process runs. ``Settings`` decides what it does to jobs."""
 
     namespaces: tuple[str, ...] = ()
-    """Namespaces to serve; empty: all."""
+    """Namespaces to watch; empty: all."""
     kubeconfig: str = ""
     log_format: Literal["json", "text"] = "json"
     log_level: str = "info"
     address: str = "0.0.0.0"  # noqa: S104 - probes and Prometheus come from outside the pod
     port: int = 8080
-    """Port of /metrics, /healthz and /readyz; 0: any free one, which the log names."""
+    """Port of /metrics, /healthz and /readyz; 0: any free port; the log names it."""
     workers: int = 32
-    """DPOJobs that are reconciled at the same time; they mostly wait for the API server."""
+    """DPOJobs reconciled concurrently; they mostly wait for the API server."""
     scrape_by: ScrapeBy = "auto"
     scrape_seconds: float = 30.0
-    """Between two looks at a trainer, and with more than 240 running jobs their number / 8 (at 1,000 jobs 125 s). Mere
-    progress is written once a minute at most."""
+    """Interval between two requests to a trainer. With more than 240 running jobs it is their number / 8 (1,000 jobs:
+    125 s). Progress alone is written to the status at most once a minute."""
     relist_seconds: float = 300.0
-    """Between two comparisons of the caches with the cluster."""
+    """Interval between two comparisons of the caches with the cluster."""
     dead_watch_seconds: float = 60.0
-    """How long the cluster may know something that a watch has not brought."""
+    """How late a watch may deliver a change before it counts as dead."""
     job_metrics_limit: int = 1000
-    """DPOJobs whose own gauges are exported, the newest first."""
+    """Maximum number of DPOJobs with their own metrics; the newest are exported."""
     selfcheck: bool = False
-    """Say what the cluster lacks, and end."""
+    """Report what the cluster is missing, and exit."""
 
 
 def parse(
     arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
 ) -> tuple[Options, Settings]:
-    """Read the command line. Ends the process with one clear line for a mistake, as argparse does (exit code 2)."""
+    """Read flags and environment. For a mistake it prints one line and exits with code 2, as argparse does."""
     parser = _parser(environment)
     got = vars(parser.parse_args(arguments))
     namespaces = tuple(sorted(set(_parts(got.pop("namespaces")))))
     for namespace in namespaces:
         if not _NAMESPACE.fullmatch(namespace):
-            parser.error(f"--namespaces: {namespace!r} is no namespace; give names, separated by commas")
+            parser.error(f"--namespaces: {namespace!r} is not a namespace name; give names separated by commas")
     settings = Settings()
     given = {f.name: got.pop(f.name) for f in fields(Settings) if got.get(f.name) is not None}
     for name in [f.name for f in fields(Settings)]:
@@ -71,7 +71,7 @@ def parse(
             given[name] = tuple(_pair(parser, flag, text) for text in _BETWEEN_PAIRS[name].split(given[name]) if text)
     for key, value in given.get("labels", ()):
         if not _LABEL.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
-            parser.error(f"--labels: {key}={value} is no label of Kubernetes; give [PREFIX/]NAME=VALUE")
+            parser.error(f"--labels: {key}={value} is not a Kubernetes label; give [PREFIX/]NAME=VALUE")
     given["trainer_image_pull_secrets"] = _secrets(parser, given["trainer_image_pull_secrets"])
     settings = replace(settings, **given)
     options = Options(namespaces=namespaces, **got)
@@ -89,7 +89,7 @@ def _secrets(parser: argparse.ArgumentParser, text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(_parts(text)))
     for name in names:
         if not _SECRET.fullmatch(name):
-            parser.error(f"--trainer-image-pull-secrets: {name!r} is no name of a Secret; give names, between commas")
+            parser.error(f"--trainer-image-pull-secrets: {name!r} is not a Secret name; give names separated by commas")
     return names
 
 
@@ -114,26 +114,31 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dpo-operator",
         description="Runs DPOJobs on Kubernetes through training-operator's PyTorchJob.",
-        epilog="Every flag can be given as an environment variable too: --log-format is DPO_OPERATOR_LOG_FORMAT.",
+        epilog="Every flag can also be set by an environment variable: --log-format is DPO_OPERATOR_LOG_FORMAT.",
     )
     parser.add_argument("--version", action="version", version=f"dpo-operator {VERSION}")
-    parser.add_argument("--selfcheck", action="store_true", help="say what the cluster has and what it lacks, and exit")
+    parser.add_argument("--selfcheck", action="store_true", help="report what the cluster has and lacks, and exit")
 
     def flag(name: str, default: Any, text: str, **more: Any) -> None:
         variable = "DPO_OPERATOR_" + name.upper().replace("-", "_")
         if "choices" in more:
             more["type"] = _one_of(variable, more["choices"])
-        # A default that is a string is read like a flag's value, type and mistakes included, but for ``choices``.
+        # argparse parses a default that is a string like a flag's value, but does not check it against ``choices``.
         parser.add_argument(f"--{name}", default=environment.get(variable, default), help=text, **more)
 
     d, s = Options(), Settings()
-    flag("namespaces", "", "namespaces to serve, separated by commas; default: all")
+    flag("namespaces", "", "comma-separated namespaces to watch; default: all")
     flag("kubeconfig", "", "kubeconfig file; default: $KUBECONFIG, the pod's service account, ~/.kube/config")
     flag("log-format", d.log_format, "json or text; default %(default)s", choices=("json", "text"))
-    flag("log-level", d.log_level, "default %(default)s", choices=("debug", "info", "warning", "error"))
+    flag(
+        "log-level",
+        d.log_level,
+        "minimum level of log lines; default %(default)s",
+        choices=("debug", "info", "warning", "error"),
+    )
     flag("address", d.address, "address of metrics and probes; default %(default)s")
     flag("port", d.port, "port of /metrics, /healthz and /readyz, 0: any; default %(default)s", type=int)
-    flag("workers", d.workers, "DPOJobs reconciled at the same time; default %(default)s", type=int)
+    flag("workers", d.workers, "DPOJobs reconciled concurrently; default %(default)s", type=int)
     flag(
         "scrape-by", d.scrape_by, choices=("auto", "pod-ip", "api-proxy", "off"),
         text="how to reach a trainer's /status; auto: pod-ip in the cluster, api-proxy outside; default %(default)s",
@@ -141,30 +146,55 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag(
         "scrape-seconds",
         d.scrape_seconds,
-        "between two looks at a trainer, at least running jobs / 8 (at 1,000: 125); default %(default)s",
+        "interval between requests to a trainer, at least running jobs / 8; default %(default)s",
         type=float,
     )
-    flag("relist-seconds", d.relist_seconds, "between two checks of the watches; default %(default)s", type=float)
-    flag("dead-watch-seconds", d.dead_watch_seconds, "silence that makes a watch dead; default %(default)s", type=float)
-    flag("resync-seconds", s.resync_seconds, "between two passes over a quiet DPOJob; default %(default)s", type=float)
-    flag("job-metrics-limit", d.job_metrics_limit, "DPOJobs with gauges of their own; default %(default)s", type=int)
+    flag("relist-seconds", d.relist_seconds, "interval between checks of the watches; default %(default)s", type=float)
+    flag(
+        "dead-watch-seconds",
+        d.dead_watch_seconds,
+        "delay that makes a watch dead; default %(default)s",
+        type=float,
+    )
+    flag(
+        "resync-seconds",
+        s.resync_seconds,
+        "interval of passes over an idle DPOJob; default %(default)s",
+        type=float,
+    )
+    flag(
+        "job-metrics-limit",
+        d.job_metrics_limit,
+        "DPOJobs with their own metrics; default %(default)s",
+        type=int,
+    )
     # What follows sets Settings.
-    flag("trainer-image", s.trainer_image, "trainer image of jobs that name none; default %(default)s")
-    flag("trainer-image-pull-secrets", "", "pull secrets of jobs that name none: names, separated by commas")
+    flag("trainer-image", s.trainer_image, "trainer image of jobs without spec.image; default %(default)s")
+    flag("trainer-image-pull-secrets", "", "comma-separated pull secrets of jobs without their own")
     flag("default-shm", s.default_shm, "size of /dev/shm on CPU; default %(default)s")
     flag("default-gpu-shm", s.default_gpu_shm, "size of /dev/shm with GPUs; default %(default)s")
     flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")
-    flag("extra-env", None, "environment of every trainer: NAME=VALUE, separated by commas; values may hold commas too")
-    flag("labels", None, "labels of everything that the operator creates: NAME=VALUE, separated by commas")
-    flag("default-queue", s.default_queue, "Kueue's LocalQueue of jobs that name none; default: they start at once")
-    flag("backoff-base-seconds", s.backoff_base_seconds, "first wait before a restart; default %(default)s", type=float)
-    flag("backoff-max-seconds", s.backoff_max_seconds, "longest wait before a restart; default %(default)s", type=float)
+    flag("extra-env", None, "environment of every trainer: comma-separated NAME=VALUE; values may contain commas")
+    flag("labels", None, "labels of every object the operator creates: comma-separated NAME=VALUE")
+    flag("default-queue", s.default_queue, "Kueue LocalQueue of jobs that name none; default: they start immediately")
+    flag(
+        "backoff-base-seconds",
+        s.backoff_base_seconds,
+        "back-off of the first restart; default %(default)s",
+        type=float,
+    )
+    flag(
+        "backoff-max-seconds",
+        s.backoff_max_seconds,
+        "longest back-off of a restart; default %(default)s",
+        type=float,
+    )
     flag(
         "node-failure-toleration-seconds", s.node_failure_toleration_seconds, type=int,
-        text="how long pods stay on a node that does not answer; default %(default)s",
+        text="how long pods stay on a node that does not respond; default %(default)s",
     )  # fmt: skip
     flag("progress-write-seconds", s.progress_write_seconds, type=float,
-         text="least time between status writes that only bring progress; default %(default)s")  # fmt: skip
+         text="minimum time between status writes that only update progress; default %(default)s")  # fmt: skip
     flag("stalled-after-seconds", s.stalled_after_seconds, type=float,
-         text="without a step for this long a job counts as stalled; default %(default)s")  # fmt: skip
+         text="time without a step after which a job counts as stalled; default %(default)s")  # fmt: skip
     return parser

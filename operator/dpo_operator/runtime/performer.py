@@ -135,7 +135,7 @@ class Performer:
                 raise
             if error.status != 409:
                 # A namespace that is being deleted takes no events. No job waits for one.
-                _log.info("an event was refused: %s", error)
+                _log.info("an event could not be created: %s", error)
 
     async def _patch_status(self, namespace: str, observed: Observed, body: Object) -> Observed | None:
         name = observed.job["metadata"]["name"]

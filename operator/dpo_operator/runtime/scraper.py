@@ -131,15 +131,13 @@ class Scraper:
                 text = await self._get(target)
             progress = Progress.from_json(text)
         except (TimeoutError, HTTPException, aiohttp.ClientError, ApiError, Unreachable, OSError) as error:
-            why = f"no answer within {SECONDS:.0f} s" if isinstance(error, TimeoutError) else _brief(error)
+            why = f"timed out after {SECONDS:.0f} s" if isinstance(error, TimeoutError) else _brief(error)
             self.failures += 1
-            return Scrape(at=at, child=target.child, error=f"{target.pod} did not say how far it is: {why}")
+            return Scrape(at=at, child=target.child, error=f"{target.pod}: no /status response: {why}")
         except (ValidationError, ValueError) as error:
             self.failures += 1
             count = error.error_count() if isinstance(error, ValidationError) else 1
-            return Scrape(
-                at=at, child=target.child, error=f"the answer of {target.pod} is no progress ({count} errors)"
-            )
+            return Scrape(at=at, child=target.child, error=f"{target.pod}: invalid /status response ({count} errors)")
         self.answers += 1
         return Scrape(at=at, child=target.child, progress=progress)
 
@@ -148,7 +146,7 @@ class Scraper:
             path = f"/api/v1/namespaces/{target.namespace}/pods/{target.pod}:{target.port}/proxy/status"
             return await self._client.raw(path, MAX_BYTES)
         if not target.ip:
-            raise HTTPException("the pod has no address")
+            raise HTTPException("the pod has no IP address")
         return await fetch(target.ip, target.port)
 
 
@@ -179,7 +177,7 @@ async def fetch(ip: str, port: int) -> bytes:
         while part := await reader.read(MAX_BYTES):
             received += part
             if len(received) > MAX_BYTES + MAX_HEAD_BYTES:
-                raise HTTPException(f"the answer is longer than {MAX_BYTES} bytes")
+                raise HTTPException(f"the response is larger than {MAX_BYTES} bytes")
     finally:
         writer.transport.abort()
     # It asks a socket for nothing but a file to read.
@@ -189,7 +187,7 @@ async def fetch(ip: str, port: int) -> bytes:
         raise HTTPException(f"HTTP {answer.status}")
     body = answer.read()
     if len(body) > MAX_BYTES:
-        raise HTTPException(f"the answer is longer than {MAX_BYTES} bytes")
+        raise HTTPException(f"the response is larger than {MAX_BYTES} bytes")
     return body
 
 

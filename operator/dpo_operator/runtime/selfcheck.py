@@ -30,9 +30,9 @@ _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 _FIXES = {
     JOBS: "install the chart with crds.install, or kubectl apply --server-side -f crds/dpojobs.yaml",
-    CHILDREN: "install training-operator v1.9.4 (Kubeflow Trainer v2 has no PyTorchJob); jobs wait until it is there",
+    CHILDREN: "install training-operator v1.9.4 (Kubeflow Trainer v2 has no PyTorchJob); jobs wait until then",
 }
-_RIGHTS_FIX = "set rbac.create of the chart, or grant what python -m dpo_operator.rbac prints"
+_RIGHTS_FIX = "set rbac.create in the chart, or grant what python -m dpo_operator.rbac prints"
 _PROXY_FIX = "grant it where the operator runs outside the cluster, or set --scrape-by=off"
 
 
@@ -74,9 +74,9 @@ async def findings(options: Options) -> AsyncIterator[Finding]:
                 for finding in await check:
                     yield finding
             except ApiError as error:
-                yield Finding("lacks", topic, f"the API server refuses the question: {error}")
+                yield Finding("lacks", topic, f"the API server refused the request: {error}")
             except (Unreachable, OSError, ValueError) as error:  # the latter two: certificates that cannot be used
-                fix = "look at its address, at certificates and at a NetworkPolicy in between"
+                fix = "check its address, the certificates and NetworkPolicies"
                 yield Finding("lacks", "cluster", f"{server} does not answer ({error}); {fix}")
                 return
     finally:
@@ -112,8 +112,8 @@ async def _kind(client: Client, resource: Resource) -> list[Finding]:
         return [Finding("ok", "kind", name)]
     versions = (await _found(client, f"/apis/{resource.group}")).get("versions") or []
     others = ", ".join(str(one.get("version")) for one in versions)
-    also = f" (of {resource.group} it has {others})" if others else ""
-    return [Finding("lacks", "kind", f"the cluster does not know {name}{also}; {_FIXES[resource]}")]
+    also = f" (it serves {resource.group}/{others})" if others else ""
+    return [Finding("lacks", "kind", f"the cluster has no {name}{also}; {_FIXES[resource]}")]
 
 
 async def _found(client: Client, path: str) -> dict[str, Any]:
@@ -132,11 +132,11 @@ async def _rights(client: Client, namespace: str, *, proxied: bool) -> list[Find
     where = namespace or "all namespaces"
     wanted = [(rule, verb) for rule in RULES if proxied or not rule.outside_only for verb in rule.verbs]
     lacking = [
-        Finding("lacks", "rights", f"{where}: may not {verb} {rule.resource} ({rule.why}); {_fix(rule)}")
+        Finding("lacks", "rights", f"{where}: cannot {verb} {rule.resource} ({rule.why}); {_fix(rule)}")
         for rule, verb in wanted
         if not await _may(client, namespace, rule.group, rule.resource, verb)
     ]
-    return lacking or [Finding("ok", "rights", f"{where}: all {len(wanted)} that the operator uses")]
+    return lacking or [Finding("ok", "rights", f"{where}: all {len(wanted)} permissions that the operator needs")]
 
 
 def _fix(rule: Rule) -> str:

@@ -85,11 +85,11 @@ class Watchdog:
                 # An API server that is away is no fault of ours, and says nothing about the watches.
                 self.health.errors += 1
                 self._suspects.clear()  # watches had no better chance: their time begins anew
-                _log.info("the watches could not be checked: %s", error)
+                _log.info("could not compare the caches with the cluster: %s", error)
                 agrees = False
             if agrees and not self.health.synced:
                 self.health.synced = True
-                _log.info("the caches are filled: %d DPOJobs", len(self._cache.job_keys()))
+                _log.info("caches synced: %d DPOJobs", len(self._cache.job_keys()))
                 for key in self._cache.job_keys():
                     self._changed(key)
             # Whoever asks does so in bursts: one comparison answers them all.
@@ -123,7 +123,7 @@ class Watchdog:
         self._suspects = {suspect: self._suspects.get(suspect, now) for suspect in suspects}
         dead = {s[0].plural for s, since in self._suspects.items() if now - since >= self._dead_after}
         for plural in sorted(dead - self.health.dead):
-            _log.error("the watch of %s is dead: the cluster has news that it has not brought", plural)
+            _log.error("the watch of %s is dead: the cluster has changes that it did not deliver", plural)
         self.health.dead = frozenset(dead)
         self.health.checked_at = time.time()
         await self._revive_silent(now)
@@ -134,7 +134,7 @@ class Watchdog:
         due = {s[0].plural for s, since in self._suspects.items() if now - since >= self._dead_after / 2}
         if due and self.health.synced and now - self._revived >= self._dead_after:
             self._revived = now
-            await self._revive(f"the cluster has {', '.join(sorted(due))} that they have not brought")
+            await self._revive(f"changes of {', '.join(sorted(due))} were not delivered")
 
     async def _compare(self, resource: Resource, scope: str | None) -> set[_Suspect]:
         before = {k: uid for k, uid in self._cache.known(resource).items() if scope in {None, k[0]}}

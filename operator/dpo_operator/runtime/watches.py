@@ -66,7 +66,7 @@ def _reason(done: Iterable[asyncio.Future[Any]]) -> str:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             return f"{type(error).__name__}: {error}"
-    return "they ended by themselves"
+    return "kopf ended"
 
 
 async def _drop_tasks() -> None:
@@ -78,7 +78,7 @@ async def _drop_tasks() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=0.2)
-    _log.info("%d tasks of kopf do not end and are left behind", len(tasks))
+    _log.info("%d kopf tasks ignored their cancellation and are abandoned", len(tasks))
 
 
 class Watches:
@@ -103,7 +103,7 @@ class Watches:
         self._changing = asyncio.Lock()
         self._resources: tuple[Resource, ...] = ()
         self.failures = 0
-        """Times that the watches were started anew because they had ended or were dead."""
+        """How often the watches were restarted because they had ended or were dead."""
 
     async def serve(self, resources: Collection[Resource]) -> None:
         """Watch exactly these kinds from now on."""
@@ -116,7 +116,7 @@ class Watches:
             if self._thread is None:
                 return
             self.failures += 1
-            _log.warning("the watches are started anew: %s", reason)
+            _log.warning("restarting watches: %s", reason)
             await self._start(self._resources)
 
     async def stop(self) -> None:
@@ -154,7 +154,7 @@ class Watches:
             if time.monotonic() - began > _STEADY_SECONDS:
                 wait = _FIRST_WAIT
             self.failures += 1
-            _log.warning("the watches are started anew in %.1f s: %s", wait, reason)
+            _log.warning("restarting watches in %.1f s: %s", wait, reason)
             stop.wait(wait)
             wait = min(_LONGEST_WAIT, wait * 2)
 

@@ -90,7 +90,7 @@ class Worker:
         except (ApiError, Unreachable) as error:
             self._metrics.error(str(error.status) if isinstance(error, ApiError) else "unreachable")
             wait = self._queue.failed(key, at_least=getattr(error, "retry_after", None) or 0.0)
-            _log.info("the pass is repeated in %.1f s: %s", wait, error, extra=said)
+            _log.info("reconcile will be retried in %.1f s: %s", wait, error, extra=said)
         except Unsettled:
             self._metrics.error("unsettled")
             self._queue.failed(key)
@@ -99,7 +99,7 @@ class Worker:
         except Exception:  # noqa: BLE001 - a mistake of ours costs this job a wait, and no other job anything
             self._metrics.error("exception")
             wait = self._queue.failed(key)
-            _log.exception("the pass failed and is repeated in %.1f s", wait, extra=said)
+            _log.exception("reconcile failed and will be retried in %.1f s", wait, extra=said)
         else:
             if wake is None:
                 self._queue.done(key)
@@ -113,7 +113,7 @@ class Worker:
         if job is None:
             self._scraper.aim(key, None)
             self._events.pop(key, None)
-            self._cache.heard(key, self._cache.departed(key))
+            self._cache.processed(key, self._cache.departed(key))
             return None
         observed = await self._observe(key, job)
         certain = False
@@ -127,7 +127,7 @@ class Worker:
             news = await self._performer.perform(key, observed, decision.actions)
             if news is None:
                 self._settle(key, job, decision)
-                self._cache.heard(key, observed.pods)
+                self._cache.processed(key, observed.pods)
                 wake = self._resync if decision.wake is None else decision.wake
                 return min(wake, self._events_due(key))
             observed = news
@@ -172,7 +172,7 @@ class Worker:
         for pod in self._cache.departed(key):
             metadata = pod["metadata"]
             if (metadata.get("labels") or {}).get(JOB_UID) != job["metadata"]["uid"]:
-                self._cache.heard(key, [pod])  # a former job's of this name
+                self._cache.processed(key, [pod])  # a former job's of this name
             elif metadata["uid"] not in there:
                 pods.append(pod)
         return tuple(pods)

@@ -172,7 +172,7 @@ def test_a_zombie_of_attempt_1_changes_nothing_of_attempt_2(
         eventually(lambda: operator.passes() >= passes + 4 * LOOKS, what="the operator looks on")
         status = jobs.status("undead")
         assert (status["attempts"][0].get("endTime"), status.get("nextAttemptTime")) == (None, None)
-        assert status["message"].endswith("Its last pods are ending.")
+        assert status["message"].endswith("Waiting for its last pods to terminate.")
         assert jobs.children().keys() == {"undead-1"}
         clock.set(HOUR)
         jobs.wait_child("undead-2")

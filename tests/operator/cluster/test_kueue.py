@@ -124,7 +124,7 @@ def test_readmission_within_the_grace_period_costs_an_uncharged_attempt(
         # The next attempt waits for the last pod of this one, which still holds its node and its checkpoint.
         eventually(
             lambda: jobs.conditions("slow")["Progressing"]["message"],
-            until=lambda message: message.endswith("Its last pods are ending."),
+            until=lambda message: message.endswith("Waiting for its last pods to terminate."),
             what="it waits for the old pod",
         )
         assert jobs.pods()["slow-1-master-0"]["metadata"]["uid"] == old

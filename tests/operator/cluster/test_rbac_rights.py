@@ -410,7 +410,7 @@ def test_the_selfcheck_names_the_right_that_is_missing(cluster: ControlPlane, na
     code, lines = selfcheck(who.kubeconfig(cluster), namespace, "--scrape-by=pod-ip")
     assert (code, lines[-1]) == (1, "selfcheck: 1 lacking")
     (line,) = [line for line in lines if line.startswith("lacks")]
-    assert f"{namespace}: may not {right[2]} {right[1]} (to " in line
+    assert f"{namespace}: cannot {right[2]} {right[1]} (to " in line
     assert "rbac.create" in line
 
 
@@ -422,6 +422,6 @@ def test_the_selfcheck_names_the_kinds_that_are_missing(cluster: ControlPlane, n
         code, lines = selfcheck(kubeconfig, namespace)
     assert (code, lines[-1]) == (1, "selfcheck: 2 lacking")
     ours, theirs = [line for line in lines if line.startswith("lacks")]
-    assert f"does not know dpojobs of {OURS}/v1alpha1 (of {OURS} it has v1alpha1)" in ours
+    assert f"has no dpojobs of {OURS}/v1alpha1 (it serves {OURS}/v1alpha1)" in ours
     assert "crds/dpojobs.yaml" in ours
-    assert "does not know pytorchjobs of kubeflow.org/v1; install training-operator" in theirs
+    assert "has no pytorchjobs of kubeflow.org/v1; install training-operator" in theirs

@@ -39,13 +39,13 @@ def test_pull_secrets_are_names_between_commas() -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [
-        (["--namespaces=Team_A"], {}, "'Team_A' is no namespace"),
+        (["--namespaces=Team_A"], {}, "'Team_A' is not a namespace name"),
         (["--scrape-seconds=0"], {}, "--scrape-seconds: must be above 0"),
         (["--extra-env=NCCL"], {}, "'NCCL' is not NAME=VALUE"),
         (["--labels=inject"], {}, "--labels: 'inject' is not NAME=VALUE"),
-        (["--labels=Team A/x=y"], {}, "--labels: Team A/x=y is no label"),
-        (["--labels=team=a b"], {}, "--labels: team=a b is no label"),
-        (["--trainer-image-pull-secrets=a,B_c"], {}, "--trainer-image-pull-secrets: 'B_c' is no name of a Secret"),
+        (["--labels=Team A/x=y"], {}, "--labels: Team A/x=y is not a Kubernetes label"),
+        (["--labels=team=a b"], {}, "--labels: team=a b is not a Kubernetes label"),
+        (["--trainer-image-pull-secrets=a,B_c"], {}, "--trainer-image-pull-secrets: 'B_c' is not a Secret name"),
         (["--log-format=xml"], {}, "invalid choice"),
         ([], {"DPO_OPERATOR_PORT": "eighty"}, "invalid int value: 'eighty'"),
         ([], {"DPO_OPERATOR_LOG_LEVEL": "verbose"}, "invalid choice: 'verbose'; give debug, info, warning or error"),

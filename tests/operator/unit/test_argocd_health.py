@@ -34,7 +34,7 @@ def test_before_anybody_looked() -> None:
 def test_starting_and_running_are_progress() -> None:
     cluster = SimCluster()
     cluster.settle()
-    assert health(cluster.job) == ("Progressing", "0 of 2 pods run (attempt 1).")
+    assert health(cluster.job) == ("Progressing", "0 of 2 pods are running (attempt 1).")
     cluster.run_to("Running")
     assert health(cluster.job)[0] == "Progressing"
 

@@ -403,7 +403,7 @@ def test_a_stop_that_saved_nothing_is_no_progress() -> None:
         assert cluster.attempts[-1]["lastStep"] == 57
         assert "lastCheckpointStep" not in cluster.status.get("progress", {})
         if attempt < 3:
-            assert "continues from the newest checkpoint, or from the start" in cluster.status["message"]
+            assert "continues from the newest checkpoint, if there is one" in cluster.status["message"]
             cluster.sleep()
             cluster.run_to("Running")
     assert cluster.condition("Failed") == ("True", "RestartsWithoutProgress")
@@ -977,7 +977,7 @@ def test_a_job_whose_last_end_used_up_its_time_queues_no_further_attempt() -> No
     cluster.settle()
     assert cluster.attempts[0]["reason"] == "NodeLost"
     assert cluster.condition("Failed") == ("True", "DeadlineExceeded")
-    assert "runPolicy.activeDeadlineSeconds 1000 is used up" in cluster.status["message"]
+    assert "runPolicy.activeDeadlineSeconds 1000 has passed" in cluster.status["message"]
     assert cluster.status["restarts"] == 0
     cluster.advance(1e6)
     cluster.settle()

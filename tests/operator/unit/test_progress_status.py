@@ -426,7 +426,7 @@ def test_a_stall_that_ends_the_job_stays_in_its_attempt() -> None:
     assert cluster.condition("TrainingStalled") is None
     assert cluster.condition("Failed") == ("True", "RestartsExhausted")
     assert cluster.attempts[0]["reason"] == "Stalled"
-    assert "step 5 unchanged for 120 s" in cluster.attempts[0]["message"]
+    assert "no progress for 120 s in phase train, step 5" in cluster.attempts[0]["message"]
     assert [word for word in cluster.told() if word in ("NoStep", "Stalled")] == ["Stalled", "NoStep"]
 
 
