@@ -79,13 +79,13 @@ def test_pods_and_children_are_kept_without_what_nobody_reads() -> None:
     assert spec["volumes"] == [1]  # the event's own object is not touched
 
 
-def test_a_pod_that_came_and_went_between_two_passes_is_heard_once() -> None:
+def test_a_pod_that_came_and_went_between_two_passes_is_processed_once() -> None:
     cache = Cache()
     status = {"phase": "Running", "conditions": [{"type": "DisruptionTarget", "status": "True"}]}
     cache.depart(("ns", "job"), item("p", 3, uid="p", status=status))
     (pod,) = cache.departed(("ns", "job"))
     assert pod["status"] == {**status, "phase": "Failed"}  # nothing of it runs any more
-    cache.heard(("ns", "job"), [pod])
+    cache.processed(("ns", "job"), [pod])
     assert cache.departed(("ns", "job")) == []
 
 
