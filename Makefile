@@ -20,12 +20,11 @@ help: ## list the targets
 .PHONY: setup
 setup: $(STAMP) ## create .venv with everything, at the versions of constraints.txt
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hack/setup.sh
 	@test -n "$(PYTHON)" || { echo "Python 3.12 is needed (megatron-core); found neither python3.12 nor pyenv's" >&2; exit 1; }
 	@echo "setup: installing into $(VENV) (torch and its CUDA libraries are about 5 GB; minutes the first time)"
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@hack/setup.sh $(VENV) $(EXTRAS)
 	@touch $@
 
 .PHONY: quickstart
@@ -33,11 +32,15 @@ quickstart: setup ## make a small world and align its model over S3, on this mac
 	@env -u OMP_NUM_THREADS $(BIN)/python examples/quickstart/quickstart.py
 
 .PHONY: tools
-tools: ## build the servers that the tests use (a real S3 server), once
-	@hack/build-tools.sh || [ $$? -eq 3 ] # 3: no Go here; the tests that need the tools say so and skip
+tools: ## build the Go programs that the tests run (a control plane, an S3 server), once
+	@hack/build-tools.sh test || [ $$? -eq 3 ] # 3: no Go here; the tests that need them say so and skip
+
+.PHONY: tools-started
+tools-started: ## start that in the background; a test that needs a program waits for it
+	@hack/build-tools.sh --background test || [ $$? -eq 3 ]
 
 .PHONY: test
-test: setup tools lint ## everything that must hold: lint, types, import contracts, generated files, tests
+test: tools-started setup lint ## everything that must hold: lint, types, import contracts, generated files, tests
 	@echo "test: about 17 minutes on 2 cores"
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
@@ -70,11 +73,11 @@ soak: setup tools ## the tests on a real control plane, five times over: none ma
 	@for round in 1 2 3 4 5; do $(BIN)/python -m pytest -x -m cluster $(PYTEST_ARGS) tests/operator/cluster; done
 
 .PHONY: e2e
-e2e: setup tools ## the product on a real cluster of this machine: images, chart, jobs under faults (root, Linux)
+e2e: setup ## the product on a real cluster of this machine: images, chart, jobs under faults (root, Linux)
 	@hack/e2e.sh || [ $$? -eq 3 ] # 3: no cluster can run here; it has said why
 
 .PHONY: e2e-up
-e2e-up: setup tools ## bring that cluster up and leave it
+e2e-up: setup ## bring that cluster up and leave it
 	@PYTHONPATH=tests/support $(BIN)/python -m dpo_testing.realcluster up
 
 .PHONY: e2e-down
@@ -90,7 +93,7 @@ sbom: setup ## list what each image installs, as CycloneDX, in build/sbom
 	@$(BIN)/python hack/sbom.py
 
 .PHONY: lock
-lock: setup ## rewrite constraints.txt (needs uv)
+lock: setup ## rewrite constraints.txt
 	@mkdir -p build && PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock.sh
 
 .PHONY: format

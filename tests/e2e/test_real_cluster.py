@@ -169,6 +169,7 @@ def test_a_killed_worker(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed
     assert (first["result"], first["failureClass"], first["reason"]) == ("Failed", "retryable", "Killed")
 
 
+@pytest.mark.optional
 def test_a_deleted_master(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
     run = Run(cluster, jobs, "deleted")
 
@@ -179,6 +180,7 @@ def test_a_deleted_master(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbe
     assert (first["failureClass"], first["reason"]) == ("infrastructure", "PodDeleted")
 
 
+@pytest.mark.optional
 def test_a_drained_node(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
     """The drain takes the operator and training-operator too: their absence only delays.
 
@@ -200,6 +202,7 @@ def test_a_drained_node(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed:
     assert [(each["failureClass"], each["reason"]) for each in ended] in ([], [("infrastructure", "Drained")])
 
 
+@pytest.mark.optional
 def test_a_stopped_object_store(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
     need_own_node(cluster)
     run = Run(cluster, jobs, "storeless")
@@ -212,6 +215,7 @@ def test_a_stopped_object_store(cluster: Cluster, jobs: Jobs, steps: Steps, undi
     survive(run, steps, "S3 away for 30 s", fault, undisturbed, attempts=1)
 
 
+@pytest.mark.optional
 def test_a_deleted_operator(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
     run = Run(cluster, jobs, "orphaned")
 
@@ -239,6 +243,7 @@ def test_prometheus_finds_every_series_that_dashboards_and_alerts_use(
     assert "2" in {s["metric"]["attempt"] for s in runs if s["metric"]["dpojob"] == "killed"}
 
 
+@pytest.mark.optional
 def test_two_alerts_fire_for_their_causes(
     cluster: Cluster, jobs: Jobs, steps: Steps, prometheus: PrometheusServer
 ) -> None:

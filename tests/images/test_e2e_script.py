@@ -82,6 +82,19 @@ def test_a_story_that_is_skipped_altogether_is_no_success(tmp_path: Path) -> Non
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [({}, False), ({"E2E_SHORT": "1"}, True), ({"E2E_FULL_UNTIL": "1"}, True), ({"E2E_FULL_UNTIL": "9e9"}, False)],
+)
+def test_the_short_form_lists_what_it_leaves_out(tmp_path: Path, given: dict[str, str], left_out: bool) -> None:
+    done = story(PATH=str(tmp_path), DPO_E2E_RUN=str(tmp_path / "run"), **given)
+    listed = (
+        "e2e: short form, for lack of time or with E2E_SHORT; left out: test_a_deleted_master, test_a_drained_node, "
+        "test_a_stopped_object_store, test_a_deleted_operator, test_two_alerts_fire_for_their_causes"
+    )
+    assert (listed in done.stdout) is left_out
+
+
 def test_a_given_cluster_without_the_rest_is_one_message(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     given = {"E2E_KUBECONFIG": str(tmp_path / "gone"), "E2E_OPERATOR_IMAGE": "operator:1"}

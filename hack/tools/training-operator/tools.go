@@ -3,4 +3,4 @@
 // Package tools pins training-operator v1, whose PyTorchJob runs our pods.
 package tools
 
-import _ "github.com/kubeflow/training-operator/cmd/training-operator.v1"
+import _ "github.com/kubeflow/training-operator/cmd/training-operator.v1" // training-operator

@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(cluster: ControlPlane) -> ControlPlane:
     """The cluster with the namespaces that the combinations name and the kinds of Prometheus' operator."""
-    module = module_of("prometheus-operator", "github.com/prometheus-operator/prometheus-operator")
+    module = module_of("github.com/prometheus-operator/prometheus-operator")
     definitions = module / "example" / "prometheus-operator-crd"
     for plural in MONITORS:
         cluster.install_crd(definitions / f"monitoring.coreos.com_{plural}.yaml")
@@ -106,7 +106,7 @@ def test_the_readmes_patch_mounts_the_template_into_training_operator(
     readme = (CHART / "README.md").read_text()
     found = re.search(r"patch deployment training-operator --type=strategic -p '(.*?)'\n", readme, re.DOTALL)
     assert found is not None
-    module = module_of("training-operator", "github.com/kubeflow/training-operator")
+    module = module_of("github.com/kubeflow/training-operator")
     deployment = module / "manifests" / "base" / "deployment.yaml"
     prepared.kubectl("apply", "-n", namespace, "-f", str(deployment))
     patch = ("patch", "deployment", "training-operator", "-n", namespace, "--type=strategic", "-p", found[1])

@@ -360,7 +360,7 @@ def kubeconfig(server: str, ca: Path, certificate: Path, key: Path) -> str:
 
 def pytorchjob_crd() -> Path:
     """Return the CRD's manifest out of training-operator's own module, of the version that hack/tools pins."""
-    source = module_of("training-operator", "github.com/kubeflow/training-operator")
+    source = module_of("github.com/kubeflow/training-operator")
     return source / "manifests" / "base" / "crds" / "kubeflow.org_pytorchjobs.yaml"
 
 

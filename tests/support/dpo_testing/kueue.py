@@ -52,7 +52,7 @@ class Kueue:
     def __enter__(self) -> Self:
         """Install Kueue's kinds and webhooks, start it, and return once it suspends a PyTorchJob of a queue."""
         self._folder.mkdir()
-        config = module_of("kueue", "sigs.k8s.io/kueue") / "config" / "components"
+        config = module_of("sigs.k8s.io/kueue") / "config" / "components"
         with ThreadPoolExecutor(4) as pool:  # each takes a while to be served
             list(pool.map(self._cluster.install_crd, sorted((config / "crd" / "bases").glob("*.yaml"))))
         self._apply(("v1", "namespaces"), "Namespace", {"metadata": {"name": _SYSTEM}})

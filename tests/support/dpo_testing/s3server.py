@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -86,11 +88,16 @@ def no_aws() -> dict[str, str]:
     }
 
 
+@functools.cache
 def tool(name: str) -> Path:
-    """Return the path of a Go tool of hack/tools, built if it was not yet. Raises ToolMissingError without Go."""
-    done = subprocess.run(
-        [str(_REPOSITORY / "hack" / "build-tools.sh"), name], capture_output=True, text=True, check=False
-    )
+    """Return the path of a program of hack/tools; the first time on a machine, build it or wait for its build.
+
+    Raises ToolMissingError where Go is missing, RuntimeError with the build's output where the build fails.
+    """
+    with _untimed():
+        done = subprocess.run(
+            [str(_REPOSITORY / "hack" / "build-tools.sh"), name], capture_output=True, text=True, check=False
+        )
     if done.returncode == 3:
         raise ToolMissingError(done.stderr.strip())
     if done.returncode != 0:
@@ -98,13 +105,28 @@ def tool(name: str) -> Path:
     return Path(done.stdout.strip())
 
 
-def module_of(name: str, module: str) -> Path:
-    """Return the folder of a Go module's sources, of the version that hack/tools/``name`` pins."""
-    done = subprocess.run(
-        ["go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", module],
-        cwd=_REPOSITORY / "hack" / "tools" / name, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return Path(done.stdout.strip())
+def module_of(module: str) -> Path:
+    """Return the folder of a Go module's sources, of the version that hack/tools pins; download it if need be."""
+    tools = _REPOSITORY / "hack" / "tools"
+    own = tools / module.rpartition("/")[2]
+    with _untimed():
+        done = subprocess.run(
+            ["go", "mod", "download", "-json", module],
+            cwd=own if own.exists() else tools, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(f"go mod download {module} failed:\n{done.stdout}{done.stderr}")
+    return Path(json.loads(done.stdout)["Dir"])
+
+
+@contextlib.contextmanager
+def _untimed() -> Iterator[None]:
+    """Stop pytest-timeout's clock, which is this timer: a first build takes minutes, whichever test it is for."""
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def need(*names: str) -> None:

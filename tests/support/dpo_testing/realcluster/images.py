@@ -51,7 +51,7 @@ def small(layout: Layout) -> None:
     folder = layout.cache / "small"
     pause = _folder(folder / "pause")
     if not (pause / "pause").exists():
-        source = module_of("kubernetes", "k8s.io/kubernetes") / "build" / "pause" / "linux" / "pause.c"
+        source = module_of("k8s.io/kubernetes") / "build" / "pause" / "linux" / "pause.c"
         subprocess.run(["gcc", "-Os", "-static", "-o", str(pause / "pause"), str(source)], check=True)
     _once(layout, PAUSE_IMAGE, pause, 'FROM scratch\nCOPY pause /pause\nUSER 65535:65535\nENTRYPOINT ["/pause"]\n')
     busybox = _folder(folder / "busybox")

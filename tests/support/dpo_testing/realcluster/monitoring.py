@@ -18,7 +18,7 @@ _KINDS = ("podmonitors", "servicemonitors", "prometheusrules")
 
 def install_kinds(cluster: Cluster) -> None:
     """Install prometheus-operator's kinds, out of its own module: then the chart makes its monitors by itself."""
-    source = module_of("prometheus-operator", "github.com/prometheus-operator/prometheus-operator")
+    source = module_of("github.com/prometheus-operator/prometheus-operator")
     folder = source / "example" / "prometheus-operator-crd"
     files = [f"--filename={folder}/monitoring.coreos.com_{kind}.yaml" for kind in _KINDS]
     cluster.kubectl("apply", "--server-side", *files)

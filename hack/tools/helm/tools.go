@@ -1,6 +1,0 @@
-//go:build tools
-
-// Package tools pins Helm, which installs the chart.
-package tools
-
-import _ "helm.sh/helm/v3/cmd/helm"
