@@ -59,10 +59,10 @@ need_go() { # WHAT
 }
 
 slim_prometheus() { # Make $cache/go.mod: that of hack/tools, with a copy of Prometheus that registers fewer discoveries
-  local source copy="$cache/prometheus"
+  local source copy="$cache/src/prometheus"
   if [[ -e "$cache/go.mod" ]]; then return; fi
   source="$(go mod download -json github.com/prometheus/prometheus | sed -n 's/^\t"Dir": "\(.*\)",\{0,1\}$/\1/p')"
-  rm -rf "$copy"
+  rm -rf "$copy" && mkdir -p "$cache/src"
   cp -r --no-preserve=mode "$source" "$copy"
   cp prometheus/plugins.go "$copy/plugins/plugins.go"
   cp go.sum "$cache/go.sum"
@@ -72,13 +72,13 @@ slim_prometheus() { # Make $cache/go.mod: that of hack/tools, with a copy of Pro
 
 build() ( # NAME: in a subshell, whose end releases the lock
   target="$(path_of "$1")"
-  if [[ ! -x "$target" ]]; then
+  if [[ ! -f "$target" ]]; then
     package="$(package_of "$1")"
     need_go "'$1'"
     mkdir -p "$cache"
     exec 9>"$cache/.lock"
     flock 9
-    if [[ ! -x "$target" ]]; then
+    if [[ ! -f "$target" ]]; then
       echo "build-tools: building $1 (once)" >&2
       cd "$(dirname "$(grep -l "^import _ \"$package\"" "$tools"/*/tools.go "$tools/tools.go")")"
       flags=(-mod=readonly)
@@ -98,7 +98,7 @@ build() ( # NAME: in a subshell, whose end releases the lock
 
 background() { # WORD...
   local name missing=()
-  for name in $(names "$@"); do [[ -x "$(path_of "$name")" ]] || missing+=("$name"); done
+  for name in $(names "$@"); do [[ -f "$(path_of "$name")" ]] || missing+=("$name"); done
   if ((${#missing[@]} == 0)); then return; fi
   need_go "the programs of the tests"
   mkdir -p "$cache"

@@ -18,9 +18,9 @@ TOOLS = """\
 
 package tools
 
-import _ "example.com/server"        // first
-import _ "example.com/cmd/checker"   // checker test
-import _ "example.com/cmd/node/v2"   // node e2e
+import _ "example.com/server"         // first
+import _ "example.com/cmd/prometheus" // prometheus test
+import _ "example.com/cmd/node/v2"    // node e2e
 """
 GO = """\
 #!/bin/bash
@@ -81,9 +81,9 @@ def played(tmp_path: Path) -> Played:
 @pytest.mark.parametrize(
     ("word", "packages"),
     [
-        ("test", ["example.com/other", "example.com/server", "example.com/cmd/checker"]),
+        ("test", ["example.com/other", "example.com/server", "example.com/cmd/prometheus"]),
         ("e2e", ["example.com/other", "example.com/server", "example.com/cmd/node/v2"]),
-        ("all", ["example.com/other", "example.com/server", "example.com/cmd/checker", "example.com/cmd/node/v2"]),
+        ("all", ["example.com/other", "example.com/server", "example.com/cmd/prometheus", "example.com/cmd/node/v2"]),
         ("node", ["example.com/cmd/node/v2"]),
     ],
 )
@@ -97,7 +97,7 @@ def test_what_is_built_and_only_once(played: Played, word: str, packages: list[s
 
 def test_prometheus_registers_the_discoveries_that_we_name(played: Played) -> None:
     first = Path(played.run("first").stdout.strip())
-    copy = first.parent / "prometheus"
+    copy = first.parent / "src" / "prometheus"
     assert (copy / "plugins" / "plugins.go").read_text() == "of prometheus\n"
     pinned = (played.folder / "hack" / "tools" / "go.mod").read_text()
     assert (first.parent / "go.mod").read_text() == f"{pinned}replace github.com/prometheus/prometheus => {copy}\n"
@@ -158,4 +158,4 @@ def test_without_go(played: Played) -> None:
 def test_an_unknown_name(played: Played) -> None:
     done = played.run("kubeadm")
     assert done.returncode == 2
-    assert "no program named 'kubeadm' (there are: other first checker node)" in done.stderr
+    assert "no program named 'kubeadm' (there are: other first prometheus node)" in done.stderr
