@@ -1,4 +1,4 @@
-"""Looks at what a job names before anything is loaded: data sources, model folder, tokenizer, places to write to."""
+"""Checks what a job refers to before anything is loaded: data sources, model folder, tokenizer, output locations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpo_cli.stores import Stores
 from dpo_store import ObjectInfo, Store, base_name, is_remote
 
 SAMPLE_BYTES = 256 * 1024
-"""Read from each plain-text object to estimate its lines."""
+"""Bytes read from each plain-text object to estimate its number of lines."""
 COMPRESSED = (".gz", ".zst")
 WORKERS = 8
 
@@ -34,7 +34,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class SourceSeen:
-    """A data source that exists: how much there is, and about how many lines (None for compressed objects)."""
+    """A data source that exists: its size, and an estimate of its lines (None for compressed objects)."""
 
     label: str
     uri: str
@@ -45,7 +45,7 @@ class SourceSeen:
 
 @dataclass(frozen=True)
 class Survey:
-    """Everything that was seen. `facts` is None when the model's configuration was not readable or not looked at."""
+    """The results of all checks. `facts` is None if the model's configuration was not read or is invalid."""
 
     problems: tuple[Problem, ...] = ()
     facts: ModelFacts | None = None
@@ -69,9 +69,9 @@ class _Result:
 
 
 def survey(spec: DPOJobSpec, *, here: bool) -> Survey:
-    """Look at everything that the spec reads and where it writes; all problems at once.
+    """Check everything that the spec reads, and where it writes; return all problems at once.
 
-    `here` says that the job is to run on this machine: then a claim that is not mounted is an error, otherwise a note.
+    `here`: the job will run on this machine, so a PersistentVolumeClaim that is not mounted is an error, not a note.
     """
     stores = Stores(spec)
     look = _Look(stores, here)
@@ -116,7 +116,8 @@ class _Look:
     def _problem(self, name: str, uri: str, error: DPOError, hint: str = "") -> Problem:
         if uri.startswith("pvc://") and not self._here and not os.environ.get("DPO_PVC_ROOT"):
             return Problem(
-                Finding("note", name, f"{uri} is on a volume claim, which cannot be seen from here"), Outcome.Succeeded
+                Finding("note", name, f"{uri} is on a PersistentVolumeClaim, which cannot be checked from here"),
+                Outcome.Succeeded,
             )
         return Problem(Finding("error", name, f"{error}{hint}"), error.outcome)
 
@@ -145,7 +146,7 @@ class _Look:
             result.facts = read_config(store, uri).facts
         except InvalidModelError as error:
             result.problems.append(self._problem(name, uri, error))
-        except DPOError as error:  # no such folder, or no access to it: the rest would only say so again
+        except DPOError as error:  # no such folder, or no access to it: the other checks would fail for the same reason
             hint = hub_hint(uri) or _similar(store, uri, error)
             result.problems.append(self._problem(name, uri, error, hint))
             return
@@ -172,7 +173,7 @@ class _Look:
         return []
 
     def bucket(self, name: str, uri: str, access: StorageAccess | None) -> _Result:
-        """See that the place exists at all: a mistyped bucket is better met now than after the last step."""
+        """Check that the location can be reached: a mistyped bucket must not be found only after the last step."""
         try:
             self._stores.reach(access).children(uri)
         except DPOError as error:

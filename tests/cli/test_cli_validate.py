@@ -1,4 +1,4 @@
-"""`dpo validate`: every mistake at once, in one sentence, with the right exit code; and what a valid job amounts to."""
+"""`dpo validate`: all mistakes at once, one sentence each, with the right exit code; and the plan of a valid job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_testing.cli import CONFIG, Dpo, Replay, World, pairs
 from dpo_testing.s3server import S3Server
 
 
-def test_a_valid_job_shows_what_it_amounts_to(world: World, dpo: Dpo) -> None:
+def test_a_valid_job_shows_its_plan(world: World, dpo: Dpo) -> None:
     said = dpo("validate", world.write())
     assert said.code == 0
     text = said.out
@@ -43,7 +43,7 @@ def test_max_steps_need_no_data(world: World, dpo: Dpo) -> None:
         (["lora={}", "output.formats=[huggingFace]"], "huggingFace"),
     ],
 )
-def test_the_forms_that_will_be_written_are_told(world: World, dpo: Dpo, settings: list[str], forms: str) -> None:
+def test_the_formats_of_the_output_are_shown(world: World, dpo: Dpo, settings: list[str], forms: str) -> None:
     world.spec.pop("lora", None)
     said = dpo("validate", "--offline", world.write(), *(word for text in settings for word in ("--set", text)))
     assert said.out.endswith(f"/model ({forms})\n")
@@ -101,6 +101,7 @@ MISTAKES: list[tuple[str, Callable[[World], None], int, str]] = [
     ("no weights", replace_file("model/model.safetensors", None), 11, "holds neither model.safetensors nor"),
     ("no tokenizer", replace_file("model/tokenizer.json", None), 11, "holds no tokenizer"),
     ("tokenizer elsewhere", edit("tokenizer", {"uri": "data/"}), 11, "spec.tokenizer.uri: data/ holds no tokenizer"),
+    ("tokenizer of another name", edit("tokenizer", {"uri": "data/train.jsonl"}), 11, "train.jsonl holds no tokenizer"),
     ("empty data", replace_file("data/train.jsonl", "\n"), 3, "spec.data.train: no usable pair is left"),
     ("few pairs", edit("training.globalBatchSize", 1000), 0, "100 pairs are fewer than one global batch of 1000"),
     ("not yet", edit("parallelism.tensor", 2), 2, "spec.parallelism.tensor: is not implemented in this version"),
@@ -138,7 +139,7 @@ def test_pickled_weights_are_named(world: World, dpo: Dpo) -> None:
         ("just text", 2, "is not a mapping"),
     ],
 )
-def test_files_that_are_no_manifests(world: World, dpo: Dpo, text: str, code: int, message: str) -> None:
+def test_files_that_are_not_manifests(world: World, dpo: Dpo, text: str, code: int, message: str) -> None:
     (world.folder / "broken.yaml").write_text(text)
     said = dpo("validate", "broken.yaml")
     assert (said.code, message in said.all) == (code, True)
@@ -149,7 +150,7 @@ def test_a_missing_manifest(world: World, dpo: Dpo) -> None:
     assert (said.code, said.err) == (11, "error  nope.yaml: there is no such file\n")
 
 
-def test_several_files_are_all_judged(world: World, dpo: Dpo) -> None:
+def test_several_files_are_all_validated(world: World, dpo: Dpo) -> None:
     said = dpo("validate", world.write(), "nope.yaml")
     assert said.code == 11
     assert "job.yaml: valid" in said.out
@@ -184,7 +185,7 @@ def test_json_of_an_invalid_job(world: World, dpo: Dpo) -> None:
     assert verdict["findings"][0]["line"] > 1
 
 
-def test_cluster_needs_are_asked_for_only_then(world: World, dpo: Dpo) -> None:
+def test_the_needs_of_a_cluster_are_checked_on_request(world: World, dpo: Dpo) -> None:
     file = world.write()
     assert dpo("validate", file).code == 0
     said = dpo("validate", file, "--cluster")
@@ -206,7 +207,7 @@ def test_lines_of_a_large_file_are_estimated_from_its_head(world: World, dpo: Dp
     assert verdict["data"]["train"][0]["estimated_lines"] == pytest.approx(40_000, rel=0.05)
 
 
-def test_compressed_files_are_not_guessed_at(world: World, dpo: Dpo) -> None:
+def test_compressed_files_are_not_estimated(world: World, dpo: Dpo) -> None:
     import gzip
 
     (world.folder / "data" / "train.jsonl.gz").write_bytes(gzip.compress(pairs(100).encode()))
@@ -239,7 +240,7 @@ def test_an_index_pass_that_crashes_is_an_internal_error(world: World, replay: R
     assert "the index pass failed: Segmentation fault" in said.out
 
 
-def test_deep_and_offline_contradict(world: World, dpo: Dpo) -> None:
+def test_deep_and_offline_exclude_each_other(world: World, dpo: Dpo) -> None:
     assert dpo("validate", "--deep", "--offline", world.write()).code == 64
 
 
@@ -248,7 +249,7 @@ def at(server: S3Server, monkeypatch: pytest.MonkeyPatch, **changes: str) -> Non
         monkeypatch.setenv(name, value)
 
 
-def test_s3_sources_are_seen(world: World, dpo: Dpo, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_sources_are_checked(world: World, dpo: Dpo, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     at(s3, monkeypatch)
     s3.make_bucket("prefs")
     s3.client().put_object(Bucket="prefs", Key="train/a.jsonl", Body=pairs(30).encode())

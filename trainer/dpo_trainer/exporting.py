@@ -1,4 +1,4 @@
-"""The aligned model leaves: a Hugging Face folder, and with LoRA the adapter as a PEFT folder."""
+"""Exports the trained model as a Hugging Face folder, and with LoRA the adapter as a PEFT folder."""
 
 import re
 import tempfile
@@ -30,17 +30,17 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 Place = tuple[Store, str]
-"""A folder and the store that reaches it."""
+"""A folder, and the store to access it with."""
 
 
 class Result:
-    """What training has made of the model, without the rounding of the weights that it computes with.
+    """The weights after training, before they are rounded to the type that the model computes with.
 
-    Trained weights are the optimizer's fp32 masters, frozen ones the start model's own bytes.
+    Trained weights are the optimizer's fp32 masters; frozen ones are the start model's bytes.
     """
 
     def __init__(self, model: Any, masters: Masters, start: StartWeights, *, lora: bool) -> None:
-        """With LoRA a collective over the data-parallel ranks: the adapters' masters are gathered, which are small."""
+        """With LoRA, a collective over the data-parallel ranks, which gathers the adapters' (small) masters."""
         self.model, self._masters, self._start, self._lora = model, masters, start, lora
         matrices = [matrix for adapter in adapters(model) for matrix in adapter.parameters()]
         self._adapters: dict[Tensor, Tensor] = {matrix: masters.whole(matrix) for matrix in matrices}
@@ -53,11 +53,11 @@ class Result:
         return merged_value(self.model, base=self._frozen, trained=self.trained)
 
     def trained(self, matrix: Tensor) -> Tensor:
-        """An adapter's matrix in fp32, beside the bf16 one."""
+        """Return the fp32 master of an adapter's matrix, on the matrix's device."""
         return self._adapters[matrix].to(matrix.device)
 
     def take_part(self) -> None:
-        """On ranks that write nothing: the collectives of the ranks that do."""
+        """Join the collectives of the writing ranks. For ranks that write nothing."""
         if not self._lora:
             gpt = unwrap(self.model)
             for slot in stage_slots(gpt):
@@ -70,8 +70,7 @@ class Result:
 def export_model(result: Result, spec: DPOJobSpec, world: World, source: Place, target: Place) -> None:
     """Write the result from rank 0: with LoRA merged (unless ``output.merge`` is false) and as an adapter.
 
-    A collective. An interrupted export is written again from the last checkpoint: only export.json says that it is
-    whole.
+    A collective. An interrupted export is written again from the last checkpoint; export.json marks a complete one.
     """
     if not world.is_main:
         if forms_of(spec)[0]:
@@ -92,8 +91,8 @@ def export_model(result: Result, spec: DPOJobSpec, world: World, source: Place, 
 def _remove_earlier(store: Store, uri: str) -> None:
     """Delete the weights of an earlier export to the same place.
 
-    Another number of files, or no adapter this time, would leave old ones beside the new, and readers differ in which
-    of model.safetensors and an index they take.
+    Otherwise old files could remain next to the new ones, and readers differ in whether they prefer model.safetensors
+    or an index.
     """
     for name in store.children(uri + "/"):
         if _WEIGHTS.fullmatch(name):
@@ -103,7 +102,7 @@ def _remove_earlier(store: Store, uri: str) -> None:
 
 
 def forms_of(spec: DPOJobSpec) -> tuple[bool, bool]:
-    """Whether the spec asks for a whole model, and for an adapter."""
+    """Return whether the spec asks for a whole model, and whether for an adapter."""
     wanted = set(spec.output.formats)
     if "formats" not in spec.output.model_fields_set:
         wanted.add("peft")
@@ -113,7 +112,7 @@ def forms_of(spec: DPOJobSpec) -> tuple[bool, bool]:
 
 
 def is_there(spec: DPOJobSpec, place: Place) -> bool:
-    """Whether every form that the spec asks for has weights there."""
+    """Return whether each form that the spec asks for has weights in the folder."""
     store, uri = place
     whole, adapter = forms_of(spec)
     names = store.children(uri + "/")
@@ -123,7 +122,7 @@ def is_there(spec: DPOJobSpec, place: Place) -> bool:
 
 
 def write_formats(result: Result, spec: DPOJobSpec, source: Place, folder: Path) -> None:
-    """Write what the spec asks for into a local folder."""
+    """Write the forms that the spec asks for into a local folder."""
     store, base = source
     whole, adapter = forms_of(spec)
     if whole:
@@ -143,7 +142,7 @@ def write_formats(result: Result, spec: DPOJobSpec, source: Place, folder: Path)
 
 @contextmanager
 def _tokenizer(spec: DPOJobSpec) -> Iterator[str | None]:
-    """A local folder with the tokenizer's files where it is not the model's own: it has its own access settings."""
+    """A local folder with the tokenizer's files, or None for the model's own tokenizer."""
     if spec.tokenizer is None:
         yield None
         return

@@ -1,7 +1,7 @@
-"""The fp32 weights that Adam updates, behind the bf16 ones that the model computes with.
+"""The fp32 master weights that Adam updates; the model computes with bf16 copies.
 
-Megatron-Core keeps them in the optimizer: the plain one has all of each on every rank, the distributed one a range of
-each flattened parameter on each data-parallel rank.
+Megatron-Core keeps them in the optimizer. Its plain optimizer has whole parameters on every rank; the distributed one
+has a range of each flattened parameter on each data-parallel rank.
 """
 
 from typing import Any
@@ -11,20 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 _PIECE = 1 << 26
-"""Elements that are gathered at once: 256 MiB beside what training holds on the device."""
+"""Elements gathered at once: 256 MiB in addition to what training holds on the device."""
 
 
 class Masters:
-    """The masters of one optimizer's parameters; a parameter that has none is its own."""
+    """The masters of one optimizer's parameters. A parameter without a master is its own master."""
 
     def __init__(self, optimizer: Any) -> None:
         self._parts = getattr(optimizer, "chained_optimizers", [optimizer])
 
     @torch.no_grad()
     def whole(self, parameter: Tensor) -> Tensor:
-        """The master of a parameter (of its tensor-parallel part that lies here), bit for bit.
+        """Return the exact master of a parameter (of this rank's tensor-parallel part).
 
-        With the distributed optimizer a collective over the data-parallel group, whose first rank gets the value.
+        With the distributed optimizer, a collective over the data-parallel group; only its first rank gets the value.
         """
         if not _has_master(parameter):
             return parameter.detach()
@@ -36,7 +36,7 @@ class Masters:
         found = torch.empty(parameter.numel(), dtype=torch.float32)
         for first in range(0, parameter.numel(), _PIECE):
             last = min(first + _PIECE, parameter.numel())
-            # The ranges are disjoint, so a sum of bits is each rank's own bits: -0.0 and NaN keep theirs.
+            # The ranges are disjoint, so summing bit patterns as integers keeps each value exactly, also -0.0 and NaN.
             bits = torch.zeros(last - first, dtype=torch.int32, device=parameter.device)
             low, high = max(first, start), min(last, end)
             if low < high:
@@ -48,7 +48,7 @@ class Masters:
 
     @torch.no_grad()
     def fill(self, parameter: Tensor, value: Tensor) -> None:
-        """Let the master start from ``value``, of the parameter's shape, instead of the parameter's rounded one."""
+        """Set the master to ``value``, which has the parameter's shape, instead of the rounded parameter."""
         if not _has_master(parameter):
             return
         start, end = 0, parameter.numel()
@@ -58,9 +58,9 @@ class Masters:
             _main(parameter).view(-1).copy_(value.reshape(-1)[start:end])
 
     def _range(self, parameter: Tensor) -> tuple[Any, int, int]:
-        """The data-parallel group of a parameter, and which of its elements this rank's master holds."""
+        """Return a parameter's data-parallel group, and the range of its elements that this rank's master holds."""
         holder = next((part for part in self._parts if parameter in part.model_param_gbuf_map), None)
-        if holder is None:  # other ranks have all of it
+        if holder is None:  # held by other ranks only
             return self._parts[0].data_parallel_group, 0, 0
         found = holder._get_model_param_range_map(parameter)["param"]
         return holder.data_parallel_group, found.start, found.end

@@ -296,7 +296,7 @@ def test_rows_are_read_as_slices(pristine: Path) -> None:
 
 
 class Recorder:
-    """A store that notes the ranges asked of it."""
+    """A store that records the ranges that are read."""
 
     def __init__(self, store: Any) -> None:
         self.store = store

@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to: resumed with another model, other data or another loss it would be a different run."""
+"""Identifies the run that a checkpoint belongs to: its model, data, loss and other settings that must not change."""
 
 import re
 
@@ -10,15 +10,15 @@ from dpo_api.spec import DPOJobSpec
 _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 Identity = dict[str, str]
-"""Name of the spec's field (or of what it leads to) -> a comparable text."""
+"""Name of a field of the spec (or of what it refers to) → its value as text."""
 
 
 def identity_of(spec: DPOJobSpec, *, model: str, data: str) -> Identity:
-    """Everything that must stay the same for a resumed run to continue the interrupted one exactly.
+    """Return everything that must stay the same for a resumed run to continue the interrupted one exactly.
 
-    ``model`` and ``data`` are the fingerprints of the start model's weights and of the training pairs. Not here, and so
-    free to change between attempts: processes, micro-batches, packing, intervals, logging, and the run's length
-    (``maxSteps``, ``epochs``), which moves the schedule: `validate` says so.
+    ``model`` and ``data`` are the fingerprints of the start model's weights and of the training pairs. All other
+    settings may change between attempts: processes, micro-batches, packing, intervals, logging, and the length of the
+    run (``maxSteps``, ``epochs``). The length changes the schedule; `dpo validate` reports that.
     """
     training = spec.training
     fields: dict[str, object] = {
@@ -43,12 +43,12 @@ def identity_of(spec: DPOJobSpec, *, model: str, data: str) -> Identity:
 
 
 def _fields(path: str, section: BaseModel) -> dict[str, object]:
-    """A section's fields by their names in the manifest."""
+    """Return a section's fields by their names in the manifest."""
     return {f"{path}.{name}": value for name, value in section.model_dump(mode="json", by_alias=True).items()}
 
 
 def check_identity(saved: Identity, now: Identity, uri: str) -> None:
-    """Raise IncompatibleCheckpointError that names each field whose value differs, with both values."""
+    """Raise IncompatibleCheckpointError naming each field that differs, with both values."""
     differing = [name for name in now if name in saved and saved[name] != now[name]]
     if not differing:
         return

@@ -1,8 +1,8 @@
-"""A look into a checkpoint's pickle before anything loads it.
+"""Checks a checkpoint's pickle before torch loads it.
 
-torch's distributed checkpoints keep their table of contents in `.metadata`, a pickle that torch reads without any
-restriction. A crafted one would run code. So it is first read by an unpickler that knows only the classes a good file
-needs; what passes holds no other, and loading it again is safe.
+torch's distributed checkpoints keep their table of contents in `.metadata`, a pickle that torch reads without
+restrictions. A crafted file could run code. So it is first read by an unpickler that allows only the classes that a
+valid file needs. If this succeeds, the file refers to no other class and torch can load it safely.
 """
 
 import pickle
@@ -31,7 +31,7 @@ ALLOWED = frozenset(
     | {("torch.distributed.checkpoint.planner", name) for name in _PLANNER}
     | {("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreSavePlan", "MCoreMetadata")}
 )
-"""(module, name) of every global that a checkpoint written by torch 2.x or Megatron-Core needs."""
+"""(module, name) of each global in a checkpoint written by torch 2.x or Megatron-Core."""
 
 
 class _Reader(pickle.Unpickler):
@@ -42,7 +42,7 @@ class _Reader(pickle.Unpickler):
 
 
 def check_metadata(path: Path, uri: str) -> None:
-    """Raise IncompatibleCheckpointError unless the file is a checkpoint's table of contents and nothing more."""
+    """Raise IncompatibleCheckpointError unless the file is a checkpoint's table of contents only."""
     try:
         with path.open("rb") as file:
             _Reader(file).load()

@@ -1,8 +1,8 @@
-"""Writes and reads one checkpoint: Megatron-Core's distributed files, then a marker that makes it exist.
+"""Writes and reads one checkpoint: Megatron-Core's distributed files, then a marker that makes it valid.
 
-Contents: ``model`` (with LoRA only the adapters: the base is the start model, named by its fingerprint) and
-``optimizer`` (fp32 masters, Adam's moments), both as sharded tensors in Megatron-Core's names. All else is JSON in the
-marker.
+Contents: ``model`` (with LoRA only the adapters, since the base is the start model, identified by its fingerprint) and
+``optimizer`` (fp32 masters, Adam's moments), both as sharded tensors under Megatron-Core's names. The rest is JSON in
+the marker.
 """
 
 import os
@@ -33,44 +33,44 @@ Sharded = dict[str, Any]
 """Megatron-Core's sharded state dict: nested names -> ShardedTensor, ShardedObject or plain values."""
 
 _PROBE_BYTES = 1 << 20
-"""A disk without this much room is full: a failed writer has used up what there was."""
+"""If the disk has less free space than this after a failed write, it is full."""
 
 FORMAT = 1
-"""Raised when an older version could not read what this one writes."""
+"""Version of the format; incremented when older versions cannot read it."""
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a checkpoint says of itself."""
+    """The contents of a checkpoint's marker."""
 
     step: int
     attempt: int
     identity: Identity
     metrics: dict[str, float] = field(default_factory=dict)
-    validated: bool = True  #: False: a stop came before the validation that this step was due
-    saved_at: float | None = None  #: Unix seconds at which it was complete; ``save`` says it
+    validated: bool = True  #: False if the run stopped before this step's validation
+    saved_at: float | None = None  #: Unix seconds when it was complete; set by ``save``
     format: int = FORMAT
 
 
 def save(run: RunDirectory, world: World, sharded: Sharded, marker: Marker) -> SavedCheckpoint:
-    """Write the checkpoint of ``marker.step`` on all ranks; it exists once its marker does, or not at all.
+    """Write the checkpoint of ``marker.step`` on all ranks. It exists once its marker does.
 
-    A collective. Raises FencedError (on all ranks, by way of rank 0's failure) when a later attempt owns the directory.
+    A collective. Raises FencedError (on all ranks, since rank 0 fails) if a later attempt owns the directory.
     """
     uri = run.checkpoint_uri(marker.step)
     if world.is_main:
         run.check_fence()
-        _remove(run, uri)  # what a killed attempt left half-written
-    # Megatron-Core would make a manager process for this queue, in our process group: torchrun sends SIGTERM to the
-    # whole group, so it would be gone when the stop's own checkpoint needs it. A synchronous save uses it in this
-    # process only, where a plain queue does the same.
+        _remove(run, uri)  # files of a killed attempt
+    # Megatron-Core would start a manager process for this queue in our process group. torchrun sends SIGTERM to the
+    # whole group, so the manager would be gone when the final checkpoint needs it. A synchronous save uses the queue
+    # in this process only, where a plain queue is enough.
     filesystem_async._results_queue = queue.Queue()
-    with _writable(world, uri) as folder, _told_when_full(folder):
+    with _writable(world, uri) as folder, _no_space_if_full(folder):
         world.barrier()
         dist_checkpointing.save(sharded, str(folder), content_metadata={"format": FORMAT})
         world.barrier()
         _publish(run, world, folder, uri)
-    world.barrier()  # every node's files are there
+    world.barrier()  # all nodes have written their files
     if world.is_main:
         run.check_fence()
         run.write_json("checkpoints", f"step-{marker.step:06d}", MARKER, {**asdict(marker), "saved_at": time.time()})
@@ -78,9 +78,9 @@ def save(run: RunDirectory, world: World, sharded: Sharded, marker: Marker) -> S
 
 
 def keep_newest(run: RunDirectory, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints, and what killed attempts left half-written.
+    """Delete all but the newest ``keep`` complete checkpoints, and the incomplete ones of killed attempts.
 
-    For whoever has just completed one: there is no other writer, so what has no marker will never have one.
+    Call it only after completing a checkpoint: then nothing else writes, so a folder without a marker is incomplete.
     """
     kept = {f"{saved.uri.rpartition('/')[2]}/" for saved in run.checkpoints()[-keep:]}
     for name in run.store.children(run.path("checkpoints", "")):
@@ -89,13 +89,13 @@ def keep_newest(run: RunDirectory, keep: int) -> None:
 
 
 def _remove(run: RunDirectory, uri: str) -> None:
-    """Delete a checkpoint, its marker first: at no moment a half one exists."""
+    """Delete a checkpoint, marker first, so that a partly deleted one never looks complete."""
     run.store.delete(f"{uri}/{MARKER}")
     run.store.delete_tree(uri + "/")
 
 
 def read_marker(run: RunDirectory, saved: SavedCheckpoint) -> Marker:
-    """The marker of a complete checkpoint. Raises IncompatibleCheckpointError for a newer format or a damaged file."""
+    """Read the marker of a complete checkpoint. Raises IncompatibleCheckpointError if it is newer or damaged."""
     try:
         found = run.read_json("checkpoints", f"step-{saved.step:06d}", MARKER) or {}
     except IncompatibleCheckpointError as error:
@@ -113,7 +113,9 @@ def read_marker(run: RunDirectory, saved: SavedCheckpoint) -> Marker:
 
 
 def load(run: RunDirectory, world: World, sharded: Sharded, saved: SavedCheckpoint) -> Sharded:
-    """Read the checkpoint into the shape of ``sharded``; returns it with tensors for ShardedTensors. A collective."""
+    """Read the checkpoint into the structure of ``sharded``; return it with its ShardedTensors replaced by tensors.
+
+    A collective."""
     with _readable(run, world, saved.uri) as folder:
         check_metadata(folder / ".metadata", saved.uri)
         world.barrier()
@@ -134,9 +136,9 @@ def load(run: RunDirectory, world: World, sharded: Sharded, saved: SavedCheckpoi
 
 @contextmanager
 def _no_pickled_code() -> Iterator[None]:
-    """torch's reader of distributed checkpoints unpickles the parts that are no tensors without restriction.
+    """Make each ``torch.load`` refuse everything but tensors and plain values.
 
-    This switch of torch's makes each ``torch.load`` refuse everything but tensors and plain values.
+    Without this, torch's reader of distributed checkpoints unpickles everything that is not a tensor unrestrictedly.
     """
     switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(switch)
@@ -151,7 +153,7 @@ def _no_pickled_code() -> Iterator[None]:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """What went wrong on the first rank that failed: torch wraps it with its traceback."""
+    """Return the error of the first rank that failed, which torch wraps together with its traceback."""
     if isinstance(error, CheckpointException) and error.failures:
         wrapped: tuple[BaseException, Any] = next(iter(error.failures.values()))
         return wrapped[0]
@@ -159,8 +161,8 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def _told_when_full(folder: Path) -> Iterator[None]:
-    """Raise NoSpaceError for whatever torch's writer makes of a full disk: from it an OSError rarely comes out."""
+def _no_space_if_full(folder: Path) -> Iterator[None]:
+    """Raise NoSpaceError if the disk is full. torch's writer rarely lets the OSError through."""
     try:
         yield
     except (Exception, CheckpointException):
@@ -168,7 +170,7 @@ def _told_when_full(folder: Path) -> Iterator[None]:
         try:
             probe.write_bytes(bytes(_PROBE_BYTES))
         except OSError as error:
-            # Half a checkpoint is worth nothing, and what is written next (why the run ended) needs the room.
+            # A partial checkpoint is useless, and the report of why the run ended needs the space.
             shutil.rmtree(folder, ignore_errors=True)
             raise from_os_error(error, str(folder)) from None
         probe.unlink()
@@ -177,7 +179,7 @@ def _told_when_full(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _writable(world: World, uri: str) -> Iterator[Path]:
-    """A folder to save into: the place itself, or one scratch folder a node that is uploaded afterwards."""
+    """A folder to save into: the target itself, or one temporary folder per node that is uploaded afterwards."""
     local = local_path_of(uri)
     if local is not None:
         if world.is_main:
@@ -203,7 +205,7 @@ def _readable(run: RunDirectory, world: World, uri: str) -> Iterator[Path]:
 
 @contextmanager
 def _scratch(world: World) -> Iterator[Path]:
-    """One temporary folder for all processes of this node, named by rank 0 and so the same on each node."""
+    """One temporary folder for all processes of this node. Rank 0 chooses its name, which is the same on every node."""
     name = world.from_main(tempfile.mktemp(prefix="dpo-checkpoint-", dir="") if world.is_main else None)  # noqa: S306 - a name, not a file; the folder is made with mode 700 below
     folder = Path(tempfile.gettempdir()) / name.lstrip("/")
     if world.local_rank == 0:

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: config.json and safetensors in, the same out. Weights are never unpickled."""
+"""Loads the weights of Hugging Face model folders. Weights are never unpickled."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dpo_trainer.model.forward import unwrap
 
 @dataclass
 class Checkpoint:
-    """The safetensors files of a folder and which tensor lies where. Headers are read when first needed."""
+    """The safetensors files of a folder, and which of them holds each tensor. Headers are read when first needed."""
 
     store: RangeStore
     folder: str
@@ -36,7 +36,7 @@ class Checkpoint:
         return cls(store, folder, dict.fromkeys(file.tensors, SINGLE), {SINGLE: file})
 
     def file_of(self, tensor: str) -> SafetensorsFile:
-        """The file that holds a tensor, its header checked."""
+        """Return the file that holds a tensor, with its header checked."""
         name = self.weight_map[tensor]
         if name not in self.files:
             try:
@@ -91,8 +91,8 @@ def load_weights(model: Any, store: RangeStore, folder: str, *, checkpoint: Chec
 
     Reads only the rows that this rank needs, one tensor at a time: memory is the largest parameter and its sources.
     The key costs nothing more when this process reads the whole model (tensor and pipeline size 1); else the files are
-    read once more. Raises InvalidModelError naming the file and tensor for anything damaged or disagreeing.
-    checkpoint: the folder's, where the caller reads from it again.
+    read once more. Raises InvalidModelError naming the file and tensor for anything damaged or inconsistent.
+    checkpoint: the folder's, if the caller has opened it already.
     """
     gpt = unwrap(model)
     config: ModelConfig = gpt.dpo_config
@@ -138,7 +138,7 @@ def model_fingerprint(store: RangeStore, folder: str) -> str:
 
 
 def stage_slots(gpt: Any) -> list[Slot]:
-    """The slots of this process's pipeline stage."""
+    """Return the slots of this process's pipeline stage."""
     layers = [layer.layer_number - 1 for layer in gpt.decoder.layers]
     span = range(layers[0], layers[-1] + 1) if layers else range(0)
     return list(slots(gpt.dpo_config, span, first=gpt.pre_process, last=gpt.post_process))

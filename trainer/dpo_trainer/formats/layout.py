@@ -69,7 +69,7 @@ def slots(config: ModelConfig, layers: range, *, first: bool, last: bool) -> Ite
 
 
 def assemble(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) -> Tensor:
-    """This tensor-parallel rank's part of the parameter, from whole or sliced Hugging Face tensors."""
+    """Return this tensor-parallel rank's part of the parameter, from whole or sliced Hugging Face tensors."""
     if slot.kind == "copy":
         return read(slot.sources[0], None)
     if slot.kind == "rows":
@@ -88,7 +88,7 @@ def _assemble_qkv(slot: Slot, config: ModelConfig, read: Read, rank: int, size: 
     n = config.num_attention_heads // g
     if size <= g:
         first, last = _share(g, rank, size)
-    else:  # a group's rows are cut straight across its queries, keys and values
+    else:  # several ranks share a group: its rows are cut without regard to queries, keys and values
         first = rank // (size // g)
         last = first + 1
     q = read(slot.sources[0], (first * n * d, last * n * d))
@@ -115,7 +115,7 @@ def split_qkv(fused: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tenso
 
 
 def dissolve(slot: Slot, whole: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
-    """The Hugging Face tensors, in ``slot.sources``' order, of a whole (not split over ranks) parameter."""
+    """Split a whole (not split over ranks) parameter into Hugging Face's tensors, in the order of ``slot.sources``."""
     if slot.kind == "qkv":
         return split_qkv(whole, config)
     if slot.kind == "gated":
@@ -136,7 +136,7 @@ def whole(slot_kind: str, shards: list[Tensor]) -> Tensor:
 
 
 def target(model: Any, slot: Slot) -> Tensor:
-    """The parameter of ``model`` that a slot fills."""
+    """Return the parameter of ``model`` that a slot describes."""
     parameter: Tensor = model.get_parameter(slot.parameter)
     return parameter
 

@@ -1,7 +1,7 @@
 """LoRA adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
-Our adapters sit on fused layers. B A of a fused layer is B's rows of each part times the same A, so the split into
-PEFT's separate projections is exact.
+Our adapters are attached to fused layers. B A of a fused layer is, for each part, that part's rows of B times the same
+A, so the split into PEFT's separate projections is exact.
 """
 
 import json
@@ -41,7 +41,7 @@ def export_adapter(
 ) -> list[str]:
     """Write the adapters for ``PeftModel.from_pretrained`` on the Hugging Face model ``base``; return the files' names.
 
-    dtype: of the written matrices; None means fp32, which small adapters can afford. Raises NoSpaceError when the disk
+    dtype: of the written matrices; None means fp32; adapters are small. Raises NoSpaceError when the disk
     is full. A collective over tensor-parallel ranks. trained: see ``model.lora.merged_value``.
     """
     names = unwrap(model).dpo_config.row.tensors
@@ -72,7 +72,7 @@ def adapter_tensors(model: Any, trained: Trained | None = None) -> dict[str, Ten
 
 
 def adapter_config(lora: LoraSettings, base: str, names: TensorNames) -> dict[str, Any]:
-    """The content of adapter_config.json. PEFT's scale is lora_alpha / r, as ours."""
+    """Return the content of adapter_config.json. PEFT's scale is lora_alpha / r, like ours."""
     alpha = lora.rank if lora.alpha is None else lora.alpha
     targets = [name for module in target_modules(lora.target_modules) for name in projections(names, module)]
     layers = None if lora.layers is None else sorted(set(lora.layers))

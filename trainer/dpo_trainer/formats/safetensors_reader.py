@@ -39,7 +39,7 @@ _PARALLEL_READS = 4
 
 
 class Found(Protocol):
-    """What a store says about one object."""
+    """A store's description of one object."""
 
     @property
     def size(self) -> int:
@@ -71,7 +71,7 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """One file, its header read and checked; reading fails if the object changes meanwhile (its ETag is sent along).
+    """One file with its header read and checked. Reading fails if the object has changed since (its ETag is compared).
 
     Raises InvalidModelError naming the file for a header that is damaged or disagrees with the file's size.
     Memory: the header, the tensor asked for, and at most 4 blocks of 16 MiB in flight.

@@ -1,4 +1,4 @@
-"""The start model's own values, read again from where it was loaded: what bf16 has rounded is exact there."""
+"""The start model's exact values, read again from its files, where the model in memory is rounded to bf16."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from dpo_trainer.formats.safetensors_reader import DTYPES
 
 
 class StartWeights:
-    """Parameters of this rank's part of a model by name, from the very files that it was loaded from.
+    """Parameters of this rank's part of a model by name, from the files that it was loaded from.
 
-    The files' ETags are those of the loading: one that has changed since is an ObjectChangedError.
+    A file that has changed since then is an ObjectChangedError.
     """
 
     def __init__(self, gpt: Any, checkpoint: Checkpoint) -> None:
@@ -27,11 +27,11 @@ class StartWeights:
         }
 
     def rounded(self, name: str) -> bool:
-        """Whether loading has rounded this parameter: its type cannot hold every value of the file's."""
+        """Return whether loading may have rounded this parameter, because its type is narrower than the file's."""
         return name in self._rounded
 
     def value(self, name: str) -> Tensor:
-        """The parameter as the files have it, in fp32 on the CPU. Reads them; the memory is that of the parameter."""
+        """Read the parameter from the files, as fp32 on the CPU. Needs memory for this parameter only."""
         size = parallel_state.get_tensor_model_parallel_world_size()
         rank = parallel_state.get_tensor_model_parallel_rank()
         return assemble(self._slots[name], self._config, self._read, rank, size).float()

@@ -1,7 +1,7 @@
-"""Attention over a pack: one call a run of tokens, never a mask over the whole stream.
+"""Attention over a pack: one call per run of tokens, without a mask over the whole stream.
 
-A prompt and the response right behind it are one causal call; every other response is one call of its queries against
-the keys of its parent and its own. The FLOPs are those of the pairs, whatever the pack's length.
+A prompt and the response that follows it are one causal call. Every other response is one call of its queries against
+the keys of its parent and its own. So the FLOPs depend on the pairs, not on the length of the pack.
 """
 
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ def pieces_of(segments: tuple[Segment, ...], size: int) -> tuple[Piece, ...]:
             end = segment.end
             follower = segments[index + 1] if index + 1 < len(segments) else None
             if follower is not None and follower.parent == index and follower.start == end:
-                # Causal over both is what the parent and its first child need: one call.
+                # One causal call over both is right for the parent and for its first child.
                 index += 1
                 home[index] = len(pieces)
                 end = follower.end
@@ -69,10 +69,10 @@ def pieces_of(segments: tuple[Segment, ...], size: int) -> tuple[Piece, ...]:
 
 @dataclass(kw_only=True)
 class PackContext(PackedSeqParams):
-    """A pack on its way through Megatron-Core, which hands ``packed_seq_params`` to every layer's attention.
+    """A pack passed through Megatron-Core, which gives ``packed_seq_params`` to every layer's attention.
 
-    It survives activation recomputation and pipeline stages, since each call carries it. ``qkv_format`` is none of
-    Megatron-Core's own, so nothing but PackAttention interprets it.
+    Each call carries it, so activation recomputation and pipeline stages see it too. ``qkv_format`` is not one of
+    Megatron-Core's, so only PackAttention interprets it.
     """
 
     pack: Pack

@@ -1,4 +1,4 @@
-"""A ModelConfig becomes Megatron-Core's GPTModel."""
+"""Builds Megatron-Core's GPTModel from a ModelConfig."""
 
 import logging
 from functools import partial
@@ -57,7 +57,7 @@ def build_model(
     Returns a GPTModel whose attention reads a Pack; call it through dpo_trainer.model.forward. Raises InvalidSpecError
     when the parallel sizes do not divide the model.
     """
-    # GPTModel says at every construction that HybridModel will follow it; a user can do nothing about that.
+    # GPTModel logs at every construction that HybridModel will replace it, which users cannot act on.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     _check_divides(config, tensor, parallel_state.get_pipeline_model_parallel_world_size())

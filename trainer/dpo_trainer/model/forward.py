@@ -1,4 +1,4 @@
-"""The forward pass over a pack: hidden states of the rows that predict something, and nothing more."""
+"""The forward pass over a pack: hidden states of the rows that predict a response token."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def unwrap(model: Any) -> Any:
 def hidden_rows(model: Any, pack: Pack) -> Tensor:
     """Final hidden states (after the last norm) of the pack's rows, [R, H] in the model's dtype.
 
-    On a pipeline stage that is not the last, returns what the stage hands on, [S, 1, H]. ``model`` may be wrapped.
+    On a pipeline stage that is not the last, returns the stage's output, [S, 1, H]. ``model`` may be wrapped.
     GPTModel would project all S rows onto the vocabulary; its ``output_processor`` hook takes the hidden states
     instead.
     """

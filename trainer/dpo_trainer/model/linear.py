@@ -1,4 +1,4 @@
-"""Megatron-Core's parallel linear layers with room for an adapter beside the weight."""
+"""Megatron-Core's parallel linear layers, with an optional adapter."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class _Adaptable:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # On the instance: torch looks submodules up last, so a class attribute would hide the adapter.
+        # Set on the instance: a class attribute would hide the submodule, which torch looks up last.
         self.adapter = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

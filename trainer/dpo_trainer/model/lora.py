@@ -1,7 +1,7 @@
 """LoRA on Megatron-Core's fused linear layers (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021).
 
 y = Wx + (alpha / rank) · B A x with W frozen, A [rank, in], B [out, rank]; x is the linear layer's own input, that is
-the norm's output for q/k/v and the MLP's first layer. Modules and initial values carry NeMo's names. The policy without
+the norm's output for q/k/v and the MLP's first layer. Modules and initialisations have NeMo's names. The policy without
 its adapters is the reference, so no second copy of the model exists.
 
 Tensor parallelism follows the base. Column-parallel bases (q/k/v, fc1): A is split over its rank and its output
@@ -75,7 +75,7 @@ class LoraSettings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an adapter sits: its base's kind and its position among the layers that carry this module's adapter."""
+    """Where an adapter is attached: its base's module and layer, and its place among the layers with adapters."""
 
     module: Module
     layer: int
@@ -136,7 +136,7 @@ class LowRankAdapter(torch.nn.Module):
 
     @torch.no_grad()
     def delta(self, trained: "Trained | None" = None) -> Tensor:
-        """What this rank's part of the base weight gains when the adapter is merged, fp32."""
+        """What merging the adapter adds to this rank's part of the base weight, fp32."""
         a, b = self._parts(trained)
         if self.place.row_parallel:
             b = _whole(b, 0)
@@ -145,14 +145,14 @@ class LowRankAdapter(torch.nn.Module):
         return self.scale * (b.float() @ a.float())
 
     def _parts(self, trained: "Trained | None") -> tuple[Tensor, Tensor]:
-        """This rank's parts of A and B: the parameters themselves, or what ``trained`` says that they stand for."""
+        """This rank's parts of A and B: the parameters, or what ``trained`` returns for them."""
         a, b = self.linear_in.weight.detach(), self.linear_out.weight.detach()
         return (a, b) if trained is None else (trained(self.linear_in.weight), trained(self.linear_out.weight))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Entries for dist_checkpointing. Layers are stacked over those that carry an adapter, not over all."""
+        """Entries for dist_checkpointing. Only layers with an adapter are stacked."""
         if sharded_offsets:
             sharded_offsets = ((0, self.place.position, self.place.count),)
         group = parallel_state.get_tensor_model_parallel_group()
@@ -195,16 +195,16 @@ class _Matrix(torch.nn.Module):
 
 
 def target_modules(names: Sequence[str]) -> tuple[Module, ...]:
-    """The single modules that ``spec.lora.targetModules`` stands for, in the layer's order."""
+    """Return the modules that ``spec.lora.targetModules`` means, in the layer's order."""
     chosen = {module for name in names for module in GROUPS.get(name, (name,))}
     return tuple(module for module in MODULES if module in chosen)
 
 
 def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> None:
-    """Freeze the model and put adapters beside the layers that ``lora`` names.
+    """Freeze the model and attach adapters to the layers that ``lora`` names.
 
-    Call it after the weights are loaded and before the model is wrapped for training. ``seed`` alone decides the
-    initial values, whatever the parallel sizes. Raises InvalidSpecError naming the field for layers that do not exist
+    Call it after the weights are loaded and before the model is wrapped for training. The initial values depend
+    on ``seed`` only, not on the parallel sizes. Raises InvalidSpecError naming the field for layers that do not exist
     and for a rank that tensor parallelism cannot split.
     """
     gpt = unwrap(model)
@@ -242,7 +242,7 @@ def adapters(model: Any) -> Iterator[LowRankAdapter]:
 
 @contextmanager
 def adapters_disabled(model: Any) -> Iterator[None]:
-    """Inside, the model is its own reference: the start model, bit for bit."""
+    """Within this context the model computes exactly what the start model does: it is the reference."""
     found = list(adapters(model))
     before = [adapter.enabled for adapter in found]
     try:
@@ -273,7 +273,7 @@ def merged_value(model: Any, *, base: Value | None = None, trained: Trained | No
             return own
         delta: Tensor = adapter.delta(trained)
         own = own.to(delta.device, torch.float32)
-        # Where nothing was learnt the weight stays as it is: adding 0 would turn -0 into 0.
+        # Adding a delta of 0 would turn -0 into 0, so such weights are left unchanged.
         return torch.where(delta == 0, own, own + delta)
 
     return value
@@ -325,7 +325,7 @@ def _whole(part: Tensor, axis: int, *, gated: bool = False) -> Tensor:
 
 
 def _draw(method: str, shape: tuple[int, int], key: str) -> Tensor:
-    """Initial values [out, in], fp32 on the CPU, decided by ``key`` alone."""
+    """Initial values [out, in], fp32 on the CPU, which depend on ``key`` only."""
     if method == "zero":
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)

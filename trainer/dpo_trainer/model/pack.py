@@ -68,7 +68,7 @@ class Pack:
         )
 
     def validate(self) -> None:
-        """Raise ValueError when the pack breaks its own rules (a bug of whoever built it, never a user's mistake)."""
+        """Raise ValueError when the pack breaks its own rules (a bug in this software, not a user's mistake)."""
         size = self.length
         if self.position_ids.shape != (size,):
             raise ValueError(f"position_ids has shape {tuple(self.position_ids.shape)}, expected ({size},)")
@@ -86,6 +86,6 @@ class Pack:
             if self.segments[segment.parent].parent is not None:
                 raise ValueError(f"segment {index}'s parent {segment.parent} has a parent itself")
         if self.rows.numel() and (int(self.rows.min()) < 0 or int(self.rows.max()) >= size):
-            raise ValueError("a row lies outside the stream")
+            raise ValueError("a row is outside the stream")
         if self.owners.numel() and int(self.owners.max()) >= 2 * int(self.pairs.shape[0]):
             raise ValueError("an owner names a pair that the pack does not hold")
