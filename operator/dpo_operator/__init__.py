@@ -1,5 +1,5 @@
-"""The operator: DPOJobs in, PyTorchJobs out, and the truth about them in their status.
+"""The operator: it runs each DPOJob as a series of PyTorchJobs and reports on it in its status.
 
-``reconcile`` is pure: it looks at what was observed and says what to do. ``backend`` holds all knowledge about the
-child's kind. ``process`` watches the cluster and performs what was decided. Nothing here imports torch or the trainer.
+``reconcile`` is pure: it maps observations to actions. ``backend`` writes PyTorchJobs and reads them back. ``runtime``
+watches the cluster and performs the actions. Nothing here imports torch or the trainer.
 """

@@ -1,4 +1,4 @@
-"""Whether a job may run: everything that is wrong with it at once, and no child before all of it is right.
+"""Whether a job is accepted: all errors are reported at once, and nothing is created until there are none.
 
 At acceptance image and spec are pinned in one immutable ConfigMap that every attempt uses.
 """
@@ -18,11 +18,11 @@ from dpo_operator.types import CheckChild, CreateConfigMap, Refusal
 from dpo_operator.view import owner_uid
 
 INVALID = frozenset({400, 422})
-"""HTTP status codes by which an API server calls an object wrong; 403 is about rights, quotas and policies."""
+"""HTTP status codes of an invalid object. 403 is about permissions, quotas and policies."""
 
 DENIALS = ("denied the request", "denied request")
-"""Words of admission webhooks and of ValidatingAdmissionPolicies. Without a code of their own they answer 400 and 422,
-and a policy may be relaxed, which an object that is wrong in itself never is."""
+"""Words of admission webhooks and ValidatingAdmissionPolicies, which answer 400 or 422 too. A policy may be relaxed; an
+invalid object stays invalid."""
 
 
 def is_accepted(draft: Draft) -> bool:
@@ -32,7 +32,7 @@ def is_accepted(draft: Draft) -> bool:
 
 
 def unreadable(draft: Draft, error: ManifestError) -> None:
-    """Report a spec that cannot be parsed: the author's mistake, or after acceptance this operator's age."""
+    """Report a spec that cannot be parsed: a mistake in it or, after acceptance, an operator that is too old."""
     if is_accepted(draft):
         text = f"This operator cannot read the accepted spec and does not touch the job: {error}"
         draft.update(message=clean(text, 4000))
@@ -42,7 +42,7 @@ def unreadable(draft: Draft, error: ManifestError) -> None:
 
 
 def accept(draft: Draft) -> bool:
-    """Accept the job, or say why not; whether it is accepted now."""
+    """Accept the job, or report why not; return whether it is accepted."""
     if is_accepted(draft):
         return True
     view = draft.view
@@ -85,7 +85,7 @@ def accept(draft: Draft) -> bool:
 
 
 def _passes(draft: Draft, image: str, name: str) -> bool:
-    """Whether the API server would take the child; its open fields (affinity, volumes) are known to it alone."""
+    """Whether the API server accepts the PyTorchJob; only it can check open fields such as affinity and volumes."""
     view, answer = draft.view, draft.view.observed.check
     refusal = view.observed.refusals.get(name)
     if answer is None or answer.generation != view.generation:
@@ -113,7 +113,7 @@ def _passes(draft: Draft, image: str, name: str) -> bool:
 
 
 def _is_invalid(refusal: Refusal) -> bool:
-    """Whether the child is wrong for good, as opposed to refused by what somebody may change."""
+    """Whether the PyTorchJob is invalid, as opposed to refused by a policy that may change."""
     return refusal.code in INVALID and not any(words in refusal.message for words in DENIALS)
 
 

@@ -1,4 +1,4 @@
-"""Between attempts: wait for what must be over, and create the next child under its one possible name."""
+"""Between attempts: wait until the last one is over, and create the next PyTorchJob under its one possible name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ NAMESAKE_SECONDS = 10.0
 
 
 def adopt(draft: Draft) -> None:
-    """Take in a child of ours that the status does not know: its create succeeded and the status write did not."""
+    """Add an attempt whose PyTorchJob exists but whose status write was lost."""
     known = draft.attempt.number if draft.attempt is not None else 0
     for child in sorted(draft.view.children.values(), key=lambda c: attempt_of(c) or 0):
         number = attempt_of(child)
         if number is not None and number > known:
             created = moment(child["metadata"].get("creationTimestamp")) or draft.now
             former = draft.attempt
-            if former is not None and former.end_time is None:  # a status was lost: its end is nobody's knowledge
+            if former is not None and former.end_time is None:  # a status was lost: how it ended is unknown
                 draft.change_attempt(
                     result="Failed",
                     failure_class="infrastructure",
@@ -51,7 +51,7 @@ def _resume(draft: Draft) -> None:
 
 
 def between(draft: Draft) -> None:
-    """Suspend, wait, or create the next attempt's child."""
+    """Suspend, wait, or create the next attempt's PyTorchJob."""
     last = draft.attempt
     if draft.view.spec.run_policy.suspend:
         suspended(draft)
@@ -83,7 +83,7 @@ def between(draft: Draft) -> None:
 
 
 def suspended(draft: Draft) -> None:
-    """Rest without nodes."""
+    """Report that the job is suspended and holds no nodes."""
     limits.release(draft)
     reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
     start = f"the checkpoint of step {reached}" if reached else "the newest checkpoint, if there is one"
@@ -94,14 +94,14 @@ def suspended(draft: Draft) -> None:
 
 
 def _waits(draft: Draft) -> bool:
-    """Whether the former attempt's end, or the pause after it, keeps the next one from being created."""
+    """Whether the next attempt must wait for the end of the last one or for the back-off."""
     stored = draft.view.stored_attempt(draft.current.number)
     if stored is None or stored.end_time is None:
-        draft.wake_in(0)  # first the status must remember how the last one ended
+        draft.wake_in(0)  # the status must first record how the last one ended
         return True
     due = draft.status.next_attempt_time
     left = clock.to_moment(due) - draft.now if due is not None else 0.0
-    # More than the longest pause means that the clock was set back: the pause is over, for nobody knows its rest.
+    # More than the longest back-off means that the clock was set back: treat the back-off as over.
     if 0 < left <= restarts.longest_pause(draft.settings):
         draft.wake_in(left)
         return True
@@ -109,7 +109,7 @@ def _waits(draft: Draft) -> bool:
 
 
 def _blocked(draft: Draft, name: str) -> bool:
-    """Whether something outside the job keeps the child from being created; says what."""
+    """Whether something outside the job prevents the PyTorchJob; if so, report it."""
     view = draft.view
     if not view.observed.backend_installed:
         text = "The cluster has no PyTorchJob resource: install training-operator v1. The job then continues by itself."
@@ -128,7 +128,7 @@ def _blocked(draft: Draft, name: str) -> bool:
         return True
     mine = {*pytorchjob.expected_pods(name, view.spec.resources.nodes)}
     ghosts = [pod for pod in view.namesake_pods if pod["metadata"]["name"] in mine]
-    # A former DPOJob's pods write to the same run directory as a rule: none may live on beside the new ones.
+    # Pods of an earlier DPOJob usually write to the same run directory: none may run beside the new ones.
     ghosts += [pod for pod in view.namesake_pods if is_alive(pod) and not pod_is_given_up(draft, pod)]
     if ghosts:
         text = f"Pod {ghosts[0]['metadata']['name']} of a deleted DPOJob with the same name still exists."
@@ -144,7 +144,7 @@ def _before(draft: Draft) -> State:
 
 
 def pod_is_given_up(draft: Draft, pod: Object) -> bool:
-    """Whether a pod that should be gone counts as gone: its node has been silent since its grace period ended.
+    """Whether a pod that is being deleted counts as gone: its node has not responded since its grace period ended.
 
     ``deletionTimestamp`` is when the grace period ends. A kubelet that answers would have removed the pod by then.
     """

@@ -1,4 +1,4 @@
-"""Names of everything that the operator creates: deterministic, so that a repeated create meets its first one."""
+"""Names of the objects that the operator creates. They are deterministic, so that a repeated create gives 409."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def config_map(job: str, uid: str) -> str:
 
 
 def event(job: str, uid: str, reason: str, detail: str) -> str:
-    """Return the name of an event: the same for the same transition, so that it is told once."""
+    """Return the name of an event: the same for the same transition, so that it is created once."""
     return f"{job}.{_digest(f'{uid}/{reason}/{detail}')[:16]}"
 
 

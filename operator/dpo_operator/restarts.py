@@ -16,11 +16,11 @@ JITTER = 0.1
 
 
 UNHEARD_SECONDS = 3600.0
-"""An attempt that ran for longer, and of which nothing was ever heard, is taken to have made progress."""
+"""An attempt that ran for longer without ever reporting progress is assumed to have made some."""
 
 
 def without_progress(draft: Draft) -> int:
-    """Return how many of the newest attempts failed in a row without a new checkpoint between, this one included."""
+    """Return the number of consecutive failures without a new checkpoint, this one included."""
     reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
     grace = draft.view.spec.checkpoint.grace_period_seconds
     count = 0
@@ -32,7 +32,7 @@ def without_progress(draft: Draft) -> int:
 
 
 def _ran_unheard(attempt: Attempt, grace: int) -> bool:
-    """Whether an attempt ran for long unheard: asking may be off, and a lost node takes the last words along."""
+    """Whether an attempt ran for long without a report: scraping may be off, and its termination message lost."""
     if attempt.last_step is not None or attempt.running_time is None or attempt.end_time is None:
         return False
     return clock.to_moment(attempt.end_time) - clock.to_moment(attempt.running_time) > UNHEARD_SECONDS + grace

@@ -1,4 +1,4 @@
-"""Words from elsewhere (pods, API server, trainer) on their way into a status: short, one line, no controls."""
+"""Cleans texts of pods, the API server and the trainer for a status: short, one line, no control characters."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The kinds of children. ``pytorchjob`` is the only one; ``pod`` builds what any kind would run."""
+"""PyTorchJob, the only backend, and the pod that it runs."""

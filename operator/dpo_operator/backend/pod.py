@@ -1,4 +1,4 @@
-"""The trainer's pod: what any kind of child would run on each node. Restricted Pod Security by construction."""
+"""The trainer's pod, one per node. It always satisfies the restricted Pod Security level."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dpo_operator.backend.volumes import SPEC_FILE, SPEC_FOLDER, Mounts, mounts_
 from dpo_operator.config import Settings
 
 CONTAINER = "pytorch"
-"""Name of the trainer's container; PyTorchJob wants this one."""
+"""Name of the trainer's container; PyTorchJob requires this name."""
 TERMINATION_LOG = "/dev/termination-log"
 METRICS_PORT = "metrics"
 
 LIVENESS_PERIOD = 30
 LIVENESS_FAILURES = 20
-"""Ten minutes of silence: longer than any pause of a healthy trainer, shorter than a night of idle GPUs."""
+"""Ten minutes without an answer: longer than any pause of a healthy trainer."""
 
 NODE_FAILURE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
@@ -56,7 +56,7 @@ def pod_template(
     leads: bool,
     avoid: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return a pod template. ``leads``: it is rank 0's, which serves HTTP. ``avoid``: nodes to prefer others to."""
+    """Return a pod template. ``leads``: rank 0's, which serves HTTP. ``avoid``: nodes to avoid if possible."""
     overlay = spec.pod_template
     mounts = mounts_of(spec, config_map, settings)
     metadata: dict[str, Any] = {"labels": {**dict(settings.labels), **overlay.labels, **labels}}
@@ -150,7 +150,7 @@ def _resources(spec: DPOJobSpec) -> dict[str, Any]:
 
 
 def _environment(spec: DPOJobSpec, mounts: Mounts, settings: Settings) -> list[dict[str, Any]]:
-    """The installation's variables, then ours, then the job's own, each name once: the job's word counts last."""
+    """The installation's variables, the operator's and the job's, each name once: the last one wins."""
     values: dict[str, dict[str, Any]] = {name: {"name": name, "value": value} for name, value in settings.extra_env}
     for variable in [*_collectives(spec), *mounts.env, *_logging(spec)]:
         values[variable["name"]] = variable
