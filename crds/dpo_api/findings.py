@@ -126,7 +126,7 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR
             return _unknown_field(detail["loc"], model)
         case "missing":
             return "must be set"
-        case "literal_error":
+        case "literal_error" | "enum":
             return _not_one_of(value, context["expected"])
         case "string_pattern_mismatch":
             return f"{shown(value)} is not valid here; {_hint(context['pattern'])}"

@@ -7,12 +7,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, Strict
 
 from dpo_api.fields import Bool, CountOrPercent, Float, Int, Rule, Section, whole
+from dpo_api.loss import Loss, described
 
 Reward = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 Beta = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=0, lt=1)]
 LayerIndex = Annotated[int, BeforeValidator(whole), Strict(), Field(ge=0, le=4095)]
 LoraModule = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", "attention", "mlp", "all"]
-LossName = Literal["dpo", "ipo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"]
 
 
 class Dpo(Section):
@@ -28,12 +28,7 @@ class Dpo(Section):
         ),
     )
 
-    loss: LossName = Field(
-        default="dpo",
-        description="Preference loss: `dpo` -log sigmoid(beta Delta); `ipo` (Delta - 1/(2 beta))^2; `rpo_sq` squared"
-        " distance of beta Delta from the reward gap; `rpo_bwd_kl` and `rpo_fwd_kl` Bernoulli divergence from it,"
-        " backward and forward. Default dpo.",
-    )
+    loss: Loss = Field(default=Loss.DPO, description=f"Preference loss of a pair. {described()}. Default dpo.")
     beta: Float = Field(
         default=0.1,
         gt=0,
@@ -76,6 +71,16 @@ class Dpo(Section):
     default_rejected_reward: Reward = Field(
         default=0.0, description="Reward of the rejected response where a record has none. Default 0."
     )
+
+    @property
+    def has_preference(self) -> bool:
+        """Whether the run compares responses; if not, it is supervised fine-tuning on the chosen ones alone."""
+        return self.preference_weight > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference model's log-probs are used."""
+        return self.has_preference and self.loss.row.needs_reference
 
 
 class Lora(Section):

@@ -66,8 +66,12 @@ class Plan:
     """Token budget of a pack."""
     pack_max_pairs: int | None
     """Most pairs in a pack; None where only the budget bounds."""
-    sft_only: bool
-    """The preference weight is 0: no reference, no rejected forward pass, no reward metrics."""
+    with_rejected: bool
+    """Whether rejected responses go through the model. If not, there are no reward metrics either."""
+    needs_reference: bool
+    """Whether the reference model's log-probs are used."""
+    starts_at_reference: bool
+    """Whether the policy equals the reference model before step 1, so that the first loss is known in advance."""
     warnings: tuple[Finding, ...]
     """What the user should know about these values."""
 
@@ -113,7 +117,6 @@ def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int
     steps_per_epoch = _limited(batches, training.limit_train_batches)
     total = training.max_steps or training.epochs * steps_per_epoch
     rates = plan_rates(training, total)
-    sft_only = spec.dpo.preference_weight == 0
     return Plan(
         train_pairs=train_pairs,
         global_batch_size=batch,
@@ -136,7 +139,9 @@ def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int
         ),
         pack_max_tokens=training.packing.max_tokens or 2 * spec.data.max_length,
         pack_max_pairs=training.micro_batch_size if training.packing.enabled else 1,
-        sft_only=sft_only,
+        with_rejected=spec.dpo.has_preference,
+        needs_reference=spec.dpo.needs_reference,
+        starts_at_reference=spec.dpo.needs_reference and (spec.lora is None or spec.lora.row_init == "zero"),
         warnings=(*warnings, *rates.warnings),
     )
 

@@ -73,7 +73,13 @@ class Progress(_Message):
     pairs_per_second: float | None = Field(default=None, ge=0, description="Pairs trained a second, all processes.")
     metrics: dict[str, float] = Field(default_factory=dict, description="Newest value of each metric, `train/loss`.")
     first_preference_loss: float | None = Field(
-        default=None, description="Preference loss of step 1, of equal policy and reference; unset after a resume."
+        default=None,
+        description="Preference loss of step 1, or before it of the first validation. Not set after a resume.",
+    )
+    expected_first_preference_loss: float | None = Field(
+        default=None,
+        description="`firstPreferenceLoss` as it is when policy and reference are equal. Not set where they are not"
+        " equal at the start, or where the loss needs no reference.",
     )
     done: int | None = Field(default=None, ge=0, description="Units of the phase that are done, e.g. reference pairs.")
     of: int | None = Field(default=None, ge=0, description="Units of the phase in all.")
@@ -88,7 +94,14 @@ class Progress(_Message):
     observed_at: float = Field(default=0.0, ge=0, description="When this was true, Unix seconds.")
     attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
 
-    @field_validator("eta_seconds", "tokens_per_second", "pairs_per_second", "first_preference_loss", mode="before")
+    @field_validator(
+        "eta_seconds",
+        "tokens_per_second",
+        "pairs_per_second",
+        "first_preference_loss",
+        "expected_first_preference_loss",
+        mode="before",
+    )
     @classmethod
     def _unknown_if_not_finite(cls, value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value

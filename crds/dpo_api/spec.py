@@ -35,7 +35,8 @@ from dpo_api.inputs import (
     StorageCache,
     Tokenizer,
 )
-from dpo_api.learning import Dpo, Lora, LoraModule, LossName, Packing, Schedule, Training
+from dpo_api.learning import Dpo, Lora, LoraModule, Packing, Schedule, Training
+from dpo_api.loss import Loss
 from dpo_api.pods import EnvVar, PodSecurity, PodTemplate, Toleration, VolumeMount
 from dpo_api.running import (
     Checkpoint,
@@ -66,7 +67,7 @@ __all__ = [
     "Logging",
     "Lora",
     "LoraModule",
-    "LossName",
+    "Loss",
     "MegatronSource",
     "Mlflow",
     "Model",

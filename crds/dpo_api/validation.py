@@ -14,7 +14,7 @@ from dpo_api.findings import Finding, Level
 from dpo_api.models import ModelFacts
 from dpo_api.not_yet import refused
 from dpo_api.plan import make_plan, plan_rates
-from dpo_api.spec import DPOJobSpec
+from dpo_api.spec import DPOJobSpec, Loss
 from dpo_api.texts import number, numbers
 
 __all__ = ["Finding", "Level", "ModelFacts", "check", "errors", "refuse_errors"]
@@ -129,16 +129,18 @@ def _parallelism(spec: DPOJobSpec) -> Iterator[Finding]:
 def _loss(spec: DPOJobSpec) -> Iterator[Finding]:
     dpo = spec.dpo
     rewards = {"gt_reward_scale", "default_chosen_reward", "default_rejected_reward"}
-    if dpo.preference_weight == 0:
+    if spec.reference.cache_uri is not None and not dpo.needs_reference:
+        why = f"loss {dpo.loss} needs no reference" if dpo.has_preference else "dpo.preferenceWeight is 0"
+        yield _warning("reference.cacheURI", f"has no effect, because {why}")
+    if not dpo.has_preference:
         yield from _unused(spec, {"loss", "beta", "average_log_probs"} | rewards, "because preferenceWeight is 0")
-        if spec.reference.cache_uri is not None:
-            yield _warning("reference.cacheURI", "has no effect, because dpo.preferenceWeight is 0")
         return
-    if dpo.loss.startswith("rpo"):
+    if dpo.loss.row.needs_rewards:
         yield from _rewards(spec)
     else:
-        yield from _unused(spec, rewards, f"with loss {dpo.loss}; rpo_sq, rpo_bwd_kl and rpo_fwd_kl use rewards")
-    if dpo.loss == "ipo" and not dpo.average_log_probs:
+        *some, last = (loss for loss in Loss if loss.row.needs_rewards)
+        yield from _unused(spec, rewards, f"with loss {dpo.loss}; {', '.join(some)} and {last} use rewards")
+    if dpo.loss is Loss.IPO and not dpo.average_log_probs:
         yield _note(
             "dpo.averageLogProbs",
             "ipo sums log-probs over tokens, as NeMo-Aligner does; TRL averages them: for its results set true",
@@ -215,7 +217,7 @@ def _batches(spec: DPOJobSpec) -> Iterator[Finding]:
     if training.max_steps is not None and "epochs" in training.model_fields_set:
         yield _note("training.epochs", f"maxSteps {training.max_steps} decides how long the run is, not epochs")
     highest = 1e-3 if spec.lora is not None else 1e-4
-    if training.learning_rate > highest and spec.dpo.preference_weight > 0:
+    if training.learning_rate > highest and spec.dpo.has_preference:
         usual = "1e-6 to 1e-4 with lora" if spec.lora is not None else "5e-7 to 1e-5"
         yield _warning(
             "training.learningRate", f"{number(training.learning_rate)} is far above what DPO bears, {usual}"

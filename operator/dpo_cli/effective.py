@@ -56,7 +56,7 @@ def _data(spec: DPOJobSpec, seen: Survey, exact: bool) -> Iterator[Row]:
 
 def _learning(spec: DPOJobSpec) -> Iterator[Row]:
     dpo, lora, training = spec.dpo, spec.lora, spec.training
-    if dpo.preference_weight == 0:
+    if not dpo.has_preference:
         yield "loss", "SFT on the chosen responses alone, without a reference"
     else:
         sft = f" + {number(dpo.sft_weight)} × SFT" if dpo.sft_weight else ""

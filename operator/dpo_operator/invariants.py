@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 from dpo_api.metrics import ACCURACY, MARGIN, newest_group
-from dpo_api.spec import DPOJobSpec
 from dpo_api.status import ConditionType, StatusProgress
 from dpo_operator import clock, limits
 from dpo_operator.conditions import Truth, find
@@ -16,21 +14,13 @@ from dpo_operator.reasons import Reason
 
 TOLERANCE = 0.02
 """Relative. Equal policy and reference differ by bf16's rounding alone, which averages out over a batch."""
+SMALLEST = 0.05
+"""Least value that TOLERANCE applies to, for losses that need rewards. They start near 0 where the reward gap is near
+0, and then rounding alone is more than 2%.
+"""
 CHANCE = 0.55
 
 _OF_ATTEMPT = (ConditionType.TrainingStalled, ConditionType.ProgressAvailable)
-
-
-def first_loss(spec: DPOJobSpec) -> float | None:
-    """Return the preference loss of a policy that equals its reference (Delta = 0); None where data decides it.
-
-    dpo: -log sigmoid(0) = ln 2. ipo: (0 - 1/(2 beta))^2. The rpo losses measure against each record's reward gap.
-    """
-    if spec.dpo.preference_weight == 0 or (spec.lora is not None and spec.lora.row_init != "zero"):
-        return None
-    if spec.dpo.loss == "dpo":
-        return math.log(2)
-    return (1 / (2 * spec.dpo.beta)) ** 2 if spec.dpo.loss == "ipo" else None
 
 
 def apply(draft: Draft) -> None:
@@ -41,10 +31,9 @@ def apply(draft: Draft) -> None:
     # What an earlier attempt said is no news of this one.
     if attempt.running_time is None or (progress.observed_at or "") < attempt.running_time:
         return
-    spec = draft.view.spec
-    _reference(draft, spec, progress)
+    _reference(draft)
     _finite(draft, progress)
-    if spec.dpo.preference_weight > 0:
+    if draft.view.spec.dpo.has_preference:
         _learning(draft, progress)
     _stalled(draft, progress, attempt.running_time)
 
@@ -55,17 +44,17 @@ def withdraw(draft: Draft, types: Collection[ConditionType] = _OF_ATTEMPT) -> No
     draft.update(conditions=tuple(c for c in draft.status.conditions if c.type not in named))
 
 
-def _reference(draft: Draft, spec: DPOJobSpec, progress: StatusProgress) -> None:
-    expected = first_loss(spec)
-    if expected is None or find(draft.status.conditions, ConditionType.ReferenceConsistent):
+def _reference(draft: Draft) -> None:
+    """Compare the first loss with what it is when policy and reference are equal, both as the trainer reports them."""
+    said = said_now(draft)  # it keeps the two numbers, at whatever step it is asked
+    if said is None or find(draft.status.conditions, ConditionType.ReferenceConsistent):
         return
-    said = said_now(draft)  # it remembers the loss of step 1 at whatever step it is asked
-    where, seen = "step 1", said.first_preference_loss if said is not None else None
-    if seen is None and progress.step == 0:
-        where, seen = "the validation before step 1", progress.metrics.get("val/preference_loss")
-    if seen is None:
+    seen, expected = said.first_preference_loss, said.expected_first_preference_loss
+    if seen is None or expected is None:
         return
-    if abs(seen - expected) <= TOLERANCE * expected:
+    where = "step 1" if said.step > 0 else "the validation before step 1"
+    needs_rewards = draft.view.spec.dpo.loss.row.needs_rewards
+    if abs(seen - expected) <= TOLERANCE * (max(expected, SMALLEST) if needs_rewards else expected):
         text = f"The loss at {where} is {seen:.4f}; a policy equal to its reference gives {expected:.4f}."
         draft.condition(ConditionType.ReferenceConsistent, "True", Reason.PolicyEqualsReference, text)
         return

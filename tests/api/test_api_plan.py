@@ -170,11 +170,20 @@ def test_micro_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sft_only"),
-    [({}, False), ({"dpo.sftWeight": 1}, False), ({"dpo.preferenceWeight": 0, "dpo.sftWeight": 1}, True)],
+    ("changes", "with_rejected", "at_reference"),
+    [
+        ({}, True, True),
+        ({"dpo.sftWeight": 1}, True, True),
+        ({"dpo.loss": "rpo_sq"}, True, True),
+        ({"dpo.preferenceWeight": 0, "dpo.sftWeight": 1}, False, False),
+        ({"lora": {}}, True, True),
+        ({"lora": {"rowInit": "xavier"}}, True, False),
+    ],
 )
-def test_fine_tuning_alone(changes: dict[str, object], sft_only: bool) -> None:
-    assert make_plan(spec(changes), 64).sft_only is sft_only
+def test_what_the_loss_needs(changes: dict[str, object], with_rejected: bool, at_reference: bool) -> None:
+    plan = make_plan(spec(changes), 64)
+    assert (plan.with_rejected, plan.needs_reference) == (with_rejected, with_rejected)
+    assert plan.starts_at_reference is at_reference
 
 
 def test_a_rate_that_is_constant_by_choice_cannot_fall() -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from dpo_api.crd import custom_resource_definition
 from dpo_api.manifest import DPOJob, load_documents, load_manifest, load_manifests, parse_job
-from dpo_api.spec import DPOJobSpec, StorageAccess
+from dpo_api.spec import DPOJobSpec, Loss, StorageAccess
 from dpo_api.status import DPOJobStatus
 from dpo_api.validation import ModelFacts, check, errors
 from dpo_testing.crd_schema import problems, unknown_fields
@@ -159,7 +159,7 @@ def test_a_released_status_loads_for_ever() -> None:
 
 DEFAULTS: dict[str, Any] = {
     # dpo-semantics.md, "Defaults" and "Decisions"
-    "dpo.loss": "dpo",
+    "dpo.loss": Loss("dpo"),
     "dpo.beta": 0.1,
     "dpo.preference_weight": 1.0,
     "dpo.sft_weight": 0.0,

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_api.metrics import METRICS
 from dpo_api.progress import Progress
+from dpo_api.spec import Loss
+from dpo_testing import papers
 from dpo_testing.cli import Said
 from dpo_testing.command import Command, quiet_log
 from dpo_testing.corpora import write_jsonl
-from dpo_testing.loss_parity import VARIANTS, closed_form_first_step
 from dpo_testing.papers import Settings
 from dpo_testing.runs import merged
 from dpo_testing.s3server import S3Server, free_port
@@ -188,10 +189,10 @@ def first(dpo: Command, spec: dict[str, Any], *arguments: str) -> dict[str, Any]
     return next(event for event in found if "train/loss" in event)
 
 
-@pytest.mark.parametrize("loss", VARIANTS)
-def test_the_first_steps_loss_is_the_closed_form(loss: str, dpo: Command, first_step: dict[str, Any]) -> None:
+@pytest.mark.parametrize("loss", list(Loss))
+def test_the_first_steps_loss_is_the_closed_form(loss: Loss, dpo: Command, first_step: dict[str, Any]) -> None:
     event = first(dpo, first_step, "--set", f"dpo.loss={loss}")
-    expected = closed_form_first_step(Settings(loss=loss, beta=BETA, gt_reward_scale=SCALE), GAP)
+    expected = papers.at_start(Settings(loss=loss, beta=BETA, gt_reward_scale=SCALE), GAP)
     assert event["train/preference_loss"] == pytest.approx(expected, abs=1e-4)
     assert event["train/loss"] == event["train/preference_loss"]
     assert event["train/rewards_chosen_mean"] == pytest.approx(0, abs=1e-4)

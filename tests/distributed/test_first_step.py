@@ -11,9 +11,11 @@ from torch.nn.functional import kl_div, log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM
 
 from dpo_api.manifest import parse_job
+from dpo_api.progress import Progress
 from dpo_testing.runs import Finished, merged, run_here, run_processes
 from dpo_testing.training_world import make
 from dpo_trainer.data.index import build_indexes
+from dpo_trainer.run import Run
 from dpo_trainer.sources import open_tokenizer, store_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("first-step")]
@@ -87,8 +89,19 @@ def check(run: Finished, loss: float, norm: float) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradient_of_each_variant(name: str, spec: dict[str, Any], world: Path) -> None:
-    run = run_here(merged(spec, {"dpo": {"loss": name}}), world / name)
+    said: list[Progress] = []
+
+    def keep(run: Run) -> None:
+        assert run.reporter._hub is not None
+        said.append(run.reporter._hub.progress.newest)
+
+    run = run_here(merged(spec, {"dpo": {"loss": name}}), world / name, keep)
     check(run, *independent(spec, name, 0.0))
+    # What the operator compares, and the same by hand.
+    gaps = [gap for _, _, _, gap in pairs_of(spec)]
+    expected = sum(float(expected_loss(name, torch.zeros((), dtype=torch.float64), gap)) for gap in gaps) / len(gaps)
+    assert said[0].expected_first_preference_loss == pytest.approx(expected, rel=1e-9)
+    assert said[0].first_preference_loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_and_gradient_with_the_sft_term(spec: dict[str, Any], world: Path) -> None:

@@ -24,7 +24,7 @@ class DataSet:
     name: str
     index: PairIndex
     settings: Dpo
-    reference: ReferenceTable | None = None  #: None for SFT alone
+    reference: ReferenceTable | None = None  #: None where the loss needs none
 
     def rewards(self, pairs: Tensor) -> Tensor:
         """[P, 2] float64 rewards, the data's own or the spec's defaults; a filler's are 0."""
@@ -57,7 +57,7 @@ class Packer:
             max_tokens=plan.pack_max_tokens,
             max_pairs=plan.pack_max_pairs,
             share=spec.training.prefix_sharing,
-            with_rejected=not plan.sft_only,
+            with_rejected=plan.with_rejected,
         )
 
     def packs(self, data: DataSet, pairs: Pairs | Sequence[int], world: World) -> tuple[list[Pack], int]:

@@ -25,7 +25,7 @@ from dpo_trainer.distributed import World
 from dpo_trainer.logprobs import response_log_probs, sums_by_owner
 from dpo_trainer.losses import pair_losses
 from dpo_trainer.masters import Masters
-from dpo_trainer.metrics.sums import empty_sums, means, metric_sums
+from dpo_trainer.metrics.sums import empty_sums, loss_at_start, means, metric_sums
 from dpo_trainer.model.forward import head_weight, hidden_rows
 from dpo_trainer.model.pack import Pack
 
@@ -84,12 +84,12 @@ class Engine:
 
     def train_step(
         self, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues, *, rate: float, seed: int
-    ) -> dict[str, float]:
-        """One optimizer step over this rank's packs of a global batch; returns the global batch's means.
+    ) -> tuple[dict[str, float], float | None]:
+        """One optimizer step over this rank's packs of a global batch; returns its means, and ``loss_at_start`` of it.
 
-        reference: Σ log π_ref; None for SFT alone. rate: the learning rate of this update. seed: of LoRA's dropout.
-        Adds ``grad_norm``, the norm of the whole gradient before clipping. Raises NonFiniteError on all ranks when the
-        loss or the norm is not finite; no weight has moved then.
+        reference: Σ log π_ref; None where the loss needs none. rate: the learning rate of this update. seed: of LoRA's
+        dropout. Adds ``grad_norm``, the norm of the whole gradient before clipping. Raises NonFiniteError on all ranks
+        when the loss or the norm is not finite; no weight has moved then.
         """
         torch.manual_seed(seed)
         self._wrapped.zero_grad_buffer()
@@ -104,7 +104,7 @@ class Engine:
                 "for damaged weights or extreme rewards; no weight has moved in this step"
             )
         self._update(norm, rate)
-        return {**result, "grad_norm": norm}
+        return {**result, "grad_norm": norm}, loss_at_start(table)
 
     def _update(self, norm: float, rate: float) -> None:
         """Clip by the known norm, set the rate, and let Adam move the masters."""

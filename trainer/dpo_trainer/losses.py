@@ -1,4 +1,4 @@
-"""The preference losses and the SFT term: one pure function a variant, per pair, never averaged here.
+"""The preference losses and the SFT term: one pure function for each loss, per pair, not averaged here.
 
 Notation: P pairs; Δ = (log π − log π_ref)(chosen) − (log π − log π_ref)(rejected), each log-probability summed over the
 response (or its per-token mean with ``average_log_probs``); β the spec's ``dpo.beta``; g the reward gap
@@ -13,55 +13,45 @@ and a sum of denominators, which the caller adds up over packs, ranks and micro-
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-class LossSettings(Protocol):
-    """What the losses read of a spec's ``dpo`` section; see dpo_api.spec for units, bounds and defaults."""
-
-    @property
-    def loss(self) -> str: ...  # noqa: D102
-    @property
-    def beta(self) -> float: ...  # noqa: D102
-    @property
-    def preference_weight(self) -> float: ...  # noqa: D102
-    @property
-    def sft_weight(self) -> float: ...  # noqa: D102
-    @property
-    def average_log_probs(self) -> bool: ...  # noqa: D102
-    @property
-    def sft_average_log_probs(self) -> bool | None: ...  # noqa: D102
-    @property
-    def gt_reward_scale(self) -> float: ...  # noqa: D102
+from dpo_api.spec import Dpo, Loss
 
 
-def dpo_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:  # noqa: ARG001
-    """−log σ(βΔ). delta, reward_gap (unused): [P]; returns [P]."""
-    return -logsigmoid(beta * delta)
+@dataclass(frozen=True)
+class Terms:
+    """What a loss may depend on, for P pairs."""
+
+    delta: Tensor  #: [P]; Δ
+    reward_gap: Tensor  #: [P]; g
 
 
-def ipo_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:  # noqa: ARG001
-    """(Δ − 1/(2β))². delta, reward_gap (unused): [P]; returns [P]. Token-summed as in NeMo, where TRL averages."""
-    return (delta - 1 / (2 * beta)).square()
+def dpo_loss(of: Terms, dpo: Dpo) -> Tensor:
+    """−log σ(βΔ). Returns [P]."""
+    return -logsigmoid(dpo.beta * of.delta)
 
 
-def rpo_sq_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:
-    """(βΔ − g)². delta, reward_gap: [P]; returns [P]."""
-    return (beta * delta - reward_gap).square()
+def ipo_loss(of: Terms, dpo: Dpo) -> Tensor:
+    """(Δ − 1/(2β))². Returns [P]. Log-probs are summed over tokens as in NeMo, where TRL averages them."""
+    return (of.delta - 1 / (2 * dpo.beta)).square()
 
 
-def rpo_bwd_kl_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:
-    """KL( Bern(σ(g)) ‖ Bern(σ(βΔ)) ). delta, reward_gap: [P]; returns [P]."""
-    return _bernoulli_kl(reward_gap, beta * delta)
+def rpo_sq_loss(of: Terms, dpo: Dpo) -> Tensor:
+    """(βΔ − g)². Returns [P]."""
+    return (dpo.beta * of.delta - of.reward_gap).square()
 
 
-def rpo_fwd_kl_loss(delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:
-    """KL( Bern(σ(βΔ)) ‖ Bern(σ(g)) ). delta, reward_gap: [P]; returns [P]."""
-    return _bernoulli_kl(beta * delta, reward_gap)
+def rpo_bwd_kl_loss(of: Terms, dpo: Dpo) -> Tensor:
+    """KL( Bern(σ(g)) ‖ Bern(σ(βΔ)) ). Returns [P]."""
+    return _bernoulli_kl(of.reward_gap, dpo.beta * of.delta)
+
+
+def rpo_fwd_kl_loss(of: Terms, dpo: Dpo) -> Tensor:
+    """KL( Bern(σ(βΔ)) ‖ Bern(σ(g)) ). Returns [P]."""
+    return _bernoulli_kl(dpo.beta * of.delta, of.reward_gap)
 
 
 def _bernoulli_kl(p_logit: Tensor, q_logit: Tensor) -> Tensor:
@@ -75,28 +65,14 @@ def _bernoulli_kl(p_logit: Tensor, q_logit: Tensor) -> Tensor:
     return heads + tails
 
 
-PREFERENCE_LOSSES: Mapping[str, Callable[[Tensor, float, Tensor], Tensor]] = {
-    "dpo": dpo_loss,
-    "ipo": ipo_loss,
-    "rpo_sq": rpo_sq_loss,
-    "rpo_bwd_kl": rpo_bwd_kl_loss,
-    "rpo_fwd_kl": rpo_fwd_kl_loss,
+PREFERENCE_LOSSES: Mapping[Loss, Callable[[Terms, Dpo], Tensor]] = {
+    Loss.DPO: dpo_loss,
+    Loss.IPO: ipo_loss,
+    Loss.RPO_SQ: rpo_sq_loss,
+    Loss.RPO_BWD_KL: rpo_bwd_kl_loss,
+    Loss.RPO_FWD_KL: rpo_fwd_kl_loss,
 }
-"""The value of ``spec.dpo.loss`` -> its function."""
-
-
-def preference_loss(loss: str, delta: Tensor, beta: float, reward_gap: Tensor) -> Tensor:
-    """The named variant, per pair. delta, reward_gap: [P]; returns [P]. KeyError for an unknown name."""
-    return PREFERENCE_LOSSES[loss](delta, beta, reward_gap)
-
-
-def initial_preference_loss(loss: str, beta: float, reward_gap: float = 0.0) -> float:
-    """What one pair costs while the policy still is the reference (Δ = 0), for the check of a run's first step.
-
-    dpo: ln 2. ipo: 1/(4β²). rpo_sq: g². rpo_bwd_kl: ln 2 − H(σ(g)). rpo_fwd_kl: KL(Bern(½) ‖ Bern(σ(g))).
-    """
-    gap = torch.tensor([reward_gap], dtype=torch.float64)
-    return float(preference_loss(loss, torch.zeros_like(gap), beta, gap))
+"""Each loss's function, per pair and without its weight; what else there is to know of it is in ``Loss.row``."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +87,7 @@ class PairLosses:
     denominator: Tensor  #: [P] int64; 1 a pair, or its chosen tokens when SFT alone averages over tokens
     real: Tensor  #: [P] bool; False for a filler pair
     preference: Tensor | None  #: [P], unweighted, over pairs; None for SFT alone
+    preference_at_start: Tensor | None  #: [P], the same if Δ were 0 (policy = reference); None without a reference
     sft: Tensor | None  #: [P], unweighted, over ``denominator``; None when ``sft_weight`` is 0
     chosen_reward: Tensor | None  #: [P], β·Σ_response(log π − log π_ref), over pairs; None for SFT alone
     rejected_reward: Tensor | None  #: [P], the same of the rejected response
@@ -121,13 +98,14 @@ def pair_losses(
     policy_counts: Tensor,
     reference_sums: Tensor | None,
     rewards: Tensor,
-    settings: LossSettings,
+    settings: Dpo,
     real: Tensor | None = None,
 ) -> PairLosses:
     """Per-pair losses and rewards; column 0 is the chosen and column 1 the rejected response.
 
     policy_sums: [P, 2], Σ log π over each response's tokens, with gradient. policy_counts: [P, 2] int64, response
-    tokens. reference_sums: [P, 2], Σ log π_ref, constants; None (and unread) for SFT alone. rewards: [P, 2], the data's
+    tokens. reference_sums: [P, 2], Σ log π_ref, constants; None (and unread) where ``settings``
+    need no reference: Δ is then of the policy alone. rewards: [P, 2], the data's
     rewards or the spec's defaults. real: [P] bool, False for filler pairs (None: all real); a filler's inputs are never
     looked at, so that not even a NaN among them reaches the loss or a gradient.
 
@@ -142,28 +120,33 @@ def pair_losses(
     lengths = counts.clamp(min=1)  # as in NeMo: an empty response divides by one token
 
     sft, denominator = _sft_term(policy[:, 0], counts[:, 0], settings, real)
-    if settings.preference_weight == 0:
-        return PairLosses(settings.sft_weight * sft, denominator, real, None, sft.detach(), None, None)
-    if reference_sums is None:
-        raise ValueError("the preference loss needs the reference's log-probabilities")
-
-    gains = policy - torch.where(keep, reference_sums, 0.0)  # [P, 2]
+    if not settings.has_preference:
+        return PairLosses(settings.sft_weight * sft, denominator, real, None, None, sft.detach(), None, None)
+    gains = policy  # [P, 2]
+    if settings.needs_reference:
+        if reference_sums is None:
+            raise ValueError(f"the loss {settings.loss} needs the reference's log-probabilities")
+        gains = policy - torch.where(keep, reference_sums, 0.0)
     implicit = settings.beta * gains.detach()  # [P, 2]; a reward is a figure to look at: no gradient
     if settings.average_log_probs:
         gains = gains / lengths
     delta = gains[:, 0] - gains[:, 1]
     known = torch.where(keep, rewards, 0.0).to(delta.dtype)
     gap = settings.gt_reward_scale * (known[:, 0] - known[:, 1])
+    function = PREFERENCE_LOSSES[settings.loss]
     # A filler has Δ = 0, where the losses are finite but not zero.
-    preference = torch.where(real, preference_loss(settings.loss, delta, settings.beta, gap), 0.0)
+    preference = torch.where(real, function(Terms(delta, gap), settings), 0.0)
+    at_start = None
+    if settings.needs_reference:
+        at_start = torch.where(real, function(Terms(torch.zeros_like(gap), gap), settings), 0.0)
     total = settings.preference_weight * preference
     if settings.sft_weight != 0:
         total = total + settings.sft_weight * sft
     reported = sft.detach() if settings.sft_weight != 0 else None
-    return PairLosses(total, denominator, real, preference.detach(), reported, implicit[:, 0], implicit[:, 1])
+    return PairLosses(total, denominator, real, preference.detach(), at_start, reported, implicit[:, 0], implicit[:, 1])
 
 
-def _sft_term(chosen: Tensor, counts: Tensor, settings: LossSettings, real: Tensor) -> tuple[Tensor, Tensor]:
+def _sft_term(chosen: Tensor, counts: Tensor, settings: Dpo, real: Tensor) -> tuple[Tensor, Tensor]:
     """−log π(chosen): numerators [P] with gradient, denominators [P] int64.
 
     A sum a pair, or its per-token mean with ``sft_average_log_probs`` (left out: as ``average_log_probs``), over pairs.
@@ -172,7 +155,7 @@ def _sft_term(chosen: Tensor, counts: Tensor, settings: LossSettings, real: Tens
     """
     per_token = settings.sft_average_log_probs
     if per_token is None:
-        if settings.preference_weight == 0:
+        if not settings.has_preference:
             return -chosen, counts
         per_token = settings.average_log_probs
     values = chosen / counts.clamp(min=1) if per_token else chosen

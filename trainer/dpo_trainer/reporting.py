@@ -92,9 +92,20 @@ class Reporter:
             self._hub.progress.phase("train")
 
     def stepped(
-        self, step: int, values: dict[str, float], *, seconds: float, tokens: int, pairs: int, waited: float
+        self,
+        step: int,
+        values: dict[str, float],
+        *,
+        seconds: float,
+        tokens: int,
+        pairs: int,
+        waited: float,
+        at_start: float | None = None,
     ) -> None:
-        """One optimizer step; tokens and pairs of all processes, ``waited``: seconds of it spent on data."""
+        """One optimizer step; tokens and pairs of all processes, ``waited``: seconds of it spent on data.
+
+        at_start: what the preference loss of these pairs is while the policy equals its reference, if that is known.
+        """
         named = {f"train/{name}": value for name, value in values.items()}
         self.latest |= named
         if self._hub is not None:
@@ -102,17 +113,23 @@ class Reporter:
             self._hub.prometheus.add("dpo_train_tokens_total", tokens)
             self._hub.prometheus.add("dpo_data_wait_seconds_total", waited)
             self._hub.progress.step(
-                step, epoch=values["epoch"], seconds=seconds, tokens=tokens, pairs=pairs, metrics=named
+                step,
+                epoch=values["epoch"],
+                seconds=seconds,
+                tokens=tokens,
+                pairs=pairs,
+                metrics=named,
+                at_start=at_start,
             )
 
-    def validated(self, step: int, values: dict[str, float]) -> None:
-        """One validation, after ``step`` optimizer steps."""
+    def validated(self, step: int, values: dict[str, float], *, at_start: float | None = None) -> None:
+        """One validation, after ``step`` optimizer steps. ``at_start``: see ``stepped``."""
         named = {f"val/{name}": value for name, value in values.items()}
         told = telling(step, named)
         self.latest |= told
         if self._hub is not None:
             self._hub.write(step, named)
-            self._hub.progress.measured(told)
+            self._hub.progress.measured(told, at_start=at_start)
 
     def flush(self) -> None:
         """Make the record at least as new as the checkpoint that follows."""

@@ -111,7 +111,7 @@ class Run:
         identity = identity_of(self.spec, model=fingerprint, data=f"{index.fingerprint}:{index.rewards_fingerprint}")
         self._settle(identity)
         engine = Engine(model, self.spec, self.world)
-        if not inputs.plan.sft_only:
+        if inputs.plan.needs_reference:
             self._reference(engine, inputs, fingerprint, form)
             self.stop.leave_before_training(self.world, "the reference pass")
         newest = self._newest_checkpoint()

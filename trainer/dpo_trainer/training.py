@@ -17,7 +17,7 @@ from dpo_trainer.checkpoint.state import collect, restore
 from dpo_trainer.data.order import batch_pairs, validation_batches
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
-from dpo_trainer.metrics.sums import means
+from dpo_trainer.metrics.sums import loss_at_start, means
 from dpo_trainer.reference import Pairs
 from dpo_trainer.reporting import Reporter
 from dpo_trainer.rundir import RunDirectory, SavedCheckpoint
@@ -139,9 +139,9 @@ class Training:
             constant_steps=plan.constant_steps,
             total_steps=plan.total_steps,
         )
-        values = self.engine.train_step(
+        values, at_start = self.engine.train_step(
             packs,
-            None if plan.sft_only else self.inputs.train.reference_sums,
+            self.inputs.train.reference_sums if plan.needs_reference else None,
             self.inputs.train.rewards,
             rate=rate,
             seed=_dropout_seed(self.spec.training.seed, step, self.world.data_rank),
@@ -156,7 +156,15 @@ class Training:
             "step_time": seconds,
             "tokens_per_second": tokens / seconds,
         }
-        self.reporter.stepped(self.step, values, seconds=seconds, tokens=tokens, pairs=len(pairs), waited=waited)
+        self.reporter.stepped(
+            self.step,
+            values,
+            seconds=seconds,
+            tokens=tokens,
+            pairs=len(pairs),
+            waited=waited,
+            at_start=at_start if plan.starts_at_reference else None,
+        )
 
     def _validate_or_stop(self) -> None:
         """Validate; when asked to stop meanwhile, save the step as one that still owes its validation, and leave."""
@@ -178,18 +186,20 @@ class Training:
         for data, batches in self.inputs.validation_batches():
             for batch in batches:
                 packs, _ = self.inputs.packer.packs(data, batch, self.world)
-                reference = None if self.plan.sft_only else data.reference_sums
+                reference = data.reference_sums if self.plan.needs_reference else None
                 sums = self.engine.evaluate(packs, reference, data.rewards)
                 tables[data.name] = tables[data.name] + sums if data.name in tables else sums
                 done += 1
                 self.reporter.phase("validate", done=done, of=of)
                 if done < of and self.stop.agreed(self.world):
                     return False
-        values = means(torch.stack(list(tables.values())).sum(0))
+        total = torch.stack(list(tables.values())).sum(0)
+        values = means(total)
         if len(tables) > 1:
             values |= {f"{name}/{key}": value for name, table in tables.items() for key, value in means(table).items()}
         values["validation_step_time"] = time.monotonic() - began
-        self.reporter.validated(self.step, values)
+        at_start = loss_at_start(total) if self.plan.starts_at_reference else None
+        self.reporter.validated(self.step, values, at_start=at_start)
         return True
 
     def checkpoint(self) -> None:

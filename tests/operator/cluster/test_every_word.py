@@ -337,7 +337,8 @@ def test_what_trainers_say(stage: Stage) -> None:
             seen = {"train/acc": acc, "train/rewards_margin": margin, "train/loss": 0.6, **more}
             metrics = {key.replace("_saved", ""): value for key, value in seen.items() if value is not None}
             trainers[name].say(step=step, total=2000, metrics=metrics, lastCheckpointStep=step - step % 1000,
-                               firstPreferenceLoss=first.get(name))  # fmt: skip
+                               firstPreferenceLoss=first.get(name),
+                               expectedFirstPreferenceLoss=math.log(2))  # fmt: skip
             eventually(lambda: (stage.jobs.status(name).get("progress") or {}).get("step") == step,
                        what=f"{name} at step {step}")  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def test_what_needs_somebody_is_degraded(reason: str) -> None:
 
 def test_a_run_that_goes_wrong_is_degraded() -> None:
     cluster = started()
-    cluster.say(step=1, first_preference_loss=0.2, metrics={"train/loss": 0.2})
+    cluster.say(
+        step=1, first_preference_loss=0.2, expected_first_preference_loss=math.log(2), metrics={"train/loss": 0.2}
+    )
     cluster.settle()
     assert health(cluster.job)[0] == "Degraded"

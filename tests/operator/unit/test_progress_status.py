@@ -218,24 +218,32 @@ def test_columns_stay_narrow(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "loss", "verdict"),
+    ("dpo", "loss", "expected", "verdict"),
     [
-        ({}, math.log(2), ("True", "PolicyEqualsReference")),
-        ({}, math.log(2) * 1.01, ("True", "PolicyEqualsReference")),
-        ({}, 0.65, ("False", "PolicyDiffersFromReference")),
-        ({}, 0.75, ("False", "PolicyDiffersFromReference")),
-        ({"dpo": {"loss": "ipo", "beta": 0.1}}, 25.0, ("True", "PolicyEqualsReference")),
-        ({"dpo": {"loss": "ipo", "beta": 0.1}}, 24.0, ("False", "PolicyDiffersFromReference")),
-        ({"dpo": {"loss": "rpo_sq"}}, 0.9, None),
-        ({"dpo": {"preferenceWeight": 0, "sftWeight": 1}}, 2.0, None),
-        ({"lora": {"rowInit": "xavier"}}, 0.9, None),
+        ({}, math.log(2), math.log(2), ("True", "PolicyEqualsReference")),
+        ({}, math.log(2) * 1.01, math.log(2), ("True", "PolicyEqualsReference")),
+        ({}, 0.65, math.log(2), ("False", "PolicyDiffersFromReference")),
+        ({}, 0.75, math.log(2), ("False", "PolicyDiffersFromReference")),
+        ({"loss": "ipo", "beta": 0.1}, 25.0, 25.0, ("True", "PolicyEqualsReference")),
+        ({"loss": "ipo", "beta": 0.1}, 24.0, 25.0, ("False", "PolicyDiffersFromReference")),
+        ({"loss": "ipo", "beta": 5}, 0.0103, 0.01, ("False", "PolicyDiffersFromReference")),
+        ({"loss": "rpo_sq"}, 1.01, 1.0, ("True", "PolicyEqualsReference")),
+        ({"loss": "rpo_sq"}, 0.9, 1.0, ("False", "PolicyDiffersFromReference")),
+        ({"loss": "rpo_bwd_kl"}, 0.111, 0.1109, ("True", "PolicyEqualsReference")),
+        ({"loss": "rpo_bwd_kl"}, 0.12, 0.1109, ("False", "PolicyDiffersFromReference")),
+        ({"loss": "rpo_fwd_kl"}, 0.13, 0.1201, ("False", "PolicyDiffersFromReference")),
+        ({"loss": "rpo_sq", "gtRewardScale": 0}, 0.0009, 0.0, ("True", "PolicyEqualsReference")),
+        ({"loss": "rpo_sq", "gtRewardScale": 0}, 0.0011, 0.0, ("False", "PolicyDiffersFromReference")),
+        ({}, 0.9, None, None),
+        ({}, None, math.log(2), None),
     ],
 )
 def test_the_first_loss_is_that_of_equal_policy_and_reference(
-    spec: dict[str, Any], loss: float, verdict: tuple[str, str] | None
+    dpo: dict[str, Any], loss: float | None, expected: float | None, verdict: tuple[str, str] | None
 ) -> None:
-    cluster = running(**spec)
-    cluster.say(step=50, first_preference_loss=loss, metrics={**FINE, "train/preference_loss": 0.2})
+    cluster = running(dpo=dpo)
+    first = {"first_preference_loss": loss, "expected_first_preference_loss": expected}
+    cluster.say(step=50, **first, metrics={**FINE, "train/preference_loss": 0.2})
     cluster.settle()
     assert cluster.condition("ReferenceConsistent") == verdict
     warned = "PolicyDiffersFromReference" in cluster.told()
@@ -246,17 +254,19 @@ def test_the_first_loss_of_another_attempt_is_not_taken_for_this_ones() -> None:
     cluster = running()
     cluster.say(step=0)
     cluster.settle()
-    cluster.say(step=50, first_preference_loss=2.0, attempt=names.fence(int(START), 7))
+    first = {"first_preference_loss": 2.0, "expected_first_preference_loss": math.log(2)}
+    cluster.say(step=50, **first, attempt=names.fence(int(START), 7))
     cluster.settle()
     assert cluster.condition("ReferenceConsistent") is None
-    cluster.say(step=50, first_preference_loss=2.0)
+    cluster.say(step=50, **first)
     cluster.settle()
     assert cluster.condition("ReferenceConsistent") == ("False", "PolicyDiffersFromReference")
 
 
 def test_validation_before_the_first_step_tells_it_too_and_later_steps_do_not() -> None:
     cluster = running()
-    cluster.say(phase="validate", step=0, metrics={"val/preference_loss": math.log(2)})
+    first = {"first_preference_loss": math.log(2), "expected_first_preference_loss": math.log(2)}
+    cluster.say(phase="validate", step=0, **first, metrics={"val/preference_loss": math.log(2)})
     cluster.settle()
     assert cluster.condition("ReferenceConsistent") == ("True", "PolicyEqualsReference")
     late = running()

@@ -1,21 +1,19 @@
 """The checks that hold a losses module to the papers; the module is an argument, so that mutants take the same test."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from dpo_api.spec import Loss
 from dpo_testing import papers
 from dpo_testing.papers import PairOfResponses, Settings
-
-VARIANTS = ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
 
 
 def settings_grid() -> Iterator[Settings]:
     """Each variant alone, averaged, and with each form of the SFT term; SFT alone in its three forms."""
-    for loss in VARIANTS:
+    for loss in Loss:
         for average in (False, True):
             yield Settings(loss=loss, average_log_probs=average)
         yield Settings(loss=loss, preference_weight=0.6, sft_weight=0.8)
@@ -77,11 +75,16 @@ def check_setting(losses: ModuleType, settings: Settings) -> None:
         _agree(f"sft of {label}", result.sft.sum() / result.denominator.sum(), papers.sft(settings, pairs).detach())
     if settings.preference_weight == 0:
         assert result.preference is None
+        assert result.preference_at_start is None
         assert result.chosen_reward is None
         assert result.rejected_reward is None
         return
     each = torch.stack([papers.preference(settings, pair) for pair in pairs]).detach()
     _agree(f"preference of {label}", result.preference, each)
+    at_start = [papers.at_start(settings, pair.chosen_reward - pair.rejected_reward) for pair in pairs]
+    _agree(
+        f"preference at the start of {label}", result.preference_at_start, torch.tensor(at_start, dtype=torch.float64)
+    )
     for ours, theirs in zip(
         (result.chosen_reward, result.rejected_reward), papers.rewards(settings, pairs), strict=True
     ):
@@ -93,7 +96,7 @@ def check_detached(losses: ModuleType) -> None:
     pairs = papers.some_pairs()
     policy, counts, reference, given = inputs(pairs)
     result = losses.pair_losses(policy, counts, reference, given, Settings(sft_weight=0.5))
-    for name in ("preference", "sft", "chosen_reward", "rejected_reward"):
+    for name in ("preference", "preference_at_start", "sft", "chosen_reward", "rejected_reward"):
         assert not getattr(result, name).requires_grad, f"{name} carries a gradient"
     alone = losses.pair_losses(policy, counts, None, given, Settings(preference_weight=0.0, sft_weight=1.0))
     assert not alone.sft.requires_grad
@@ -108,7 +111,7 @@ def check_filler(losses: ModuleType) -> None:
     """A filler pair, whatever it holds, changes nothing: not the loss, not a gradient, not a figure."""
     real = torch.tensor([True, False, True, True])
     for settings in (
-        *(Settings(loss=loss, sft_weight=0.5) for loss in VARIANTS),
+        *(Settings(loss=loss, sft_weight=0.5) for loss in Loss),
         Settings(preference_weight=0.0, sft_weight=1.0),
         Settings(preference_weight=0.0, sft_weight=1.0, sft_average_log_probs=True),
     ):
@@ -122,7 +125,7 @@ def check_filler(losses: ModuleType) -> None:
         assert bool(gradient.isfinite().all()), "a filler made a gradient NaN"
         assert not gradient[1].any(), "a filler has a gradient"
         assert int(result.denominator.sum()) == int(without.denominator.sum()), "a filler counts in the denominator"
-        for name in ("total", "sft", "preference", "chosen_reward", "rejected_reward"):
+        for name in ("total", "sft", "preference", "preference_at_start", "chosen_reward", "rejected_reward"):
             figure = getattr(result, name)
             if figure is not None:
                 assert figure[1].item() == 0, f"a filler has {name} {figure[1]}"
@@ -142,36 +145,27 @@ def check_extreme(losses: ModuleType) -> None:
     extremes = (-1e4, -50.0, 0.0, 50.0, 1e4)
     grid = torch.tensor([(x, gap) for x in extremes for gap in extremes])
     x, gap = grid[:, 0].clone().requires_grad_(), grid[:, 1]
-    for loss in VARIANTS:
-        value = losses.preference_loss(loss, x / 0.5, 0.5, gap)
+
+    def of(loss: Loss) -> Tensor:
+        found: Tensor = losses.PREFERENCE_LOSSES[loss](losses.Terms(x / 0.5, gap), Settings(loss=loss, beta=0.5))
+        return found
+
+    for loss in Loss:
+        value = of(loss)
         assert value.dtype == torch.float32
         (gradient,) = torch.autograd.grad(value.sum(), x)
         assert bool(value.isfinite().all()), f"{loss} is not finite"
         assert bool(gradient.isfinite().all()), f"{loss}'s gradient is not finite"
     exact = torch.clamp(-x.detach(), min=0)  # −log σ(x) → max(−x, 0)
     far = x.detach().abs() >= 50
-    torch.testing.assert_close(losses.preference_loss("dpo", x / 0.5, 0.5, gap).detach()[far], exact[far])
+    torch.testing.assert_close(of(Loss.DPO).detach()[far], exact[far])
     same = x.detach() == gap
-    for loss in ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"):
-        value = losses.preference_loss(loss, x / 0.5, 0.5, gap).detach()
+    for loss in (Loss.RPO_SQ, Loss.RPO_BWD_KL, Loss.RPO_FWD_KL):
+        value = of(loss).detach()
         assert not value[same].any(), f"{loss} is not zero where model and data agree"
         assert bool((value[~same] >= 0).all()), f"{loss} is negative"
 
 
-def closed_form_first_step(settings: Settings, gap: float) -> float:
-    """Preference loss while policy = reference, derived by hand; ``gap`` is the raw reward difference."""
-    g = settings.gt_reward_scale * gap
-    p = torch.distributions.Bernoulli(logits=torch.tensor(g, dtype=torch.float64))
-    ln2 = float(torch.log(torch.tensor(2.0, dtype=torch.float64)))
-    return {
-        "dpo": ln2,
-        "ipo": 1 / (4 * settings.beta**2),
-        "rpo_sq": g * g,
-        "rpo_bwd_kl": ln2 - float(p.entropy()),
-        "rpo_fwd_kl": -ln2 - 0.5 * float(p.probs.log() + (1 - p.probs).log()),
-    }[settings.loss]
-
-
 def variants_of(settings: Settings) -> list[Settings]:
     """The same settings with each preference loss."""
-    return [replace(settings, loss=loss) for loss in VARIANTS]
+    return [settings.model_copy(update={"loss": loss}) for loss in Loss]

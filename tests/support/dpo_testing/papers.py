@@ -5,25 +5,22 @@ Nothing here is imported from the trainer.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
+from dpo_api.fields import Float
+from dpo_api.spec import Dpo, Loss
 
-@dataclass(frozen=True)
-class Settings:
-    """The loss settings of a spec, with every value away from its neutral one."""
 
-    loss: str = "dpo"
-    beta: float = 0.3
-    preference_weight: float = 1.0
-    sft_weight: float = 0.0
-    average_log_probs: bool = False
-    sft_average_log_probs: bool | None = None
-    gt_reward_scale: float = 1.7
+class Settings(Dpo):
+    """A spec's ``dpo`` section, with every value that a loss reads away from its neutral one."""
+
+    beta: Float = 0.3
+    gt_reward_scale: Float = 1.7
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,67 @@ class PairOfResponses:
     rejected_reward: float
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the papers write a pair's loss in."""
+
+    beta: float
+    winner: Tensor  # log-ratio of policy and reference, of the chosen response
+    loser: Tensor  # the same of the rejected one
+    gap: float  # scaled difference of the data's rewards
+
+    @property
+    def model(self) -> Bernoulli:
+        """Bradley-Terry: the probability that the winner wins, a softmax of the two implicit rewards."""
+        both = torch.stack((self.beta * self.winner, self.beta * self.loser))
+        return Bernoulli(probs=torch.softmax(both, dim=0)[0])
+
+    @property
+    def data(self) -> Bernoulli:
+        """The same of the data's rewards."""
+        return Bernoulli(probs=torch.tensor(1 / (1 + math.exp(-self.gap)), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One loss: as its paper writes it, and by hand what it is while the policy equals the reference."""
+
+    loss: Callable[[Given], Tensor]
+    at_start: Callable[[float, float], float]  # of beta and the gap
+
+
+LN2 = math.log(2)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+PAPERS: dict[Loss, Paper] = {
+    # Rafailov et al.: negative log-likelihood of the preference
+    Loss.DPO: Paper(lambda of: -of.model.log_prob(torch.tensor(1.0, dtype=torch.float64)), lambda *_: LN2),
+    # Azar et al.: regression of h onto τ⁻¹/2, h the difference of log ratios, τ = β
+    Loss.IPO: Paper(
+        lambda of: torch.pow((of.winner - of.loser) - (1 / of.beta) / 2, 2), lambda beta, _: 1 / (4 * beta**2)
+    ),
+    # Nemotron-4: squared distance of implicit and given reward difference, or the divergence of the two laws
+    Loss.RPO_SQ: Paper(
+        lambda of: torch.pow(of.beta * of.winner - of.beta * of.loser - of.gap, 2), lambda _, gap: gap**2
+    ),
+    Loss.RPO_BWD_KL: Paper(
+        lambda of: kl_divergence(of.data, of.model),
+        lambda _, gap: LN2 + sum(p * math.log(p) for p in (_sigmoid(gap), _sigmoid(-gap))),
+    ),
+    Loss.RPO_FWD_KL: Paper(
+        lambda of: kl_divergence(of.model, of.data),
+        lambda _, gap: -LN2 - 0.5 * (math.log(_sigmoid(gap)) + math.log(_sigmoid(-gap))),
+    ),
+}
+"""A row for each loss."""
+
+
 def preference(settings: Settings, pair: PairOfResponses) -> Tensor:
     """Preference loss of one pair, from the papers' own formulas."""
-    beta = settings.beta
 
     def log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
         summed = policy.sum() - reference.sum()
@@ -49,22 +104,12 @@ def preference(settings: Settings, pair: PairOfResponses) -> Tensor:
     winner = log_ratio(pair.chosen, pair.chosen_reference)
     loser = log_ratio(pair.rejected, pair.rejected_reference)
     gap = settings.gt_reward_scale * (pair.chosen_reward - pair.rejected_reward)
-    # Bradley-Terry: the probability that the winner wins, a softmax of the two implicit rewards.
-    model = Bernoulli(probs=torch.softmax(torch.stack((beta * winner, beta * loser)), dim=0)[0])
-    data = Bernoulli(probs=torch.tensor(1 / (1 + math.exp(-gap)), dtype=torch.float64))
-    match settings.loss:
-        case "dpo":  # Rafailov et al.: negative log-likelihood of the preference
-            likelihood: Tensor = model.log_prob(torch.tensor(1.0, dtype=torch.float64))
-            return -likelihood
-        case "ipo":  # Azar et al.: regression of h onto τ⁻¹/2, h the difference of log ratios, τ = β
-            return torch.pow((winner - loser) - (1 / beta) / 2, 2)
-        case "rpo_sq":  # Nemotron-4: squared distance of implicit and given reward difference
-            return torch.pow(beta * winner - beta * loser - gap, 2)
-        case "rpo_bwd_kl":
-            return kl_divergence(data, model)
-        case "rpo_fwd_kl":
-            return kl_divergence(model, data)
-    raise ValueError(settings.loss)
+    return PAPERS[settings.loss].loss(Given(settings.beta, winner, loser, gap))
+
+
+def at_start(settings: Settings, gap: float) -> float:
+    """Preference loss while policy = reference; ``gap`` is the difference of the data's rewards, not yet scaled."""
+    return PAPERS[settings.loss].at_start(settings.beta, settings.gt_reward_scale * gap)
 
 
 def batch_loss(settings: Settings, pairs: Sequence[PairOfResponses]) -> Tensor:

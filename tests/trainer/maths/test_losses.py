@@ -1,12 +1,16 @@
 """The losses against the papers, and the checks themselves against wrong losses."""
 
+import math
+
 import pytest
 import torch
 
+from dpo_api.spec import Loss
 from dpo_testing import loss_parity, papers
 from dpo_testing.papers import Settings
 from dpo_trainer import losses
 from dpo_trainer.logprobs import sums_by_owner
+from dpo_trainer.metrics.sums import loss_at_start, metric_sums
 
 
 @pytest.mark.parametrize("settings", list(loss_parity.settings_grid()), ids=str)
@@ -33,12 +37,12 @@ def test_fp32_is_safe_at_extreme_arguments() -> None:
 @pytest.mark.parametrize("settings", loss_parity.variants_of(Settings()), ids=lambda settings: settings.loss)
 def test_first_step_has_its_closed_form(settings: Settings) -> None:
     gap = 0.75
-    expected = loss_parity.closed_form_first_step(settings, gap)
-    ours = losses.initial_preference_loss(settings.loss, settings.beta, settings.gt_reward_scale * gap)
-    assert ours == pytest.approx(expected, rel=1e-12)
+    expected = papers.at_start(settings, gap)
     sums = torch.tensor([[-12.0, -31.0]], dtype=torch.float64)
     result = losses.pair_losses(sums, torch.tensor([[3, 8]]), sums, torch.tensor([[1.0, 0.25]]), settings)
     assert float(result.total) == pytest.approx(expected, rel=1e-12)
+    assert result.preference_at_start is not None
+    assert float(result.preference_at_start) == pytest.approx(expected, rel=1e-12)
 
 
 def test_both_branches_receive_gradient_through_token_sums() -> None:
@@ -74,6 +78,22 @@ def test_small_differences_of_long_responses_survive() -> None:
     assert float(result.chosen_reward) == pytest.approx(float(exact), abs=1e-6)
 
 
-def test_unknown_variant_is_a_key_error() -> None:
-    with pytest.raises(KeyError):
-        losses.preference_loss("hinge", torch.zeros(1), 0.1, torch.zeros(1))
+def test_every_loss_has_a_function_and_a_paper() -> None:
+    assert set(losses.PREFERENCE_LOSSES) == set(papers.PAPERS) == set(Loss)
+
+
+class WithoutReference(Settings):
+    """The settings of a loss that needs no reference."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+
+def test_a_loss_without_a_reference_compares_the_policy_alone() -> None:
+    sums = torch.tensor([[-12.0, -31.0]], dtype=torch.float64)
+    settings = WithoutReference(beta=0.1)
+    result = losses.pair_losses(sums, torch.tensor([[3, 8]]), None, torch.zeros(1, 2), settings)
+    assert float(result.total) == pytest.approx(math.log1p(math.exp(-0.1 * (-12 + 31))), rel=1e-12)
+    assert result.preference_at_start is None
+    assert loss_at_start(metric_sums(result)) is None

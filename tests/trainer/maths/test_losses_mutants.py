@@ -31,7 +31,7 @@ EDITS = {
         "total = settings.preference_weight * preference",
         "total = settings.preference_weight * (0.5 * preference + 0.5 * preference.detach())",
     ),
-    "the loss is halved": ("return -logsigmoid(beta * delta)", "return -0.5 * logsigmoid(beta * delta)"),
+    "the loss is halved": ("return -logsigmoid(dpo.beta * of.delta)", "return -0.5 * logsigmoid(dpo.beta * of.delta)"),
     "the rewards keep their gradient": ("gains.detach()", "gains"),
     "the rewards lose β": ("settings.beta * gains.detach()", "gains.detach()"),
     "the rewards are exchanged": ("implicit[:, 0], implicit[:, 1]", "implicit[:, 1], implicit[:, 0]"),
@@ -49,20 +49,29 @@ EDITS = {
     ),
     "SFT alone averages over pairs": ("return -chosen, counts", "return -chosen, real.to(torch.int64)"),
     "the KLs are exchanged": (
-        "return _bernoulli_kl(reward_gap, beta * delta)",
-        "return _bernoulli_kl(beta * delta, reward_gap)",
+        "return _bernoulli_kl(of.reward_gap, dpo.beta * of.delta)",
+        "return _bernoulli_kl(dpo.beta * of.delta, of.reward_gap)",
     ),
-    "every variant trains as dpo": ("return PREFERENCE_LOSSES[loss](", "return PREFERENCE_LOSSES['dpo']("),
+    "every variant trains as dpo": ("PREFERENCE_LOSSES[settings.loss]", "PREFERENCE_LOSSES[Loss.DPO]"),
     "the reward scale is ignored": ("gap = settings.gt_reward_scale * ", "gap = 1.0 * "),
     "a filler weighs as a pair": ("real.to(torch.int64)", "torch.ones_like(counts)"),
     "a filler's loss counts": ("preference = torch.where(real, ", "preference = torch.where(real | True, "),
+    "the value at the start is that of now": ("Terms(torch.zeros_like(gap), gap)", "Terms(delta.detach(), gap)"),
+    "the value at the start ignores the rewards": (
+        "Terms(torch.zeros_like(gap), gap)",
+        "Terms(torch.zeros_like(gap), torch.zeros_like(gap))",
+    ),
+    "a filler's value at the start counts": (
+        "at_start = torch.where(real, ",
+        "at_start = torch.where(real | True, ",
+    ),
     "a filler's NaN is multiplied, not masked": (
         "policy = torch.where(keep, policy_sums, 0.0)",
         "policy = policy_sums * keep",
     ),
     "the probabilities' logs are taken": (
-        "return -logsigmoid(beta * delta)",
-        "return -torch.log(torch.sigmoid(beta * delta))",
+        "return -logsigmoid(dpo.beta * of.delta)",
+        "return -torch.log(torch.sigmoid(dpo.beta * of.delta))",
     ),
     "the KL is of probabilities": (
         "heads = p_logit.sigmoid() * (logsigmoid(p_logit) - logsigmoid(q_logit))",

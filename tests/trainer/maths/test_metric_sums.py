@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from dpo_testing import loss_parity, papers
 from dpo_testing.papers import Settings
 from dpo_trainer import losses
-from dpo_trainer.metrics.sums import ROWS, empty_sums, means, metric_sums
+from dpo_trainer.metrics.sums import ROWS, empty_sums, loss_at_start, means, metric_sums
 
 
-def metrics_of(settings: Settings, splits: list[list[int]]) -> dict[str, float]:
-    """The metrics of the test's four pairs when each list is one pack; -1 is a filler."""
+def table_of(settings: Settings, splits: list[list[int]]) -> Tensor:
+    """The sums of the test's four pairs when each list is one pack; -1 is a filler."""
     arguments = [tensor.detach() for tensor in loss_parity.inputs(papers.some_pairs())]
     table = empty_sums()
     for pack in splits:
@@ -20,7 +21,11 @@ def metrics_of(settings: Settings, splits: list[list[int]]) -> dict[str, float]:
         policy, counts, reference, given = (tensor[rows] for tensor in arguments)
         real = torch.tensor([index >= 0 for index in pack])
         table += metric_sums(losses.pair_losses(policy, counts, reference, given, settings, real))
-    return means(table)
+    return table
+
+
+def metrics_of(settings: Settings, splits: list[list[int]]) -> dict[str, float]:
+    return means(table_of(settings, splits))
 
 
 def test_metrics_match_plain_statistics() -> None:
@@ -55,10 +60,18 @@ def test_splitting_and_fillers_change_nothing(settings: Settings, splits: list[l
     assert metrics_of(settings, splits) == pytest.approx(metrics_of(settings, [[0, 1, 2, 3]]), rel=1e-12)
 
 
+@pytest.mark.parametrize("settings", loss_parity.variants_of(Settings()), ids=lambda settings: settings.loss)
+@pytest.mark.parametrize("splits", [[[0, 1, 2, 3]], [[3, 1], [2, 0, -1], [-1]]], ids=str)
+def test_the_first_loss_of_the_batch_is_the_mean_over_its_pairs(settings: Settings, splits: list[list[int]]) -> None:
+    each = [papers.at_start(settings, pair.chosen_reward - pair.rejected_reward) for pair in papers.some_pairs()]
+    assert loss_at_start(table_of(settings, splits)) == pytest.approx(sum(each) / 4, rel=1e-12)
+
+
 def test_sft_alone_has_no_reward_metrics_and_averages_over_tokens() -> None:
     pairs = papers.some_pairs()
     result = metrics_of(Settings(preference_weight=0.0, sft_weight=2.0), [[0, 1], [2, 3]])
     assert set(result) == {"loss", "sft_loss"}
+    assert loss_at_start(table_of(Settings(preference_weight=0.0, sft_weight=2.0), [[0]])) is None
     per_token = -torch.cat([pair.chosen for pair in pairs]).mean().item()
     assert result["sft_loss"] == pytest.approx(per_token, rel=1e-12)
     assert result["loss"] == pytest.approx(2 * per_token, rel=1e-12)

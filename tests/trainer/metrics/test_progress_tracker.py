@@ -67,14 +67,20 @@ def test_speed_and_time_left(tracker: ProgressTracker, clock: Clock) -> None:
 
 def test_the_loss_of_step_one_is_kept_and_a_resumed_run_has_none(tracker: ProgressTracker, events: Path) -> None:
     tracker.plan(step=0, total=10)
+    tracker.measured({"val/preference_loss": 0.69}, at_start=0.68)
+    assert tracker.newest.first_preference_loss == 0.69
+    assert tracker.newest.expected_first_preference_loss == 0.68
     one = {"epoch": 0.1, "seconds": 1.0, "tokens": 100, "pairs": 4}
     for step, loss in ((1, 0.6931), (2, 0.6)):
-        tracker.step(step, **one, metrics={"train/preference_loss": loss})
+        tracker.step(step, **one, metrics={"train/preference_loss": loss}, at_start=0.7 * step)
+        tracker.measured({"val/preference_loss": 0.1}, at_start=0.9)
     assert tracker.newest.first_preference_loss == 0.6931
+    assert tracker.newest.expected_first_preference_loss == 0.7
     resumed = ProgressTracker(events)
     resumed.plan(step=4, total=10, last_checkpoint_step=4)
-    resumed.step(5, **one, metrics={"train/preference_loss": 0.5})
+    resumed.step(5, **one, metrics={"train/preference_loss": 0.5}, at_start=0.7)
     assert resumed.newest.first_preference_loss is None
+    assert resumed.newest.expected_first_preference_loss is None
 
 
 def test_validation_slows_the_estimate_and_not_the_speed(tracker: ProgressTracker, clock: Clock) -> None:

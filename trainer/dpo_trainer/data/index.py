@@ -83,7 +83,7 @@ def build_indexes(
 
     See ``build_index`` for the other arguments and the errors.
     """
-    rejected_needed = spec.dpo.preference_weight != 0
+    rejected_needed = spec.dpo.has_preference
     if vocabulary is not None:
         for doubt in tokenizer.check_vocabulary(vocabulary):
             (listener or Listener()).message(f"warning: {doubt}")

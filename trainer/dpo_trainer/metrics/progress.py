@@ -92,16 +92,27 @@ class ProgressTracker:
         self.phase("done")
 
     def step(
-        self, step: int, *, epoch: float, seconds: float, tokens: int, pairs: int, metrics: Mapping[str, float]
+        self,
+        step: int,
+        *,
+        epoch: float,
+        seconds: float,
+        tokens: int,
+        pairs: int,
+        metrics: Mapping[str, float],
+        at_start: float | None = None,
     ) -> None:
-        """Report one optimizer step: its seconds, tokens and pairs of all processes, and metrics as ``train/loss``."""
+        """Report one optimizer step: its seconds, tokens and pairs of all processes, and metrics as ``train/loss``.
+
+        at_start: what its preference loss is while the policy equals its reference; None where it never did.
+        """
         if self._started is None:
             self._started = self._clock() - seconds
         self._window.append(_StepCost(seconds, tokens, pairs))
         self._stepping += seconds
         spent = sum(cost.seconds for cost in self._window)
-        # Kept, since whoever asks now and then will rarely ask while this is the newest step.
-        first = metrics.get("train/preference_loss") if step == 1 else self._state.first_preference_loss
+        if step == 1:
+            self._first_loss(metrics.get("train/preference_loss"), at_start)
         self._update(
             phase="train",
             done=None,
@@ -113,12 +124,17 @@ class ProgressTracker:
             tokens_per_second=sum(cost.tokens for cost in self._window) / spent if spent > 0 else None,
             pairs_per_second=sum(cost.pairs for cost in self._window) / spent if spent > 0 else None,
             eta_seconds=self._eta(step),
-            first_preference_loss=first,
         )
         self._emit(always=step == self._state.total)
 
-    def measured(self, metrics: Mapping[str, float]) -> None:
-        """Report metrics outside a step, such as ``val/acc``."""
+    def _first_loss(self, seen: float | None, expected: float | None) -> None:
+        """Keep the first loss and what it should be: few who ask now and then ask while it is the newest."""
+        self._update(first_preference_loss=seen, expected_first_preference_loss=expected)
+
+    def measured(self, metrics: Mapping[str, float], *, at_start: float | None = None) -> None:
+        """Report metrics outside a step, such as ``val/acc``. ``at_start``: see ``step``; it counts before step 1."""
+        if self._state.step == 0:
+            self._first_loss(metrics.get("val/preference_loss"), at_start)
         self._update(metrics={**self._state.metrics, **metrics})
         self._emit(always=True)
 

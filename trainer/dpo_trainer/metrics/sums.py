@@ -16,6 +16,7 @@ ROWS = (
     "loss",
     "sft_loss",
     "preference_loss",
+    "preference_loss_at_start",
     "acc",
     "rewards_chosen",
     "rewards_rejected",
@@ -23,6 +24,8 @@ ROWS = (
     "rewards_all_square",
 )
 """The rows of a table of sums, [len(ROWS), 2] float64: numerator, denominator."""
+
+_START = "preference_loss_at_start"
 
 
 def metric_sums(losses: PairLosses) -> Tensor:
@@ -34,6 +37,7 @@ def metric_sums(losses: PairLosses) -> Tensor:
     loss                      Σ ``total``                                  pairs (SFT alone: see losses._sft_term)
     sft_loss                  Σ −log π(chosen), unweighted                 the loss's
     preference_loss           Σ preference loss, unweighted                pairs
+    preference_loss_at_start  Σ preference loss if policy = reference      pairs
     acc                       pairs with chosen reward > rejected reward   pairs
     rewards_chosen            Σ chosen reward                              pairs
     rewards_rejected          Σ rejected reward                            pairs
@@ -50,6 +54,8 @@ def metric_sums(losses: PairLosses) -> Tensor:
         table["sft_loss"] = (losses.sft.double().sum(), per_loss)
     if losses.preference is not None:
         table["preference_loss"] = (losses.preference.double().sum(), pairs)
+    if losses.preference_at_start is not None:
+        table["preference_loss_at_start"] = (losses.preference_at_start.double().sum(), pairs)
     if losses.chosen_reward is not None and losses.rejected_reward is not None:
         chosen, rejected = losses.chosen_reward.double(), losses.rejected_reward.double()
         table["acc"] = ((chosen > rejected).double().sum(), pairs)  # a filler's rewards are equal: 0 and 0
@@ -70,10 +76,11 @@ def means(table: Tensor | Sequence[Sequence[float]]) -> dict[str, float]:
 
     Each row's mean under its own name, rewards with ``_mean``; ``rewards_margin`` = chosen mean − rejected mean;
     ``rewards_all_std``: sample standard deviation (divisor 2N − 1, as torch.std and NeMo) of all 2N rewards. Rows
-    without a denominator are left out. NaN and infinities pass through: whoever writes them decides.
+    without a denominator are left out, and so is ``loss_at_start``. NaN and
+    infinities are kept.
     """
-    rows = table.tolist() if isinstance(table, Tensor) else table
-    sums = {row: (float(top), float(bottom)) for row, (top, bottom) in zip(ROWS, rows, strict=True) if bottom > 0}
+    sums = _sums(table)
+    sums.pop(_START, None)
     result = {row: top / bottom for row, (top, bottom) in sums.items() if not row.startswith("rewards")}
     if "rewards_all" not in sums:
         return result
@@ -85,3 +92,18 @@ def means(table: Tensor | Sequence[Sequence[float]]) -> dict[str, float]:
     # Rounding can take a variance of 0 below it; max(nan, 0) would hide a NaN.
     result["rewards_all_std"] = math.sqrt(variance) if variance > 0 else variance * 0.0
     return result
+
+
+def loss_at_start(table: Tensor | Sequence[Sequence[float]]) -> float | None:
+    """The ``preference_loss`` that these pairs have while the policy equals its reference; None without a reference.
+
+    It is no metric: the first step's loss is compared with it.
+    """
+    sums = _sums(table)
+    return sums[_START][0] / sums[_START][1] if _START in sums else None
+
+
+def _sums(table: Tensor | Sequence[Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """The rows that the run has, by name."""
+    rows = table.tolist() if isinstance(table, Tensor) else table
+    return {row: (float(top), float(bottom)) for row, (top, bottom) in zip(ROWS, rows, strict=True) if bottom > 0}
