@@ -225,6 +225,11 @@ class Columns(Section):
     rejected_reward: Column | None = Field(
         default=None, description="Key of the other response's reward. Not set: `rejected_reward`."
     )
+    tools: Column | None = Field(
+        default=None,
+        description="Key of the tools that the chat template describes to the model: a list of JSON schemas, or the"
+        " same as JSON text. Not set: `tools`.",
+    )
 
 
 def _names_differ(sources: tuple[DataSource, ...]) -> bool:

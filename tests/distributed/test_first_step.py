@@ -100,7 +100,7 @@ def test_loss_and_gradient_of_each_variant(name: str, spec: dict[str, Any], worl
     # What the operator compares, and the same by hand.
     gaps = [gap for _, _, _, gap in pairs_of(spec)]
     expected = sum(float(expected_loss(name, torch.zeros((), dtype=torch.float64), gap)) for gap in gaps) / len(gaps)
-    assert said[0].expected_first_preference_loss == pytest.approx(expected, rel=1e-9)
+    assert said[0].expected_first_preference_loss == pytest.approx(expected, rel=1e-6)  # rewards are fp32
     assert said[0].first_preference_loss == pytest.approx(expected, rel=1e-5)
 
 

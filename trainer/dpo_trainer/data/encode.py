@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dpo_api.errors import InvalidSpecError
 from dpo_api.spec import Data
-from dpo_trainer.data.chat import TemplateFailedError
-from dpo_trainer.data.records import Messages, Problem, Reason, Record
+from dpo_trainer.data.chat import ChatTemplate, TemplateFailedError
+from dpo_trainer.data.records import Messages, Problem, Reason, Record, with_parsed_arguments
 from dpo_trainer.data.tokenizer import Ids, Tokenizer
 
 _NONE = np.zeros(0, dtype=np.int32)
@@ -38,6 +39,14 @@ class _Texts:
     prompt: str
     responses: tuple[str, ...]
     templated: bool
+
+
+def _rendered(chat: ChatTemplate, conversations: list[Messages], tools: list[dict[str, Any]] | None) -> list[str]:
+    """The first conversation with the generation prompt after it, the others without."""
+    return [
+        chat.render(messages, add_generation_prompt=number == 0, tools=tools)
+        for number, messages in enumerate(conversations)
+    ]
 
 
 class PairEncoder:
@@ -87,18 +96,38 @@ class PairEncoder:
         responses = [record.chosen] if record.rejected is None else [record.chosen, record.rejected]
         if isinstance(record.prompt, str):
             return _Texts(record.prompt, tuple(text for text in responses if isinstance(text, str)), templated=False)
-        return self._render(record.prompt, [side for side in responses if isinstance(side, list)])
-
-    def _render(self, prompt: Messages, responses: list[Messages]) -> _Texts | Problem:
-        """Prompt with the generation prompt; each response is what the whole conversation's text adds to that."""
         chat = self._tokenizer.chat
         if chat is None:
             return Problem(Reason.TEMPLATE, "messages, but the tokenizer has no chat template; set spec.chatTemplate")
+        unset = sorted(chat.reads & record.columns)
+        if unset:
+            return Problem(
+                Reason.UNSUPPORTED_COLUMN,
+                f'"{unset[0]}" is a variable of the chat template that no column can set; set it in spec.chatTemplate'
+                " ({% set name = value %}), or rename the column",
+            )
+        sides = [side for side in responses if isinstance(side, list)]
+        return self._render(chat, record.prompt, sides, record.tools)
+
+    def _render(
+        self, chat: ChatTemplate, prompt: Messages, responses: list[Messages], tools: list[dict[str, Any]] | None
+    ) -> _Texts | Problem:
+        """Prompt with the generation prompt; each response is what the whole conversation's text adds to that."""
+        conversations = [prompt, *(prompt + response for response in responses)]
         try:
-            head = chat.render(prompt, add_generation_prompt=True)
-            wholes = [chat.render(prompt + response, add_generation_prompt=False) for response in responses]
+            if tools is not None and not chat.writes(tools, prompt):
+                return Problem(
+                    Reason.TEMPLATE,
+                    "there are tools, but the chat template does not write them; set spec.chatTemplate to one that"
+                    " does, or remove the tools",
+                )
+            try:
+                texts = _rendered(chat, [with_parsed_arguments(each) for each in conversations], tools)
+            except TemplateFailedError:  # the template may take a call's arguments as JSON text alone
+                texts = _rendered(chat, conversations, tools)
         except TemplateFailedError as error:
             return Problem(Reason.TEMPLATE, f"the chat template refuses the messages: {error}")
+        head, *wholes = texts
         if not all(whole.startswith(head) for whole in wholes):
             return Problem(
                 Reason.TEMPLATE,

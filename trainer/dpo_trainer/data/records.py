@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NoReturn
 
@@ -31,11 +31,13 @@ class Reason(StrEnum):
     MISSING_KEY = "missingKey"
     WRONG_TYPE = "wrongType"
     BAD_MESSAGE = "badMessage"
+    BAD_TOOLS = "badTools"
     BAD_REWARD = "badReward"
     BAD_TEXT = "badText"
     EMPTY_RESPONSE = "emptyResponse"
     EMPTY_PROMPT = "emptyPrompt"
     NO_COMMON_PROMPT = "noCommonPrompt"
+    UNSUPPORTED_COLUMN = "unsupportedColumn"
     TEMPLATE = "template"
     NOT_A_PREFIX = "promptNotPrefix"
     OVER_LENGTH = "overLength"
@@ -54,7 +56,8 @@ class Problem:
 class Record:
     """One preference pair as text. ``prompt``, ``chosen`` and ``rejected`` are all str or all message lists.
 
-    ``rejected`` is None where it is not needed (SFT alone). A reward that the line does not give is None.
+    ``rejected`` is None where it is not needed (SFT alone). A reward that the line does not give is None. ``tools``
+    are JSON schemas for the chat template. ``columns``: the names of all that the line holds.
     """
 
     prompt: str | Messages
@@ -62,6 +65,8 @@ class Record:
     rejected: str | Messages | None
     chosen_reward: float | None = None
     rejected_reward: float | None = None
+    tools: list[dict[str, Any]] | None = None
+    columns: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 _USUAL = {
@@ -70,7 +75,14 @@ _USUAL = {
     "rejected": ("rejected_response", "rejected"),
     "chosen_reward": ("chosen_reward",),
     "rejected_reward": ("rejected_reward",),
+    "tools": ("tools",),
 }
+_UNSUPPORTED = {
+    "chat_template_kwargs": "variables for the chat template; set them in spec.chatTemplate ({% set name = value %})",
+    "images": "images, and only text can be trained on",
+    "videos": "videos, and only text can be trained on",
+}
+"""Columns that other trainers read and this one does not."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
 
@@ -94,19 +106,32 @@ def parse_record(line: bytes, columns: Columns, *, rejected_needed: bool = True)
 
 def _parse(line: bytes, columns: Columns, rejected_needed: bool) -> Record:
     row = _load(line)
+    for name, what in _UNSUPPORTED.items():
+        if row.get(name):
+            raise _UnusableError(
+                Reason.UNSUPPORTED_COLUMN, f'"{name}" holds {what}; remove the column if it is not needed'
+            )
     chosen_reward = _reward(row, "chosen_reward", columns.chosen_reward)
     rejected_reward = _reward(row, "rejected_reward", columns.rejected_reward) if rejected_needed else None
     chosen = _text(row, "chosen", columns.chosen)
     rejected = _text(row, "rejected", columns.rejected) if rejected_needed else None
     prompt = _prompt(row, columns.prompt)
+    tools = _tools(row, columns.tools)
     if isinstance(chosen, list) or isinstance(rejected, list) or isinstance(prompt, list):
         prompt, chosen, rejected = _as_messages(prompt, chosen, rejected)
     elif prompt is None:
         _missing(row, "prompt", columns.prompt)
+    elif tools:
+        raise _UnusableError(
+            Reason.BAD_TOOLS,
+            "there are tools, but plain strings are not templated, so the model would not see them; write messages, or"
+            " remove the tools if the text holds them already",
+        )
     for side, response in (("chosen", chosen), ("rejected", rejected)):
         if response is not None and _is_empty(response):
             raise _UnusableError(Reason.EMPTY_RESPONSE, f"the {side} response is empty")
-    return Record(prompt, chosen, rejected, chosen_reward, rejected_reward)
+    held = frozenset(name for name, value in row.items() if value is not None)
+    return Record(prompt, chosen, rejected, chosen_reward, rejected_reward, tools or None, held)
 
 
 def _load(line: bytes) -> dict[str, Any]:
@@ -172,6 +197,31 @@ def _reward(row: Mapping[str, Any], role: str, name: str | None) -> float | None
     return float(value)
 
 
+def _tools(row: Mapping[str, Any], name: str | None) -> list[dict[str, Any]]:
+    """The tools' JSON schemas, each of them or all as JSON text or not; an empty list where there are none."""
+    key, value = _find(row, "tools", name)
+    if value is None or value == "":
+        return []
+    tools = _from_json(value)
+    if not isinstance(tools, list):
+        raise _UnusableError(Reason.BAD_TOOLS, f'"{key}" is {_kind(tools)}, expected a list of JSON schemas')
+    schemas = [_from_json(tool) for tool in tools]
+    for number, schema in enumerate(schemas):
+        if not isinstance(schema, dict):
+            raise _UnusableError(Reason.BAD_TOOLS, f'"{key}"[{number}] is {_kind(schema)}, expected a JSON schema')
+    return schemas
+
+
+def _from_json(value: Any) -> Any:
+    """What JSON text says; the value itself if it is none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 def _prompt(row: Mapping[str, Any], name: str | None) -> str | Messages | None:
     """None when the usual key is absent: whole conversations need no prompt. A key that was asked for must be there."""
     return _text(row, "prompt", name) if name or _find(row, "prompt", None)[1] is not None else None
@@ -196,11 +246,49 @@ def _message(key: str, number: int, message: object) -> Message:
     content = message.get("content")
     if isinstance(content, list):
         content = _join_parts(where, content)
+    # As transformers does: a template asks whether a key is there, and might write a null as "None".
+    message = {name: value for name, value in message.items() if value is not None}
+    _check_calls(where, message.get("tool_calls"))
     if content is None and message.get("tool_calls"):
         return message
     if not isinstance(content, str):
         raise _UnusableError(Reason.BAD_MESSAGE, f'{where} has {_kind(content)} as "content", expected a string')
     return {**message, "content": content}
+
+
+def _check_calls(where: str, calls: object) -> None:
+    """Arguments are an object or JSON text of one; which of the two a template takes is found when it is rendered."""
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise _UnusableError(Reason.BAD_MESSAGE, f'{where} has {_kind(calls)} as "tool_calls", expected a list')
+    for number, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            text = f'{where} has a "tool_calls"[{number}] that is not an object with a function'
+            raise _UnusableError(Reason.BAD_MESSAGE, text)
+        arguments = function.get("arguments", {})
+        if not isinstance(_from_json(arguments), dict):
+            text = (
+                f'{where} has a call whose "arguments" are {_kind(arguments)}, expected an object or JSON text of one'
+            )
+            raise _UnusableError(Reason.BAD_MESSAGE, text)
+
+
+def with_parsed_arguments(messages: Messages) -> Messages:
+    """The messages with every call's arguments as an object, where they are JSON text."""
+    return [
+        {**message, "tool_calls": [_parsed_call(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _parsed_call(call["function"])}
+    return {**call, "arguments": _from_json(call["arguments"])} if "arguments" in call else call
 
 
 def _join_parts(where: str, parts: list[Any]) -> str:

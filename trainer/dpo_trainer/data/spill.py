@@ -28,7 +28,7 @@ from dpo_trainer.data.encode import EncodedPair
 from dpo_trainer.data.packing import pair_cost
 from dpo_trainer.data.tokenizer import Ids
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when these files or the meaning of a setting change."""
 
 ROW = np.dtype(

@@ -34,11 +34,13 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
     "generation_config.json",
     "config.json",
 )
 """Every file of a model folder that can change how text becomes ids."""
 
+_TEMPLATES = "additional_chat_templates"
 _PROBE = "a"
 _SMALL_SHARE = 0.5  # a tokenizer with fewer ids than this share of the model's is suspicious: padding is a few percent
 
@@ -53,6 +55,7 @@ class _Backend(Protocol):
     special_ids: frozenset[int]
     special_tokens: dict[str, str]
     chat_template: str | None
+    tool_template: str | None  # a template of its own for conversations with tools
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, no special tokens added."""
@@ -91,7 +94,9 @@ class _HuggingFace:
         )
         self.special_tokens = {name: str(token) for name, token in loaded.special_tokens_map.items()}
         template = loaded.chat_template
-        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        named: dict[str, str] = template if isinstance(template, dict) else {"default": template}
+        self.chat_template = named.get("default")
+        self.tool_template = named.get("tool_use")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if self._rust is not None:
@@ -112,6 +117,7 @@ class _SentencePiece:
     """A bare tokenizer.model, as in a .nemo archive: text never turns into control symbols and nothing is added."""
 
     chat_template: str | None = None
+    tool_template: str | None = None
 
     def __init__(self, file: Path, name: str) -> None:
         self._processor: Any = sentencepiece.SentencePieceProcessor()
@@ -160,7 +166,8 @@ class Tokenizer:
         self.bos_id, self.eos_id = backend.bos_id, backend.eos_id
         self.end_ids = (end_ids | backend.special_ids) - {backend.bos_id}
         template = chat_template or backend.chat_template
-        self.chat = ChatTemplate(template, backend.special_tokens) if template else None
+        for_tools = None if chat_template else backend.tool_template
+        self.chat = ChatTemplate(template, backend.special_tokens, tool_source=for_tools) if template else None
         self.fingerprint = hashlib.sha256(f"{fingerprint}\n{template}".encode()).hexdigest()
         bare, full = backend.encode([_PROBE])[0], backend.encode_with_special(_PROBE)
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
@@ -223,7 +230,10 @@ def fetch_tokenizer(store: Store, uri: str, folder: Path) -> Path:
     names = store.children(uri)
     if not names and base_name(uri) in VOCABULARIES:
         store.download(uri, folder / base_name(uri))
+    more = store.children(join_uri(uri, _TEMPLATES)) if names else []
+    names = [*names, *(f"{_TEMPLATES}/{name}" for name in more)]
     for name in set(names).intersection(TOKENIZER_FILES):
+        (folder / name).parent.mkdir(exist_ok=True)
         store.download(join_uri(uri, name), folder / name)
     return folder
 
