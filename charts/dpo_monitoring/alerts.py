@@ -1,4 +1,4 @@
-"""The alerts, as data. Each names the job it is about, and the page that says what to look at, in order."""
+"""The alerts, as data. Each names its job and links to the page that says what to check, in order."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def _stalled() -> Alert:
         f"or (\n  {still} > {STALLED_SECONDS}\n  and {_STEPS} < {_PLANNED}\n"
         f"  unless ({seen} == 0 and {answers} == 1)\n)",
         (seen, answers, runs, still, _STEPS, _PLANNED),
-        f"{_JOB_IS} holds its nodes and does not train",
-        "Neither a step nor a validation nor a checkpoint has ended for long, and the operator, where it can look, sees"
-        " no other phase that would explain it.",
+        f"{_JOB_IS} holds its nodes but does not train",
+        "No step, validation or checkpoint has finished for a long time, and the operator sees no other phase that"
+        " would explain it.",
     )
 
 
@@ -102,11 +102,11 @@ def _non_finite() -> Alert:
         "DPOTrainingNonFinite",
         "critical",
         "0m",
-        # A failed job keeps its condition until it is deleted: six hours of alarm are enough.
+        # A failed job keeps its condition until it is deleted: so the alert ends after six hours.
         f"({seen} == 0 unless (max_over_time(({seen})[30m:1m] offset 6h) == 0)){nan}",
         (seen, *losses),
         f"{_JOB_IS}: a loss or a gradient is NaN or infinite",
-        "The trainer stops before such a step moves any weight, and the job fails: the same would happen again.",
+        "The trainer stops before such a step changes any weight. The job fails, because the step would fail again.",
     )
 
 
@@ -118,7 +118,7 @@ def _not_rising() -> Alert:
         "15m",
         f"{value} <= {CHANCE}\nand {_LATE_ENOUGH}",
         (value, _STEPS),
-        f"{_JOB_IS} does not learn: accuracy {{{{ $value | humanizePercentage }}}} after {EARLIEST_STEP} steps",
+        f"{_JOB_IS} is not learning: accuracy {{{{ $value | humanizePercentage }}}} after {EARLIEST_STEP} steps",
         f"The accuracy is still at chance (at most {CHANCE}); it should have risen by now.",
     )
 
@@ -131,7 +131,7 @@ def _negative_margin() -> Alert:
         "15m",
         f"{value} < 0\nand {_LATE_ENOUGH}",
         (value, _STEPS),
-        f'{_JOB_IS} rewards rejected responses more than chosen ones: margin {{{{ $value | printf "%.3f" }}}}',
+        f'{_JOB_IS} gives rejected responses higher rewards than chosen ones: margin {{{{ $value | printf "%.3f" }}}}',
         "The mean reward margin is negative; it should be positive by now. Chosen and rejected may be swapped.",
     )
 
@@ -144,11 +144,11 @@ def _checkpoint_old() -> Alert:
         "DPOCheckpointTooOld",
         "warning",
         "10m",
-        # Not the checkpoint's age: an attempt that goes on after a week of rest has lost nothing yet.
+        # Not the checkpoint's age: an attempt that resumes after a week has lost nothing yet.
         f"{before} > {saved}\nor ({steps} and {before} unless {saved})",
         (steps, saved),
         f"{_JOB_IS} has not saved a checkpoint for more than {CHECKPOINT_SECONDS // 3600} hours",
-        "A node that is lost now costs all steps since the last checkpoint.",
+        "If a node is lost now, all steps since the last checkpoint are lost.",
     )
 
 
@@ -161,7 +161,7 @@ def _pending() -> Alert:
         "30m",
         waiting,
         (waiting,),
-        f"{_JOB_IS} has waited half an hour for its nodes",
+        f"{_JOB_IS} has waited for its nodes for half an hour",
         "It is queued, or its pods are not scheduled, cannot pull their image, or do not find each other.",
     )
 
@@ -174,8 +174,8 @@ def _restart_loop() -> Alert:
         "0m",
         f"{changes} >= 3",
         (changes,),
-        f"{_JOB_IS} has begun {{{{ $value }}}} attempts within an hour",
-        "Attempts end again and again; each costs the steps since its checkpoint and the start-up of all pods.",
+        f"{_JOB_IS} has started {{{{ $value }}}} attempts within an hour",
+        "Attempts keep failing. Each one loses the steps since its checkpoint and has to start all pods again.",
     )
 
 
@@ -187,11 +187,11 @@ def _operator_down() -> Alert:
         "DPOOperatorDown",
         "critical",
         "5m",
-        # Filling the caches takes seconds, and begins anew when a definition comes or goes: shorter than the pause.
+        # Filling the caches takes seconds, less than this alert waits, also when a definition is added or removed.
         f"absent({alive})\nor {dead} > 0\nor {synced} == 0\nor {checked} > {BLIND_SECONDS}",
         (alive, dead, synced, checked),
-        "The DPO operator is down or sees nothing of the cluster",
-        "Jobs go on training, but nothing is accepted, restarted or reported until it is back.",
+        "The DPO operator is down or cannot see the cluster",
+        "Running jobs continue, but no job is accepted, restarted or updated until it is back.",
     )
 
 

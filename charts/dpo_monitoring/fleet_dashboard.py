@@ -1,4 +1,4 @@
-"""The dashboard *DPO fleet*: what runs, what waits, what restarts, and how the operator is."""
+"""The dashboard *DPO fleet*: what runs, what waits, what restarts, and the state of the operator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOW = Row(
         _jobs("Training", "DPOJobs that train now.", "Running|Checkpointing"),
         _jobs("Waiting", "DPOJobs that wait for their queue, for nodes, or for the next attempt.", WAITING),
         _jobs("Succeeded", "DPOJobs whose model is exported.", "Succeeded"),
-        _jobs("Failed or rejected", "DPOJobs that need somebody.", "Failed|Rejected"),
+        _jobs("Failed or rejected", "DPOJobs that need attention.", "Failed|Rejected"),
         Panel(
             "GPUs held",
             "GPUs of the attempts that run now.",
@@ -34,8 +34,8 @@ NOW = Row(
         ),
         Panel(
             "Operator",
-            "1 while an operator is scraped, has filled its caches and no watch is dead. 0: jobs go on, but nothing"
-            " restarts them.",
+            "1 while an operator is scraped, has filled its caches and has no dead watch. At 0, jobs continue but"
+            " are not restarted.",
             "none",
             (
                 Query(
@@ -52,7 +52,7 @@ NOW = Row(
         ),
         Panel(
             "Jobs",
-            "Every DPOJob with its state and newest figures. A name leads to its dashboard DPO training.",
+            "Every DPOJob with its state and newest values. A name links to the dashboard DPO training.",
             "none",
             (
                 Query(fleet("dpo_job_state", "namespace", "dpojob", "state"), "State"),
@@ -160,8 +160,8 @@ JOBS = Row(
         ),
         Panel(
             "Runs that need a look",
-            "Jobs with a condition that should not be: no answer of the trainer, a first loss that contradicts the"
-            " reference, a loss that is not finite, no learning after many steps, a stall.",
+            "Jobs with a condition that needs a look: the trainer does not answer, the first loss contradicts the"
+            " reference, a loss is not finite, no learning after many steps, or a stall.",
             "none",
             (
                 Query(f"sum by (condition) ({_CONDITIONS % '!='} == bool 0)", "{{condition}} is false"),
@@ -178,8 +178,8 @@ OPERATOR = Row(
     "Operator",
     (
         Panel(
-            "Duration of a pass",
-            "How long the operator works on one DPOJob, requests included: median and 99th percentile.",
+            "Duration of a reconcile",
+            "How long the operator takes to reconcile one DPOJob, requests included: median and 99th percentile.",
             "s",
             tuple(
                 Query(
@@ -191,9 +191,9 @@ OPERATOR = Row(
             lowest=0,
         ),
         Panel(
-            "Passes that failed",
-            "Passes a second that failed and are repeated, by cause: an HTTP status of the API server, unreachable,"
-            " unsettled, or exception, which is a bug.",
+            "Failed reconciles",
+            "Reconciles per second that failed and are retried, by cause: an HTTP status of the API server,"
+            " unreachable, unsettled, or exception, which is a bug.",
             "none",
             (
                 Query(
@@ -205,17 +205,17 @@ OPERATOR = Row(
         ),
         Panel(
             "Work queue",
-            "DPOJobs that wait for a pass, and the longest wait. Both are near 0 in health.",
+            "DPOJobs waiting to be reconciled, and the longest wait. Both are normally near 0.",
             "short",
             (
-                Query(own("dpo_operator_queue_depth"), "jobs that wait"),
+                Query(own("dpo_operator_queue_depth"), "jobs waiting"),
                 Query(own("dpo_operator_queue_oldest_seconds"), "longest wait in s"),
             ),
             lowest=0,
         ),
         Panel(
             "Watches",
-            "Watches that are dead, and how often they were started anew. A dead one makes /healthz fail.",
+            "Dead watches, and how often the watches were restarted. A dead watch makes /healthz fail.",
             "none",
             (
                 Query(own("dpo_operator_watches_dead"), "dead"),
@@ -225,14 +225,14 @@ OPERATOR = Row(
         ),
         Panel(
             "Since the watches were checked",
-            "Time since the watches were last compared with the cluster. It is done every few minutes.",
+            "Time since the watches were last compared with the cluster, which happens every few minutes.",
             "s",
             (Query(f"time() - {own('dpo_operator_watch_checked_timestamp_seconds')}", "age"),),
             lowest=0,
         ),
         Panel(
             "Trainers that did not answer",
-            "Requests for progress that failed, so far. Many: a NetworkPolicy may keep the operator from port 9400.",
+            "Requests for progress that failed. If there are many, a NetworkPolicy may block the trainers' port 9400.",
             "none",
             (Query(own("dpo_operator_scrape_failures"), "failures"),),
             lowest=0,
@@ -252,8 +252,8 @@ OPERATOR = Row(
             lowest=0,
         ),
         Panel(
-            "PyTorchJob known",
-            "1 where the cluster knows PyTorchJob, that is where training-operator is installed.",
+            "PyTorchJob installed",
+            "1 if the PyTorchJob definition is installed, which comes with training-operator.",
             "none",
             (Query(own("dpo_operator_backend_installed"), "PyTorchJob"),),
             lowest=0,
@@ -265,7 +265,7 @@ OPERATOR = Row(
 FLEET = Dashboard(
     uid="dpo-fleet",
     title="DPO fleet",
-    description="What runs, what waits, what restarts, and how the operator is.",
+    description="What runs, what waits, what restarts, and the state of the operator.",
     variables=(
         Variable("namespace", "Namespace", "Namespaces of the jobs.", "label_values(dpo_operator_jobs, namespace)"),
     ),

@@ -1,4 +1,4 @@
-"""The dashboard *DPO training*: does a run learn, and is it fast. Runs side by side by choosing several."""
+"""The dashboard *DPO training*: whether a run learns, and how fast it is. Choose several runs to compare them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ NOW = Row(
         ),
         Panel(
             "Training loss",
-            "Loss of the last step's global batch. DPO begins at ln 2 = 0.693.",
+            "Loss of the last step's global batch. DPO starts at ln 2 = 0.693.",
             "none",
             (_newest("dpo_train_loss"),),
             form="stat",
@@ -76,7 +76,7 @@ NOW = Row(
         ),
         Panel(
             "Time left",
-            "Steps that are left times the duration of the last step. Validations and checkpoints come on top.",
+            "Remaining steps times the duration of the last step, without validations and checkpoints.",
             "s",
             (
                 Query(
@@ -93,7 +93,7 @@ NOW = Row(
         ),
         Panel(
             "Checkpoint age",
-            "Time since the newest complete checkpoint: what a lost node would cost now.",
+            "Time since the newest complete checkpoint: the work that is lost if a node fails now.",
             "s",
             (
                 Query(
@@ -107,7 +107,7 @@ NOW = Row(
         ),
         Panel(
             "Runs side by side",
-            "The newest values of every chosen run, one line a run.",
+            "The newest values of every selected run, one row per run.",
             "none",
             (
                 _newest("dpo_train_steps_total", "Step"),
@@ -133,7 +133,7 @@ LEARNING = Row(
         Panel(
             "Accuracy",
             "Share of pairs whose chosen response has the higher reward: of each step's global batch (noisy) and of all"
-            " validation pairs. It rises from 0.5. Training near 1 with validation far below is overfitting.",
+            " validation pairs. It rises from 0.5. Training near 1 with validation far lower means overfitting.",
             "percentunit",
             _both("reward_accuracy_ratio"),
             width=12,
@@ -142,7 +142,7 @@ LEARNING = Row(
         ),
         Panel(
             "Reward margin",
-            "Mean reward of chosen minus rejected responses. It begins at 0 and rises; below 0 the pairs may be"
+            "Mean reward of chosen minus rejected responses. It starts at 0 and rises; below 0 the pairs may be"
             " swapped.",
             "none",
             _both("reward_margin"),
@@ -151,7 +151,7 @@ LEARNING = Row(
         Panel(
             "Rewards of chosen responses",
             "Beta times how much more likely the policy finds chosen responses than the reference does. Some decline"
-            " is usual in DPO; a steep one together with the rejected ones means the model forgets.",
+            " is normal in DPO; if both chosen and rejected fall steeply, the model forgets.",
             "none",
             _both("reward_chosen"),
         ),
@@ -163,13 +163,13 @@ LEARNING = Row(
         ),
         Panel(
             "Spread of rewards",
-            "Standard deviation of the rewards of all responses. It grows as the policy leaves the reference.",
+            "Standard deviation of the rewards of all responses. It grows as the policy moves away from the reference.",
             "none",
             _both("reward_stddev"),
         ),
         Panel(
             "Loss",
-            "The loss that is minimised. DPO begins at ln 2 = 0.693, and validation should follow training down.",
+            "The loss that is minimised. DPO starts at ln 2 = 0.693, and validation should follow training down.",
             "none",
             _both("loss"),
         ),
@@ -181,8 +181,8 @@ LEARNING = Row(
         ),
         Panel(
             "SFT loss",
-            "Negative log-prob of the chosen response, before its weight dpo.sftWeight; empty where that is 0. Rising,"
-            " it shows the model drifting away from what it should say.",
+            "Negative log-prob of the chosen response, before its weight dpo.sftWeight; empty where that is 0. If it"
+            " rises, the chosen responses become less likely.",
             "none",
             _both("sft_loss"),
         ),
@@ -201,7 +201,7 @@ OPTIMIZER = Row(
         ),
         Panel(
             "Gradient norm",
-            "Norm of the whole gradient before clipping. Spikes are clipped; a norm that keeps growing asks for a lower"
+            "Norm of the whole gradient before clipping. Spikes are clipped; if the norm keeps growing, use a lower"
             " learning rate.",
             "none",
             (Query(run("dpo_train_grad_norm"), WHO),),
@@ -209,7 +209,7 @@ OPTIMIZER = Row(
         ),
         Panel(
             "Steps and epochs",
-            "Optimizer steps done, earlier attempts included, and epochs. A resumed attempt begins at its checkpoint.",
+            "Optimizer steps done, earlier attempts included, and epochs. A resumed attempt starts at its checkpoint.",
             "short",
             (
                 Query(run("dpo_train_steps_total"), f"{WHO} steps"),
@@ -224,8 +224,8 @@ SPEED = Row(
     "Speed",
     (
         Panel(
-            "Tokens a second",
-            "Tokens computed a second in the last step, by all processes. Padding does not count.",
+            "Tokens per second",
+            "Tokens computed per second in the last step by all processes, without padding.",
             "short",
             (Query(run("dpo_train_tokens_per_second"), WHO),),
             lowest=0,
@@ -242,8 +242,8 @@ SPEED = Row(
         ),
         Panel(
             "Data wait",
-            "Share of time that steps waited for data. Above a few percent the storage or the node's CPUs hold up the"
-            " GPUs.",
+            "Share of time that steps waited for data. Above a few percent, the storage or the node's CPUs slow down"
+            " the GPUs.",
             "percentunit",
             (Query(run_rate("dpo_data_wait_seconds_total"), WHO),),
             lowest=0,
@@ -261,8 +261,8 @@ SPEED = Row(
         ),
         Panel(
             "Since the last step",
-            "Time since the last optimizer step and the last validation. It falls back to 0 at each; a long climb of"
-            " both is a stall (or an export at the end).",
+            "Time since the last optimizer step and the last validation. It drops to 0 at each one. A long rise of"
+            " both means a stall, or an export at the end.",
             "s",
             (
                 Query(f"time() - {run('dpo_train_last_step_timestamp_seconds')}", f"{WHO} step"),
@@ -272,7 +272,7 @@ SPEED = Row(
         ),
         Panel(
             "Version",
-            "Which version of the trainer each attempt runs.",
+            "The trainer version of each attempt.",
             "none",
             (
                 Query(
@@ -290,14 +290,14 @@ DATA = Row(
     (
         Panel(
             "Age of the checkpoint",
-            "Time since the attempt's newest complete checkpoint. A saw-tooth: its height is what a lost node costs.",
+            "Time since the attempt's newest complete checkpoint. A saw-tooth; its height is what a lost node costs.",
             "s",
             (Query(f"time() - {run('dpo_checkpoint_last_success_timestamp_seconds')}", WHO),),
             lowest=0,
         ),
         Panel(
             "Steps since the checkpoint",
-            "Optimizer steps that would have to be done again if a node were lost now.",
+            "Optimizer steps that are lost if a node fails now.",
             "short",
             (Query(f"{run('dpo_train_steps_total')} - {run('dpo_checkpoint_last_step')}", WHO),),
             lowest=0,
@@ -332,7 +332,7 @@ GPUS = Row(
     (
         Panel(
             "GPU utilization",
-            "Share of time in which a kernel ran, over the GPUs of a job. One GPU far below the others holds all up.",
+            "Share of time in which a kernel ran, over a job's GPUs. One GPU far below the others slows them all down.",
             "percentunit",
             _gpus("DCGM_FI_DEV_GPU_UTIL", " / 100"),
             lowest=0,
@@ -340,7 +340,7 @@ GPUS = Row(
         ),
         Panel(
             "Tensor cores",
-            "Share of cycles in which the tensor cores were busy: how well the GPUs are really used.",
+            "Share of cycles in which the tensor cores were busy: how much of the GPUs is really used.",
             "percentunit",
             _gpus("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE"),
             lowest=0,
@@ -362,21 +362,21 @@ GPUS = Row(
         ),
         Panel(
             "GPU power",
-            "Power drawn by all GPUs of a job. A drop to idle while steps should go on is a stall.",
+            "Power drawn by all GPUs of a job. If it drops to idle during training, the job has stalled.",
             "watt",
             (Query(f"sum by (namespace, dpojob) ({gpu('DCGM_FI_DEV_POWER_USAGE')})", "{{dpojob}}"),),
             lowest=0,
         ),
         Panel(
             "GPU temperature",
-            "Hot GPUs lower their clock: then one node is slower than the others.",
+            "Hot GPUs lower their clock, which makes their node slower than the others.",
             "celsius",
             _gpus("DCGM_FI_DEV_GPU_TEMP"),
             lowest=0,
         ),
         Panel(
             "GPU errors",
-            "Number of the last XID error of each GPU; 0 is none. NVIDIA's list says what a number means.",
+            "Number of the last XID error of each GPU; 0 is none. NVIDIA's list of XID errors explains the numbers.",
             "none",
             (Query(gpu("DCGM_FI_DEV_XID_ERRORS"), "{{pod}} GPU {{gpu}}"),),
             lowest=0,
@@ -388,7 +388,7 @@ GPUS = Row(
 TRAINING = Dashboard(
     uid="dpo-training",
     title="DPO training",
-    description="Does a DPO run learn, and is it fast. Choose several jobs to compare them.",
+    description="Whether a DPO run learns, and how fast it is. Choose several jobs to compare them.",
     variables=(
         Variable("namespace", "Namespace", "Namespaces of the jobs.", "label_values(dpo_trainer_info, namespace)"),
         Variable(
