@@ -119,7 +119,7 @@ class Rule:
     field: str
     """The field to blame, in camelCase relative to the section; empty for the section itself."""
     message: str
-    """One sentence: what is wrong and how to mend it."""
+    """One sentence: what is wrong and how to fix it."""
     cel: str
     """The rule as CEL, where ``self`` is the section."""
     holds: Callable[[Any], bool]

@@ -27,7 +27,7 @@ class Finding:
     field: str
     """Path in camelCase, such as ``spec.data.train[0].uri``; empty for the manifest as a whole."""
     message: str
-    """What is wrong, with the value, and how to mend it."""
+    """What is wrong, with the value, and how to fix it."""
     source: str = ""
     """File (or file and job) that it is about; empty when there is only one."""
     line: int | None = None
@@ -265,7 +265,7 @@ def _unknown_field(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
 
 
 def _section_at(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
-    """Follow a path of aliases to the section class that stands there."""
+    """Follow a path of aliases to the section class at its end."""
     section: type[BaseModel] | None = model
     for part in loc:
         if isinstance(part, int):

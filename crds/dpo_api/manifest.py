@@ -280,7 +280,7 @@ def _mapping(node: yaml.MappingNode, loader: _Loader, path: FieldPath, lines: di
             continue
         key = _key(key_node)
         if key in seen:
-            problem = f'the key "{key}" stands twice; the first is in line {seen[key]}'
+            problem = f'the key "{key}" appears twice; the first is in line {seen[key]}'
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
         seen[key] = key_node.start_mark.line + 1
     # Merged keys come first, so that the mapping's own win.

@@ -44,7 +44,7 @@ class Plan:
     total_steps: int
     """Optimizer steps of the run (M)."""
     epochs: int
-    """Epochs begun, the last one perhaps unfinished."""
+    """Epochs started; the last one may be unfinished."""
     dropped_per_epoch: int
     """Pairs that a whole epoch does not show, for ``dropLast`` or ``limitTrainBatches``; others each epoch."""
     validation_every: int

@@ -93,7 +93,7 @@ def _steps(spec: DPOJobSpec, train_pairs: int | None, validation_pairs: Sequence
             )
     for index, pairs in enumerate(validation_pairs or ()):
         if pairs == 0:
-            yield _error(f"data.validation[{index}]", "no usable pair is left; remove the source or mend its data")
+            yield _error(f"data.validation[{index}]", "no usable pair is left; remove the source or fix its data")
 
 
 def _parallelism(spec: DPOJobSpec) -> Iterator[Finding]:

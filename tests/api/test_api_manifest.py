@@ -69,7 +69,7 @@ def test_numbers_that_json_has_not_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
-        ("a: 1\nb: 2\na: 3\n", 3, 'the key "a" stands twice; the first is in line 1'),
+        ("a: 1\nb: 2\na: 3\n", 3, 'the key "a" appears twice; the first is in line 1'),
         ("a:\n  - b\n - c\n", 3, "expected <block end>"),
         ("a: [1, 2\nb: 3\n", 2, "while parsing a flow sequence"),
         ("a: 1\n\tb: 2\n", 2, "cannot start any token"),

@@ -234,7 +234,7 @@ def test_templates_that_are_missing_fail_or_rewrite_the_prompt(
     )
     problem = problem_of(rewrites, talk)
     assert problem.reason is Reason.TEMPLATE
-    assert "cannot be told apart" in problem.message
+    assert "cannot be separated" in problem.message
 
 
 def test_a_batch_keeps_results_with_their_records(tokenizers: dict[str, Tokenizer]) -> None:

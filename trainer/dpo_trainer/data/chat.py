@@ -16,7 +16,7 @@ from jinja2.utils import missing
 from dpo_api.errors import InvalidModelError
 
 TEMPLATE_DATE = dt.date(2024, 7, 26)
-"""What every template is told that today is, so that a run's tokens do not depend on the day it starts.
+"""The date that every template gets as today's, so that a run's tokens do not depend on the day it starts.
 
 The day that Llama 3's template itself falls back to. A tokenizer's user who lets templates print the real date meets a
 model trained on another one, as with any data set.

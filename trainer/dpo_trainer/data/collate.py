@@ -85,7 +85,7 @@ def make_pack(
 ) -> Pack:
     """Build the pack of these pairs (dataset indices, in this order); of none, a filler pack of one tiny pair.
 
-    ``share``: a pair's prompt stands once, with both responses as its children; otherwise once before each response.
+    ``share``: a pair's prompt appears once, with both responses as its children; otherwise once before each response.
     ``with_rejected=False`` (SFT alone) leaves the rejected responses out. The stream is padded at its end to a
     multiple of ``pad_to_multiple``. Rows and owners are ordered by pair, chosen before rejected.
     """

@@ -84,7 +84,7 @@ class PairEncoder:
         return last in self._tokenizer.end_ids
 
     def has_special(self, pair: EncodedPair) -> bool:
-        """Whether a special token other than BOS stands in the prompt or the chosen response."""
+        """Whether a special token other than BOS is in the prompt or the chosen response."""
         return any(not self._tokenizer.end_ids.isdisjoint(part.tolist()) for part in (pair.prompt, pair.chosen))
 
     def _is_blank(self, token: int) -> bool:
@@ -131,7 +131,8 @@ class PairEncoder:
         if not all(whole.startswith(head) for whole in wholes):
             return Problem(
                 Reason.TEMPLATE,
-                "the chat template renders the prompt otherwise once a response follows: the two cannot be told apart",
+                "the chat template renders the prompt differently when a response follows, so the response cannot be"
+                " separated",
             )
         return _Texts(head, tuple(whole[len(head) :] for whole in wholes), templated=True)
 

@@ -1,7 +1,7 @@
 """The index pass: every line validated and tokenised once, the usable pairs on disk, their number known before
 training.
 
-Lines are streamed and encoded in batches, so memory is O(buffer); the result lies in the node's cache under a key of
+Lines are streamed and encoded in batches, so memory is O(buffer); the result is kept in the node's cache under a key of
 everything that changes it. One process of a node builds it while the others wait, and a complete index is reused.
 """
 
@@ -56,7 +56,7 @@ class IndexProgress:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told: ``message`` gets sentences for people, ``progress`` a report after each batch."""
+    """Receives reports: ``message`` gets sentences for people, ``progress`` a report after each batch."""
 
     message: Callable[[str], None] = lambda _: None
     progress: Callable[[IndexProgress], None] = lambda _: None
@@ -126,7 +126,7 @@ def build_index(
 ) -> PairIndex:
     """Index the sources, concatenated in this order, or reuse the complete index of the same content and settings.
 
-    ``name`` stands in messages. ``rejected_needed=False`` is SFT alone: rejected responses are neither asked for nor
+    ``name`` is used in messages. ``rejected_needed=False`` is SFT alone: rejected responses are neither asked for nor
     kept. ``vocabulary`` is the model's; ``cache`` defaults to ``cache_folder()``. Every process of a node may call
     this at once.
 
@@ -182,7 +182,7 @@ def _check_vocabulary(index: PairIndex, vocabulary: int | None) -> None:
     if vocabulary is not None and largest >= vocabulary:
         raise InvalidModelError(
             f"{index.stats['largestIdAt']}: token id {largest} is outside the model's vocabulary of {vocabulary} ids;"
-            " the tokenizer and the model are not of the same model, or tokens were added to one only"
+            " the tokenizer and the model do not match, or tokens were added to only one of them"
         )
 
 

@@ -166,7 +166,7 @@ def _kind(value: object) -> str:
 
 
 def _find(row: Mapping[str, Any], role: str, name: str | None) -> tuple[str, Any]:
-    """The key under which the role stands and its value; a null counts as absent (then the value is None)."""
+    """The role's key in this line and its value; a null counts as absent (then the value is None)."""
     names = (name,) if name else _USUAL[role]
     return next(((key, row[key]) for key in names if row.get(key) is not None), (names[0], None))
 

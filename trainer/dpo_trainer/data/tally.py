@@ -157,7 +157,7 @@ class Tally:
 
         lines, pairs, tokens (prompt + chosen + rejected), longest (prompt with the longer response), truncated,
         dropped (by reason), endInEndToken (chosen responses that do), sources (the same counts for each, with name and
-        uri), files (as read), warnings, templateDate (what templates were told that today is, null when they do not
+        uri), files (as read), warnings, templateDate (the date that templates got as today's, null when they do not
         ask).
         """
         return {

@@ -205,7 +205,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path, *, chat_template: str | None = None, name: str | None = None) -> Tokenizer:
-    """Load the tokenizer of a local folder; ``chat_template`` (Jinja) replaces its own, ``name`` stands in errors.
+    """Load the tokenizer of a local folder; ``chat_template`` (Jinja) replaces its own, ``name`` is used in errors.
 
     A folder with ``tokenizer.model`` and no other tokenizer file is plain SentencePiece; otherwise transformers reads
     it (local files only, no remote code). Raises NotFoundError when there is none, InvalidModelError when it is
