@@ -13,17 +13,16 @@ import pytest
 
 from dpo_api.errors import FencedError, Outcome
 from dpo_store import open_store
-from dpo_testing.runs import finish, kill, merged, run_here, start, wait_for_step
-from dpo_testing.training_world import make
+from dpo_testing.runs import Finished, finish, kill, run_here, start, wait_for_step
 from dpo_testing.trajectories import checkpoints_in, differences, workers_of
 from dpo_trainer.checkpoint import store as checkpoints
 from dpo_trainer.distributed import World
 from dpo_trainer.metrics.jsonl import LocalLog
 from dpo_trainer.rundir import RunDirectory
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("checkpoint-fencing")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruption")]
 
-STEPS, EVERY = 24, 8
+EVERY = 8
 
 
 def directory(folder: Path) -> RunDirectory:
@@ -99,11 +98,10 @@ def frozen(child: subprocess.Popen[bytes], scratch: Path) -> Iterator[None]:
             os.kill(process, signal.SIGCONT)
 
 
-def test_a_run_that_wakes_up_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
-    slow = {"maxSteps": STEPS, "learningRate": 1e-3, "validationInterval": 6, "packing": {"enabled": False}}
-    spec = merged(make(tmp_path, pairs=21), {"training": slow, "checkpoint": {"everySteps": EVERY}})
-    undisturbed = run_here(spec, tmp_path / "undisturbed")
+def test_a_run_that_wakes_up_late_changes_nothing(
+    slow_spec: dict[str, Any], undisturbed: Finished, tmp_path: Path
+) -> None:
+    spec = slow_spec
     folder, scratch = tmp_path / "run", tmp_path / "scratch"
     child = start(spec, folder, processes=1, scratch=scratch)
     try:

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_api.errors import Outcome
 from dpo_testing.runs import Finished, finish, kill, merged, run_here, run_processes, start, wait_for_step
-from dpo_testing.training_world import LORA, make
+from dpo_testing.training_world import LORA
 from dpo_testing.trajectories import checkpoints_in, differences, workers_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruption")]
@@ -20,15 +20,13 @@ STEPS, EVERY = 24, 8
 
 
 @pytest.fixture(scope="module")
-def spec(world: Path) -> dict[str, Any]:
-    """Eight packs a step, so that a step takes long enough for a signal to find the run under way."""
-    slow = {"maxSteps": STEPS, "learningRate": 1e-3, "validationInterval": 6, "packing": {"enabled": False}}
-    return merged(make(world, pairs=21), {"training": slow, "checkpoint": {"everySteps": EVERY}})
+def spec(slow_spec: dict[str, Any]) -> dict[str, Any]:
+    return slow_spec
 
 
 @pytest.fixture(scope="module")
-def full(spec: dict[str, Any], world: Path) -> Finished:
-    return run_here(spec, world / "full, undisturbed")
+def full(undisturbed: Finished) -> Finished:
+    return undisturbed
 
 
 @pytest.fixture(scope="module")

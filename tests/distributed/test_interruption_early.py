@@ -23,20 +23,14 @@ from dpo_trainer.results import RankResult, summarise
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruption-early")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruption")]
 
 STEPS, EVERY = 24, 8
 
 
 @pytest.fixture(scope="module")
-def spec(world: Path) -> dict[str, Any]:
-    slow = {"maxSteps": STEPS, "learningRate": 1e-3, "validationInterval": 6, "packing": {"enabled": False}}
-    return merged(make(world, pairs=21), {"training": slow, "checkpoint": {"everySteps": EVERY}})
-
-
-@pytest.fixture(scope="module")
-def undisturbed(spec: dict[str, Any], world: Path) -> Finished:
-    return run_here(spec, world / "undisturbed")
+def spec(slow_spec: dict[str, Any]) -> dict[str, Any]:
+    return slow_spec
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 180) -> None:
@@ -83,7 +77,7 @@ def _before(run: Run, name: str, action: Callable[[], None]) -> None:
 def test_a_signal_before_the_workers_listen_ends_the_run_as_stopped(spec: dict[str, Any], world: Path) -> None:
     """They import for seconds. One that listened already would wait for one that the signal has ended."""
     folder, scratch = world / "importing", world / "importing scratch"
-    child = start(spec, folder, processes=2, scratch=scratch)
+    child = start(spec, folder, processes=2, scratch=scratch, preloaded=False)
     try:
         wait_until(lambda: len(workers_of(scratch)) == 2, "no workers came up")
         child.send_signal(signal.SIGTERM)

@@ -93,6 +93,6 @@ def test_a_run_that_is_refused_fences_nobody(spec: dict[str, Any], folder: Path)
 
 
 def test_a_run_that_is_asked_by_a_signal_shows_its_stacks(spec: dict[str, Any], tmp_path: Path) -> None:
-    child = start(spec, tmp_path / "run", processes=1, scratch=tmp_path / "scratch")
+    child = start(spec, tmp_path / "run", processes=1, scratch=tmp_path / "scratch", preloaded=False)
     with pytest.raises(AssertionError, match="most recent call first"):
         finish(child, tmp_path / "scratch", timeout=3)  # it takes longer than that to import torch

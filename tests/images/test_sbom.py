@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("sbom")  # the lists are made once
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

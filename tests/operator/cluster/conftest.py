@@ -1,4 +1,8 @@
-"""One control plane a test process, one operator a module, one namespace a test."""
+"""One control plane a group of modules, one operator a module or test, one namespace a test.
+
+These tests mostly wait: for leases that run out, for back-offs, for an operator to start. Two groups, each with a
+control plane of its own, wait at the same time. A new module goes to the group that takes less time.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,25 @@ from dpo_testing.fakekubelet import FakeKubelet
 from dpo_testing.jobs import Jobs
 from dpo_testing.operatorprocess import OperatorProcess
 
+SECOND = (
+    "test_api_proxy",
+    "test_chart_installed",
+    "test_clock_and_zombie",
+    "test_e2e_on_a_shared_cluster",
+    "test_every_word",
+    "test_limits",
+    "test_node_lost",
+)
+"""The modules of the second group; the others make the first."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/operator/cluster/" in item.path.as_posix():
             item.add_marker(pytest.mark.cluster)
-            # The cluster is expensive: all of these run in the process that has it.
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+            # A control plane is expensive: all tests of a group run in the process that has it.
+            item.add_marker(pytest.mark.xdist_group("cluster-2" if item.path.stem in SECOND else "cluster-1"))
 
 
 @pytest.fixture(scope="session")

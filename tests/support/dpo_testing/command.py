@@ -14,6 +14,7 @@ import yaml
 
 from dpo_api.errors import Outcome
 from dpo_testing.cli import ROOMS, Said
+from dpo_testing.preloaded import PreloadedPopen, usable
 from dpo_testing.s3server import no_aws
 
 _UNSET = ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "DPO_PVC_ROOT", "DPO_CA_BUNDLE", "PET_NPROC_PER_NODE")
@@ -26,6 +27,8 @@ class Command:
 
     folder: Path
     variables: Mapping[str, str] = field(default_factory=dict)
+    preloaded: bool = True
+    """False: new interpreters, for a test of the whole way that a user's command takes."""
 
     def environment(self, **more: str) -> dict[str, str]:
         """What the process sees; nothing of this machine's cloud accounts or terminal."""
@@ -39,10 +42,11 @@ class Command:
         return own | no_aws() | ours | dict(self.variables) | more
 
     def start(self, *arguments: str, **more: str) -> subprocess.Popen[str]:
-        """Start it; ``more`` are environment variables."""
+        """Start it, forked with its imports done (dpo_testing.preloaded); ``more`` are environment variables."""
         command = [sys.executable, "-m", "dpo_cli", *arguments]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment(**more), **pipes)
+        popen = PreloadedPopen if self.preloaded and usable() else subprocess.Popen
+        return popen(command, cwd=self.folder, env=self.environment(**more), **pipes)
 
     def __call__(self, *arguments: str, **more: str) -> Said:
         """Run it to its end; what it says never holds a traceback."""

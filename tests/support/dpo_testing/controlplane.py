@@ -187,7 +187,7 @@ class ControlPlane:
                 last = "not ready"
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{name} is not ready after {seconds:.0f} s ({last}):\n{self.log(name)[-4000:]}")
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     # -- training-operator ------------------------------------------------------------------------------------------
 

@@ -161,7 +161,7 @@ def eventually[T](
             return seen
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:.0f} s: {what}; last seen: {_short(seen)}")
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def _short(seen: object) -> str:

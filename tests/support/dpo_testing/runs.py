@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo_api.manifest import DPOJob, parse_job
+from dpo_testing.preloaded import NOTES, PreloadedPopen, usable
 from dpo_trainer.distributed import World
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
@@ -93,16 +94,23 @@ def start(
     environment: Mapping[str, str] | None = None,
     more: Sequence[str] = (),
     name: str = "test",
+    preloaded: bool = True,
 ) -> subprocess.Popen[bytes]:
-    """Start the launcher in a session of its own; its log and last words lie in ``scratch``. ``more``: arguments."""
+    """Start the launcher in a session of its own; ``scratch`` gets its log and its termination message.
+
+    more: further arguments. preloaded: fork its processes from a server that has imported torch
+    (dpo_testing.preloaded); False starts new interpreters, for tests of what happens while they import.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "spec.json"
     path.write_text(job_of(spec, name).to_json())
     command = [sys.executable, "-m", "dpo_trainer", "launch", f"--spec={path}", f"--run-dir={folder}"]
     command += [f"--processes={processes}", f"--last-words={scratch / 'last-words.json'}", *more]
     variables = {**os.environ, "PYTHONPATH": ROOMS, "OMP_NUM_THREADS": "1", **(environment or {})}
+    variables[NOTES] = str(scratch / "processes")
+    popen = PreloadedPopen if preloaded and usable() else subprocess.Popen
     with (scratch / "log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
+        return popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
 
 
 def finish(child: subprocess.Popen[bytes], scratch: Path, *, code: int = 0, timeout: float = 300) -> dict[str, Any]:

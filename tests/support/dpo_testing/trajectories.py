@@ -1,5 +1,7 @@
 """When two runs are one: every step once, the same figures, the same weights."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +42,24 @@ def checkpoints_in(folder: Path) -> list[int]:
 def workers_of(scratch: Path) -> dict[int, int]:
     """Rank -> process id of the workers whose launcher was started with this scratch folder and that still live."""
     found: dict[int, int] = {}
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            words = (environment.parent / "cmdline").read_bytes().split(b"\0")
-            variables = dict(entry.split(b"=", 1) for entry in environment.read_bytes().split(b"\0") if b"=" in entry)
-        except OSError:
-            continue
-        if b"worker" in words and f"--spec={scratch / 'spec.json'}".encode() in words and b"RANK" in variables:
-            found[int(variables[b"RANK"])] = int(environment.parent.name)
+    spec = f"--spec={scratch / 'spec.json'}"
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words, rank = _command(process, scratch / "processes" / process.name)
+            if "worker" in words and spec in words and rank is not None and _lives(process):
+                found[int(rank)] = int(process.name)
     return found
+
+
+def _command(process: Path, note: Path) -> tuple[list[str], str | None]:
+    """A process's arguments and its RANK: from its note if it was forked (dpo_testing.preloaded), else from /proc."""
+    if note.exists():
+        known = json.loads(note.read_text())
+        return known["args"], known["rank"]
+    words = (process / "cmdline").read_text(errors="replace").split("\0")
+    pairs = (entry.split("=", 1) for entry in (process / "environ").read_text(errors="replace").split("\0"))
+    return words, dict(pair for pair in pairs if len(pair) == 2).get("RANK")
+
+
+def _lives(process: Path) -> bool:
+    return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
