@@ -9,8 +9,8 @@ PYTHON ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bi
 	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo "$$python"; break; }; done)
 STAMP := $(VENV)/.installed
 EXTRAS := operator,trainer,quickstart,wandb,dev
-# One thread a test process; two processes share two cores better than threads do.
-JOBS ?= 2
+# Test processes, of one thread each: four on two cores, because tests on a control plane mostly wait.
+JOBS ?= 4
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help
@@ -40,9 +40,18 @@ tools-started: ## start that in the background; a test that needs a program wait
 	@hack/build-tools.sh --background test || [ $$? -eq 3 ]
 
 .PHONY: test
-test: tools-started setup lint ## everything that must hold: lint, types, import contracts, generated files, tests
-	@echo "test: about 17 minutes on 2 cores"
+test: tools-started setup lint ## lint, types, import contracts, generated files, all tests but the nightly ones and e2e
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+# Directories whose tests train or run a control plane are not even imported: torch alone takes seconds in each process.
+.PHONY: check
+check: setup lint ## the quick part of `make test`: lint, and the tests without a training run, a cluster or a Go program
+	$(BIN)/python -m pytest -n 2 -m "not (slow or cluster or tools or nightly or e2e)" $(addprefix --ignore=tests/,distributed \
+		operator/cluster monitoring/test_monitoring_on_prometheus.py e2e) $(PYTEST_ARGS)
+
+.PHONY: nightly
+nightly: setup tools ## the tests that `make test` leaves out, but for the real cluster
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m nightly $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## ruff, strict types, import contracts

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("sbom")  # the lists are made once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sbom")]  # one group: the lists are made once
 
 ROOT = Path(__file__).resolve().parents[2]
 

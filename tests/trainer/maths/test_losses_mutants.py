@@ -132,6 +132,7 @@ def test_changed_arithmetic_is_caught(mutated: str) -> None:
     assert_caught(mutated)
 
 
+@pytest.mark.nightly  # the checks catch every change of an operator in `make test`
 @pytest.mark.parametrize("name", EDITS)
 def test_edit_is_caught(name: str) -> None:
     old, new = EDITS[name]
