@@ -396,11 +396,11 @@ def test_the_selfcheck_finds_the_shipped_role_enough(cluster: ControlPlane, name
     # Out of the cluster trainers are asked through the API server, for which the shipped role has no right.
     code, lines = selfcheck(who.kubeconfig(cluster), namespace)
     assert code == 1
-    assert [line for line in lines if "may not" in line] == [line for line in lines if "get pods/proxy" in line] != []
+    assert [line for line in lines if "cannot" in line] == [line for line in lines if "get pods/proxy" in line] != []
     # A Role is not for all namespaces.
     code, lines = selfcheck(who.kubeconfig(cluster), "")
     assert (code, lines[-1]) == (1, f"selfcheck: {len(RIGHTS)} lacking")
-    assert all("all namespaces: may not" in line for line in lines if line.startswith("lacks"))
+    assert all("all namespaces: cannot" in line for line in lines if line.startswith("lacks"))
 
 
 @pytest.mark.parametrize("right", [("", "pods", "watch"), (OURS, "dpojobs/status", "patch")])
