@@ -75,6 +75,7 @@ def story(**env: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_story_that_is_skipped_altogether_is_no_success(tmp_path: Path) -> None:
     done = story(PATH=str(tmp_path), DPO_E2E_RUN=str(tmp_path / "run"))  # no Go on this PATH, and no cluster is up
     assert "skipped" in done.stdout
@@ -95,6 +96,7 @@ def test_the_short_form_lists_what_it_leaves_out(tmp_path: Path, given: dict[str
     assert (listed in done.stdout) is left_out
 
 
+@pytest.mark.slow
 def test_a_given_cluster_without_the_rest_is_one_message(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     given = {"E2E_KUBECONFIG": str(tmp_path / "gone"), "E2E_OPERATOR_IMAGE": "operator:1"}

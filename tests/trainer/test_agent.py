@@ -168,6 +168,7 @@ def test_whoever_outlasts_all_patience_is_killed(started: Callable[[Path, str], 
     assert [worker.process.poll() for worker in workers] == [-signal.SIGKILL] * 2
 
 
+@pytest.mark.slow
 def test_a_taken_rendezvous_port_is_named(tmp_path: Path) -> None:
     spec = tmp_path / "spec.json"
     spec.write_text(job_of({"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}}).to_json())

@@ -103,6 +103,7 @@ def test_queue(body: object) -> None:
     asyncio.run(body())  # type: ignore[operator]
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 5)), max_size=30))
 @settings(deadline=None, max_examples=15)
 def test_every_key_that_is_added_is_worked_on_afterwards(steps: list[tuple[str, float]]) -> None:

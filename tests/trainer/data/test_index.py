@@ -343,6 +343,7 @@ def waits_for_a_lock(processes: list["subprocess.Popen[str]"]) -> bool:
     return any(str(process.pid) in words for words in waiting for process in processes)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_then_built_by_another(tmp_path: Path) -> None:
     sentencepiece_tokenizer(tmp_path / "tokenizer")  # needs no transformers: the child starts quickly
     path = write_jsonl(tmp_path / "a.jsonl", preference_rows(900))
@@ -363,6 +364,7 @@ def test_killed_in_the_middle_then_built_by_another(tmp_path: Path) -> None:
     assert pairs_of(index) == pairs_of(build(path, tokenizer, tmp_path / "elsewhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [False, True])
 def test_two_processes_build_one_index(tmp_path: Path, bad: bool) -> None:
     """Each says progress for the batches that it read itself: one does all, the other waits and gets the same."""
@@ -402,6 +404,7 @@ def test_a_full_disk_is_met_early(tokenizer: Tokenizer, tmp_path: Path, monkeypa
     assert not list((tmp_path / "cache").rglob("pairs.bin"))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path) -> None:
     """A real refusal by the kernel: a limit on file sizes stands in for the end of the disk."""
     sentencepiece_tokenizer(tmp_path / "tokenizer")  # needs no transformers: the child starts quickly
@@ -447,6 +450,7 @@ def test_all_sources_of_a_spec(tokenizer: Tokenizer, tmp_path: Path, monkeypatch
     assert build_indexes(sft, tokenizer, lambda _: open_store()).train.lengths[:, 2].sum() == 0
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Peak of all Python and numpy allocations while 511 and 2048 lines are indexed: the same buffers."""
 

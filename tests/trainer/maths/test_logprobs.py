@@ -60,6 +60,7 @@ def test_large_logits_do_not_overflow() -> None:
     assert bool(weight_grad.isfinite().all())
 
 
+@pytest.mark.slow
 def test_vocabulary_split_over_two_ranks() -> None:
     run_ranks(2, vocab_parallel.check_rank)
 
@@ -172,6 +173,7 @@ def test_no_tensor_holds_all_rows_by_all_words() -> None:
     assert naive.elements == 96 * 1000, "the measure itself sees the whole matrix when there is one"
 
 
+@pytest.mark.slow
 def test_peak_memory_is_under_a_third_of_the_naive_form() -> None:
     flags = ["--vocabulary=32000", "--hidden=64", "--rows=1024"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
