@@ -98,11 +98,11 @@ def test_lora_stopped_by_sigterm_and_resumed_by_another_number_of_processes(
     assert differences(lora, resumed) == []
 
 
-@pytest.mark.parametrize(("undisturbed", "changes"), [("full", {}), ("lora", LORA)])
+@pytest.mark.parametrize(("whole", "changes"), [("full", {}), ("lora", LORA)])
 def test_killed_between_checkpoints_and_resumed(
-    undisturbed: str, changes: dict[str, Any], spec: dict[str, Any], world: Path, request: pytest.FixtureRequest
+    whole: str, changes: dict[str, Any], spec: dict[str, Any], world: Path, request: pytest.FixtureRequest
 ) -> None:
-    folder, scratch = world / f"killed {undisturbed}", world / f"killed {undisturbed} scratch"
+    folder, scratch = world / f"killed {whole}", world / f"killed {whole} scratch"
     mine = merged(spec, changes)
     child = start(mine, folder, processes=1, scratch=scratch)
     wait_for_step(folder, EVERY + 1)
@@ -112,7 +112,7 @@ def test_killed_between_checkpoints_and_resumed(
     # What a kill in the middle of a line would leave.
     with (folder / "metrics.jsonl").open("ab") as record:
         record.write(b'{"step": 11, "train/lo')
-    assert differences(request.getfixturevalue(undisturbed), run_here(mine, folder)) == []
+    assert differences(request.getfixturevalue(whole), run_here(mine, folder)) == []
 
 
 def test_one_process_killed_ends_the_run_and_it_resumes(full: Finished, spec: dict[str, Any], world: Path) -> None:
