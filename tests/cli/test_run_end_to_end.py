@@ -98,7 +98,8 @@ def world_in_s3(s3: S3Server, folder: Path) -> dict[str, Any]:
     }
 
 
-def test_two_processes_with_everything_in_s3(dpo: Command, s3: S3Server) -> None:
+def test_two_processes_with_everything_in_s3(tmp_path: Path, s3: S3Server) -> None:
+    dpo = Command(tmp_path, preloaded=False)  # one whole run with new interpreters, as users start it
     spec = world_in_s3(s3, dpo.folder)
     keys = {name: value for name, value in s3.environment().items() if name != "AWS_ENDPOINT_URL"}
     command = ("run", "-f", dpo.write(spec), "--processes", "2")
