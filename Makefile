@@ -12,6 +12,8 @@ EXTRAS := operator,trainer,quickstart,wandb,dev
 # Test processes, of one thread each: four on two cores, because tests on a control plane mostly wait.
 JOBS ?= 4
 export OMP_NUM_THREADS ?= 1
+# Our own modules are compiled once, not in each of the many processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## list the targets

@@ -22,7 +22,9 @@ take UV_INDEX extra-index-url
 take UV_FIND_LINKS find-links
 take SSL_CERT_FILE cert
 "${pip[@]}" install -c constraints.txt --upgrade pip uv
-if ! "$python" -m uv pip install --quiet --python "$python" "${wanted[@]}"; then
+# Bytecode is compiled now, as pip does: else each process that imports torch would compile it again wherever
+# PYTHONDONTWRITEBYTECODE is set or the folder is read-only.
+if ! "$python" -m uv pip install --quiet --compile-bytecode --python "$python" "${wanted[@]}"; then
   echo "setup: uv did not install it; trying pip" >&2
   "${pip[@]}" install "${wanted[@]}"
 fi
