@@ -1,1 +1,1 @@
-"""The `dpo` command: validates manifests, runs them on this machine and draws their reports. Light: no torch."""
+"""The `dpo` command: validates manifests, runs them on this machine and draws their reports. Never imports torch."""

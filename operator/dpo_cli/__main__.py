@@ -1,4 +1,4 @@
-"""`dpo`, also as `python -m dpo_cli`: runs one command and turns whatever happens into an exit code."""
+"""`dpo`, also as `python -m dpo_cli`: runs one command and turns its result or its error into an exit code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dpo_api.errors import DPOError, Outcome
 from dpo_api.findings import ManifestError
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C outside of a run: a shell's own for SIGINT."""
+"""Exit code after Ctrl-C outside a run: what a shell reports for SIGINT."""
 PIPE_CLOSED = 141
-"""Exit code when the reader of our output went away (`dpo validate … | head`): a shell's own for SIGPIPE."""
+"""Exit code when the reader of our output has exited (`dpo validate … | head`): what a shell reports for SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit. Only errors that nobody foresaw leave a traceback, and that in a file."""
+    """Run the command line and exit. Only an unexpected error produces a traceback, which goes to a file."""
     code = run(sys.argv[1:] if argv is None else list(argv))
     sys.exit(code)
 
@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     from dpo_cli.console import print_error, print_findings, stderr
 
     try:
-        # Not standalone: the library's own exit codes for usage would collide with ours.
+        # Not standalone: typer's exit codes for usage errors would collide with ours.
         code = app(args=list(argv) or ["--help"], prog_name="dpo", standalone_mode=False)
     except ManifestError as error:
         print_findings(stderr(), error.findings)
@@ -40,21 +40,21 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Nothing is left to say, when the interpreter flushes its streams at exit neither.
+        # Nobody reads stdout any more; without this, flushing it at exit would fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except Exception as error:  # noqa: BLE001 - the last resort
-        outcome, message = _unforeseen(error, argv)
+        outcome, message = _unexpected(error, argv)
         print_error(stderr(), outcome, message)
         return outcome.exit_code
     return code if isinstance(code, int) else 0
 
 
-def _unforeseen(error: Exception, argv: Sequence[str]) -> tuple[Outcome, str]:
-    """Tell a mistake in the command line, which typer reports by exceptions of its own, from a bug of ours."""
-    told = getattr(error, "format_message", None)
-    if callable(told):
-        return Outcome.Usage, f"{told()} (dpo --help)"
+def _unexpected(error: Exception, argv: Sequence[str]) -> tuple[Outcome, str]:
+    """Distinguish a mistake in the command line, for which typer has its own exceptions, from a bug of ours."""
+    format_message = getattr(error, "format_message", None)
+    if callable(format_message):
+        return Outcome.Usage, f"{format_message()} (dpo --help)"
     return Outcome.Internal, f"{type(error).__name__}: {error}; details are in {_note(argv)}"
 
 

@@ -1,7 +1,7 @@
 """Line charts as inline SVG: axes with round ticks, raw and smoothed lines, points, and the data for a hover readout.
 
-Pure functions from numbers to text. Colours are CSS classes (`c0` … `c3`), so that the page decides them for light
-and dark. Nothing here knows what is plotted.
+Pure functions from numbers to text. Colours are CSS classes (`c0` … `c3`), which the page defines for its light and
+dark themes. Nothing here depends on what is plotted.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Point = tuple[int, float]
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 28
 MAX_DRAWN_POINTS = 600
-"""Points drawn a line. Longer series keep the lowest and the highest point of each bucket: no spike is lost."""
+"""Most points drawn per line. Longer series keep the lowest and the highest point of each bucket: no spike is lost."""
 SMOOTH_FROM = 40
-"""Series with fewer points than this are drawn as they are."""
+"""Series with fewer points than this are not smoothed."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Chart:
     """A titled chart of one or more series over the same steps.
 
     `low` and `high` are values that the axis must include. `reference` draws a labelled horizontal line.
-    `cut_spikes` lets rare outliers leave the picture (their size is then written beneath).
+    `cut_spikes` cuts off rare outliers; a note below the chart then gives their size.
     """
 
     title: str
@@ -66,9 +66,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def smooth(points: Sequence[Point], ceiling: float = math.inf) -> list[Point]:
-    """Return the moving average over about a twentieth of the series, with values above `ceiling` counted as it.
+    """Return the moving average over about a twentieth of the series, with values clipped to `ceiling`.
 
-    The window is centred and narrows towards both ends, so that the average neither lags nor bends.
+    The window is centred and narrows towards both ends, so that the average does not lag and keeps lines straight.
     """
     half = max(2, len(points) // 40)
     sums = [0.0]
@@ -96,7 +96,7 @@ def thin(points: Sequence[Point], limit: int = MAX_DRAWN_POINTS) -> list[Point]:
 
 
 def spike_limit(values: Sequence[float]) -> float | None:
-    """Return the height above which values are rare spikes that would flatten the rest, or None."""
+    """Return the value above which points are rare spikes that would flatten the rest of the chart, or None."""
     if len(values) < 10:
         return None
     ranked = sorted(values)
@@ -201,13 +201,13 @@ def render(chart: Chart, last_step: int) -> str:
 
 
 def _spoken(chart: Chart) -> str:
-    """Say the chart in one sentence for those who cannot see it."""
-    told = "; ".join(
+    """Describe the chart in one sentence for screen readers."""
+    described = "; ".join(
         f"{line.label} from {compact(line.points[0][1])} at step {line.points[0][0]} "
         f"to {compact(line.points[-1][1])} at step {line.points[-1][0]}"
         for line in chart.lines
     )
-    return f"{chart.title}: {told}"
+    return f"{chart.title}: {described}"
 
 
 def _notes(lines: Sequence[Line], limit: float | None) -> str:
@@ -216,5 +216,5 @@ def _notes(lines: Sequence[Line], limit: float | None) -> str:
         notes.append("thin: each step, thick: moving average")
     if limit is not None:
         step, top = max((point for line in lines for point in line.points), key=lambda point: point[1])
-        notes.append(f"spikes above {compact(limit)} are cut, the highest is {compact(top)} at step {step:,}")
+        notes.append(f"spikes above {compact(limit)} are cut off; the highest is {compact(top)} at step {step:,}")
     return f'<p class="note">{escape(" · ".join(notes))}</p>' if notes else ""

@@ -1,4 +1,4 @@
-"""How the client talks to people: findings, errors and notes, on a terminal or in a pipe."""
+"""Prints findings, errors and notes, to a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Console(Console):
 
 
 def stdout() -> Console:
-    """Return a console for results: no markup, no highlighting, no wrapping of what is piped."""
+    """Return a console for results: no markup, no highlighting, no wrapping of piped output."""
     return _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
@@ -41,7 +41,7 @@ def headline(findings: Sequence[Finding]) -> str:
 
 
 def print_findings(console: Console, findings: Iterable[Finding]) -> None:
-    """Print one finding a line: errors first, then warnings, then notes, each kind in its own order."""
+    """Print one finding per line: errors, then warnings, then notes; the order within each kind is kept."""
     order = list(STYLES)
     for finding in sorted(findings, key=lambda item: order.index(item.level)):
         text = Text(f"  {finding.level:<8} ", style=STYLES[finding.level])
@@ -57,7 +57,7 @@ def print_findings(console: Console, findings: Iterable[Finding]) -> None:
 
 
 def print_error(console: Console, outcome: Outcome, message: str) -> None:
-    """Print the sentence that explains a failure, and the lines beneath it if it lists some."""
+    """Print the message of a failure, which may have several lines."""
     first, *more = message.splitlines() or [outcome.description]
     console.print(Text("error", style=STYLES["error"]).append(f"  {clean(first)}", "not bold default"))
     for line in more:

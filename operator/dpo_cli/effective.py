@@ -1,4 +1,4 @@
-"""What a valid job amounts to, in words: model, data, loss, steps, schedule, intervals, output."""
+"""Describes what a valid job will do: model, data, loss, steps, schedule, intervals, output."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _steps(spec: DPOJobSpec, plan: Plan | None, exact: bool) -> Iterator[Row]:
     about = "" if exact else "≈ "
     if plan is not None:
         left = f", {plan.dropped_per_epoch:,} pairs left over an epoch" if plan.dropped_per_epoch and exact else ""
-        source = "" if exact else " · estimated from the files' size, --deep counts"
+        source = "" if exact else " · estimated from file sizes; --deep counts"
         total = f"{plan.total_steps:,}" if training.max_steps is not None or exact else f"{about}{plan.total_steps:,}"
         run = f"{total} of {plan.global_batch_size:,} pairs = {epochs(plan)} of {about}{plan.train_pairs:,} pairs"
         yield "steps", f"{run} ({about}{plan.steps_per_epoch:,} steps an epoch{left}){source}"
@@ -102,7 +102,7 @@ def _steps(spec: DPOJobSpec, plan: Plan | None, exact: bool) -> Iterator[Row]:
 
 
 def epochs(plan: Plan) -> str:
-    """Write how many epochs a plan's steps are."""
+    """Return how many epochs a plan's steps are, as text."""
     count = plan.total_steps / plan.steps_per_epoch
     return f"{number(count, 3)} epoch{'' if count == 1 else 's'}"
 

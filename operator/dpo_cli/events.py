@@ -1,4 +1,4 @@
-"""Follows the file to which a running trainer appends its progress, one JSON object a line."""
+"""Follows the file to which a running trainer appends its progress, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dpo_api.progress import Progress
 
 
 class EventTail:
-    """Reads what was appended since the last look. A line counts once its newline is there."""
+    """Reads what was appended since the last read. A line is complete once its newline is written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
 
     def read(self) -> list[Progress]:
-        """Return the new events, oldest first; none while the file does not exist. Foreign lines are skipped."""
+        """Return the new events, oldest first; none while the file does not exist. Skips lines that are no events."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)

@@ -13,21 +13,21 @@ from dpo_cli.overrides import Override, apply, blame, parse_override
 
 @dataclass(frozen=True)
 class LoadedJob:
-    """A valid job and the document, with its lines, that it came from."""
+    """A valid job, and the document with line numbers that it was read from."""
 
     job: DPOJob
     document: Document
 
 
 def name_of(document: Document) -> str:
-    """Return the name that a document gives itself, valid or not; empty if it gives none."""
+    """Return a document's metadata.name, valid or not; empty if there is none."""
     metadata = document.value.get("metadata") if isinstance(document.value, dict) else None
     name = metadata.get("name") if isinstance(metadata, dict) else None
     return name if isinstance(name, str) else ""
 
 
 def read_documents(file: str, settings: Sequence[str]) -> tuple[list[Document], list[Override]]:
-    """Return a file's DPOJobs, not validated, with the `--set` values laid over each of them.
+    """Return a file's DPOJobs, not validated yet, and the parsed `--set` values.
 
     Raises ManifestError, NotFoundError for the file and UsageError for the settings.
     """
@@ -44,7 +44,7 @@ def parse(document: Document, overrides: Sequence[Override]) -> LoadedJob:
 
 
 def load_one(file: str, settings: Sequence[str], name: str | None) -> LoadedJob:
-    """Return the file's only DPOJob, or the one that is named. Raises UsageError when that does not single one out."""
+    """Return the file's only DPOJob, or the named one. Raises UsageError unless exactly one matches."""
     documents, overrides = read_documents(file, settings)
     names = [name_of(document) for document in documents]
     if name is None and len(documents) > 1:

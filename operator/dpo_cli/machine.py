@@ -1,4 +1,4 @@
-"""What this machine offers, found without torch."""
+"""Finds this machine's GPUs and free ports without torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def visible(present: int, variable: str | None) -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise PortInUseError or AccessDeniedError if the trainer could not listen there, before anything is loaded."""
+    """Raise PortInUseError or AccessDeniedError if the trainer could not listen there. Called before loading torch."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:

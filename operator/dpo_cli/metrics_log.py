@@ -1,4 +1,4 @@
-"""Reads a run directory's metrics: one JSON object a line, one file locally, one object an attempt on S3."""
+"""Reads a run directory's metrics: one JSON object per line, in one file locally or one object per attempt on S3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Point = tuple[int, float]
 """One observation: (step, value)."""
 
 LOG_NAME = re.compile(r"metrics(?:[-./](?:attempt-)?(\d+))?\.jsonl")
-"""`metrics.jsonl`, or one log an attempt: `metrics-0002.jsonl`, `metrics/attempt-0002.jsonl`."""
+"""`metrics.jsonl`, or one log per attempt: `metrics-0002.jsonl`, `metrics/attempt-0002.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Event:
 
 @dataclass(frozen=True)
 class MetricsLog:
-    """Every metric of a run as a series over steps, each step once."""
+    """Every metric of a run as a series over steps, with one value per step."""
 
     series: Mapping[str, Sequence[Point]]
 
     def get(self, name: str) -> Sequence[Point]:
-        """Return the metric's series in order of steps; empty for a metric that was not logged."""
+        """Return the metric's series, sorted by step; empty for a metric that was not logged."""
         return self.series.get(name, ())
 
     def names(self, prefix: str) -> list[str]:
@@ -48,18 +48,18 @@ class MetricsLog:
 
     @property
     def last_step(self) -> int:
-        """The last step that any metric knows; 0 for an empty log."""
+        """The last step of any metric; 0 for an empty log."""
         return max((points[-1][0] for points in self.series.values() if points), default=0)
 
 
 def attempt_of(path: str) -> int | None:
-    """Return the attempt that a log's path names (1 if it names none), or None if it is no metrics log."""
+    """Return the attempt that a log's path names (1 if it names none), or None if it is not a metrics log."""
     found = LOG_NAME.fullmatch(path)
     return None if found is None else int(found.group(1) or 1)
 
 
 def parse_events(name: str, data: bytes, attempt: int = 1) -> list[Event]:
-    """Return the log's events. A torn last line, left by a killed writer, is skipped.
+    """Return the log's events. An incomplete last line, left by a killed writer, is skipped.
 
     Raises InvalidDataError naming `name:line` for any other line that is not a JSON object with a step.
     """
@@ -94,10 +94,10 @@ def _numbers(record: Mapping[str, object]) -> Iterable[tuple[str, float]]:
 
 
 def merge(events: Iterable[Event]) -> MetricsLog:
-    """Join the events of all attempts into one series a metric.
+    """Join the events of all attempts into one series per metric.
 
-    An attempt that resumed trains some steps again: from the first step that a later attempt trained, nothing of
-    the earlier ones counts. Of several values for one step the highest attempt's last one is kept.
+    A resumed attempt repeats some steps: from the first step that a later attempt trained, events of earlier attempts
+    are dropped. If a step has several values, the last one of the highest attempt is kept.
     """
     by_attempt: dict[int, list[Event]] = defaultdict(list)
     for event in events:

@@ -1,4 +1,4 @@
-"""`--set a.b[0].c=value`: lays values from the command line over a manifest before it is validated."""
+"""`--set a.b[0].c=value`: sets fields of a manifest from the command line, before it is validated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Override:
-    """One `--set`: where in the manifest (`("spec", "data", "train", 0, "uri")`) and what."""
+    """One `--set`: a path in the manifest (`("spec", "data", "train", 0, "uri")`) and a value."""
 
     path: Path
     value: Any
@@ -52,7 +52,7 @@ def _parse_path(name: str, text: str) -> Path:
 
 
 def check_path(path: Path, text: str) -> None:
-    """Raise UsageError, with the nearest name, unless the API has this path."""
+    """Raise UsageError, which suggests the nearest name, unless the API has this path."""
     annotation: Any = DPOJobSpec
     for position, part in enumerate(path[1:], 1):
         here = dotted(path[:position])
@@ -80,7 +80,7 @@ def _nearest(name: str, known: Sequence[str], here: str) -> str:
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """The members of a union (without None), or the annotation itself; `Annotated` is looked through."""
+    """The members of a union (without None), or the annotation itself; `Annotated` is unwrapped."""
     origin = get_origin(annotation)
     if origin in (tuple, list, dict) or not get_args(annotation):
         return [annotation]
@@ -102,9 +102,9 @@ def _item(annotation: Any) -> Any:
 
 
 def apply(document: Document, overrides: Sequence[Override]) -> Document:
-    """Return the document with the values laid over it; the given one stays as it is.
+    """Return a copy of the document with the values set.
 
-    An index may name an existing item or the place after the last. Raises UsageError for one beyond that.
+    An index may name an existing item or the position after the last one. Raises UsageError for one beyond that.
     """
     value = copy.deepcopy(document.value)
     for override in overrides:
@@ -135,9 +135,9 @@ def _put(document: Any, override: Override) -> None:
 
 
 def blame(error: ManifestError, overrides: Sequence[Override]) -> ManifestError:
-    """Return the error with the findings that `--set` caused pointing there, not at the file."""
+    """Return the error with `--set`, not the file, as the source of the findings that it caused."""
 
-    def told(finding: Finding) -> Finding:
+    def attribute(finding: Finding) -> Finding:
         caused = any(
             finding.field == dotted(override.path)
             or finding.field.startswith((f"{dotted(override.path)}.", f"{dotted(override.path)}["))
@@ -145,4 +145,4 @@ def blame(error: ManifestError, overrides: Sequence[Override]) -> ManifestError:
         )
         return replace(finding, source="--set", line=None) if caused else finding
 
-    return ManifestError(told(finding) for finding in error.findings)
+    return ManifestError(attribute(finding) for finding in error.findings)

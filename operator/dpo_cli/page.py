@@ -1,4 +1,4 @@
-"""The report page of a run: tiles, curves, validations and settings in one HTML file that loads nothing else."""
+"""The report page of a run: tiles, curves, validations and settings in one HTML file without external resources."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from dpo_cli.charts import LEFT, RIGHT, WIDTH, Chart, Line, render
 from dpo_cli.metrics_log import MetricsLog, Point
 
 VALIDATION_ROWS = 200
-"""Rows of the validation table; a longer one keeps its end."""
+"""Most rows of the validation table; the newest ones are kept."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows. `given` is the spec as the user set it, `effective` the same with every default filled in.
+    """The content of a page. `given` is the spec as the user wrote it, `effective` the same with all defaults.
 
-    Both are JSON objects in the API's names. `ended` is None while the run goes on or if nobody recorded its end.
+    Both are JSON objects with the API's field names. `ended` is None while the run is going on, or if its end was not
+    recorded.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Report:
 
 
 def render_page(report: Report) -> str:
-    """Return the whole page. It is self-contained: no request leaves it, which its own policy forbids too."""
+    """Return the page as HTML. It makes no requests, and its Content-Security-Policy forbids them."""
     charts = "".join(render(chart, report.log.last_step) for chart in _charts(report.log))
     curves = f'<h2>Curves</h2><div class="charts">{charts}</div>' if charts else "<p>No step has been logged yet.</p>"
     script = _asset("page.js").replace("LEFT_EDGE", str(LEFT)).replace("RIGHT_EDGE", str(WIDTH - RIGHT))
@@ -71,10 +72,10 @@ def _head(report: Report) -> str:
             why = f'<p class="why">{escape(report.ended.message)}</p>'
     model = next((source.get("uri", "") for source in report.given.get("model", {}).values()), "")
     data = ", ".join(source.get("uri", "") for source in report.given.get("data", {}).get("train", []))
-    told = [f"model {model}" if model else "", f"data {data}" if data else "", f"run directory {report.run_dir}"]
+    facts = [f"model {model}" if model else "", f"data {data}" if data else "", f"run directory {report.run_dir}"]
     if report.ended is not None and report.ended.model_uri:
-        told.append(f"result {report.ended.model_uri}")
-    lines = "".join(f'<p class="sub">{escape(line)}</p>' for line in told if line)
+        facts.append(f"result {report.ended.model_uri}")
+    lines = "".join(f'<p class="sub">{escape(line)}</p>' for line in facts if line)
     return f"<header><h1>{escape(report.name)}{badge}</h1>{lines}</header>{why}"
 
 
@@ -85,7 +86,7 @@ def _tile(name: str, value: str, more: str = "") -> str:
 
 
 def _trend(name: str, points: Sequence[Point], *, best: str | None, text: Callable[[float], str] = compact) -> str:
-    """One tile: the last value, with the first and the best ("min" or "max") beneath."""
+    """One tile: the last value, and below it the first and the best one ("min" or "max")."""
     if not points:
         return ""
 
@@ -124,7 +125,7 @@ def _tiles(log: MetricsLog, ended: LastWords | None) -> str:
 
 
 def throughput(log: MetricsLog) -> tuple[str, Sequence[Point]]:
-    """Return the unit and the series of training speed: the logged tokens a second, else pairs by step time."""
+    """Return the unit and the series of training speed: the logged tokens per second, else pairs per step time."""
     tokens = log.get("train/tokens_per_second")
     if tokens:
         return "tokens", tokens
@@ -140,7 +141,7 @@ def throughput(log: MetricsLog) -> tuple[str, Sequence[Point]]:
 
 
 def _both(log: MetricsLog, metric: str) -> list[Line]:
-    """Train as a line, every validation set as dots."""
+    """Training as a line, each validation set as dots."""
     lines = [Line("train", log.get(f"train/{metric}"))]
     sets = [name for name in log.names("val/") if name.split("/")[-1] == metric]
     for number, name in enumerate(sets):

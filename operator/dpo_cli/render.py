@@ -20,10 +20,10 @@ from dpo_operator.labels import KUEUE_PRIORITY, KUEUE_QUEUE
 
 
 def render(file: str, values: Sequence[str], *, image: str | None = None, attempt: int = 1) -> str:
-    """Return the YAML of every DPOJob's ConfigMap and PyTorchJob. ``image``: the operator's, for jobs that name none.
+    """Return the YAML of every DPOJob's ConfigMap and PyTorchJob. ``image`` is used for jobs without spec.image.
 
-    Warnings go to standard error. Raises ManifestError for a job that the operator would reject, NotFoundError for the
-    file, and UsageError for the values.
+    Warnings go to standard error. Raises ManifestError for a job that the operator would reject, NotFoundError for a
+    missing file, and UsageError for wrong values.
     """
     settings = Settings() if image is None else replace(Settings(), trainer_image=image)
     documents, overrides = read_documents(file, values)
@@ -35,7 +35,7 @@ def render(file: str, values: Sequence[str], *, image: str | None = None, attemp
 
 
 def objects_of(job: DPOJob, settings: Settings, attempt: int = 1) -> list[dict[str, Any]]:
-    """Return what the operator creates for a job: as on a cluster, but for what only a cluster knows (the UID)."""
+    """Return the objects that the operator creates for a job, except for what only a cluster assigns (the UID)."""
     metadata = job.metadata
     identity = Identity(
         name=metadata.name,
@@ -61,7 +61,7 @@ def _check(loaded: LoadedJob) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes every object in full, and long texts (the spec's JSON) as blocks."""
+    """Writes every object without aliases, and multi-line text (the spec's JSON) as block scalars."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - the signature is PyYAML's
         return True

@@ -24,7 +24,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class Written:
-    """Where a report lies, and the series that it shows."""
+    """Where a report was written, and the series that it shows."""
 
     uri: str
     log: MetricsLog
@@ -56,12 +56,12 @@ def _json_object(store: Store, run_dir: str, name: str) -> Mapping[str, Any] | N
 
 
 def read_spec(store: Store, run_dir: str) -> Mapping[str, Any] | None:
-    """Return the job of a run directory as it lies there; None if there is none."""
+    """Return the job in a run directory, not validated; None if there is none."""
     return _json_object(store, run_dir, SPEC)
 
 
 def read_end(store: Store, run_dir: str) -> LastWords | None:
-    """Return how the run ended, if `dpo run` or the trainer left word."""
+    """Return how the run ended, if `dpo run` or the trainer recorded it."""
     found = _json_object(store, run_dir, SUMMARY)
     try:
         return None if found is None else LastWords.model_validate(found)
@@ -70,7 +70,7 @@ def read_end(store: Store, run_dir: str) -> LastWords | None:
 
 
 def write_report(store: Store, run_dir: str, job: Mapping[str, Any] | None, ended: LastWords | None) -> Written:
-    """Draw the page of a run directory into it; `job` is a DPOJob as JSON.
+    """Write report.html into a run directory; `job` is a DPOJob as JSON.
 
     Raises NotFoundError if there is nothing to draw.
     """
@@ -91,7 +91,7 @@ def _mapping(job: Mapping[str, Any] | None, key: str) -> Mapping[str, Any]:
 
 
 def _effective(job: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return the spec with every default; nothing for one that this version cannot read, which is shown as it is."""
+    """Return the spec with all defaults; empty for a spec that this version cannot read."""
     try:
         return {} if job is None else parse_job(job).spec.model_dump(mode="json", by_alias=True)
     except DPOError:
@@ -99,5 +99,5 @@ def _effective(job: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def redraw(store: Store, run_dir: str) -> Written:
-    """Draw the page again from what the run directory holds."""
+    """Write report.html again from the files of the run directory."""
     return write_report(store, run_dir, read_spec(store, run_dir), read_end(store, run_dir))

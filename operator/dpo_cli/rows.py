@@ -22,7 +22,7 @@ PAUSES: tuple[Phase, ...] = ("validate", "checkpoint")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the screen: what a phase says, the seconds it has taken, and its progress from 0 to 1, if known."""
+    """One line of the screen: the text of a phase, the seconds it has taken, and its progress from 0 to 1, if known."""
 
     label: str
     text: str
@@ -38,7 +38,7 @@ class _Phase:
 
 
 def scores(metrics: Mapping[str, float], group: Group) -> list[str]:
-    """Return "loss 0.118", "acc 0.98", "margin 3.10": those that the group has."""
+    """Return "loss 0.118", "acc 0.98", "margin 3.10": those that the group of metrics has."""
     forms = (("loss", LOSS, figure), ("acc", ACCURACY, lambda value: fixed(value, 2)), ("margin", MARGIN, figure))
     return [f"{word} {form(metrics[f'{group}/{key}'])}" for word, key, form in forms if f"{group}/{key}" in metrics]
 
@@ -67,7 +67,7 @@ def describe(progress: Progress, metrics: dict[str, float], *, running: bool) ->
 
 
 def share(progress: Progress) -> float | None:
-    """Return how much of the phase is done, from 0 to 1, where the event says so."""
+    """Return how much of the phase is done, from 0 to 1; None if the event does not say."""
     if progress.phase == "train":
         return min(1.0, progress.step / progress.total) if progress.total else None
     return min(1.0, (progress.done or 0) / progress.of) if progress.of else None
@@ -77,7 +77,7 @@ def share(progress: Progress) -> float | None:
 class PhaseLog:
     """The phases of one run, fed with its events in order.
 
-    Training is one row from its first step to its last: the validations and checkpoints between have rows of their own.
+    Training is one row from its first step to its last; validations and checkpoints have their own rows.
     """
 
     current: _Phase | None = None
@@ -93,13 +93,13 @@ class PhaseLog:
             self.metrics.update(progress.metrics)
             self.current.newest = progress
             return completed
-        # The first event after a validation is what brings its results, so it is read before the row is closed;
-        # one that begins a validation still holds the results of the one before.
+        # The results of a validation come with the first event after it, so metrics are read before the row is
+        # completed. The first event of a validation still has the results of the previous one.
         self.metrics.update(progress.metrics)
         if self.current is not None and self.current is not self.training:
             completed.append(self._row(self.current, progress.observed_at))
         if self.training is not None and progress.step > self.training.newest.step:
-            # Not every quick step has an event; the phase that interrupts training knows the last step.
+            # Quick steps do not all have an event; the event of the phase that interrupts training has the last step.
             caught_up = {"phase": "train", "done": None, "of": None, "message": ""}
             self.training.newest = progress.model_copy(update=caught_up)
         if self.training is not None and progress.phase not in ("train", *PAUSES):
@@ -142,7 +142,7 @@ class PhaseLog:
         return [*phases, self.current] if self.current is not None and self.current is not self.training else phases
 
     def _row(self, phase: _Phase, now: float, *, running: bool = False) -> Row:
-        # A validation that still runs has no results yet: those in `metrics` are the last one's.
+        # A running validation has no results yet: those in `metrics` are from the previous one.
         stale = running and phase.name == "validate"
         text = describe(phase.newest, {} if stale else self.metrics, running=running)
         return Row(LABELS.get(phase.name, phase.name), text, max(0.0, now - phase.started), share(phase.newest))

@@ -1,4 +1,4 @@
-"""`dpo run`: the manifest that a cluster would run, on this machine."""
+"""`dpo run`: runs a DPOJob on this machine, from the same manifest as on a cluster."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CLUSTER_ONLY = (
     "logging.wandb.apiKeySecretRef",
     "podTemplate",
 )
-"""Settings that mean nothing to one machine."""
+"""Settings that apply to clusters only."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ class RunOptions:
 
 
 def run(options: RunOptions) -> int:
-    """Check the job, train it, show it, sum it up; returns the exit code. Raises DPOError for what is met before."""
+    """Check the job, train, show progress and print a summary; return the exit code.
+
+    Raises DPOError for errors before the training starts.
+    """
     loaded = load_one(options.file, options.settings, options.name)
     job = loaded.job
     trainer.require_trainer()
@@ -84,7 +87,7 @@ def run(options: RunOptions) -> int:
     processes, notes = choose_processes(options.processes, job.spec.resources, machine.gpu_count())
     ignored = ignored_here(job.spec)
     if ignored:
-        notes.append(f"ignored here, as it is for a cluster: {', '.join(ignored)}")
+        notes.append(f"ignored: applies to clusters only: {', '.join(ignored)}")
     verdict = _preflight(options, loaded, processes, notes)
     if not verdict.valid:
         return verdict.outcome.exit_code
@@ -109,22 +112,22 @@ def _is_set(section: object, path: Sequence[str]) -> bool:
 
 
 def environment_of(spec: DPOJobSpec) -> dict[str, str]:
-    """Return the environment variables that stand for settings which a pod gets in another way."""
+    """Return environment variables for the settings that a pod gets from its volumes."""
     bundle = spec.storage.ca_bundle
     return {} if bundle is None or bundle.path is None else {CA_BUNDLE: bundle.path}
 
 
 def choose_processes(asked: int | None, resources: Resources, gpus: int) -> tuple[int, list[str]]:
-    """Return how many processes to start here, and what to tell the user about it.
+    """Return how many processes to start on this machine, and notes for the user.
 
-    The command line decides; else one a GPU of this machine, or fewer where the spec says fewer; on CPU what the spec
-    says, or one.
+    The command line takes precedence. Otherwise it is one per GPU, or fewer if the spec says so; on CPU the spec's
+    number, or one.
     """
     if asked is not None:
         return asked, []
     chosen, stated, wanted = resources.processes(gpus), resources.processes_per_node, resources.gpus_per_node
     if gpus == 0 and wanted:
-        return chosen, [f"no GPU was found here (the manifest asks for {wanted} a node): training on CPU"]
+        return chosen, [f"no GPU found on this machine (the manifest asks for {wanted} per node): training on CPU"]
     if stated is not None and stated > chosen:
         return chosen, [
             f"resources.processesPerNode is {stated}, but this machine has {gpus} GPUs: starting {chosen} processes"
@@ -133,10 +136,10 @@ def choose_processes(asked: int | None, resources: Resources, gpus: int) -> tupl
 
 
 def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Sequence[str]) -> Verdict:
-    """Look at everything that the job names; if it cannot run, say why."""
+    """Check everything that the job refers to, and print the findings."""
     here = Resources(nodes=1, processes_per_node=processes)
     spec = loaded.job.spec.model_copy(update={"resources": here})
-    if options.output is not None:  # looked at like the place that the manifest names
+    if options.output is not None:  # checked like checkpoint.uri
         spec = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"uri": options.output})})
     job = loaded.job.model_copy(update={"spec": spec})
     verdict = judge_job(options.file, loaded.document, job, Options(here=True))
@@ -158,10 +161,10 @@ def _blame_output(finding: Finding) -> Finding:
 
 
 class _Run:
-    """One start of the trainer, from its temporary files to its summary."""
+    """One run of the trainer, from its temporary files to the summary."""
 
-    def __init__(self, job: DPOJob, run_dir: str, processes: int, options: RunOptions, told: set[str]) -> None:
-        """``told``: what the user has read already; the trainer may find the same again."""
+    def __init__(self, job: DPOJob, run_dir: str, processes: int, options: RunOptions, shown: set[str]) -> None:
+        """``shown``: findings that were printed already; the trainer may report the same ones."""
         self._job = job
         self._run_dir = run_dir
         self._processes = processes
@@ -170,10 +173,10 @@ class _Run:
         self._store: Store = Stores(job.spec).reach(job.spec.checkpoint.storage)
         self._checkpoint_step: int | None = None
         self._trained = False
-        self._told = told
+        self._shown = shown
 
     def go(self) -> int:
-        """Train and sum up; returns the exit code."""
+        """Train and print the summary; return the exit code."""
         spec = self._job.spec
         scratch = Path(tempfile.mkdtemp(prefix=f"dpo-{self._job.metadata.name}-"))
         keep_scratch = False
@@ -216,7 +219,7 @@ class _Run:
             raise from_os_error(error, str(path)) from None
 
     def _train(self, launch: trainer.Launch, log: BinaryIO) -> tuple[int, LastWords]:
-        """Start the trainer and show it until it ends; returns the exit code and its last words."""
+        """Start the trainer and show its progress until it ends; return the exit code and the termination message."""
         job, started = self._job, counted(self._processes, "process", "processes")
         self._console.print(f"{job.metadata.name}  {started} · run directory {self._run_dir}", style="bold")
         tail = EventTail(launch.events)
@@ -226,7 +229,7 @@ class _Run:
             child = trainer.start(launch.command(), log, environment_of(job.spec))
             screen: Screen = stack.enter_context(open_screen(self._console))
 
-            # Python and torch take seconds to load; until then nobody but us knows that something runs.
+            # Python and torch take seconds to load; until then the trainer reports nothing.
             screen.show([Progress(phase="starting", observed_at=time.time())], time.time())
 
             def look() -> None:
@@ -235,18 +238,18 @@ class _Run:
                     self._checkpoint_step = event.last_checkpoint_step or self._checkpoint_step
                     self._trained = self._trained or event.phase == "train"
                     for warning in event.warnings:
-                        if warning not in self._told:
-                            self._told.add(warning)
+                        if warning not in self._shown:
+                            self._shown.add(warning)
                             screen.say(f"  warning    {clean(warning)}")
                 screen.show(events, time.time())
 
             def stopping() -> None:
-                screen.say("stopping: a checkpoint is written first; Ctrl-C again ends it at once, without one")
+                screen.say("stopping: writing a checkpoint first; press Ctrl-C again to stop at once without one")
 
             try:
                 killed = trainer.wait(child, requests, look=look, stopping=stopping, sleep=time.sleep)
             except BaseException:
-                # The screen failed (`dpo run … | head`), not the training: it gets the time to write a checkpoint.
+                # The screen failed (`dpo run … | head`), not the training: let it write a checkpoint.
                 child.terminate()
                 child.wait()
                 raise
@@ -259,36 +262,36 @@ class _Run:
         return words.known_outcome.exit_code, words
 
     def _sum_up(self, words: LastWords) -> None:
-        """Write summary and report into the run directory and print how the run ended."""
+        """Write summary.json and report.html into the run directory, and print how the run ended."""
         written: Written | None = None
         try:
             spec = read_spec(self._store, self._run_dir)
-            # A run that was refused before the directory became its own leaves what another one wrote there.
+            # A run that was refused does not own the directory: what another run wrote there is kept.
             if spec is not None and spec.get("spec") == json.loads(self._job.to_json())["spec"]:
                 summary = json.dumps(json.loads(words.to_json()), indent=1) + "\n"
                 self._store.write(join_uri(self._run_dir, SUMMARY), summary.encode())
                 if words.step or words.known_outcome is Outcome.Succeeded:
                     written = write_report(self._store, self._run_dir, spec, words)
         except DPOError as error:
-            self._console.print(f"  note     no report was drawn: {clean(str(error))}")
+            self._console.print(f"  note     no report was written: {clean(str(error))}")
         if words.known_outcome not in (Outcome.Succeeded, Outcome.Stopped):
             print_error(stderr(), words.known_outcome, words.message)
         if words.known_outcome is Outcome.Succeeded and not self._trained:
-            self._console.print("  note     this run had finished before: nothing was left to do")
+            self._console.print("  note     this run was already finished: there was nothing to do")
         lines = ending(words, written, self._run_dir, self._checkpoint_step, shlex.join(["dpo", *sys.argv[1:]]))
         for label, text in lines:
             self._console.print(f"{label:<11} {clean(text)}")
 
     def _show_log(self, path: Path, start: int) -> None:
-        """Print the end of what this run added to the log."""
+        """Print the last lines that this run added to the log."""
         console: Console = stderr()
         for line in tail_of(path, start, LOG_TAIL_LINES):
             console.print(f"  | {line}", style="dim")
-        console.print(f"the whole log: {path}")
+        console.print(f"full log: {path}")
 
 
 def tail_of(path: Path, start: int, count: int) -> Iterator[str]:
-    """Yield the last lines of a log, of what was written after byte `start`."""
+    """Yield the last `count` lines of a log, only of what was written after byte `start`."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, 2)

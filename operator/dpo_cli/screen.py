@@ -1,4 +1,4 @@
-"""Shows a running trainer: a live screen on a terminal, plain lines anywhere else."""
+"""Shows the progress of a run: a live screen on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dpo_cli.rows import PhaseLog, Row
 LABEL_WIDTH = 10
 BAR_WIDTH = 20
 NARROW = 90
-"""Below this many columns the bar is left out: the numbers say more."""
+"""Below this many columns the progress bar is left out, to leave room for the numbers."""
 
 
 def clean(text: str) -> str:
-    """Return the text on one line without control characters: names of files may hold anything."""
+    """Return the text on one line without control characters, which file names may contain."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
@@ -32,7 +32,7 @@ def line_of(row: Row) -> str:
 
 
 class Screen(Protocol):
-    """Where a run is shown. Used as a context manager, so that the terminal is always put back in order."""
+    """Where a run is shown. Used as a context manager, so that the terminal is always restored."""
 
     def __enter__(self) -> Self: ...
 
@@ -49,17 +49,17 @@ class Screen(Protocol):
         ...
 
     def close(self, now: float) -> None:
-        """Complete the rows of what was running when the trainer ended."""
+        """Print the rows of the phases that were running when the trainer ended."""
         ...
 
 
 def quiet_for(running: float) -> float:
-    """Return the least seconds between two lines about a phase that has run this long: 5 at first, at most 60."""
+    """Return the minimum seconds between two lines about a phase that has run this long: from 5 up to 60."""
     return min(60.0, max(5.0, running / 20))
 
 
 class PlainScreen:
-    """One line a phase, and between them at most one every few seconds. No colours, no cursor, flushed at once."""
+    """One line per phase, and at most one every few seconds in between. No colours, no cursor control; flushed."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
@@ -75,7 +75,7 @@ class PlainScreen:
         return
 
     def show(self, events: Iterable[Progress], now: float) -> None:
-        """Print the rows that the events complete, and what runs if nothing was said for a while."""
+        """Print the rows that the events complete, and now and then what is running."""
         for event in events:
             for row in self._phases.feed(event):
                 self._finish(row)
@@ -83,7 +83,7 @@ class PlainScreen:
             at, text = self._printed.get(row.label, (now - row.seconds, ""))
             if row.text != text and now - at >= quiet_for(row.seconds):
                 self._printed[row.label] = (now, row.text)
-                # The same words follow once the phase is over, with its time.
+                # The same text is printed when the phase is over, with its duration.
                 self.say(line_of(row) + (" …" if row.text in PHASE_TEXTS.values() else ""))
 
     def say(self, text: str) -> None:
@@ -91,7 +91,7 @@ class PlainScreen:
         print(text, file=self._stream, flush=True)
 
     def close(self, now: float) -> None:
-        """Print what was running, with the time it took."""
+        """Print the phases that were running, with their durations."""
         for row in self._phases.close(now):
             self._finish(row)
 
@@ -101,7 +101,7 @@ class PlainScreen:
 
 
 class LiveScreen:
-    """Finished phases scroll up, what runs is redrawn in place with a bar."""
+    """Finished phases scroll up; running ones are redrawn in place with a progress bar."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -119,7 +119,7 @@ class LiveScreen:
         self._live.stop()
 
     def show(self, events: Iterable[Progress], now: float) -> None:
-        """Print the rows that the events complete, redraw the rest."""
+        """Print the rows that the events complete, and redraw the others."""
         self._now = now
         for event in events:
             for row in self._phases.feed(event):
@@ -131,7 +131,7 @@ class LiveScreen:
         self._console.print(Text(text), soft_wrap=True)
 
     def close(self, now: float) -> None:
-        """Print what was running, with the time it took."""
+        """Print the phases that were running, with their durations."""
         for row in self._phases.close(now):
             self._console.print(self._text(row, running=False))
         self._live.refresh()

@@ -7,11 +7,11 @@ from dpo_store import RetryPolicy, StorageOptions, Store, open_store
 from dpo_store.access import options_of
 
 PATIENCE = RetryPolicy(attempts=4, base=0.3, cap=3.0, connect_timeout=5.0, read_timeout=20.0)
-"""A person waits for the answer: give up within about half a minute where a run would try for minutes."""
+"""A user is waiting: give up after about half a minute, where a run would retry for minutes."""
 
 
 class Stores:
-    """One store for each way of reaching S3 that a spec names."""
+    """One store for each set of S3 access settings in a spec."""
 
     def __init__(self, spec: DPOJobSpec) -> None:
         self._spec = spec

@@ -1,4 +1,4 @@
-"""The last lines of a run: what came out, where it lies, how to go on."""
+"""The last lines of a run: its results, where they are, and how to continue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = tuple[str, str]
 def ending(words: LastWords, written: Written | None, run_dir: str, checkpoint: int | None, command: str) -> list[Row]:
     """Return (label, text) of every line.
 
-    `checkpoint` is the step of the newest one that the events told of; `command` continues a stopped run.
+    `checkpoint` is the step of the newest checkpoint that the events reported; `command` continues a stopped run.
     """
     lines: list[Row] = []
     outcome = words.known_outcome
@@ -30,7 +30,7 @@ def ending(words: LastWords, written: Written | None, run_dir: str, checkpoint: 
         lines.append(("model", words.model_uri or join_uri(run_dir, "model")))
     elif outcome is Outcome.Stopped:
         lines.append(("stopped", words.message or _where_stopped(words, run_dir)))
-        lines.append(("go on", command))
+        lines.append(("continue", command))
     elif checkpoint:
         lines.append(("kept", f"checkpoint of step {checkpoint:,}; the same command continues from it"))
     if written is not None:
@@ -46,9 +46,9 @@ def _where_stopped(words: LastWords, run_dir: str) -> str:
 
 
 def compared(log: MetricsLog) -> str:
-    """Say the last validation, its loss beside the first one's; the training metrics where there is none.
+    """Describe the last validation and the first one's loss; without a validation, the training metrics.
 
-    Accuracy and margin have no "before": at first the model is its own reference, and both are 0 by definition.
+    Accuracy and margin have no "before": at the start the policy equals the reference, so both are 0 by definition.
     """
     group = newest_group(log.series)
     parts = [
@@ -56,10 +56,10 @@ def compared(log: MetricsLog) -> str:
         _pair("loss", log.get(f"{group}/{LOSS}")),
         _pair("margin", log.get(f"{group}/{MARGIN}")[-1:]),
     ]
-    told = [part for part in parts if part]
-    if not told:
+    results = [part for part in parts if part]
+    if not results:
         return ""
-    return ("validation: " if group == "val" else "training: ") + " · ".join(told)
+    return ("validation: " if group == "val" else "training: ") + " · ".join(results)
 
 
 def _pair(name: str, points: Sequence[Point], form: Callable[[float], str] = figure) -> str:

@@ -173,7 +173,7 @@ class _Look:
         return []
 
     def bucket(self, name: str, uri: str, access: StorageAccess | None) -> _Result:
-        """Check that the location can be reached: a mistyped bucket must not be found only after the last step."""
+        """Check that the location can be reached, so that a mistyped bucket is found before training, not after it."""
         try:
             self._stores.reach(access).children(uri)
         except DPOError as error:
@@ -200,9 +200,9 @@ def _similar(store: Store, folder: str, error: DPOError) -> str:
 
 
 def estimate_lines(store: Store, objects: Sequence[ObjectInfo]) -> int | None:
-    """Return about how many lines the objects hold, from the head of each; None if one of them is compressed.
+    """Return an estimate of the number of lines, from the head of each object; None if one of them is compressed.
 
-    Exact for an object that is no longer than the head.
+    Exact for an object that is not longer than its head.
     """
     total = 0.0
     for info in objects:

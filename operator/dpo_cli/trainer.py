@@ -1,4 +1,4 @@
-"""Starts the trainer as a child of this process and ends it as asked. Knows its command line, imports none of it."""
+"""Starts the trainer as a child process, and stops it on request. Uses its command line and imports none of it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dpo_api.progress import LastWords
 POLL_SECONDS = 0.1
 MODULE = [sys.executable, "-m", "dpo_trainer"]
 KILLED_EXIT_CODE = 130
-"""Exit code of a run that was killed by a second Ctrl-C: a shell's own for SIGINT."""
+"""Exit code of a run that was killed by a second Ctrl-C: what a shell reports for SIGINT."""
 
 
 def require_trainer() -> None:
-    """Raise NotFoundError unless the trainer and torch are installed beside this client."""
+    """Raise NotFoundError unless the trainer and torch are installed in this environment."""
     for module in ("dpo_trainer", "torch"):
         if importlib.util.find_spec(module) is None:
             raise NotFoundError(
@@ -38,7 +38,7 @@ def require_trainer() -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a run is started with. Paths are local; `run_dir` is any address."""
+    """The arguments of a run. Paths are local; `run_dir` may be any URI."""
 
     spec: Path
     run_dir: str
@@ -59,20 +59,20 @@ class Launch:
 
 @dataclass
 class Requests:
-    """Counts how often this process was asked to stop (Ctrl-C, SIGTERM, a closed terminal)."""
+    """Counts the requests to stop this process (Ctrl-C, SIGTERM, a closed terminal)."""
 
     count: int = 0
     woken: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Count signals instead of dying of them, until the block ends."""
+        """Count signals instead of being ended by them, until the block ends."""
 
-        def heard(_number: int, _frame: FrameType | None) -> None:
+        def count_signal(_number: int, _frame: FrameType | None) -> None:
             self.count += 1
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, heard) for number in numbers}
+        before = {number: signal.signal(number, count_signal) for number in numbers}
         try:
             yield
         finally:
@@ -81,7 +81,7 @@ class Requests:
 
 
 def start(command: Sequence[str], log: BinaryIO, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start the trainer in a session of its own: a terminal's Ctrl-C reaches us alone, and we decide what it means."""
+    """Start the trainer in a new session, so that Ctrl-C in the terminal reaches only this process."""
     return subprocess.Popen(
         list(command),
         stdin=subprocess.DEVNULL,
@@ -100,10 +100,10 @@ def wait(
     stopping: Callable[[], None],
     sleep: Callable[[float], None],
 ) -> bool:
-    """Wait for the trainer, calling `look` at every poll; returns whether it was killed.
+    """Wait for the trainer, and call `look` at every poll; return whether it was killed.
 
-    The first request to stop sends SIGTERM, upon which it writes a checkpoint; `stopping` is called then. The second
-    kills it and all of its descendants.
+    The first request to stop calls `stopping` and sends SIGTERM, on which the trainer writes a checkpoint. The second
+    one kills the trainer and all of its descendants.
     """
     asked = False
     while child.poll() is None:
@@ -121,41 +121,43 @@ def wait(
 
 
 def kill_tree(root: int) -> None:
-    """Kill a process and all of its descendants, from the root down: the trainer's ranks have sessions of their own."""
-    doomed = [root]
+    """Kill a process and all of its descendants. Killing its process group would miss ranks in their own sessions."""
+    processes = [root]
     parents = _parents()
-    for process in doomed:
-        doomed += [child for child, parent in parents.items() if parent == process]
-    for process in doomed:
+    for process in processes:
+        processes += [child for child, parent in parents.items() if parent == process]
+    for process in processes:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGKILL)
 
 
 def _parents() -> Mapping[int, int]:
-    """Return each process's parent, from /proc; empty where there is none."""
+    """Return the parent of each process, from /proc; empty on systems without it."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):
-            # The command's name, in parentheses, may hold spaces: fields are counted from its end.
+            # The command name, in parentheses, may contain spaces: count fields from its end.
             found[int(stat.parent.name)] = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
     return found
 
 
 def last_words(path: Path, code: int) -> LastWords:
-    """Return what the trainer left, or what its exit code says if it left nothing."""
+    """Return the trainer's termination message, or one made from its exit code if there is none."""
     with suppress(OSError, ValidationError):
         return LastWords.from_json(path.read_bytes())
     outcome = Outcome.of_exit_code(code)
     if outcome in (None, Outcome.Succeeded, Outcome.Internal):
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        return LastWords(outcome=Outcome.Internal.name, message=f"the trainer ended without a word ({how})")
-    assert outcome is not None  # noqa: S101 - told to the type checker: None is in the tuple above
+        return LastWords(
+            outcome=Outcome.Internal.name, message=f"the trainer ended without a termination message ({how})"
+        )
+    assert outcome is not None  # noqa: S101 - for the type checker: None is in the tuple above
     return LastWords(outcome=outcome.name, message=outcome.description)
 
 
 @dataclass(frozen=True)
 class IndexResult:
-    """What `python -m dpo_trainer index` found, or why it found nothing."""
+    """The result of `python -m dpo_trainer index`, or why there is none."""
 
     counts: Mapping[str, Any] | None
     outcome: Outcome
@@ -163,7 +165,7 @@ class IndexResult:
 
 
 def index(spec: Path) -> IndexResult:
-    """Read and check all data with the trainer's own index pass. Takes as long as reading the data takes."""
+    """Read and check all data with the trainer's own index pass, which takes as long as reading the data."""
     done = subprocess.run([*MODULE, "index", f"--spec={spec}"], capture_output=True, check=False)
     answer = done.stdout.strip().rpartition(b"\n")[2]
     if done.returncode == 0:

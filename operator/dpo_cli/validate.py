@@ -1,4 +1,4 @@
-"""`dpo validate`: everything that is wrong with a manifest, at once, and what it amounts to if nothing is."""
+"""`dpo validate`: reports all errors of a manifest at once, or the effective settings of a valid one."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from dpo_cli.survey import Problem, Survey, survey
 
 @dataclass(frozen=True)
 class Options:
-    """What to look at. `offline`: the manifest alone. `cluster`: also what only a cluster needs."""
+    """What to check. `offline`: only the manifest. `cluster`: also what only a cluster needs."""
 
     deep: bool = False
     offline: bool = False
     cluster: bool = False
     here: bool = False
-    """Whether the job is to run on this machine."""
+    """Whether the job will run on this machine."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What there is to say about one job."""
+    """The result of validating one job."""
 
     file: str
     name: str
     findings: tuple[Finding, ...]
     outcome: Outcome
-    """How a run would end at once; Succeeded when nothing keeps it from starting."""
+    """The outcome of a run that cannot start; Succeeded if it can."""
     job: DPOJob | None = None
     seen: Survey = field(default_factory=Survey)
     plan: Plan | None = None
@@ -55,7 +55,7 @@ class Verdict:
 
     @property
     def valid(self) -> bool:
-        """Whether nothing keeps a run from starting."""
+        """Whether a run can start."""
         return self.outcome is Outcome.Succeeded
 
 
@@ -69,7 +69,7 @@ def validate_file(file: str, settings: Sequence[str], options: Options) -> list[
 
 
 def judge(file: str, document: Document, overrides: Sequence[Override], options: Options) -> Verdict:
-    """Validate one document, look at what it names and derive its plan."""
+    """Validate one document, check what it refers to and derive its plan."""
     try:
         job = parse(document, overrides).job
     except ManifestError as error:
@@ -78,7 +78,7 @@ def judge(file: str, document: Document, overrides: Sequence[Override], options:
 
 
 def judge_job(file: str, document: Document, job: DPOJob, options: Options) -> Verdict:
-    """Look at everything that a valid job names and derive its plan."""
+    """Check everything that a valid job refers to and derive its plan."""
     spec = job.spec
     seen = Survey() if options.offline else survey(spec, here=options.here)
     problems = list(seen.problems)
@@ -91,12 +91,12 @@ def judge_job(file: str, document: Document, job: DPOJob, options: Options) -> V
         else:
             counts, exact = result.counts, True
             pairs, validation = pairs_of(result.counts)
-            doubts = [
+            warnings = [
                 text for data in (counts["train"], *counts["validation"].values()) for text in data.get("warnings", ())
             ]
-            problems += [Problem(Finding("warning", "spec.data", text), Outcome.Succeeded) for text in doubts]
+            problems += [Problem(Finding("warning", "spec.data", text), Outcome.Succeeded) for text in warnings]
     if pairs == 0:
-        empty = Finding("error", "spec.data.train", "no usable pair is left, so there is nothing to train on")
+        empty = Finding("error", "spec.data.train", "there are no usable pairs to train on")
         problems.append(Problem(empty, Outcome.InvalidData))
         pairs = None
     found = check(spec, seen.facts, pairs, validation_pairs=validation, on_cluster=options.cluster)
@@ -110,7 +110,7 @@ def judge_job(file: str, document: Document, job: DPOJob, options: Options) -> V
 
 
 def _outcome(problems: Sequence[Problem], found: Sequence[Finding]) -> Outcome:
-    """The manifest's own errors come first: they are mended by editing it."""
+    """Errors in the manifest itself come first: the user can fix them by editing it."""
     if any(finding.level == "error" for finding in found):
         return Outcome.InvalidSpec
     return next((problem.outcome for problem in problems if problem.finding.level == "error"), Outcome.Succeeded)
@@ -130,7 +130,7 @@ def pairs_of(counts: Mapping[str, Any]) -> tuple[int, list[int]]:
 
 
 def print_text(console: Console, verdict: Verdict) -> None:
-    """Print a verdict for people: findings, then the effective settings of a valid job."""
+    """Print a verdict as text: findings, then the effective settings of a valid job."""
     title = f"{verdict.file}: {headline(verdict.findings)}"
     console.print(title, style="bold")
     print_findings(console, verdict.findings)
@@ -141,7 +141,7 @@ def print_text(console: Console, verdict: Verdict) -> None:
 
 
 def as_json(verdicts: Sequence[Verdict]) -> str:
-    """Return the verdicts as a JSON array, one object a job."""
+    """Return the verdicts as a JSON array, one object per job."""
     return json.dumps([_json_of(verdict) for verdict in verdicts], indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -185,5 +185,5 @@ def worst(verdicts: Sequence[Verdict]) -> Outcome:
 
 
 def problem_of(file: str, error: DPOError) -> Verdict:
-    """Return the verdict on a file that could not be looked at."""
+    """Return the verdict on a file that could not be checked."""
     return Verdict(file, "", (Finding("error", "", str(error)),), error.outcome)

@@ -125,7 +125,7 @@ def test_combinations_are_rendered(home: Path, name: str) -> None:
         ({"settings": {"scrape-by": "api-proxy"}}, "/settings/scrape-by"),
         ({"trainer": {"imagePullSecrets": ["pull"]}}, "/trainer/imagePullSecrets/0"),
         ({"trainingOperator": {"initContainer": {"runAsUser": 0}}}, "/trainingOperator/initContainer/runAsUser"),
-        ({"trainer": {"env": {"A": "x,y=1"}}}, 'trainer.env.A: "x,y=1" holds a comma and NAME='),
+        ({"trainer": {"env": {"A": "x,y=1"}}}, 'trainer.env.A: "x,y=1" contains a comma followed by NAME='),
         ({"nodeSelector": {"gpu": True}}, "/nodeSelector/gpu"),
         ({"runAsUser": 0}, "/runAsUser"),
         ({"defaults": {"s3": {"endpoint": "https://user:key@s3"}}}, "/defaults/s3/endpoint"),

@@ -341,7 +341,7 @@ def test_few_pairs_then_another_model_and_other_data(dpo: Command, spec: dict[st
 
     said = run(dpo, few)
     assert said.code == 0, said.all
-    assert "this run had finished before: nothing was left to do" in said.out
+    assert "this run was already finished: there was nothing to do" in said.out
 
 
 def edited(spec: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

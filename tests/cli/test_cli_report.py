@@ -159,7 +159,7 @@ def test_lines_are_drawn_where_their_values_are() -> None:
 
 def test_a_spike_is_cut_and_told() -> None:
     points = [(step, 40.0 if step == 5 else 2.0) for step in range(1, 61)]
-    assert "spikes above 2.5 are cut, the highest is 40 at step 5" in render(
+    assert "spikes above 2.5 are cut off; the highest is 40 at step 5" in render(
         Chart("norm", [Line("a", points)], cut_spikes=True), 60
     )
     assert "cut" not in render(Chart("norm", [Line("a", [(s, 2.0 + s % 2) for s in range(60)])], cut_spikes=True), 60)

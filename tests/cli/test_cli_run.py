@@ -145,7 +145,7 @@ def test_cluster_settings_are_ignored_with_one_note(world: World, replay: Replay
     world.spec["resources"] = {"nodes": 4, "processesPerNode": 2, "memory": "64Gi"}
     world.spec["runPolicy"] = {"maxRestarts": 3}
     said = replay.run(SUCCESS, "run", "-f", world.write())
-    note = "  note     ignored here, as it is for a cluster: resources.nodes, resources.memory, runPolicy\n"
+    note = "  note     ignored: applies to clusters only: resources.nodes, resources.memory, runPolicy\n"
     assert said.out.count("note") == 1
     assert note in said.out
     assert arguments(world.folder / "runs" / "tiny")["processes"] == "2"
@@ -182,7 +182,7 @@ def test_an_internal_error_shows_the_end_of_this_runs_log(world: World, replay: 
     assert "error  ValueError: boom" in said.err
     assert "  | line 99\n" in said.err
     assert "  | line 50\n" not in said.err
-    assert "the whole log: runs/tiny/trainer.log" in said.err
+    assert "full log: runs/tiny/trainer.log" in said.err
     assert log.read_text().startswith("of an earlier attempt\n")
     assert "of an earlier attempt" not in said.all
 
@@ -190,14 +190,14 @@ def test_an_internal_error_shows_the_end_of_this_runs_log(world: World, replay: 
 def test_a_trainer_that_dies_without_a_word(world: World, replay: Replay) -> None:
     said = replay.run(failing(None, 77), "run", "-f", world.write())
     assert said.code == 1
-    assert "the trainer ended without a word (exit code 77)" in said.err
+    assert "the trainer ended without a termination message (exit code 77)" in said.err
 
 
 @pytest.mark.parametrize(
     ("code", "outcome", "text"),
     [
         (-9, Outcome.Internal, "killed by signal 9"),
-        (0, Outcome.Internal, "without a word"),
+        (0, Outcome.Internal, "without a termination message"),
         (7, Outcome.NoSpace, "A disk or a quota is full."),
     ],
 )
@@ -243,7 +243,7 @@ def test_one_of_several_jobs(world: World, replay: Replay, dpo: Dpo) -> None:
 def test_a_run_that_had_finished_before_says_so(world: World, replay: Replay) -> None:
     said = replay.run(SUCCESS | {"events": EVENTS[:2]}, "run", "-f", world.write())
     assert said.code == 0
-    assert "  note     this run had finished before: nothing was left to do\nresult " in said.out
+    assert "  note     this run was already finished: there was nothing to do\nresult " in said.out
 
 
 def test_a_run_directory_that_cannot_be(world: World, replay: Replay) -> None:
@@ -289,9 +289,9 @@ def test_one_signal_stops_with_a_checkpoint_and_says_how_to_go_on(world: World, 
     words = {"outcome": "Stopped", "message": where, "step": 2, "total": 4}
     said = signalled(world, replay, HANGING | {"stoppedWords": words}, number)
     assert said.code == 143
-    assert "stopping: a checkpoint is written first" in said.out
+    assert "stopping: writing a checkpoint first" in said.out
     assert f"stopped     {where}\n" in said.out
-    assert f"go on       dpo run -f {world.folder}/job.yaml\n" in said.out
+    assert f"continue    dpo run -f {world.folder}/job.yaml\n" in said.out
     assert "report      runs/tiny/report.html" in said.out
     assert said.err == ""
 
@@ -347,7 +347,7 @@ def test_how_many_processes(asked: int | None, stated: int | None, gpus: int, pr
 def test_a_missing_gpu_is_told() -> None:
     assert choose_processes(None, Resources(gpus_per_node=8), 0) == (
         1,
-        ["no GPU was found here (the manifest asks for 8 a node): training on CPU"],
+        ["no GPU found on this machine (the manifest asks for 8 per node): training on CPU"],
     )
 
 

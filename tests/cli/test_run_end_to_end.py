@@ -106,7 +106,7 @@ def test_two_processes_with_everything_in_s3(tmp_path: Path, s3: S3Server) -> No
     said = dpo(*command, **keys)
     assert said.code == 0, said.all
     assert "tiny  2 processes · run directory s3://runs/tiny/" in said.out
-    assert "ignored here, as it is for a cluster: resources.nodes" in said.out
+    assert "ignored: applies to clusters only: resources.nodes" in said.out
     assert "24 pairs, 0 dropped" in said.out
     assert "step 12/12" in said.out
     assert "result      validation: accuracy " in said.out
@@ -138,7 +138,7 @@ def test_two_processes_with_everything_in_s3(tmp_path: Path, s3: S3Server) -> No
     marker = s3.client().head_object(Bucket="runs", Key="tiny/model/model.safetensors")["LastModified"]
     again = dpo(*command, **keys)
     assert again.code == 0, again.all
-    assert "this run had finished before: nothing was left to do" in again.out
+    assert "this run was already finished: there was nothing to do" in again.out
     assert "model       s3://runs/tiny/model" in again.out
     assert "result      validation: accuracy " in again.out
     assert s3.client().head_object(Bucket="runs", Key="tiny/model/model.safetensors")["LastModified"] == marker

@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
 {{- end -}}
 
-{{- /* Name of the release's objects; 50 characters leave room for endings. */ -}}
+{{- /* Name of the release's objects; 50 characters leave room for suffixes. */ -}}
 {{- define "dpo.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
@@ -16,7 +16,7 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* What tells the operator's pod and Service from the test's pods. */ -}}
+{{- /* Selects the operator's pod and not the pods of `helm test`. */ -}}
 {{- define "dpo.selector" -}}
 app.kubernetes.io/name: {{ include "dpo.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -66,21 +66,21 @@ app.kubernetes.io/component: operator
 {{- $of := index . 1 -}}
 {{- range $name, $value := index . 0 -}}
 {{- if regexMatch ",[A-Za-z_][A-Za-z0-9_.-]*=" (toString $value) -}}
-{{- fail (printf "%s.%s: %q holds a comma and NAME= behind it, which would begin another variable; set it in each job's podTemplate instead" $of $name $value) -}}
+{{- fail (printf "%s.%s: %q contains a comma followed by NAME=, which would start another variable; set it in each job's podTemplate instead" $of $name $value) -}}
 {{- end -}}
 {{- $pairs = append $pairs (printf "%s=%s" $name (toString $value)) -}}
 {{- end -}}
 {{- join "," $pairs -}}
 {{- end -}}
 
-{{- /* NAME,… of a list of objects with a name, for a flag. */ -}}
+{{- /* NAME,… from a list of objects with a name, for a flag. */ -}}
 {{- define "dpo.names" -}}
 {{- $names := list -}}
 {{- range . }}{{ $names = append $names .name }}{{ end -}}
 {{- join "," $names -}}
 {{- end -}}
 
-{{- /* Whether objects of a kind of Prometheus' operator are made: "true" or nothing. Takes (list kind root). */ -}}
+{{- /* Whether to create objects of a kind of the Prometheus operator: "true" or nothing. Takes (list kind root). */ -}}
 {{- define "dpo.monitored" -}}
 {{- $root := index . 1 -}}
 {{- $way := $root.Values.monitoring.enabled -}}

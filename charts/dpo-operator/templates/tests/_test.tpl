@@ -11,17 +11,17 @@
 {{- default (include "dpo.test.name" .) .Values.test.storage.claim -}}
 {{- end -}}
 
-{{- /* Whether the test makes its own claim: "true" or nothing. */ -}}
+{{- /* Whether the test creates its own PersistentVolumeClaim: "true" or nothing. */ -}}
 {{- define "dpo.test.ownClaim" -}}
 {{- if and (include "dpo.test.ownData" .) (not .Values.test.storage.claim) }}true{{ end -}}
 {{- end -}}
 
-{{- /* Whether the test makes its own model and data: "true" or nothing. */ -}}
+{{- /* Whether the test creates its own model and data: "true" or nothing. */ -}}
 {{- define "dpo.test.ownData" -}}
 {{- if not (or (hasKey .Values.test.spec "model") (hasKey .Values.test.spec "data")) }}true{{ end -}}
 {{- end -}}
 
-{{- /* Annotations of a hook. Takes (list weight). The pod that reports stays, for its log. */ -}}
+{{- /* Annotations of a hook. Takes (list weight). The pod that reports the result is kept, for its log. */ -}}
 {{- define "dpo.test.hook" -}}
 helm.sh/hook: test
 helm.sh/hook-weight: {{ index . 0 | quote }}
@@ -58,7 +58,7 @@ checkpoint:
   gracePeriodSeconds: 30
 runPolicy:
   maxRestarts: 1
-{{- /* Where the installation names none for trainers, the operator's own may do: both images often come from one registry. */ -}}
+{{- /* Without pull secrets for trainers, use the operator's: both images often come from the same registry. */ -}}
 {{- $pull := empty .Values.trainer.imagePullSecrets | ternary .Values.imagePullSecrets (list) }}
 {{- if or .Values.test.fsGroup $pull }}
 podTemplate:
