@@ -96,7 +96,7 @@ def judge_job(file: str, document: Document, job: DPOJob, options: Options) -> V
             ]
             problems += [Problem(Finding("warning", "spec.data", text), Outcome.Succeeded) for text in warnings]
     if pairs == 0:
-        empty = Finding("error", "spec.data.train", "there are no usable pairs to train on")
+        empty = Finding("error", "spec.data.train", "no usable pair is left, so there is nothing to train on")
         problems.append(Problem(empty, Outcome.InvalidData))
         pairs = None
     found = check(spec, seen.facts, pairs, validation_pairs=validation, on_cluster=options.cluster)

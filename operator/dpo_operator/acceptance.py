@@ -89,11 +89,11 @@ def _passes(draft: Draft, image: str, name: str) -> bool:
     view, answer = draft.view, draft.view.observed.check
     refusal = view.observed.refusals.get(name)
     if answer is None or answer.generation != view.generation:
-        told = conditions.find(draft.status.conditions, ConditionType.Accepted)
+        known = conditions.find(draft.status.conditions, ConditionType.Accepted)
         if (
-            told is not None
-            and told.reason == Reason.ChildInvalid.value
-            and told.observed_generation == view.generation
+            known is not None
+            and known.reason == Reason.ChildInvalid.value
+            and known.observed_generation == view.generation
         ):
             return False
         body = pytorchjob.build_child(view.job, view.identity, 1, image, draft.settings)

@@ -1,4 +1,4 @@
-"""Conditions: one entry a type, whose transition time changes only with its status."""
+"""Conditions: one entry per type, whose transition time changes only with its status."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def put(
 
 
 def observed_for(conditions: Iterable[Condition], generation: int) -> tuple[Condition, ...]:
-    """Return the conditions as observed for this generation of the spec, each holding since when it did.
+    """Return the conditions with this observedGeneration; their transition times are unchanged.
 
-    ``kubectl wait`` takes no notice of a condition that was observed for an older one.
+    ``kubectl wait`` ignores a condition that was observed for an older generation.
     """
     return tuple(condition.model_copy(update={"observed_generation": generation}) for condition in conditions)

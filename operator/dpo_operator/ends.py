@@ -1,4 +1,4 @@
-"""How a job ends: the conditions Finished, Succeeded and Failed, and what outlives the pods."""
+"""How a job ends: the conditions Finished, Succeeded and Failed, and the results that the status keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpo_operator.reasons import Reason
 
 
 def succeed(draft: Draft, words: LastWords) -> None:
-    """End the job with its model; the final values are rank 0's last words."""
+    """End the job with its model; the final values come from rank 0's termination message."""
     former = draft.status.progress
     metrics = progress.bounded({**(former.metrics if former is not None else {}), **words.metrics})
     final = (former or StatusProgress(phase="done")).model_copy(
@@ -34,7 +34,9 @@ def succeed(draft: Draft, words: LastWords) -> None:
         summary=progress.summarise(final),
     )
     where = f"; the model is at {words.model_uri}" if draft.status.model_uri else ""
-    if words.already_complete and draft.attempt is not None and draft.attempt.number == 1:  # a later one finds our own
+    if (
+        words.already_complete and draft.attempt is not None and draft.attempt.number == 1
+    ):  # a later attempt finds the export of an earlier one
         text = f"The run directory already held this run, finished after step {words.step}{where}."
         _end(draft, Reason.AlreadyComplete, text, succeeded=True)
         return

@@ -62,9 +62,9 @@ def record(draft: Draft) -> None:
         # Running pods are recorded once all of them run: one status write for all.
         if known is None and cause is None and not all_run and fresh.exit_code is None:
             continue
-        told = known.reason if known is not None else None
+        recorded = known.reason if known is not None else None
         # A pod that is being deleted no longer shows that it did not start in time.
-        if told is not None and (cause is None or told == Reason.StartTimeout.value):
+        if recorded is not None and (cause is None or recorded == Reason.StartTimeout.value):
             continue
         records[fresh.name] = fresh
     _keep(draft, records.values())

@@ -1,4 +1,4 @@
-"""What is left when attempts and jobs have ended: children kept for their logs, and the DPOJob's own time to live."""
+"""Cleans up after attempts and jobs: PyTorchJobs that are kept for their logs, and the DPOJob's time to live."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpo_operator.view import attempt_of
 
 
 def trim_history(draft: Draft) -> None:
-    """Delete all but the newest children that failed; the pods that they keep hold logs and nothing else."""
+    """Delete all but the newest failed PyTorchJobs, which are kept only for the logs of their pods."""
     stored = draft.view.status
     newest = stored.attempts[-1].number if stored.attempts else 0
     over = stored.completion_time is not None
@@ -31,9 +31,9 @@ def trim_history(draft: Draft) -> None:
 
 
 def leave_queue(draft: Draft) -> None:
-    """Delete a child that is still queued though its job is over: admitted once more, it would run once more.
+    """Delete a PyTorchJob that is still queued although its job has finished: if admitted, it would run again.
 
-    A job that is preempted while its export ends succeeds, and training-operator never hears of it.
+    A job that is preempted just after its export succeeds, but training-operator never sees it succeed.
     """
     for child in draft.view.children.values():
         waits = pytorchjob.is_held(child) and not pytorchjob.is_over(child)
@@ -42,7 +42,7 @@ def leave_queue(draft: Draft) -> None:
 
 
 def expire(draft: Draft) -> None:
-    """Delete a finished DPOJob when its time to live is over; owner references take everything else along."""
+    """Delete a finished DPOJob after its time to live; garbage collection deletes the objects that it owns."""
     limit = draft.view.spec.run_policy.ttl_seconds_after_finished
     ended = draft.view.status.completion_time
     if limit is None or ended is None:

@@ -1,4 +1,4 @@
-"""What the run itself must show: the reference agrees, the loss is finite, it learns, and steps follow each other."""
+"""Checks on the run itself: the reference is consistent, the loss is finite, the policy learns, and steps advance."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from dpo_api.metrics import ACCURACY, MARGIN, newest_group
 from dpo_api.status import ConditionType, StatusProgress
+from dpo_api.texts import numbers
 from dpo_operator import clock, limits
 from dpo_operator.conditions import Truth, find
 from dpo_operator.draft import Draft
@@ -24,11 +25,11 @@ _OF_ATTEMPT = (ConditionType.TrainingStalled, ConditionType.ProgressAvailable)
 
 
 def apply(draft: Draft) -> None:
-    """Judge the newest progress."""
+    """Set the conditions about the run from the newest progress."""
     progress, attempt = draft.status.progress, draft.attempt
     if progress is None or attempt is None or attempt.result is not None or progress.phase == "starting":
         return
-    # What an earlier attempt said is no news of this one.
+    # Progress of an earlier attempt says nothing about this one.
     if attempt.running_time is None or (progress.observed_at or "") < attempt.running_time:
         return
     _reference(draft)
@@ -39,34 +40,35 @@ def apply(draft: Draft) -> None:
 
 
 def withdraw(draft: Draft, types: Collection[ConditionType] = _OF_ATTEMPT) -> None:
-    """Take back what was said of pods that hold no nodes any more; what ended them stays in the attempt."""
+    """Remove conditions about pods that no longer hold nodes; the attempt still records why it ended."""
     named = {each.value for each in types}
     draft.update(conditions=tuple(c for c in draft.status.conditions if c.type not in named))
 
 
 def _reference(draft: Draft) -> None:
-    """Compare the first loss with what it is when policy and reference are equal, both as the trainer reports them."""
-    said = said_now(draft)  # it keeps the two numbers, at whatever step it is asked
+    """Compare the first loss with its value for a policy equal to the reference; the trainer reports both."""
+    said = said_now(draft)  # the trainer reports the two numbers at every step
     if said is None or find(draft.status.conditions, ConditionType.ReferenceConsistent):
         return
     seen, expected = said.first_preference_loss, said.expected_first_preference_loss
     if seen is None or expected is None:
         return
     where = "step 1" if said.step > 0 else "the validation before step 1"
+    seen_text, expected_text = numbers(seen, expected)
     needs_rewards = draft.view.spec.dpo.loss.row.needs_rewards
     if abs(seen - expected) <= TOLERANCE * (max(expected, SMALLEST) if needs_rewards else expected):
-        text = f"The loss at {where} is {seen:.4f}; a policy equal to its reference gives {expected:.4f}."
+        text = f"The loss at {where} is {seen_text}; a policy equal to its reference gives {expected_text}."
         draft.condition(ConditionType.ReferenceConsistent, "True", Reason.PolicyEqualsReference, text)
         return
     text = (
-        f"The loss at {where} is {seen:.4f}, but a policy equal to its reference gives {expected:.4f}: reference"
+        f"The loss at {where} is {seen_text}, but a policy equal to its reference gives {expected_text}: reference"
         " log-probs, the data or the model do not match. Stop the job and delete the reference cache."
     )
     draft.condition(ConditionType.ReferenceConsistent, "False", Reason.PolicyDiffersFromReference, text)
 
 
 def _finite(draft: Draft, progress: StatusProgress) -> None:
-    """A value that is not finite is left out by the trainer: JSON has no NaN."""
+    """The trainer leaves out a value that is not finite, because JSON has no NaN."""
     if progress.step < 1 or not any(name.startswith("train/") for name in progress.metrics):
         return
     if "train/loss" not in progress.metrics:
@@ -101,7 +103,7 @@ def _learning(draft: Draft, progress: StatusProgress) -> None:
 
 
 def _stalled(draft: Draft, progress: StatusProgress, running_time: str) -> None:
-    """Only a trainer that answers can be seen to stand still."""
+    """Only a trainer that answers can be seen to have stalled."""
     if progress.changed_at is None or progress.observed_at is None:
         return
     since = max(progress.changed_at, running_time)
@@ -112,5 +114,5 @@ def _stalled(draft: Draft, progress: StatusProgress, running_time: str) -> None:
     elif limits.is_counted(progress):
         text = f"No progress since {since}: phase {progress.phase}, step {progress.step}."
         draft.condition(ConditionType.TrainingStalled, "True", Reason.NoStep, text)
-    else:  # a long checkpoint or export: nobody can say whether it moves
+    else:  # a long checkpoint or export: whether it advances is unknown
         withdraw(draft, (ConditionType.TrainingStalled,))

@@ -15,10 +15,10 @@ KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 
 
 def of_job(name: str, uid: str) -> dict[str, str]:
-    """Return the labels that tie an object to its DPOJob; one that is only rendered has no UID yet."""
+    """Return the labels that identify an object's DPOJob; a job that is only rendered has no UID."""
     return {JOB: name} | ({JOB_UID: uid} if uid else {}) | {MANAGED_BY: MANAGER}
 
 
 def of_attempt(name: str, uid: str, attempt: int) -> dict[str, str]:
-    """Return the labels of one attempt's child and pods."""
+    """Return the labels of one attempt's PyTorchJob and pods."""
     return {**of_job(name, uid), ATTEMPT: str(attempt)}

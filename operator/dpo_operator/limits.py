@@ -1,4 +1,4 @@
-"""Limits on a running attempt: the deadline, counted while admitted, and the stall."""
+"""Limits on a running attempt: the deadline, which counts admitted time, and the stall time-out."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def release(draft: Draft) -> None:
 
 
 def admitted_seconds(draft: Draft) -> float:
-    """Return how long the job has been admitted in all."""
+    """Return the total seconds for which the job has been admitted."""
     since = draft.status.admitted_since
     current = max(0.0, draft.now - clock.to_moment(since)) if since is not None else 0.0
     return (draft.status.admitted_seconds or 0) + current
 
 
 def used_up(draft: Draft) -> bool:
-    """Whether the job has been admitted for all of its time."""
+    """Whether the job has been admitted for as long as its deadline allows."""
     limit = draft.view.spec.run_policy.active_deadline_seconds
     return limit is not None and admitted_seconds(draft) >= limit
 
 
 def deadline(draft: Draft) -> Cause | None:
-    """Return the cause DeadlineExceeded once the admitted time is used up; else ask to be woken then."""
+    """Return the cause DeadlineExceeded once the admitted time is used up; otherwise request a pass for then."""
     limit = draft.view.spec.run_policy.active_deadline_seconds
     if limit is None or draft.status.admitted_since is None:
         return None
@@ -48,12 +48,12 @@ def deadline(draft: Draft) -> Cause | None:
 
 
 def is_counted(progress: StatusProgress) -> bool:
-    """Whether something that is counted comes next. Loading, checkpoints and exports take as long as they take."""
+    """Whether the phase counts units, so that a stall is visible. Loading, checkpoints and exports do not."""
     return progress.phase == "train" or (progress.done is not None and progress.done != progress.of)
 
 
 def stall(draft: Draft) -> Cause | None:
-    """Return the cause Stalled when a trainer that answers has stood still for too long."""
+    """Return the cause Stalled if a trainer that answers has made no progress for too long."""
     limit = draft.view.spec.run_policy.stall_timeout_seconds
     running, progress = draft.current.running_time, draft.status.progress
     if limit is None or running is None or progress is None or progress.changed_at is None:
@@ -61,7 +61,7 @@ def stall(draft: Draft) -> Cause | None:
     if not is_counted(progress):
         return None
     seen = progress.observed_at
-    # What an earlier attempt said is no news of this one.
+    # Progress of an earlier attempt says nothing about this one.
     if seen is None or clock.to_moment(seen) < clock.to_moment(running):
         return None
     start = max(clock.to_moment(progress.changed_at), clock.to_moment(running))

@@ -13,7 +13,7 @@ def child(job: str, attempt: int) -> str:
 
 
 def config_map(job: str, uid: str) -> str:
-    """Return the name of the ConfigMap that pins a job; with the UID, since a recreated job is another one."""
+    """Return the name of the ConfigMap that pins a job. It has the UID, since a recreated job is a different one."""
     return f"{job}-spec-{_digest(uid)[:8]}" if uid else f"{job}-spec"
 
 
@@ -23,10 +23,10 @@ def event(job: str, uid: str, reason: str, detail: str) -> str:
 
 
 def fence(created: int, attempt: int) -> int:
-    """Return the number by which the run directory orders attempts, of this job and of its namesakes before it.
+    """Return the number that orders attempts in a run directory, of this job and of earlier jobs of the same name.
 
-    ``created``: when the DPOJob was created, Unix seconds; 0 when it never was (rendered offline). A job that is
-    deleted and created again starts at attempt 1, and yet comes after every attempt of the former one.
+    ``created``: when the DPOJob was created, Unix seconds; 0 if it is only rendered. A job that is deleted and created
+    again starts at attempt 1, but its number is higher than that of every attempt of the deleted job.
     """
     return created * ATTEMPT_LIMIT + attempt
 

@@ -1,4 +1,4 @@
-"""The one status write of a pass: a merge patch of what changed, tied to the version that was read."""
+"""The status write of a pass: a merge patch with the changed fields and the resourceVersion that was read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dpo_api.status import Condition, DPOJobStatus
 
 
 def to_json(status: DPOJobStatus) -> dict[str, Any]:
-    """Return a status as JSON holds it; what is not set is left out."""
+    """Return a status as a JSON object without unset fields."""
     values: dict[str, Any] = status.model_dump(mode="json", by_alias=True, exclude_none=True)
     return values
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON merge patch (RFC 7386) that leads from one object to the other. Lists are replaced whole."""
+    """Return the JSON merge patch (RFC 7386) that turns one object into the other. Lists are replaced as a whole."""
     patch: dict[str, Any] = {}
     for key in old.keys() - new.keys():
         patch[key] = None
@@ -30,7 +30,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_progress(status: DPOJobStatus) -> dict[str, Any]:
-    """Return a status without what changes with every step: two that are equal here differ by progress alone."""
+    """Return a status without the fields that change with every step, to tell whether only progress has changed."""
 
     def bare(condition: Condition) -> Condition:
         return condition.model_copy(update={"message": ""})

@@ -18,17 +18,17 @@ from dpo_operator.texts import clean
 METRICS_MAX = 128
 INT_MAX = 2**53
 PATIENCE_SECONDS = 300.0
-"""Time that rank 0 has after all pods run before its silence is worth a condition."""
+"""How long rank 0 may be silent, after all pods are running, before a condition reports it."""
 
 
 def bounded(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return as many metrics as the status holds, with names of a sane length."""
+    """Return at most as many metrics as the status can hold, without names that are too long."""
     kept = [(name, value) for name, value in metrics.items() if 0 < len(name) <= 128 and name.isprintable()]
     return {name: float(value) for name, value in sorted(kept)[:METRICS_MAX] if math.isfinite(value)}
 
 
 def fitting_uri(uri: str | None) -> str | None:
-    """Return a URI that the status can hold; never a part of one."""
+    """Return the URI if it fits into the status; it is never truncated."""
     return uri if uri and len(uri) <= 1024 and uri.isprintable() else None
 
 
@@ -37,7 +37,7 @@ def _count(value: float | None) -> int | None:
 
 
 def status_of(said: Progress, at: float, former: StatusProgress | None) -> StatusProgress:
-    """Return the status' form of an answer that was given at ``at``."""
+    """Return an answer that was given at ``at`` in the form of the status."""
     changed = clock.to_text(at)
     if former is not None and former.changed_at is not None and _same_place(said, former):
         changed = former.changed_at
@@ -71,7 +71,7 @@ def said_now(draft: Draft) -> Progress | None:
 
 
 def apply(draft: Draft) -> None:
-    """Take the newest answer of the current attempt's rank 0 into the status, or say that there is none."""
+    """Copy the newest answer of the current attempt's rank 0 to the status, or report that there is none."""
     attempt, scrape = draft.attempt, draft.view.observed.scrape
     if attempt is None or attempt.result is not None or scrape is None or scrape.child != attempt.child:
         return
@@ -87,26 +87,26 @@ def apply(draft: Draft) -> None:
     draft.update(progress=current, summary=summarise(current))
     if attempt.last_step is None or current.step > attempt.last_step:
         draft.change_attempt(last_step=current.step)
-    if said.from_step is not None:  # until now the status held what the attempt before was known to have saved
+    if said.from_step is not None:  # so far it was the last checkpoint that the previous attempt reported
         draft.change_attempt(from_step=min(said.from_step, INT_MAX))
     draft.condition(ConditionType.ProgressAvailable, "True", Reason.ScrapeSucceeded, "Rank 0 answers GET /status.")
 
 
 def _silence(draft: Draft, error: str) -> None:
-    """Silence is a condition, never a stall: the network between us and the pod may be all that is wrong."""
+    """Report silence as a condition, never as a stall: perhaps only the network to the pod is at fault."""
     attempt = draft.attempt
     running = None if attempt is None or attempt.running_time is None else clock.to_moment(attempt.running_time)
-    told = find(draft.status.conditions, ConditionType.ProgressAvailable)
-    if running is None or (told is None and draft.now < running + PATIENCE_SECONDS):
+    known = find(draft.status.conditions, ConditionType.ProgressAvailable)
+    if running is None or (known is None and draft.now < running + PATIENCE_SECONDS):
         return
-    if told is not None and told.status == "False":
-        return  # its words may change with each try; they are worth no write
+    if known is not None and known.status == "False":
+        return  # the error may differ at each try; that is not worth a write
     text = f"Rank 0 does not answer GET /status: {clean(error, 300)}."
     draft.condition(ConditionType.ProgressAvailable, "False", Reason.ScrapeFailed, text)
 
 
 def summarise(progress: StatusProgress) -> Summary:
-    """Return the columns: validation's accuracy and margin once there are any, else training's."""
+    """Return the columns: accuracy and margin of the validation once there is one, otherwise of training."""
     metrics = progress.metrics
     group = newest_group(metrics)
     left = progress.eta_seconds
@@ -124,7 +124,7 @@ def _fixed(value: float | None, decimals: int) -> str | None:
 
 
 def sentence(progress: StatusProgress | None) -> str:
-    """Say in words where a running attempt is."""
+    """Describe the phase and step of a running attempt."""
     if progress is None:
         return "All pods are running."
     where, unit = PHASE_TEXTS[progress.phase].capitalize(), PHASE_UNITS.get(progress.phase)

@@ -12,10 +12,10 @@ from dpo_operator.reasons import Reason, named
 from dpo_operator.texts import sentence
 
 JITTER = 0.1
-"""Share of a pause by which jobs that failed together are spread."""
+"""Share of the back-off by which jobs that failed together are spread."""
 
 
-UNHEARD_SECONDS = 3600.0
+SILENT_SECONDS = 3600.0
 """An attempt that ran for longer without ever reporting progress is assumed to have made some."""
 
 
@@ -25,21 +25,24 @@ def without_progress(draft: Draft) -> int:
     grace = draft.view.spec.checkpoint.grace_period_seconds
     count = 0
     for attempt in reversed(draft.status.attempts):
-        if attempt.result != "Failed" or (reached or 0) > (attempt.from_step or 0) or _ran_unheard(attempt, grace):
+        if attempt.result != "Failed" or (reached or 0) > (attempt.from_step or 0) or _ran_silently(attempt, grace):
             break
         count += 1
     return count
 
 
-def _ran_unheard(attempt: Attempt, grace: int) -> bool:
+def _ran_silently(attempt: Attempt, grace: int) -> bool:
     """Whether an attempt ran for long without a report: scraping may be off, and its termination message lost."""
     if attempt.last_step is not None or attempt.running_time is None or attempt.end_time is None:
         return False
-    return clock.to_moment(attempt.end_time) - clock.to_moment(attempt.running_time) > UNHEARD_SECONDS + grace
+    return clock.to_moment(attempt.end_time) - clock.to_moment(attempt.running_time) > SILENT_SECONDS + grace
 
 
 def backoff(failures: int, key: str, settings: Settings) -> float:
-    """Return the seconds before the next attempt after so many failures in a row; spread by ``key``, not by chance."""
+    """Return the seconds before the next attempt after this many consecutive failures.
+
+    The spread is a hash of ``key``, not random, so that a repeated pass gives the same result.
+    """
     pause = min(settings.backoff_max_seconds, settings.backoff_base_seconds * 2.0 ** min(max(0, failures - 1), 32))
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
     return pause * (1 + JITTER * share)
@@ -89,7 +92,7 @@ def conclude(draft: Draft) -> None:
 
 
 def out_of_time(draft: Draft) -> bool:
-    """End a job whose time is used up: the next attempt would queue, perhaps for days, to be ended at once."""
+    """End a job that is past its deadline: the next attempt might queue for days, only to be ended at once."""
     if not limits.used_up(draft):
         return False
     attempt = draft.current
@@ -101,7 +104,7 @@ def out_of_time(draft: Draft) -> bool:
 
 
 def place_restart(draft: Draft) -> None:
-    """Say that the next attempt is on its way."""
+    """Report that another attempt follows."""
     attempt = draft.current
     reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
     start = f"from step {reached}" if reached else "from the newest checkpoint, if there is one"

@@ -44,11 +44,11 @@ class View:
 
     observed: Observed
     status: DPOJobStatus
-    """The status as it is stored."""
+    """The stored status."""
 
     @classmethod
     def of(cls, observed: Observed) -> View:
-        """Read the stored status. Raises ValidationError for one that nobody of ours wrote."""
+        """Parse the stored status. Raises ValidationError for one that no operator wrote."""
         return cls(observed, DPOJobStatus.model_validate(observed.job.get("status") or {}))
 
     @cached_property
@@ -92,7 +92,7 @@ class View:
 
     @cached_property
     def identity(self) -> Identity:
-        """What ties children to the job."""
+        """What links PyTorchJobs to the job."""
         own: Mapping[str, str] = self.observed.job["metadata"].get("labels") or {}
         return Identity(
             name=self.name,
@@ -105,16 +105,16 @@ class View:
 
     @cached_property
     def children(self) -> dict[str, Object]:
-        """Our own children by name."""
+        """The job's own PyTorchJobs by name."""
         return {str(c["metadata"]["name"]): c for c in self.observed.children if owner_uid(c) == self.uid}
 
     @cached_property
     def strangers(self) -> dict[str, Object]:
-        """Children with the job's label, or met under a name of ours, that somebody else owns."""
+        """PyTorchJobs that have the job's label, or the name of an attempt, but another owner."""
         return {str(c["metadata"]["name"]): c for c in self.observed.children if owner_uid(c) != self.uid}
 
     def is_gone(self, child: str) -> bool:
-        """Whether a child of ours is known, not by a cache alone, to be no more."""
+        """Whether a request, not only the cache, has shown that one of the job's PyTorchJobs no longer exists."""
         return child in self.observed.absent or child in self.strangers
 
     def pods(self, attempt: Attempt) -> list[Object]:
@@ -129,7 +129,7 @@ class View:
 
     @cached_property
     def namesake_pods(self) -> list[Object]:
-        """Pods of a former DPOJob of this name that still stand in the way."""
+        """Pods of a deleted DPOJob of the same name that have not ended yet."""
         return [
             pod
             for pod in self.observed.pods
@@ -137,5 +137,5 @@ class View:
         ]
 
     def stored_attempt(self, number: int) -> Attempt | None:
-        """Return what the stored status, not this pass, says of an attempt."""
+        """Return an attempt from the stored status, without the changes of this pass."""
         return next((attempt for attempt in self.status.attempts if attempt.number == number), None)

@@ -51,7 +51,7 @@ def test_a_run_from_start_to_summary(world: World, replay: Replay) -> None:
     lines = [line.split("  (")[0] for line in said.out.splitlines()]
     assert lines == [
         "tiny  1 process · run directory runs/tiny",
-        "  start      processes",
+        "  start      starting the trainer",
         "  index      100 pairs, 0 dropped, 1,200 tokens, longest 9",
         "  val        step 0  loss 0.690  acc 0.50",
         "  train      step 10/10  loss 0.100  acc 0.98",

@@ -48,7 +48,7 @@ async def run(
 async def _follow(
     client: Client, namespace: str, name: str, uid: str, deadline: float, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    told = ""
+    reported = ""
     while True:
         status: dict[str, Any] = {}
         try:
@@ -60,16 +60,16 @@ async def _follow(
                 raise HelmTestError(f"DPOJob {namespace}/{name} was deleted by somebody else")
             status = job.get("status") or {}
             said = f"{status.get('state', 'not seen by an operator yet')}: {status.get('message', '')}".rstrip(": ")
-            if said != told:
-                told = said
+            if said != reported:
+                reported = said
                 tell(said)
             if status.get("state") == "Succeeded":
                 return status
             if status.get("state") in {"Failed", "Rejected"}:
-                raise HelmTestError(f"DPOJob {namespace}/{name} ended as {told}")
+                raise HelmTestError(f"DPOJob {namespace}/{name} ended as {reported}")
         if time.monotonic() > deadline:
             raise HelmTestError(
-                f"DPOJob {namespace}/{name} has not ended in time; last seen: {told or 'nothing'}."
+                f"DPOJob {namespace}/{name} has not ended in time; last seen: {reported or 'nothing'}."
                 f" `kubectl describe dpo {name} -n {namespace}` says more"
             )
         await asyncio.sleep(LOOK_SECONDS)

@@ -1,4 +1,4 @@
-"""The columns of the table of reasons. Nothing else in the operator decides a property of a reason."""
+"""The columns of the table of reasons. Every property of a reason is decided here, and nowhere else in the operator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row:
     """The reason as the API spells it."""
     topic: Topic
     meaning: str
-    """One sentence for people: what happened."""
+    """What happened, in one sentence."""
     remedy: str
     """What to do about it."""
     event: Literal["Normal", "Warning"] | None = None
@@ -75,7 +75,7 @@ def cause(
 
 
 def cause_of(outcome: Outcome, remedy: str, *, speaks_against_node: bool = False, rank: int | None = None) -> Row:
-    """Return the row of the cause that an outcome of the trainer is; word, class and meaning are the outcome's."""
+    """Return the row for an outcome of the trainer; its word, class and meaning come from the outcome."""
     assert outcome.retry != "none", outcome  # noqa: S101 - success is no cause
     return cause(
         outcome.name,

@@ -37,10 +37,10 @@ def way_to_trainers(options: Options) -> Literal["pod-ip", "api-proxy", "off"]:
 
 
 class Operator:
-    """One process. ``run`` returns when it is told to stop."""
+    """The operator's process. ``run`` returns after SIGTERM or SIGINT."""
 
     def __init__(self, options: Options, settings: Settings) -> None:
-        """Wire everything together; nothing starts yet."""
+        """Create and connect all parts; nothing is started yet."""
         self._options = options
         login.use(options.kubeconfig)
         self._client = Client(login.connection, user_agent=f"dpo-operator/{VERSION}")
@@ -82,7 +82,7 @@ class Operator:
         try:
             done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopped}:
-                task.result()  # none of them ends by itself: raise what ended it
+                task.result()  # none of them returns by itself: raise the error that ended it
         finally:
             # A pass that is cut short is repeated by the next process; nothing here needs a grace period.
             for task in (*tasks, stopped):
@@ -95,7 +95,7 @@ class Operator:
         _log.info("stopped")
 
     async def _discover(self) -> None:
-        """Watch the kinds that the cluster knows; look for the missing ones now and then."""
+        """Watch the kinds that the cluster serves, and check regularly for the missing ones."""
         served: tuple[Resource, ...] = ()
         failures = self._watches.failures
         while True:
@@ -116,7 +116,7 @@ class Operator:
                     served = found
                     for key in self._cache.job_keys():
                         self._queue.add(key)
-            # A kind whose definition is deleted shows as a watch that fails.
+            # If the CRD of a kind is deleted, its watch fails.
             for _ in range(60):
                 await asyncio.sleep(_DISCOVERY_SECONDS)
                 if self.health.missing or self._watches.failures != failures:
@@ -131,7 +131,7 @@ class Operator:
         except ApiError as error:
             if error.status == 404:
                 return False
-            # Refused or failing: that says nothing, and is no reason to stop watching.
+            # A refusal or an error does not show that the kind is missing, so keep watching it.
             raise Unreachable(str(error)) from error
         return any(kind.get("name") == resource.plural for kind in listed.get("resources") or ())
 
@@ -146,7 +146,7 @@ class Operator:
                 self._cache.depart(key, item)
         else:
             if kind is None and self.health.synced:
-                self._watchdog.soon()  # listed anew: kopf does not tell what went meanwhile
+                self._watchdog.soon()  # a new list: kopf does not report what was deleted meanwhile
             key = self._cache.put(resource, item, watched=True)
         if key is not None:
             self._queue.add(key)

@@ -119,11 +119,11 @@ class Cache:
             self.put(resource, item, watched=False)
 
     def depart(self, job: Key, pod: Mapping[str, Any]) -> None:
-        """Keep a deleted pod until a pass has processed it: it may have come and gone between two passes."""
+        """Keep a deleted pod until a pass has processed it: it may have been created and deleted between two passes."""
         kept = trimmed(PODS, pod)
         status = kept.get("status") or {}
         if status.get("phase") not in {"Succeeded", "Failed"}:
-            kept["status"] = {**status, "phase": "Failed"}  # it is deleted, so nothing of it runs
+            kept["status"] = {**status, "phase": "Failed"}  # it is deleted, so none of its containers runs
         self._departed.setdefault(job, {})[kept["metadata"]["uid"]] = kept
 
     def departed(self, job: Key) -> list[dict[str, Any]]:
@@ -203,6 +203,6 @@ def trimmed(resource: Resource, item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _container(container: Mapping[str, Any]) -> dict[str, Any]:
-    """Return name and memory limit of a container: the limit tells why one was killed for memory."""
+    """Return the name and memory limit of a container; the limit explains an out-of-memory kill."""
     limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
     return {"name": container["name"]} | ({"resources": {"limits": {"memory": limit}}} if limit is not None else {})

@@ -1,4 +1,4 @@
-"""An async Kubernetes client of few words: JSON requests with typed refusals. Nothing is retried in here."""
+"""A small async Kubernetes client: JSON requests and typed errors. It retries nothing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 
 _LOGIN_SECONDS = 600.0
-"""A pod's token is rotated on disk; the newest one is read at least this often."""
+"""A pod's token is rotated on disk and is read again at least this often."""
 
 
 class ApiError(Exception):
-    """The API server said no. ``status``: HTTP; ``reason``: Kubernetes' word; ``message``: its sentence."""
+    """An error response of the API server. ``status``: HTTP; ``reason`` and ``message``: those of its Status object."""
 
     def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
-        """Keep the answer's parts."""
+        """Store the fields of the response."""
         super().__init__(f"{status} {reason}: {message}")
         self.status = status
         self.reason = reason
@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 
 class Unreachable(Exception):  # noqa: N818 - a state of the network, not an error of ours
-    """No answer: the connection failed or the time was up. Whether the request was carried out is unknown."""
+    """No response: the connection failed or timed out. Whether the request was carried out is unknown."""
 
 
 class Client:
@@ -65,12 +65,12 @@ class Client:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=64, ssl=info.as_ssl_context()),
             headers={**info.as_http_headers(), "User-Agent": self._agent},
-            # Found once: with trust_env aiohttp would look for it, and for a .netrc, at every request.
+            # Looked up once: with trust_env aiohttp would look for a proxy and a .netrc at every request.
             proxy=info.proxy_url or (_proxy(self._server) if info.trust_env else None),
         )
         self._since = time.monotonic()
         if old is not None:
-            # Requests under way finish on the old connections.
+            # Requests in progress finish on the old connections.
             _closing = asyncio.get_running_loop().call_later(60.0, lambda: asyncio.ensure_future(old.close()))
         return self._session
 
@@ -101,7 +101,7 @@ class Client:
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise Unreachable(f"{method} {path}: {type(error).__name__}: {error}") from error
             if answer.status == 401 and attempt == 1:
-                self._since = float("-inf")  # the token was rotated: read it anew, once
+                self._since = float("-inf")  # the token was rotated: read it again, once
                 continue
             break
         if answer.status >= 300:
@@ -168,7 +168,7 @@ class Client:
         limit: int = 500,
         accept: str = "application/json",
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """Yield a collection page by page, so that a large one never lies in memory as a whole.
+        """Yield a collection page by page, so that a large one is never in memory as a whole.
 
         ``selector``: by labels; None: the kind's own.
         """
@@ -185,7 +185,7 @@ class Client:
 
 
 async def bounded(answer: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Read a whole answer of at most ``limit`` bytes. Raises ClientError for a longer one, before it is in memory."""
+    """Read a response of at most ``limit`` bytes. Raises ClientError for a longer one before reading all of it."""
     parts, size = [], 0
     async for part in answer.content.iter_chunked(16 * 1024):
         size += len(part)

@@ -1,4 +1,4 @@
-"""The series about DPOJobs, made of their statuses at the moment of the scrape: what restarts of the operator keep."""
+"""The series about DPOJobs, computed from their statuses at each scrape, so that they survive operator restarts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WATCHED = frozenset(
         ConditionType.TrainingStalled,
     )
 )
-"""The conditions about the run itself; the others say no more than the state."""
+"""The conditions about the run itself; the others add nothing to the state."""
 _OF_RUN: tuple[tuple[str, str], ...] = (
     ("dpo_job_accuracy_ratio", ACCURACY),
     ("dpo_job_reward_margin", MARGIN),
@@ -34,7 +34,7 @@ _OF_RUN: tuple[tuple[str, str], ...] = (
 
 
 def of_fleet(jobs: Iterable[Job]) -> Iterator[Metric]:
-    """Yield what is counted over all DPOJobs, by namespace."""
+    """Yield the counts over all DPOJobs, by namespace."""
     states: Tally[tuple[str, str]] = Tally()
     gpus: Tally[str] = Tally()
     for job in jobs:
@@ -54,7 +54,7 @@ def of_fleet(jobs: Iterable[Job]) -> Iterator[Metric]:
 
 
 def of_jobs(jobs: Iterable[Job], now: float) -> Iterator[Metric]:
-    """Yield what is said of each DPOJob. ``now``: Unix seconds."""
+    """Yield the series of each DPOJob. ``now``: Unix seconds."""
     families = {row.name: family(row.name) for row in OPERATOR if row.name.startswith("dpo_job_")}
     for job in jobs:
         labels = [job["metadata"]["namespace"], job["metadata"]["name"]]
@@ -104,7 +104,7 @@ def _state(job: Job) -> str:
 
 
 def _gpus(job: Job) -> int:
-    """GPUs of one attempt. A spec that was refused may hold anything."""
+    """GPUs of one attempt. A rejected spec may contain anything."""
     spec = job.get("spec")
     resources = spec.get("resources") if isinstance(spec, Mapping) else None
     if not isinstance(resources, Mapping):

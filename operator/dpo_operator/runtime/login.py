@@ -1,4 +1,4 @@
-"""Whom the process is to the API server, and where that is."""
+"""The credentials of the process, and the address of the API server."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class LoginError(Exception):
 
 
 def use(kubeconfig: str) -> None:
-    """Take this kubeconfig from now on; empty: what ``connection`` finds by itself."""
+    """Use this kubeconfig from now on; empty: the one that ``connection`` finds."""
     if kubeconfig:
         os.environ["KUBECONFIG"] = kubeconfig  # kopf reads it from the environment alone
 
 
 def in_cluster() -> bool:
-    """Tell whether this process is a pod with a service-account token, and nobody pointed it elsewhere."""
+    """Whether this process runs in a pod with a service-account token and no kubeconfig is set."""
     return "KUBECONFIG" not in os.environ and _TOKEN.exists()
 
 
 def connection() -> kopf.ConnectionInfo:
-    """Read the credentials anew: $KUBECONFIG, else the pod's service account, else ~/.kube/config.
+    """Read the credentials again: $KUBECONFIG, else the pod's service account, else ~/.kube/config.
 
     Raises LoginError where there is none of them.
     """
     settings = kopf.OperatorSettings()
-    # A proxy of the environment is the user's wish out of the cluster, as it is for kubectl.
+    # Outside the cluster, a proxy from the environment is used, as kubectl does.
     settings.networking.trust_env = True
     if in_cluster():
         found = kopf.login_with_service_account(settings=settings)
@@ -47,9 +47,11 @@ def connection() -> kopf.ConnectionInfo:
                 f"the kubeconfig {os.environ.get('KUBECONFIG', '~/.kube/config')} cannot be used: {error}"
             ) from error
         if found is not None and not _can_prove_itself(found):
-            # Plugins (exec) are the client library's business; it costs 40 MB, so it is loaded for them alone.
+            # Credential plugins (exec) need the kubernetes package; it takes 40 MB, so it is loaded only for them.
             found = kopf.login_via_client(logger=_log, settings=settings)
-            if found is None and find_spec("kubernetes") is None:  # the image is for pods and goes without
+            if (
+                found is None and find_spec("kubernetes") is None
+            ):  # the operator's image does not have it: pods do not need it
                 raise LoginError(
                     "the kubeconfig uses a credential plugin (exec), which needs the Python package kubernetes; it is "
                     "not installed: use a kubeconfig with a token or a certificate, or install '.[operator]'"

@@ -1,4 +1,4 @@
-"""Log lines for machines (one JSON object a line) or for people. Values that users wrote are data, never format."""
+"""Log lines as JSON (one object per line) or as text. User input is passed as data, never as a format string."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object: time, level, logger, message, then whatever ``extra`` brought."""
+    """One JSON object: time, level, logger, message, then the fields of ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -44,7 +44,7 @@ def configure(form: str, level: str, stream: TextIO = sys.stderr) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # kopf tells of each request that it repeats, with tracebacks; what ends a watch is told by ``watches``.
+    # kopf logs each request that it repeats, with a traceback; ``watches`` logs what ends a watch.
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("kopf").setLevel(logging.DEBUG if level == "debug" else logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -1,7 +1,7 @@
-"""Performs what a pass decided, one action after the other, and says what the API server answered.
+"""Performs the actions of a pass in order and returns what the API server answered.
 
-All actions are safe to repeat: creates meet their first one by name, deletes carry a UID, the status a version. So a
-process that is killed between any two of them only has to look again.
+All actions are safe to repeat: names are deterministic, deletes carry a UID, and status writes a resourceVersion. So a
+process that is killed between two actions only has to run the pass again.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _REFUSALS = frozenset({400, 403, 404, 413, 422})
 _log = logging.getLogger(__name__)
 
 
-class Outdated(Exception):  # noqa: N818 - not an error: the world went on
-    """The DPOJob changed or went; the decision is void."""
+class Outdated(Exception):  # noqa: N818 - not an error: the job has changed
+    """The DPOJob was changed or deleted; the decision is void."""
 
 
 class Performer:
-    """Acts on the API server, and keeps the cache ahead of the watches with what it wrote."""
+    """Sends requests to the API server, and adds their results to the cache before the watches deliver them."""
 
     def __init__(self, client: Client, cache: Cache) -> None:
         """Act through ``client``."""
@@ -86,7 +86,7 @@ class Performer:
         except ApiError as error:
             if error.status != 409:
                 return _refused(observed, name, error)
-            # Deleted since? Then the POST of the next pass makes it.
+            # If it was deleted since, the next pass creates it.
             return replace(observed, config_map=await self._client.get(CONFIG_MAPS, namespace, name))
         return None
 
@@ -95,7 +95,7 @@ class Performer:
         try:
             await self._client.create(CHILDREN, namespace, body, dry_run=True)
         except ApiError as error:
-            if error.status != 409:  # one of its name is there: it was admitted
+            if error.status != 409:  # the name is taken, so the object passed admission
                 refusal = _refusal(error)
         return replace(observed, check=ChildCheck(generation, refusal))
 
@@ -114,7 +114,7 @@ class Performer:
         try:
             await self._client.delete(CHILDREN, namespace, name, uid)
         except ApiError as error:
-            if error.status in {404, 409}:  # gone, or another one of its name
+            if error.status in {404, 409}:  # deleted, or another object of the same name
                 self._cache.remove(CHILDREN, namespace, name, uid)
                 return None
             return _refused(observed, name, error)
@@ -134,7 +134,7 @@ class Performer:
             if error.status not in _REFUSALS | {409}:
                 raise
             if error.status != 409:
-                # A namespace that is being deleted takes no events. No job waits for one.
+                # A namespace that is being deleted accepts no events. No job waits for one.
                 _log.info("an event could not be created: %s", error)
 
     async def _patch_status(self, namespace: str, observed: Observed, body: Object) -> Observed | None:
@@ -144,7 +144,7 @@ class Performer:
         except ApiError as error:
             if error.status not in {404, 409}:
                 raise
-            # The watch may bring it late; without it the next pass would meet the same.
+            # The watch may deliver it late; without it the next pass would repeat this one.
             newer = await self._client.find(JOBS, namespace, name)
             uid = observed.job["metadata"]["uid"]
             if newer is None or newer["metadata"]["uid"] != uid:

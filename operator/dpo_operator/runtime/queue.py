@@ -1,7 +1,7 @@
-"""A keyed work queue: each key is worked on by one worker at a time, soon, and not too often.
+"""A keyed work queue: one worker at a time per key, with delays and back-off.
 
-It follows client-go's: adding a key that waits already changes nothing but makes it due no later; adding one that is
-being worked on makes it due again afterwards; a failed key comes back after a wait that doubles.
+It follows client-go's queue: adding a key that already waits can only make it due earlier; adding one that is being
+processed makes it due again afterwards; a failed key is retried after a delay that doubles.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class WorkQueue[K: Hashable]:
         longest: float = 60.0,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """``clock``: monotonic seconds. ``pause``: least seconds between two passes over one key.
+        """``clock``: monotonic seconds. ``pause``: minimum seconds between two passes over one key.
 
         A failure's wait is ``base`` · 2^(failures - 1) seconds, at most ``longest``, shortened by up to a half at
-        random so that what failed together does not come back together.
+        random so that keys that failed together are not retried together.
         """
         self._clock = clock
         self._pause = pause
@@ -77,7 +77,7 @@ class WorkQueue[K: Hashable]:
 
     async def get(self) -> K:
         """Wait for the next due key and take it. Give it back with ``done`` or ``failed``."""
-        await asyncio.sleep(0)  # a hundred keys that are due at once must not keep the loop from all else
+        await asyncio.sleep(0)  # a hundred keys that are due at once must not block the event loop
         key = self._take()
         if key is not None:
             return key
@@ -109,9 +109,9 @@ class WorkQueue[K: Hashable]:
         return key
 
     def _deal(self) -> None:
-        """Hand the keys that are due to the workers that wait, and look again when the next one is.
+        """Give due keys to waiting workers, and set the timer for the next one.
 
-        One timer for all: were each worker to watch the clock, most of an idle process's work would be that.
+        All workers share one timer: with one each, an idle process would spend most of its CPU time on timers.
         """
         if self._timer is not None:
             self._timer.cancel()
@@ -130,14 +130,14 @@ class WorkQueue[K: Hashable]:
             self._waiting.popleft().set_result(key)
 
     def done(self, key: K, again_in: float | None = None) -> None:
-        """Give a key back after a pass that went well; it is due again after ``again_in`` seconds, if given."""
+        """Give a key back after a successful pass; it is due again after ``again_in`` seconds, if given."""
         self._failures.pop(key, None)
         self._give_back(key)
         if again_in is not None:
             self.add(key, again_in)
 
     def failed(self, key: K, at_least: float = 0.0) -> float:
-        """Give a key back after a pass that went wrong; return the seconds until it is due again."""
+        """Give a key back after a failed pass; return the seconds until it is due again."""
         failures = self._failures.get(key, 0) + 1
         self._failures[key] = failures
         wait = min(self._longest, self._base * 2.0 ** min(failures - 1, 30)) * (1 - self._jitter() / 2)
@@ -154,6 +154,6 @@ class WorkQueue[K: Hashable]:
             self._schedule(key, max(again, not_before))
 
     def forget(self, key: K) -> None:
-        """Drop what is remembered of a key that is gone for good. It may still be due."""
+        """Forget the failures of a key whose job was deleted. The key may still be due."""
         self._last.pop(key, None)
         self._failures.pop(key, None)

@@ -1,6 +1,6 @@
-"""Asks rank 0 of each running job how far it is. What it answers is the user's code speaking: bounded, then parsed.
+"""Requests the progress of each running job from rank 0. Responses come from user code: size-limited, then parsed.
 
-A failed question is news about the connection, never about the training: it restarts nothing.
+A failed request says something about the connection, not about the training: it never causes a restart.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from dpo_operator.types import Scrape, ScrapeTarget
 MAX_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 16 * 1024
 SECONDS = 2.0
-"""An answer takes no longer than this, from connecting to its last byte."""
+"""Time limit of a request, from connecting to the last byte."""
 
 QUESTIONS_PER_SECOND = 8.0
-"""All jobs together are asked no more often: a thousand jobs must not cost more than a few hundredths of a core."""
+"""Most requests per second over all jobs: a thousand jobs must not cost more than a few hundredths of a core."""
 
 _BEAT_SECONDS = 2.0
-"""What is due within this time is asked at one moment: eight single questions a second cost twice as much, most of it
-for waking up."""
+"""Requests that are due within this time are sent together: eight separate ones per second cost twice as much CPU time,
+most of it for waking up."""
 
 _log = logging.getLogger(__name__)
 
 
 def pace(interval: float, jobs: int) -> float:
-    """Return the seconds between two questions to one of ``jobs`` trainers: ``interval``, or more for many of them."""
+    """Return the seconds between two requests to one of ``jobs`` trainers: ``interval``, or more for many jobs."""
     return max(interval, jobs / QUESTIONS_PER_SECOND)
 
 
 def together(now: float, seconds: float) -> float:
-    """Return ``seconds``, a little more or less: until the next moment at which others are asked too."""
+    """Return about ``seconds``, rounded to the next moment at which other requests are sent."""
     beat = min(_BEAT_SECONDS, seconds / 10)
     return max(0.0, round((now + seconds) / beat) * beat - now)
 
 
 class Scraper:
-    """One task a running job. ``news`` is called with a job's key when a pass should look at an answer."""
+    """One task per running job. ``news`` is called with a job's key when a pass should look at an answer."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Scraper:
         write_interval: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``interval``: seconds between two questions (``pace``). ``write_interval``: for mere progress."""
+        """``interval``: seconds between two requests (``pace``). ``write_interval``: between two reports."""
         self._client = client
         self._way = way
         self._news = news
@@ -76,14 +76,14 @@ class Scraper:
         self.answers = 0
 
     def newest(self, key: Key) -> Scrape | None:
-        """Return the newest answer of a job's rank 0, or the newest failure to get one."""
+        """Return the newest response of a job's rank 0, or the newest failure to get one."""
         return self._newest.get(key)
 
     def aim(self, key: Key, target: ScrapeTarget | None, *, known: bool = False) -> None:
-        """Ask this pod from now on; None: nobody.
+        """Request progress from this pod from now on; None: stop.
 
-        ``known``: somebody asked this attempt before, as after a restart of this process. Then there is no hurry, and
-        a thousand jobs are asked and written spread over an interval, not all at once.
+        ``known``: the status already has progress of this attempt, as after a restart of this process. Then the first
+        request is delayed, so that a thousand jobs are spread over an interval.
         """
         if self._targets.get(key) == target:
             return
@@ -107,20 +107,20 @@ class Scraper:
 
     async def _follow(self, key: Key, target: ScrapeTarget, known: bool) -> None:
         if known:
-            await asyncio.sleep(0.1 * self._interval)  # until the others are known too, whose number sets the pace
+            await asyncio.sleep(0.1 * self._interval)  # until the number of jobs is known, which sets the pace
             await asyncio.sleep(random.uniform(0.0, pace(self._interval, len(self._tasks))))
-        told: Scrape | None = None
-        told_at = float("-inf")
+        reported: Scrape | None = None
+        reported_at = float("-inf")
         while True:
             async with self._at_once:
                 answer = await self._ask(target)
             self._newest[key] = answer
             now = time.monotonic()
-            due = now - told_at >= self._write_interval * random.uniform(1.0, 1.2)
-            if due or told is None or _matters(told, answer):
-                told, told_at = answer, now
+            due = now - reported_at >= self._write_interval * random.uniform(1.0, 1.2)
+            if due or reported is None or _matters(reported, answer):
+                reported, reported_at = answer, now
                 self._news(key)
-            # Jobs that started together spread over the interval.
+            # Spread jobs that started together over the interval.
             wait = pace(self._interval, len(self._tasks)) * random.uniform(0.8, 1.2)
             await asyncio.sleep(together(time.monotonic(), wait))
 
@@ -151,7 +151,7 @@ class Scraper:
 
 
 class _Received:
-    """The bytes of an answer, as http.client wants them."""
+    """The bytes of a response, in the form that http.client reads."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -161,10 +161,10 @@ class _Received:
 
 
 async def fetch(ip: str, port: int) -> bytes:
-    """GET /status at an address and return the body. Raises OSError and HTTPException; the caller keeps the time.
+    """GET /status at an address and return the body. Raises OSError and HTTPException; the caller sets a time limit.
 
-    A fresh connection each time, since a thousand idle ones would cost more than they save, and no more of HTTP than
-    one answer needs: no proxy, no cookies, no redirect, nothing unpacked. It is a third of a general client's work.
+    Each request opens a new connection, since a thousand idle ones would cost more than they save. Proxies, cookies,
+    redirects and compression are not supported, so a request takes a third of the CPU time of a general client.
     """
     host = f"[{ip}]" if ":" in ip else ip
     reader, writer = await asyncio.open_connection(ip, port)
@@ -180,7 +180,7 @@ async def fetch(ip: str, port: int) -> bytes:
                 raise HTTPException(f"the response is larger than {MAX_BYTES} bytes")
     finally:
         writer.transport.abort()
-    # It asks a socket for nothing but a file to read.
+    # http.client only calls makefile on its socket.
     answer = HTTPResponse(_Received(bytes(received)))  # type: ignore[arg-type]
     answer.begin()
     if answer.status != 200:
@@ -192,7 +192,7 @@ async def fetch(ip: str, port: int) -> bytes:
 
 
 def _matters(old: Scrape, new: Scrape) -> bool:
-    """Tell whether people should hear of a change sooner than of one more step."""
+    """Whether a change should be reported at once, unlike one more step."""
     if (old.progress is None) != (new.progress is None):
         return True
     if old.progress is None or new.progress is None:

@@ -1,6 +1,6 @@
-"""`dpo-operator --selfcheck`: what the cluster has for this operator, and in plain words what it lacks.
+"""`dpo-operator --selfcheck`: reports what this operator needs from the cluster and what is missing.
 
-It asks, and changes nothing.
+It changes nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dpo_operator.runtime.options import Options
 from dpo_operator.runtime.resources import CHILDREN, JOBS, Resource
 
 LACKS = 1
-"""Exit code where something is missing; 0 where nothing is."""
+"""Exit code if something is missing; 0 otherwise."""
 
 OLDEST = (1, 29)
-"""Kubernetes below it knows no sidecars, and the chart refuses it."""
+"""Older versions of Kubernetes have no sidecars, and the chart refuses them."""
 
 TIMEOUT_SECONDS = 10.0
 
@@ -45,12 +45,12 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        """Return the line as people read it."""
+        """Return the line as text."""
         return f"{self.level:<6} {self.topic:<10} {self.text}"
 
 
 async def selfcheck(options: Options) -> int:
-    """Print what is there and what is not; return the exit code."""
+    """Print what is present and what is missing; return the exit code."""
     lacking = 0
     async for finding in findings(options):
         print(finding, flush=True)
@@ -60,7 +60,7 @@ async def selfcheck(options: Options) -> int:
 
 
 async def findings(options: Options) -> AsyncIterator[Finding]:
-    """Look at everything, one thing after the other; the rest is left out where the API server does not answer."""
+    """Run all checks in order; if the API server does not answer, skip the rest."""
     login.use(options.kubeconfig)
     try:
         server = login.connection().server
@@ -97,7 +97,7 @@ async def _version(client: Client, server: str) -> list[Finding]:
 
 
 def version(server: str, found: str) -> Finding:
-    """Say whether an API server's version, such as v1.31.2-gke.1, will do."""
+    """Check the version of the API server, such as v1.31.2-gke.1."""
     numbers = re.match(r"v?(\d+)\.(\d+)", found)
     if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST:
         least = ".".join(map(str, OLDEST))
@@ -117,7 +117,7 @@ async def _kind(client: Client, resource: Resource) -> list[Finding]:
 
 
 async def _found(client: Client, path: str) -> dict[str, Any]:
-    """Return what discovery says; nothing where it knows no such path."""
+    """Return the discovery document of a path; empty if there is none."""
     try:
         answer: dict[str, Any] = await client.request("GET", path)
     except ApiError as error:
@@ -128,7 +128,7 @@ async def _found(client: Client, path: str) -> dict[str, Any]:
 
 
 async def _rights(client: Client, namespace: str, *, proxied: bool) -> list[Finding]:
-    """Ask for each right of the table; ``namespace`` empty: in all of them. One line for each that is lacking."""
+    """Check each permission of the table; ``namespace`` empty: in all namespaces. One line for each missing one."""
     where = namespace or "all namespaces"
     wanted = [(rule, verb) for rule in RULES if proxied or not rule.outside_only for verb in rule.verbs]
     lacking = [

@@ -17,7 +17,7 @@ async def serve(
 ) -> tuple[web.AppRunner, int]:
     """Start serving; return the runner, to be cleaned up, and the port.
 
-    ``alive`` and ``ready`` return why not, in one sentence, or nothing.
+    ``alive`` and ``ready`` return an empty text, or in one sentence why not.
     """
 
     async def answer_metrics(_: web.Request) -> web.Response:

@@ -1,9 +1,9 @@
-"""Compares the caches with the cluster now and then: finds dead watches, revives them, repairs what they missed.
+"""Compares the caches with the cluster regularly: finds dead watches, restarts them and adds what they missed.
 
 A watch can hang without an error, and on a quiet cluster silence proves nothing. So every few minutes each kind is
-listed, metadata only and page by page. What the cluster has had for a while and no watch has brought means that the
-watch is dead: the watches are started anew, and where that does not help liveness fails. In any case the missing news
-is put into the cache, so that jobs go on.
+listed, metadata only and page by page. If the cluster has had a change for a while and no watch has delivered it, the
+watch is dead: the watches are restarted, and if that does not help, the liveness probe fails. In both cases the missing
+changes are added to the cache, so that jobs continue.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dpo_operator.runtime.client import METADATA_ONLY, ApiError, Client, Unreach
 from dpo_operator.runtime.resources import Resource
 
 _GATHER_SECONDS = 3.0
-"""Between being asked for a comparison and making it."""
+"""Seconds between a request for a comparison and the comparison."""
 
 _log = logging.getLogger(__name__)
 
 _Suspect = tuple[Resource, str, int]
-"""Kind, UID and the version that a watch brought last: the same for as long as the watch stands still."""
+"""Kind, UID and the version that a watch delivered last, which stays the same while the watch is dead."""
 
 
 @dataclass
 class Health:
-    """What probes and metrics ask."""
+    """What probes and metrics read."""
 
     synced: bool = False
-    """The caches held everything that the cluster had, at least once. Never withdrawn: a pass looks before it acts."""
+    """Whether the caches were complete at least once. Never reset: a pass checks the API server before it acts."""
     dead: frozenset[str] = frozenset()
     """Plural names of the kinds whose watch is dead."""
     checked_at: float | None = None
@@ -45,7 +45,7 @@ class Health:
 
 
 class Watchdog:
-    """Runs until cancelled. ``changed`` is called with each DPOJob that a repair is about."""
+    """Runs until cancelled. ``changed`` is called with each DPOJob whose cache entry was repaired."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Watchdog:
         interval: float,
         dead_after: float,
     ) -> None:
-        """``interval``: seconds between comparisons. ``dead_after``: seconds of silence that make a watch dead.
+        """``interval``: seconds between comparisons. ``dead_after``: seconds of silence after which a watch is dead.
 
-        ``revive`` starts the watches anew and is told why; it is called at half of that time.
+        ``revive`` restarts the watches and gets the reason; it is called after half of that time.
         """
         self._client = client
         self._cache = cache
@@ -77,14 +77,14 @@ class Watchdog:
         """The kinds that are watched now."""
 
     async def run(self) -> None:
-        """Compare for ever: often until the caches are filled, seldom then."""
+        """Compare until cancelled: often until the caches are filled, then rarely."""
         while True:
             try:
                 agrees = await self.compare()
             except (ApiError, Unreachable) as error:
-                # An API server that is away is no fault of ours, and says nothing about the watches.
+                # An unavailable API server shows nothing about the watches.
                 self.health.errors += 1
-                self._suspects.clear()  # watches had no better chance: their time begins anew
+                self._suspects.clear()  # the watches could not work either: start their time again
                 _log.info("could not compare the caches with the cluster: %s", error)
                 agrees = False
             if agrees and not self.health.synced:
@@ -92,7 +92,7 @@ class Watchdog:
                 _log.info("caches synced: %d DPOJobs", len(self._cache.job_keys()))
                 for key in self._cache.job_keys():
                     self._changed(key)
-            # Whoever asks does so in bursts: one comparison answers them all.
+            # Requests come in bursts: one comparison serves them all.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._wait()):
                     await self._asked.wait()
@@ -100,19 +100,19 @@ class Watchdog:
             self._asked.clear()
 
     def soon(self) -> None:
-        """Compare soon: the watches have a gap, and what was deleted in it no watch tells."""
+        """Compare soon: the watches were interrupted, and no watch reports what was deleted in that time."""
         self._asked.set()
 
     def _wait(self) -> float:
         if not self.health.synced:
             return 0.5
         if self._suspects:
-            # A second look settles whether a watch is dead or was only slower than this list.
+            # A second comparison shows whether a watch is dead or was only slower than this list.
             return min(self._interval, self._dead_after / 2)
         return self._interval
 
     async def compare(self) -> bool:
-        """Compare once; return whether the watches have brought everything."""
+        """Compare once; return whether the watches have delivered everything."""
         if not self.resources:
             return False
         suspects: set[_Suspect] = set()
@@ -130,7 +130,7 @@ class Watchdog:
         return not suspects
 
     async def _revive_silent(self, now: float) -> None:
-        """Start the watches anew at half of the time that makes them dead; then give them time to catch up."""
+        """Restart watches that have been silent for half of ``dead_after``; then give them time to catch up."""
         due = {s[0].plural for s, since in self._suspects.items() if now - since >= self._dead_after / 2}
         if due and self.health.synced and now - self._revived >= self._dead_after:
             self._revived = now
@@ -153,11 +153,11 @@ class Watchdog:
                 suspects.add((resource, uid, seen_version if seen_uid == uid else 0))
                 await self._repair(resource, item)
         for key in before.keys() - listed:
-            suspects |= await self._bury(resource, key, before[key])
+            suspects |= await self._remove(resource, key, before[key])
         return suspects
 
     async def _repair(self, resource: Resource, item: dict[str, Any]) -> None:
-        """Read what no watch brought; the list held its metadata only."""
+        """Read an object that no watch delivered: the list has only its metadata."""
         if not self.health.synced or job_of(resource, item) is None:
             return
         found = await self._read(resource, (item["metadata"]["namespace"], item["metadata"]["name"]))
@@ -167,19 +167,19 @@ class Watchdog:
                 self._changed(key)
 
     async def _read(self, resource: Resource, key: Key) -> dict[str, Any] | None:
-        """Read one object by a list of one: the operator may list pods, and not get them."""
+        """Read one object with a list request: the operator may list pods but not get them."""
         params = {"fieldSelector": f"metadata.name={key[1]}"}
         page = await self._client.request("GET", resource.path(key[0]), params=params)
         return next(iter(page.get("items") or ()), None)
 
-    async def _bury(self, resource: Resource, key: Key, uid: str) -> set[_Suspect]:
-        """Forget what the cluster no longer has, after one more look: it may have come after the list."""
+    async def _remove(self, resource: Resource, key: Key, uid: str) -> set[_Suspect]:
+        """Remove what the cluster no longer has from the cache, unless it was created after the list."""
         if self._cache.known(resource).get(key) != uid:
             return set()
         found = await self._read(resource, key)
         if found is not None and found["metadata"]["uid"] == uid:
             return set()
-        # kopf never tells of what was deleted while its watch was down, so this alone does not make a watch dead.
+        # kopf never reports what was deleted while its watch was down, so this alone does not make a watch dead.
         job = self._cache.remove(resource, *key, uid)
         if job is not None:
             self._changed(job)

@@ -1,11 +1,11 @@
-"""kopf's part: lists and watches. Its handlers only pass on what they hear; they decide nothing.
+"""Lists and watches, by kopf. The handlers only pass events on; they decide nothing.
 
-kopf runs in a thread with an event loop of its own, so that its end costs a restart of the watches and no work in
-progress. It ends as a whole when one watch fails beyond repair, and kopf 1.45 cannot always do even that: a watch that
-is cancelled while it connects takes the cancellation for a pause and goes on, and ``kopf.operator`` then waits for it
-for ever (the "Exception in callback request_cancel_callback" of its log). So its tasks are watched and ended here. No
-timer, daemon or delete handler is ever registered: kopf writes nothing to any object, no finalizer, no annotation, and
-so it may be dropped at any moment.
+kopf runs in a thread with its own event loop, so that only the watches have to be restarted when it ends. It ends as a
+whole when one watch fails permanently, and kopf 1.45 does not always manage even that: a watch that is cancelled while
+it connects treats the cancellation as a pause and continues, and ``kopf.operator`` then waits for it forever (the
+"Exception in callback request_cancel_callback" of its log). So its tasks are watched and cancelled here. No timer,
+daemon or delete handler is registered: kopf writes nothing to any object, neither finalizers nor annotations, so it can
+be abandoned at any time.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Hear = Callable[[Resource, str | None, dict[str, Any]], None]
 """Called in the main loop with the kind, the event's type (None while listing) and the object."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
-"""Seconds before the watches are started anew; doubled each time that they end soon after."""
+"""Seconds before the watches are restarted; doubled each time they end soon afterwards."""
 
 _STEADY_SECONDS = 60.0
-"""Watches that lasted this long count as sound: the next wait is the first again."""
+"""After watches that lasted this long, the next delay is the first one again."""
 
 _log = logging.getLogger(__name__)
 
 
 class _Backoffs:
-    """Waits between repetitions of kopf's own requests: for ever, since an API server that is away comes back."""
+    """Delays between retries of kopf's own requests. They never end, since an unavailable API server comes back."""
 
     def __iter__(self) -> Iterator[float]:
         yield from (0.5, 1, 1, 2, 3, 5, 8)
@@ -45,7 +45,7 @@ class _Backoffs:
 
 
 class _NoEssence(kopf.AnnotationsDiffBaseStorage):
-    """No copy of each object for kopf's comparison with its last handled state: nothing here is told of differences."""
+    """Keeps no copy of each object's last handled state, since no handler here needs the differences."""
 
     def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:  # noqa: ARG002 - kopf's names
         return kopf.BodyEssence({})
@@ -56,7 +56,7 @@ def _nothing() -> None:
 
 
 def _note(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Tell of what went wrong outside any task: kopf's affair, unless a watch dies of it, which is noticed."""
+    """Log an error outside any task at debug level: if it ends a watch, that is noticed elsewhere."""
     _log.info("kopf: %s: %r", context.get("message"), context.get("exception"))
 
 
@@ -111,7 +111,7 @@ class Watches:
             await self._start(tuple(resources))
 
     async def restart(self, reason: str) -> None:
-        """Drop the watches, whatever state they are in, and start them anew with full lists."""
+        """Abandon the watches in whatever state they are, and restart them with full lists."""
         async with self._changing:
             if self._thread is None:
                 return
@@ -136,7 +136,7 @@ class Watches:
         if thread is not None:
             self._stop.set()
             self._end()
-            # A thread that hangs must keep neither the process nor its successor: it is a daemon, and heard no more.
+            # A thread that hangs must not block this process or its successor: it is a daemon and is now ignored.
             await asyncio.to_thread(thread.join, 10.0)
 
     def _run(self, resources: tuple[Resource, ...], loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
@@ -147,7 +147,7 @@ class Watches:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     reason = self._live(resources, loop, stop)
-            except Exception as error:  # noqa: BLE001 - whatever ends the watches, they are needed again
+            except Exception as error:  # noqa: BLE001 - the watches are restarted after any error
                 reason = f"{type(error).__name__}: {error}"
             if stop.is_set():
                 return
@@ -159,23 +159,23 @@ class Watches:
             wait = min(_LONGEST_WAIT, wait * 2)
 
     def _live(self, resources: tuple[Resource, ...], loop: asyncio.AbstractEventLoop, stop: threading.Event) -> str:
-        """Run kopf until it ends or is told to; return why it ended."""
+        """Run kopf until it ends or is stopped; return why it ended."""
         inner = asyncio.new_event_loop()
         inner.set_exception_handler(_note)
         try:
             return inner.run_until_complete(self._operate(resources, loop, stop))
         finally:
-            # Not asyncio.run: it waits for every task, and so for those that do not end.
+            # Not asyncio.run: it would wait for every task, also for those that never end.
             inner.close()
 
     async def _operate(
         self, resources: tuple[Resource, ...], loop: asyncio.AbstractEventLoop, stop: threading.Event
     ) -> str:
-        told, inner = asyncio.Event(), asyncio.get_running_loop()
+        stopped, inner = asyncio.Event(), asyncio.get_running_loop()
 
         def end() -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
-                inner.call_soon_threadsafe(told.set)
+                inner.call_soon_threadsafe(stopped.set)
 
         self._end = end
         if stop.is_set():
@@ -188,8 +188,8 @@ class Watches:
                 clusterwide=not self._namespaces,
                 namespaces=self._namespaces,
             )
-            # kopf's own tasks all run for ever: the first to end ends the watches.
-            ends = {*tasks, asyncio.ensure_future(told.wait())}
+            # kopf's tasks run forever: if one ends, the watches have ended.
+            ends = {*tasks, asyncio.ensure_future(stopped.wait())}
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             return _reason(done)
         finally:
@@ -220,21 +220,21 @@ class Watches:
     def _settings(self, resources: tuple[Resource, ...]) -> kopf.OperatorSettings:
         settings = kopf.OperatorSettings()
         settings.posting.enabled = False
-        # Else kopf kills this process some minutes after watches that were ended.
+        # Otherwise kopf kills this process some minutes after its watches were cancelled.
         settings.process.ultimate_exiting_timeout = None
         settings.scanning.disabled = True
         settings.networking.error_backoffs = _Backoffs()
         settings.networking.request_timeout = 60.0
         settings.networking.connect_timeout = 5.0
         settings.watching.chunk_size = 500
-        settings.watching.server_timeout = 300  # whole seconds: the API server takes no other
+        settings.watching.server_timeout = 300  # the API server accepts only whole seconds
         settings.watching.reconnect_backoff = 0.5
         settings.queueing.worker_limit = self._limit
-        # A worker of kopf keeps its place until its object has been quiet for so long, and each object of a list takes
-        # a place: with half a second a list of a thousand took eight. At 0 it would never take a second event.
+        # A kopf worker is occupied until its object has been quiet for this long, and each object of a list takes one:
+        # with half a second, a list of a thousand objects took eight seconds. At 0 it would take no second event.
         settings.queueing.idle_timeout = 0.01
         settings.queueing.exit_timeout = 0.5
-        # Nothing is ever stored in objects; should a later kopf want to, then under our own names.
+        # kopf stores nothing in objects; if a later version does, it uses our own names.
         settings.persistence.finalizer = "dpo-operator.dev/finalizer"
         settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix="dpo-operator.dev")
         settings.persistence.diffbase_storage = _NoEssence(prefix="dpo-operator.dev")

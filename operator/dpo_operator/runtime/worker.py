@@ -1,4 +1,4 @@
-"""One pass over one DPOJob: look, decide, act; again while acting brings news."""
+"""One pass over one DPOJob: observe, decide, act, and repeat while the actions return new information."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from dpo_operator.runtime.scraper import Scraper
 from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, Object, Observed
 
 _ROUNDS = 8
-"""Of news within one pass; more mean that something changes as fast as we look."""
+"""Most rounds of one pass; more mean that the job changes as fast as it is read."""
 
 _PODS_SECONDS = 3.0
-"""A child whose pods have not come for this long is worth a look at its events."""
+"""Seconds without pods after which the events of a PyTorchJob are read."""
 
 _EVENTS_SECONDS = 15.0
-"""Between two such looks."""
+"""Seconds between two reads of the events."""
 
 _PODS_ASKED = 4
-"""So many pods that have a node and do not start are asked about: what keeps them mostly keeps all."""
+"""Number of pods, of those that have a node but do not start, whose events are read: most share one cause."""
 
 _log = logging.getLogger(__name__)
 
 
-class Unsettled(Exception):  # noqa: N818 - a pass that found no end
-    """Every round of a pass brought more news."""
+class Unsettled(Exception):  # noqa: N818 - not an error: the pass is repeated
+    """Every round of a pass returned new information."""
 
 
 class Worker:
-    """Works off the queue. Any number of ``run`` may go on at once."""
+    """Processes the queue. Any number of ``run`` calls may be active at once."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Worker:
         backend_installed: Callable[[], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``ready``: whether the caches are filled; nothing is decided before."""
+        """``ready``: whether the caches are filled; no pass runs before."""
         self._client = client
         self._cache = cache
         self._queue = queue
@@ -85,7 +85,7 @@ class Worker:
             with self._metrics.pass_time():
                 wake = await self._pass(key)
         except Outdated:
-            # Not a failure: what made it void is the next pass's news.
+            # Not a failure: the next pass sees what made the decision void.
             self._queue.done(key, again_in=0.0)
         except (ApiError, Unreachable) as error:
             self._metrics.error(str(error.status) if isinstance(error, ApiError) else "unreachable")
@@ -96,7 +96,7 @@ class Worker:
             self._queue.failed(key)
         except asyncio.CancelledError:
             raise
-        except Exception:  # noqa: BLE001 - a mistake of ours costs this job a wait, and no other job anything
+        except Exception:  # noqa: BLE001 - a bug delays this job and must not affect other jobs
             self._metrics.error("exception")
             wait = self._queue.failed(key)
             _log.exception("reconcile failed and will be retried in %.1f s", wait, extra=said)
@@ -120,8 +120,8 @@ class Worker:
         for _ in range(_ROUNDS):
             decision = reconcile(observed, self._clock(), self._settings)
             if not certain and _is_weighty(decision, observed.job):
-                # A cache may lag, and each kind by another time: a child that is over, and not yet its pods' last
-                # words. What cannot be taken back is decided on what the API server says now.
+                # A cache may lag, and kinds differ: a PyTorchJob may be over while its pods' termination messages are
+                # missing. What cannot be undone is decided on what the API server returns now.
                 observed, certain = await self._look(key, observed), True
                 continue
             news = await self._performer.perform(key, observed, decision.actions)
@@ -155,7 +155,7 @@ class Worker:
             self._cache.remove(JOBS, *key, observed.job["metadata"]["uid"])
             raise Outdated
         self._cache.put(JOBS, job, watched=False)
-        # Children before pods: whatever a child's status tells of has left its traces in the pods by then.
+        # PyTorchJobs before pods: then the pods show whatever the PyTorchJob's status reports.
         for resource in (CHILDREN, PODS):
             await relist(self._client, self._cache, resource, key)
         return replace(
@@ -172,15 +172,15 @@ class Worker:
         for pod in self._cache.departed(key):
             metadata = pod["metadata"]
             if (metadata.get("labels") or {}).get(JOB_UID) != job["metadata"]["uid"]:
-                self._cache.processed(key, [pod])  # a former job's of this name
+                self._cache.processed(key, [pod])  # of a deleted job of the same name
             elif metadata["uid"] not in there:
                 pods.append(pod)
         return tuple(pods)
 
     def _events_due(self, key: Key) -> float:
-        """Return the seconds until events are looked at; nothing else may bring a pass."""
+        """Return the seconds until events are read, since there may be no other reason for a pass."""
         if key not in self._events:
-            # The child may be this pass's own: its watch then brings nothing new, and refused pods no news at all.
+            # If this pass created the PyTorchJob, its watch delivers nothing new, and refused pods never exist.
             pods = self._cache.of_job(PODS, key)
             if not any(_lacks_pods(child, pods) for child in self._cache.of_job(CHILDREN, key)):
                 return float("inf")
@@ -188,7 +188,7 @@ class Worker:
         return max(0.1, self._events[key][0] - time.monotonic())
 
     async def _words(self, key: Key, observed: Observed) -> tuple[Object, ...]:
-        """Return the warnings about pods that do not come or do not start: some leave no other trace."""
+        """Return the warnings about pods that are not created or do not start: some problems show only there."""
         selectors = [
             f"involvedObject.uid={child['metadata']['uid']},type=Warning"
             for child in observed.children
@@ -222,7 +222,7 @@ async def relist(client: Client, cache: Cache, resource: Resource, key: Key) -> 
 
 
 def _is_weighty(decision: Decision, job: Object) -> bool:
-    """Tell whether a decision cannot be taken back: it ends or follows an attempt, or deletes."""
+    """Whether a decision cannot be undone: it ends an attempt, starts the next one, or deletes something."""
     for action in decision.actions:
         if isinstance(action, DeleteChild | DeleteJob):
             return True
@@ -239,7 +239,7 @@ def _results(status: Object) -> dict[int, str | None]:
 
 
 def _lacks_pods(child: Object, pods: Sequence[Object]) -> bool:
-    """Tell whether a child that is not over has fewer pods than it should, a while after its creation."""
+    """Whether a PyTorchJob that is not over has fewer pods than it should, a while after its creation."""
     status = child.get("status") or {}
     if child["metadata"].get("deletionTimestamp") or status.get("completionTime"):
         return False
@@ -255,7 +255,7 @@ def _lacks_pods(child: Object, pods: Sequence[Object]) -> bool:
 
 
 def _waits_on_its_node(pod: Object) -> bool:
-    """Tell whether a pod has a node and no container of it has begun or says why not: a volume may be missing."""
+    """Whether a pod has a node, but no container has started or reports why not: a volume may be missing."""
     status = pod.get("status") or {}
     if status.get("phase") != "Pending" or not (pod.get("spec") or {}).get("nodeName"):
         return False

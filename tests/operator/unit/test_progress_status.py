@@ -250,6 +250,17 @@ def test_the_first_loss_is_that_of_equal_policy_and_reference(
     assert warned == (verdict is not None and verdict[0] == "False")
 
 
+@pytest.mark.parametrize(("loss", "beta", "text"), [(5e-5, 100, "is 5e-5, but"), (2.51e-5, 100, "is 2.51e-5;")])
+def test_small_first_losses_differ_in_the_message(loss: float, beta: float, text: str) -> None:
+    """With ipo and a large beta both losses are below 0.0001."""
+    cluster = running(dpo={"loss": "ipo", "beta": beta})
+    cluster.say(step=50, first_preference_loss=loss, expected_first_preference_loss=2.5e-5, metrics=FINE)
+    cluster.settle()
+    message = next(c["message"] for c in cluster.status["conditions"] if c["type"] == "ReferenceConsistent")
+    assert text in message
+    assert "a policy equal to its reference gives 2.5e-5" in message
+
+
 def test_the_first_loss_of_another_attempt_is_not_taken_for_this_ones() -> None:
     cluster = running()
     cluster.say(step=0)
