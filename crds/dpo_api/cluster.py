@@ -1,4 +1,4 @@
-"""What a spec needs on a cluster and not on one machine."""
+"""Checks of a spec that apply on a cluster but not to `dpo run`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def uris(section: Section, prefix: str = "spec") -> Iterator[tuple[str, str, Sto
 
 
 def check(spec: DPOJobSpec) -> Iterator[Finding]:
-    """Yield what keeps a spec from running on a cluster, or makes it doubtful."""
+    """Yield the errors and warnings that apply on a cluster."""
     yield from _required(spec)
     yield from _reachable(spec)
     yield from overlay.check(spec)
@@ -39,7 +39,7 @@ def check(spec: DPOJobSpec) -> Iterator[Finding]:
                 yield Finding("warning", f"spec.runPolicy.{name}", "has no effect without queueName")
     deadline, limit = policy.active_deadline_seconds, spec.training.max_run_seconds
     if deadline is not None and limit is not None and limit >= deadline:
-        text = f"{limit} s never comes before runPolicy.activeDeadlineSeconds {deadline} s; set it lower"
+        text = f"{limit} s is not below runPolicy.activeDeadlineSeconds {deadline} s, so it has no effect; set it lower"
         yield Finding("warning", "spec.training.maxRunSeconds", text)
     wandb = spec.logging.wandb
     if wandb is not None and wandb.mode == "online" and wandb.api_key_secret_ref is None:
@@ -67,8 +67,8 @@ def _reachable(spec: DPOJobSpec) -> Iterator[Finding]:
             yield Finding("warning", f"{place}.storage", f"has no effect, because {uri} is not in S3")
         path = uri.removeprefix("file://")
         if "://" not in path and not any(path.startswith(mount) for mount in mounts):
-            text = f"{uri} is a path that pods do not see; use s3:// or pvc://, or mount it by podTemplate.volumes"
+            text = f"{uri} is not mounted in the pods; use s3:// or pvc://, or mount it with podTemplate.volumes"
             yield Finding("error", field, text)
     if anonymous and spec.service_account_name is None:
-        text = "neither it (for each endpoint) nor serviceAccountName is set, so pods have no credentials for S3"
+        text = "neither this (for each endpoint) nor serviceAccountName is set, so pods have no credentials for S3"
         yield Finding("warning", "spec.storage.credentialsSecretRef", text)

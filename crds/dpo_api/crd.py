@@ -1,11 +1,12 @@
 """Generates the CustomResourceDefinition: ``python -m dpo_api.crd > crds/dpojobs.yaml``.
 
-pydantic's JSON schema is not what the API server takes (a structural schema): references are inlined, optional fields
-lose their null, ``const`` becomes ``enum``, exclusive bounds take OpenAPI's older form, ``additionalProperties: false``
-goes (unknown fields are pruned or refused anyway). A construct without a rule here is an error, never guessed.
+The API server needs a structural schema, so pydantic's JSON schema is rewritten: references are inlined, optional
+fields lose their null, ``const`` becomes ``enum``, exclusive bounds use OpenAPI's older form, and
+``additionalProperties: false`` is removed (unknown fields are pruned or refused anyway). A construct without a rule
+here is an error; nothing is guessed.
 
-Defaults are described, not written into the schema: a stored spec stays what its author wrote, whatever a later
-version's defaults are.
+Defaults are described but not written into the schema, so that a stored spec stays as its author wrote it even if a
+later version has other defaults.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ KEPT = frozenset(
     }
 )
 DROPPED = frozenset({"$defs", "default", "title", "propertyNames"})
-"""``propertyNames`` has no place in a structural schema: keys of maps are checked when a job is accepted."""
+"""Structural schemas do not allow ``propertyNames``: keys of maps are checked when a job is accepted."""
 
 PYDANTIC = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
-"""pydantic leaves its own names where a bound stands outside a type's validator, as in ``Int | None``."""
+"""pydantic keeps its own names for bounds outside a type's validator, as in ``Int | None``."""
 
 
 def structural(model: type[BaseModel]) -> Schema:
@@ -91,11 +92,11 @@ def _rewrite(schema: Schema, definitions: dict[str, Schema], where: str) -> Sche
 
 
 def _map_values(values: Schema | bool, schema: Schema, where: str) -> Schema | None:
-    """Return the schema of a map's values; None where unknown fields are refused or nothing is said of them."""
+    """Return the schema of a map's values, or None if unknown fields are refused or may have any value."""
     if isinstance(values, dict):
         return values
     if values and "x-kubernetes-preserve-unknown-fields" not in schema:
-        raise ValueError(f"{where}: an open object must say x-kubernetes-preserve-unknown-fields")
+        raise ValueError(f"{where}: an open object must set x-kubernetes-preserve-unknown-fields")
     return None
 
 
@@ -108,7 +109,7 @@ def _keyword(key: str, value: Any, where: str) -> Schema:
         return {key.removeprefix("exclusive").lower(): value, key: True}
     if key in KEPT:
         return {key: value}
-    raise ValueError(f"{where}: {key!r} has no place in a structural schema and no rule in dpo_api.crd")
+    raise ValueError(f"{where}: {key!r} is not allowed in a structural schema; add a rule for it to dpo_api.crd")
 
 
 def _without_any_of(schema: Schema, where: str) -> Schema:
@@ -122,17 +123,17 @@ def _without_any_of(schema: Schema, where: str) -> Schema:
         for choice in choices:
             merged |= {key: value for key, value in choice.items() if key != "type"}
         return merged | rest | {"x-kubernetes-int-or-string": True}
-    raise ValueError(f"{where}: a union other than null or int-or-string has no structural form")
+    raise ValueError(f"{where}: structural schemas allow no union other than null or int-or-string")
 
 
 def _finished(schema: Schema, where: str) -> Schema:
-    """Add what every schema of a kind has, and check that nothing is left unbounded."""
+    """Add the keywords that every schema of a type needs, and check that everything has a bound."""
     if schema.get("x-kubernetes-int-or-string"):
         schema.pop("type", None)
     elif schema.get("type") == "integer":
         schema["format"] = "int64"
     if schema.get("pattern") in PATTERN_HINTS:
-        # As a rule the refusal says what to write; as a pattern it would print a regular expression.
+        # A rule's message says what to write; a pattern's would print a regular expression.
         pattern = schema.pop("pattern")
         matches = f"self.matches({json.dumps(pattern)})"
         rule = f"type(self) == int || {matches}" if "x-kubernetes-int-or-string" in schema else matches
@@ -149,7 +150,7 @@ def _finished(schema: Schema, where: str) -> Schema:
 
 
 def _immutable(spec: Schema) -> list[Schema]:
-    """One rule a section, so that the message names what was changed."""
+    """Return one rule for each section, so that the message names the section that was changed."""
     rules = []
     for name in spec["properties"]:
         if name in MUTABLE:
@@ -177,12 +178,12 @@ CLUSTER_RULES: list[Schema] = [
         "reason": "FieldValueRequired",
     },
 ]
-"""What only a cluster needs; `dpo run` has defaults for these."""
+"""Fields that are required on a cluster only; `dpo run` has defaults for them."""
 
 NAME_RULE: Schema = {
     "rule": f"self.metadata.name.size() <= {NAME_MAX} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
     "message": f"metadata.name must be at most {NAME_MAX} lower-case letters, digits and -, starting with a letter:"
-    " names of pods and services add to it",
+    " names of pods and services are built from it",
 }
 
 
@@ -192,7 +193,7 @@ def _column(name: str, path: str, description: str, *, kind: str = "string", wid
 
 
 COLUMNS: list[Schema] = [
-    _column("State", ".status.state", "One word for where the job is."),
+    _column("State", ".status.state", "The job's state in one word."),
     _column("Step", ".status.summary.step", "Optimizer steps done and planned."),
     _column("Acc", ".status.summary.accuracy", "Share of pairs whose chosen reward is higher."),
     _column("Margin", ".status.summary.margin", "Chosen reward minus rejected reward."),
@@ -203,7 +204,7 @@ COLUMNS: list[Schema] = [
     _column("ETA", ".status.summary.eta", "Time left.", wide=True),
     _column("GPUs", ".spec.resources.gpusPerNode", "GPUs of each node.", kind="integer", wide=True),
     _column("Queue", ".status.queue", "Kueue LocalQueue.", wide=True),
-    _column("Message", ".status.message", "What there is to say.", wide=True),
+    _column("Message", ".status.message", "One sentence about the state.", wide=True),
 ]
 
 
@@ -211,9 +212,9 @@ def custom_resource_definition() -> Schema:
     """Return the whole CustomResourceDefinition."""
     spec = structural(DPOJobSpec)
     spec["x-kubernetes-validations"] = [*spec.get("x-kubernetes-validations", []), *CLUSTER_RULES, *_immutable(spec)]
-    spec["description"] = "What to train, on what, how and where. Only runPolicy may change after creation."
+    spec["description"] = "What to train, on what, how and where. Only runPolicy can be changed after creation."
     status = structural(DPOJobStatus)
-    status["description"] = "What has become of the job; written by the operator."
+    status["description"] = "The observed state of the job; written by the operator."
     root = {
         "type": "object",
         "description": "A job that aligns a model with preference data by Direct Preference Optimization.",
@@ -252,7 +253,7 @@ def custom_resource_definition() -> Schema:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes every object in full: the API server's readers need no anchors."""
+    """Writes every object in full, without YAML anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - the signature is PyYAML's
         return True

@@ -25,7 +25,7 @@ class Outcome(Enum):
     description: str
 
     def __new__(cls, name: str, exit_code: int, retry: Retry, description: str) -> Self:
-        """Make the member whose value is ``name`` and whose other columns are attributes."""
+        """Create the member with the value ``name``; the other columns become its attributes."""
         member = object.__new__(cls)
         member._value_ = name
         member.exit_code = exit_code
@@ -34,12 +34,17 @@ class Outcome(Enum):
         return member
 
     Succeeded = "Succeeded", 0, "none", "The run finished and its model was exported."
-    Internal = "Internal", 1, "retryable", "An error that this software did not foresee; the log holds its traceback."
+    Internal = "Internal", 1, "retryable", "An unexpected error; the log holds its traceback."
     InvalidSpec = "InvalidSpec", 2, "permanent", "The manifest asks for something impossible or not implemented."
     InvalidData = "InvalidData", 3, "permanent", "The preference data cannot be used as the manifest says."
-    InvalidModel = "InvalidModel", 4, "permanent", "The model's or tokenizer's files are damaged, unknown or disagree."
+    InvalidModel = (
+        "InvalidModel",
+        4,
+        "permanent",
+        "The files of the model or tokenizer are damaged, not supported or inconsistent.",
+    )
     NonFinite = "NonFinite", 5, "permanent", "A loss or a gradient became NaN or infinite."
-    OutOfMemory = "OutOfMemory", 6, "permanent", "The accelerator's or the machine's memory did not suffice."
+    OutOfMemory = "OutOfMemory", 6, "permanent", "The accelerator or the machine ran out of memory."
     NoSpace = "NoSpace", 7, "permanent", "A disk or a quota is full."
     IncompatibleCheckpoint = (
         "IncompatibleCheckpoint",
@@ -49,21 +54,31 @@ class Outcome(Enum):
     )
     Fenced = "Fenced", 9, "permanent", "A later attempt owns the run directory; this one must not write to it."
     AccessDenied = "AccessDenied", 10, "permanent", "Storage or another service refused the credentials."
-    NotFound = "NotFound", 11, "permanent", "A file, object, bucket, volume or model that the manifest names is absent."
-    PortInUse = "PortInUse", 12, "permanent", "The metrics or rendezvous port is taken by another process."
-    Usage = "Usage", 64, "permanent", "The command line cannot be understood."
-    StorageUnavailable = "StorageUnavailable", 74, "retryable", "Storage did not answer, or failed after all retries."
+    NotFound = (
+        "NotFound",
+        11,
+        "permanent",
+        "A file, object, bucket, volume or model that the manifest names does not exist.",
+    )
+    PortInUse = "PortInUse", 12, "permanent", "Another process uses the metrics or rendezvous port."
+    Usage = "Usage", 64, "permanent", "The command line is not valid."
+    StorageUnavailable = (
+        "StorageUnavailable",
+        74,
+        "retryable",
+        "Storage did not respond, or failed after all retries.",
+    )
     Communication = (
         "Communication",
         75,
         "retryable",
-        "The processes lost each other (NCCL, Gloo, rendezvous).",
+        "The processes lost contact with each other (NCCL, Gloo, rendezvous).",
     )
-    Stopped = "Stopped", 143, "infrastructure", "The run was asked to stop, wrote a checkpoint and can be continued."
+    Stopped = "Stopped", 143, "infrastructure", "The run was asked to stop. It wrote a checkpoint and can be continued."
 
     @classmethod
     def of_exit_code(cls, code: int) -> Outcome | None:
-        """Return the outcome with this exit code, or None for a code that is not ours (137, 139, ...)."""
+        """Return the outcome with this exit code, or None if no outcome has it (137, 139, ...)."""
         return next((outcome for outcome in cls if outcome.exit_code == code), None)
 
     @property
@@ -180,4 +195,4 @@ class StoppedError(DPOError):
 
 
 _CLASSES = {error.outcome: error for error in DPOError.__subclasses__()}
-"""One class for each outcome but Succeeded; dpo_store's subclasses of these are not among them."""
+"""One class for each outcome except Succeeded. dpo_store's subclasses of these classes are not included."""

@@ -1,7 +1,7 @@
-"""The scalars and the base class that every section of the spec is made of.
+"""The scalar types and the base class that every section of the spec uses.
 
-Numbers are strict but survive Go's JSON: 1.0 arrives from an API server as 1, and 2 may be written 2.0. Nothing is
-guessed from text: "5" is no number and "yes" no truth value. ``null`` means "not set", as it does to the API server.
+Numbers are strict but survive Go's JSON: 1.0 arrives from an API server as 1, and 2 may be written 2.0. Text is never
+converted: "5" is not a number and "yes" is not a boolean. ``null`` means "not set", as it does to the API server.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ PATTERN_HINTS = {
     URI_PATTERN: "write s3://bucket/key, pvc://claim/path or a path",
     PERCENT_PATTERN: "write a whole number without quotes, or a percentage from above 0% to 100%",
     QUANTITY_PATTERN: "write a quantity such as 500m, 32 or 256Gi",
-    DNS_SUBDOMAIN_PATTERN: "use lower-case letters, digits, - and ., beginning and ending with a letter or digit",
+    DNS_SUBDOMAIN_PATTERN: "use lower-case letters, digits, - and ., starting and ending with a letter or digit",
     NAME_PATTERN: "use lower-case letters, digits and -, starting with a letter and not ending with -",
-    DNS_LABEL_PATTERN: "use lower-case letters, digits and -, beginning and ending with a letter or digit",
+    DNS_LABEL_PATTERN: "use lower-case letters, digits and -, starting and ending with a letter or digit",
     LABEL_KEY_PATTERN: "write a label key such as example.com/name",
-    LABEL_VALUE_PATTERN: "use letters, digits, -, _ and ., beginning and ending with a letter or digit",
-    ENDPOINT_PATTERN: "write a URL without user name, such as https://s3.example.com",
-    HTTP_URL_PATTERN: "write a URL without user name, such as https://host.example.com",
+    LABEL_VALUE_PATTERN: "use letters, digits, -, _ and ., starting and ending with a letter or digit",
+    ENDPOINT_PATTERN: "write a URL without a user name, such as https://s3.example.com",
+    HTTP_URL_PATTERN: "write a URL without a user name, such as https://host.example.com",
     IMAGE_PATTERN: "an image name has no spaces",
-    SOURCE_NAME_PATTERN: "use letters, digits, -, _ and ., beginning and ending with a letter or digit",
+    SOURCE_NAME_PATTERN: "use letters, digits, -, _ and ., starting and ending with a letter or digit",
     DATA_KEY_PATTERN: "use letters, digits, -, _ and .",
     MOUNT_PATH_PATTERN: "write an absolute path without a colon",
-    ENV_NAME_PATTERN: "use letters, digits, -, _ and ., not beginning with a digit",
+    ENV_NAME_PATTERN: "use letters, digits, -, _ and ., not starting with a digit",
 }
-"""What to tell a user whose text does not match."""
+"""The hint that an error gives when a text does not match a pattern."""
 
 SECONDS_MAX = 315_360_000  # ten years: a bound for every duration
 
 
 def whole(value: Any) -> Any:
-    """Take 2.0 for 2: YAML and Go's JSON do not tell them apart."""
+    """Convert 2.0 to 2: YAML and Go's JSON do not distinguish them."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _quantity(value: Any) -> Any:
-    """Take a whole number for its text: a Kubernetes quantity may be either."""
+    """Convert a whole number to text: a Kubernetes quantity may be either."""
     value = whole(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -132,14 +132,14 @@ class Rule:
 
 
 def _add_rules(schema: dict[str, Any], section: type[BaseModel]) -> None:
-    """Put the section's rules into its JSON schema, in the form the API server evaluates."""
+    """Add the section's rules to its JSON schema, in the form that the API server evaluates."""
     rules = section.rules if issubclass(section, Section) else ()
     if rules:
         schema["x-kubernetes-validations"] = [rule.to_schema() for rule in rules]
 
 
 class Section(BaseModel):
-    """A part of the spec: camelCase in JSON, frozen, unknown fields refused, null taken as not set."""
+    """A part of the spec: camelCase in JSON, frozen; unknown fields are refused and null means not set."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,
@@ -187,7 +187,7 @@ class ConfigMapRef(Section):
 
 
 def count(value: int | str, of: int) -> int:
-    """Resolve a count-or-percentage of ``of``: a count is itself, p % is max(1, floor(p / 100 * of)).
+    """Resolve a count or a percentage of ``of``: a count is returned unchanged, p % is max(1, floor(p / 100 * of)).
 
     The percentage is exact decimal arithmetic: 10 % of 119 is 11, and 29 % of 100 is 29, not the 28 of floats.
     """

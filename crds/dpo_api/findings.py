@@ -1,4 +1,4 @@
-"""What is wrong, doubtful or worth knowing about a manifest: one finding a sentence, all of them at once."""
+"""Errors, warnings and notes about a manifest: each is one sentence, and all are reported at once."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Level = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to say about one field."""
+    """One error, warning or note about one field."""
 
     level: Level
-    """error: nothing will run. warning: it runs, but probably not as meant. note: worth knowing."""
+    """error: the job cannot run. warning: it runs, but probably not as intended. note: worth knowing."""
     field: str
     """Path in camelCase, such as ``spec.data.train[0].uri``; empty for the manifest as a whole."""
     message: str
     """What is wrong, with the value, and how to fix it."""
     source: str = ""
-    """File (or file and job) that it is about; empty when there is only one."""
+    """File (or file and job) of the finding; empty when there is only one."""
     line: int | None = None
-    """Line of the field in the file, from 1, where known."""
+    """Line of the field in the file, counted from 1, if known."""
 
     def __str__(self) -> str:
         """Return ``field: message``."""
@@ -63,14 +63,14 @@ def dotted(path: Sequence[str | int]) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
             continue
-        # A key that is no name (a line break, a space) is quoted, so that a finding stays one line.
+        # A key with a space or a line break is quoted, so that a finding stays on one line.
         name = part if _NAME.fullmatch(part) else shown(part)
         text += f".{name}" if text else name
     return text
 
 
 def shown(value: Any) -> str:
-    """Write a value into a message: short, one line, as it would stand in JSON."""
+    """Format a value for a message: as JSON, short and on one line."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -92,7 +92,7 @@ def findings_of(
     found: dict[tuple[str, str], Finding] = {}
     for detail, location in zip(details, locations, strict=True):
         kind = detail["type"]
-        # A list whose only item is wrong is also reported as too short: that is an echo.
+        # pydantic also reports a list as too short if its only item is wrong: drop that error.
         if kind == "too_short" and any(len(o) > len(location) and o[: len(location)] == location for o in locations):
             continue
         path = prefix + location
@@ -105,12 +105,12 @@ def findings_of(
 
 
 def _location(loc: tuple[int | str, ...]) -> Path:
-    """Drop what pydantic adds where a mapping's key is wrong."""
+    """Drop the part that pydantic adds if a mapping's key is wrong."""
     return tuple(part for part in loc if part != "[key]")
 
 
 def _line(path: Path, lines: Mapping[Path, int] | None) -> int | None:
-    """Return the line of the field, or of the nearest thing around it that is in the file."""
+    """Return the line of the field, or of the nearest enclosing one that is in the file."""
     if lines is None:
         return None
     for length in range(len(path), -1, -1):
@@ -119,7 +119,7 @@ def _line(path: Path, lines: Mapping[Path, int] | None) -> int | None:
     return None
 
 
-def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR0911 - one case a line
+def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR0911 - one return per case
     kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
     match kind:
         case "extra_forbidden":
@@ -174,7 +174,7 @@ HUGGING_FACE_MODULES = {
     "down_proj": "mlp_fc2",
     "all-linear": "all",
 }
-"""What users of PEFT call the modules that NeMo names otherwise."""
+"""PEFT's names of the modules, with NeMo's, which the spec uses."""
 
 
 USUAL_NAMES = {
@@ -200,11 +200,11 @@ USUAL_NAMES = {
     "savesteps": "everySteps",
     "savetopk": "keep",
 }
-"""What NeMo-Aligner, TRL and PEFT call fields that have another name here; without _ and in lower case."""
+"""Names in NeMo-Aligner, TRL and PEFT of fields that have another name here, in lower case and without _."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that was probably meant: the one for another library's, else the most similar."""
+    """Return the known name that was probably meant: by another library's name for it, else the most similar."""
     folded = {field.lower().replace("_", ""): field for field in known}
     wanted = name.lower().replace("_", "")
     ours = USUAL_NAMES.get(wanted, "").lower()
@@ -213,7 +213,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def _form(kind: str, model: type[BaseModel], loc: Sequence[int | str]) -> str:
-    """Show what a section, or a list of sections, looks like."""
+    """Return a hint that shows the form of a section or of a list of sections."""
     section = _section_at(model, loc)
     if section is None or kind not in {"model_type", "model_attributes_type", "tuple_type", "list_type"}:
         return ""
@@ -225,7 +225,7 @@ def _form(kind: str, model: type[BaseModel], loc: Sequence[int | str]) -> str:
 
 
 def _unquoted(value: str, kind: str) -> str:
-    """Say so when only the quotes are wrong."""
+    """Return a hint to remove the quotes if only they are wrong."""
     try:
         parsed = json.loads(value)
     except ValueError:
@@ -240,7 +240,7 @@ def _not_one_of(value: Any, expected: str) -> str:
         return f"{shown(value)} must be {choices[0]}"
     ours = HUGGING_FACE_MODULES.get(str(value))
     if ours in choices:
-        return f"{shown(value)} is Hugging Face's name; here {ours} holds it"
+        return f"{shown(value)} is Hugging Face's name; use {ours}, which includes it"
     near = difflib.get_close_matches(str(value), choices, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{shown(value)} is not one of {', '.join(choices)}{hint}"
@@ -265,7 +265,7 @@ def _unknown_field(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
 
 
 def _section_at(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
-    """Follow a path of aliases to the section class at its end."""
+    """Return the section class at the end of a path of aliases, or None."""
     section: type[BaseModel] | None = model
     for part in loc:
         if isinstance(part, int):
@@ -289,7 +289,7 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
 
 
 def _paths_named(model: type[BaseModel], name: str, prefix: str = "") -> list[str]:
-    """List the places elsewhere in the tree that have a field of this name, given in lower case."""
+    """Return the paths of all fields with this name, which is given in lower case."""
     paths: list[str] = []
     for attribute, field in model.model_fields.items():
         alias = field.alias or attribute
@@ -307,7 +307,7 @@ def _hint(pattern: str) -> str:
 
 
 def placed(findings: Iterable[Finding], source: str, lines: Mapping[Path, int]) -> list[Finding]:
-    """Add file and line to findings that were made from a parsed spec."""
+    """Add the file and line to findings that were made from a parsed spec."""
     by_field = {dotted(path): line for path, line in lines.items()}
 
     def line(field: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Sections that say what a run reads: storage, the start model, the tokenizer and the preference data."""
+"""Sections for the inputs of a run: storage, the start model, the tokenizer and the preference data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dpo_api.fields import (
 Column = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=128)]
 SourceName = Annotated[str, StringConstraints(strict=True, pattern=SOURCE_NAME_PATTERN, max_length=63)]
 
-URI_FORMS = "s3://bucket/key, pvc://claim/path, or a path of the machine itself (for `dpo run`)"
+URI_FORMS = "s3://bucket/key, pvc://claim/path, or a local path (for `dpo run`)"
 
 
 def _one_of(*names: str) -> str:
@@ -36,13 +36,13 @@ def _one_of(*names: str) -> str:
 
 
 def _place(endpoint: str) -> tuple[str, str]:
-    """Return what tells two endpoints apart: scheme and host are of any case, and a last slash says nothing."""
+    """Return an endpoint in a form to compare: the case of scheme and host and a final slash do not matter."""
     base = urlsplit(endpoint.rstrip("/"))
     return f"{base.scheme}://{base.netloc}".lower(), base.path
 
 
 class CABundle(Section):
-    """Certificates to trust beside the system's own."""
+    """Certificates to trust in addition to the system's."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -72,30 +72,31 @@ class CABundle(Section):
 class StorageAccess(Section):
     """How to reach an S3 endpoint.
 
-    What a source does not set here it takes from `spec.storage`; credentials only where the endpoint is the same.
+    Fields that a source does not set are taken from `spec.storage`; credentials only if the endpoint is the same.
     """
 
     endpoint: Text | None = Field(
         default=None,
         pattern=ENDPOINT_PATTERN,
         max_length=512,
-        description="Base URL of the S3 service, such as https://s3.example.com. Not set: AWS's own, by region.",
+        description="Base URL of the S3 service, such as https://s3.example.com. Not set: the AWS endpoint of the"
+        " region.",
     )
     region: Text | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9-]+$",
         max_length=64,
-        description="Region that requests are signed for. Not set: as boto3 finds it, else us-east-1.",
+        description="Region that requests are signed for. Not set: the one that boto3 finds, else us-east-1.",
     )
     force_path_style: Bool | None = Field(
         default=None,
-        description="Write the bucket into the path, not into the host name, as most S3 services other than AWS"
-        " want it. Not set: true when `endpoint` is set.",
+        description="Put the bucket in the path instead of the host name, which most S3 services other than AWS"
+        " need. Not set: true if `endpoint` is set.",
     )
     credentials_secret_ref: SecretRef | None = Field(
         default=None,
-        description="Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if there is one,"
-        " AWS_SESSION_TOKEN. Not set: the pod's own identity (`serviceAccountName`). `dpo run` uses boto3's usual"
+        description="Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, optionally,"
+        " AWS_SESSION_TOKEN. Not set: the pod's identity (`serviceAccountName`). `dpo run` uses boto3's usual"
         " chain: environment, ~/.aws, instance identity.",
     )
     ca_bundle: CABundle | None = Field(default=None, description="Certificate authority of a private endpoint.")
@@ -106,22 +107,22 @@ class StorageCache(Section):
 
     size: Quantity | None = Field(
         default=None,
-        description="Most space that the cache takes, as a quantity such as 500Gi. Not set: what the volume has.",
+        description="Maximum size of the cache, as a quantity such as 500Gi. Not set: the size of the volume.",
     )
     claim: DnsName | None = Field(
         default=None,
-        description="PersistentVolumeClaim that holds the cache, so that later attempts and other jobs find it."
+        description="PersistentVolumeClaim that holds the cache, so that later attempts and other jobs can use it."
         " Not set: the pod's scratch volume. `dpo run` uses $DPO_CACHE_DIR.",
     )
 
 
 class Storage(StorageAccess):
-    """How S3 is reached unless a source or output says otherwise, and what is kept near the processes."""
+    """How to reach S3 unless a source or output has its own settings, and the local cache."""
 
-    cache: StorageCache = Field(default=StorageCache(), description="Local copies: one download a node.")
+    cache: StorageCache = Field(default=StorageCache(), description="Local copies: each node downloads a file once.")
 
     def access(self, own: StorageAccess | None = None) -> StorageAccess:
-        """Return how to reach a source whose own settings are ``own``; no key is ever shown to another endpoint."""
+        """Return how to reach a source whose own settings are ``own``. Keys are never sent to another endpoint."""
         own = own or StorageAccess()
         names = [name for name in StorageAccess.model_fields if name != "credentials_secret_ref"]
         chosen = {name: getattr(own, name) if getattr(own, name) is not None else getattr(self, name) for name in names}
@@ -129,14 +130,14 @@ class Storage(StorageAccess):
         return StorageAccess(**chosen, credentials_secret_ref=own.credentials_secret_ref or common)
 
     def is_reached_by(self, own: StorageAccess | None) -> bool:
-        """Tell whether a source whose own settings are ``own`` lies at the common endpoint."""
+        """Return whether a source whose own settings are ``own`` is at the common endpoint."""
         if own is None or own.endpoint is None:
             return True
         return self.endpoint is not None and _place(own.endpoint) == _place(self.endpoint)
 
 
 class HuggingFaceSource(Section):
-    """A folder in Hugging Face's form."""
+    """A model folder in Hugging Face format."""
 
     uri: Uri = Field(description=f"Folder with config.json, *.safetensors and the tokenizer's files: {URI_FORMS}.")
     storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
@@ -160,8 +161,7 @@ class MegatronSource(Section):
     architecture_uri: Uri | None = Field(
         default=None,
         alias="architectureURI",
-        description="A config.json in Hugging Face's form that describes the model, where the checkpoint itself does"
-        " not.",
+        description="A config.json in Hugging Face format that describes the model, if the checkpoint itself does not.",
     )
 
 
@@ -177,20 +177,20 @@ class Model(Section):
         ),
     )
 
-    hugging_face: HuggingFaceSource | None = Field(default=None, description="A model folder in Hugging Face's form.")
+    hugging_face: HuggingFaceSource | None = Field(default=None, description="A model folder in Hugging Face format.")
     nemo: NemoSource | None = Field(default=None, description="A NeMo 1.x .nemo archive.")
     megatron: MegatronSource | None = Field(default=None, description="A Megatron-Core distributed checkpoint.")
 
 
 class Tokenizer(Section):
-    """A tokenizer other than the model's own."""
+    """A tokenizer to use instead of the model's own."""
 
     uri: Uri = Field(description=f"Folder with tokenizer.json or tokenizer.model, or one of these files: {URI_FORMS}.")
     storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
 
 
 class DataSource(Section):
-    """Preference data: one JSON object a line, plain, .gz or .zst."""
+    """Preference data: one JSON object per line; plain, .gz or .zst."""
 
     uri: Uri = Field(
         description=f"One object, a prefix that ends in /, or a pattern with *: {URI_FORMS}. Files are read in the"
@@ -204,13 +204,13 @@ class DataSource(Section):
         default=1.0,
         gt=0,
         le=1000,
-        description="How often an epoch shows this source's pairs, relative to once. Default 1: each pair once.",
+        description="How many times an epoch uses each of this source's pairs. Default 1: each pair once.",
     )
     storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
 
 
 class Columns(Section):
-    """Names of the keys of a record, where they are not the usual ones."""
+    """Keys of a record, if they differ from the usual ones."""
 
     prompt: Column | None = Field(default=None, description="Key of the prompt. Not set: `prompt`.")
     chosen: Column | None = Field(
@@ -227,8 +227,8 @@ class Columns(Section):
     )
     tools: Column | None = Field(
         default=None,
-        description="Key of the tools that the chat template describes to the model: a list of JSON schemas, or the"
-        " same as JSON text. Not set: `tools`.",
+        description="Key of the tools that are passed to the chat template: a list of JSON schemas, or the same as"
+        " JSON text. Not set: `tools`.",
     )
 
 
@@ -245,7 +245,7 @@ def _names_differ_cel(field: str) -> str:
 
 
 class Data(Section):
-    """The pairs to learn from and to validate on, and how records become tokens."""
+    """The pairs for training and validation, and how records become tokens."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -266,21 +266,21 @@ class Data(Section):
     validation: tuple[DataSource, ...] = Field(
         default=(),
         max_length=64,
-        description="Sources of the validation pairs; each is also reported on its own, under its name. Not set: no"
+        description="Sources of the validation pairs; each is also reported separately under its name. Not set: no"
         " validation.",
     )
     max_length: Int = Field(
         default=4096,
         ge=2,
         le=1_048_576,
-        description="Most tokens of a prompt with the longer of its responses. Default 4096.",
+        description="Maximum length in tokens of a prompt with the longer of its responses. Default 4096.",
     )
     over_length: Literal["drop", "truncate", "error"] = Field(
         default="drop",
-        description="What to do with a pair above `maxLength`: `drop` it and count it; `truncate` its responses at"
-        " their end, never the prompt; or end the run with an `error`. Default drop.",
+        description="What to do with a pair that exceeds `maxLength`: `drop` it and count it; `truncate` the end of"
+        " its responses, never the prompt; or end the run with an `error`. Default drop.",
     )
-    columns: Columns = Field(default=Columns(), description="Names of a record's keys, where they are unusual.")
+    columns: Columns = Field(default=Columns(), description="Keys of a record, if they differ from the usual ones.")
     on_invalid: Literal["error", "skip"] = Field(
         default="error",
         description="What to do with a record that cannot be used (broken JSON, missing key, empty response): end the"
@@ -288,16 +288,16 @@ class Data(Section):
     )
     boundary: Literal["strict", "separate"] = Field(
         default="strict",
-        description="How prompt and response meet: `strict` tokenises them together, and the prompt's tokens must be"
-        " a prefix of the whole; `separate` tokenises the response on its own. Default strict.",
+        description="How prompt and response are joined: `strict` tokenises them together, and the prompt's tokens must"
+        " be a prefix of the result; `separate` tokenises the response on its own. Default strict.",
     )
     add_bos: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="Whether a prompt starts with the begin-of-text token: `auto` does what the tokenizer itself does."
-        " There are never two. Default auto.",
+        description="Whether a prompt starts with the begin-of-text token: `auto` does what the tokenizer does. It is"
+        " never added twice. Default auto.",
     )
     append_eos: Bool = Field(
         default=False,
         description="Append the end-of-text token to each response that is a plain string. Default false: the text"
-        " itself carries its end token.",
+        " already contains its end token.",
     )

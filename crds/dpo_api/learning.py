@@ -1,4 +1,4 @@
-"""Sections that say what is learnt and how: the loss, the adapter, the optimizer and the schedule."""
+"""Sections for learning: the loss, the adapter, the optimizer and the schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Dpo(Section):
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "preferenceWeight",
-            "preferenceWeight and sftWeight are both 0, so nothing would be learnt; set one above 0",
+            "preferenceWeight and sftWeight are both 0, so nothing would be trained; set one above 0",
             "!(has(self.preferenceWeight) && self.preferenceWeight == 0.0)"
             " || (has(self.sftWeight) && self.sftWeight > 0.0)",
             lambda s: s.preference_weight > 0 or s.sft_weight > 0,
@@ -33,15 +33,15 @@ class Dpo(Section):
         default=0.1,
         gt=0,
         le=1000,
-        description="Weight of the distance from the reference model (NeMo's ref_policy_kl_penalty): the higher, the"
-        " closer the model stays. 0.1 to 1.0 is usual. Default 0.1.",
+        description="Weight of the distance from the reference model (NeMo's ref_policy_kl_penalty): the higher it is,"
+        " the closer the model stays to the reference. 0.1 to 1.0 is usual. Default 0.1.",
     )
     preference_weight: Float = Field(
         default=1.0,
         ge=0,
         le=1000,
-        description="Weight of the preference loss. 0 is fine-tuning on the chosen responses alone, without a"
-        " reference. Default 1.",
+        description="Weight of the preference loss. 0: fine-tune on the chosen responses alone, without a reference."
+        " Default 1.",
     )
     sft_weight: Float = Field(
         default=0.0,
@@ -56,8 +56,8 @@ class Dpo(Section):
     )
     sft_average_log_probs: Bool | None = Field(
         default=None,
-        description="The same for the term of `sftWeight`. Not set: as `averageLogProbs`; with `preferenceWeight: 0`"
-        " true, averaged over the tokens of the whole batch.",
+        description="The same for the term of `sftWeight`. Not set: the value of `averageLogProbs`; with"
+        " `preferenceWeight: 0`, true, averaged over the tokens of the whole batch.",
     )
     gt_reward_scale: Float = Field(
         default=1.0,
@@ -66,15 +66,15 @@ class Dpo(Section):
         description="Factor of the reward gap, chosen minus rejected, in the rpo losses. Default 1.",
     )
     default_chosen_reward: Reward = Field(
-        default=1.0, description="Reward of the chosen response where a record has none. Default 1."
+        default=1.0, description="Reward of the chosen response if a record has none. Default 1."
     )
     default_rejected_reward: Reward = Field(
-        default=0.0, description="Reward of the rejected response where a record has none. Default 0."
+        default=0.0, description="Reward of the rejected response if a record has none. Default 0."
     )
 
     @property
     def has_preference(self) -> bool:
-        """Whether the run compares responses; if not, it is supervised fine-tuning on the chosen ones alone."""
+        """Whether the run compares responses. If not, it is supervised fine-tuning on the chosen ones alone."""
         return self.preference_weight > 0
 
     @property
@@ -84,7 +84,7 @@ class Dpo(Section):
 
 
 class Lora(Section):
-    """A low-rank adapter beside frozen weights. The reference model is the same weights without it."""
+    """A low-rank adapter on frozen weights. The reference model is the same weights without the adapter."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -120,7 +120,7 @@ class Lora(Section):
         min_length=1,
         max_length=7,
         description="Linear layers that get an adapter: attention_qkv, attention_dense, mlp_fc1, mlp_fc2; `attention`"
-        " and `mlp` stand for two each, `all` for the four. Default [attention_qkv].",
+        " and `mlp` select two each, `all` selects all four. Default [attention_qkv].",
     )
     layers: tuple[LayerIndex, ...] | None = Field(
         default=None,
@@ -134,21 +134,21 @@ class Lora(Section):
     )
     row_init: Literal["zero", "xavier", "kaiming", "normal"] = Field(
         default="zero",
-        description="Initial values of the second matrix (rank to output). Default zero: the first step's policy is"
+        description="Initial values of the second matrix (rank to output). Default zero: the policy starts equal to"
         " the reference.",
     )
 
 
 class Packing(Section):
-    """Several pairs in one row of tokens, so that no time goes into padding."""
+    """Several pairs in one row of tokens, so that no computation is spent on padding."""
 
-    enabled: Bool = Field(default=True, description="Pack pairs. false: one pair a pack. Default true.")
+    enabled: Bool = Field(default=True, description="Pack pairs. false: one pair per pack. Default true.")
     max_tokens: Int | None = Field(
         default=None,
         ge=4,
         le=4_194_304,
-        description="Most tokens in a pack: what one forward pass holds in memory. Not set: twice `data.maxLength`,"
-        " the least that holds any pair.",
+        description="Maximum tokens in a pack, which is the size of one forward pass. Not set: twice `data.maxLength`,"
+        " the smallest value that any pair fits into.",
     )
 
 
@@ -162,7 +162,7 @@ class Schedule(Section):
         default=None,
         ge=0,
         le=100_000_000,
-        description="Steps at the end with `minLearningRate`. Not set: a tenth of all steps, at most 1000.",
+        description="Steps at `minLearningRate` at the end of the run. Not set: a tenth of all steps, at most 1000.",
     )
     min_learning_rate: Float | None = Field(
         default=None,
@@ -189,14 +189,14 @@ class Training(Section):
         default=64,
         ge=1,
         le=1_048_576,
-        description="Pairs per optimizer step, over all processes. It need not be a multiple of anything. 256 to 512"
-        " is recommended. Default 64.",
+        description="Pairs per optimizer step, over all processes. It need not be a multiple of the number of"
+        " processes. 256 to 512 is recommended. Default 64.",
     )
     micro_batch_size: Int | None = Field(
         default=None,
         ge=1,
         le=65_536,
-        description="Most pairs in one forward pass of a process. Not set: as many as `packing.maxTokens` holds.",
+        description="Maximum pairs in one forward pass of a process. Not set: as many as fit into `packing.maxTokens`.",
     )
     packing: Packing = Field(default=Packing(), description="Several pairs in one row of tokens.")
     prefix_sharing: Bool = Field(
@@ -210,12 +210,12 @@ class Training(Section):
         default=None,
         ge=1,
         le=100_000_000,
-        description="Optimizer steps in all, however many epochs that takes. Not set: by `epochs`.",
+        description="Total optimizer steps; overrides `epochs`. Not set: as many as `epochs` needs.",
     )
     drop_last: Bool = Field(
         default=True,
-        description="Leave out the pairs that do not fill an epoch's last batch (others each epoch). false: a smaller"
-        " last batch. Default true.",
+        description="Leave out the pairs that do not fill the last batch of an epoch (different ones each epoch)."
+        " false: use a smaller last batch. Default true.",
     )
     learning_rate: Float = Field(
         default=9e-6, gt=0, le=1, description="Highest learning rate, after the warm-up. Default 9e-6."
@@ -239,22 +239,22 @@ class Training(Section):
     validate_at_start: Bool = Field(default=True, description="Validate before the first step too. Default true.")
     limit_train_batches: CountOrPercent | None = Field(
         default=None,
-        description="Global batches of an epoch that are used, or a percentage of them. Not set: all.",
+        description="Maximum global batches per epoch, or a percentage of them. Not set: all.",
     )
     limit_validation_batches: CountOrPercent | None = Field(
         default=None,
-        description="Batches of each validation source that are used, or a percentage of them. Not set: all.",
+        description="Maximum batches of each validation source, or a percentage of them. Not set: all.",
     )
     seed: Int = Field(
         default=1234,
         ge=0,
         le=2_147_483_647,
-        description="Decides the order of pairs, adapters' initial values and dropout. Default 1234.",
+        description="Random seed for the order of pairs, the adapter's initial values and dropout. Default 1234.",
     )
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16",
-        description="Precision of weights in computation. bf16 keeps fp32 master weights, optimizer state, gradients"
-        " and log-probs. Default bf16.",
+        description="Precision of the weights in computation. With bf16, master weights, optimizer state, gradients"
+        " and log-probs are still fp32. Default bf16.",
     )
     activation_recomputation: Literal["none", "selective", "full"] = Field(
         default="none", description="Recompute activations in the backward pass to save memory. Default none."
@@ -263,9 +263,10 @@ class Training(Section):
         default=None,
         ge=1,
         le=315_360_000,
-        description="Seconds after which a run writes a checkpoint and stops, to be continued. Not set: no limit.",
+        description="Seconds after which a run writes a checkpoint and stops, so that it can be continued later. Not"
+        " set: no limit.",
     )
     deterministic: Bool = Field(
         default=False,
-        description="Use only kernels that give the same bits each time; slower. Default false.",
+        description="Use only deterministic kernels, which are slower. Default false.",
     )

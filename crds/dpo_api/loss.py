@@ -48,5 +48,5 @@ class Loss(StrEnum):
 
 
 def described() -> str:
-    """Every loss with its formula, as one clause of a field's description."""
+    """Return every loss with its formula, for a field's description."""
     return "; ".join(f"`{loss}`: {loss.row.formula}" for loss in Loss)

@@ -1,7 +1,7 @@
-"""DPOJob manifests: YAML as kubectl reads it, JSON as the API server and our own files hold it.
+"""Reads DPOJob manifests: YAML as kubectl reads it, and JSON as the API server and our own files store it.
 
-Numbers are numbers as in Go's YAML (9e-7, 1_000), dates are text, keys may not appear twice, and every mistake is
-reported with its field and line, all at once.
+Numbers are parsed as in Go's YAML (9e-7, 1_000), dates are text, and a key may not appear twice. All errors are
+reported at once, each with its field and line.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "DPOJob"
 
-MAX_BYTES = 1 << 20  # the API server's own limit is 1.5 MiB with everything that it adds
+MAX_BYTES = 1 << 20  # the API server's limit is 1.5 MiB, including what it adds itself
 
 MAX_DEPTH = 64
 MAX_VALUES = 100_000
 
 NAME_MAX = 45
-"""Child objects add a suffix for attempt, replica and index, and must stay within 63 characters."""
+"""Names of PyTorchJobs and pods add a suffix for attempt, replica and index, and may have at most 63 characters."""
 
-# ObjectMeta has more fields, which mean nothing to us but stand in what `kubectl get -o yaml` prints.
+# Other fields of ObjectMeta, which we ignore. `kubectl get -o yaml` prints them.
 _OTHER_METADATA = frozenset(
     {
         "creationTimestamp",
@@ -65,7 +65,7 @@ class Metadata(Section):
     namespace: DnsLabel | None = Field(default=None, description="Namespace of the job.")
     labels: dict[LabelKey, LabelValue] = Field(default={}, description="Labels.")
     annotations: dict[LabelKey, AnnotationValue] = Field(default={}, description="Annotations.")
-    uid: Text | None = Field(default=None, description="Identity that the API server gave the object.")
+    uid: Text | None = Field(default=None, description="Unique id, assigned by the API server.")
     generation: int | None = Field(default=None, description="Version of the spec, counted by the API server.")
 
     @model_validator(mode="before")
@@ -81,7 +81,7 @@ class DPOJob(Section):
 
     rules: ClassVar[tuple[Rule, ...]] = ()
 
-    api_version: Literal["dpo-operator.dev/v1alpha1"] = Field(description="Version of this form of the object.")
+    api_version: Literal["dpo-operator.dev/v1alpha1"] = Field(description="Version of the API.")
     kind: Literal["DPOJob"] = Field(description="Kind of the object.")
     metadata: Metadata = Field(description="Name, namespace, labels and annotations.")
     spec: DPOJobSpec = Field(description="What to train, on what, how and where.")
@@ -107,7 +107,7 @@ class Document:
     """One YAML document before validation."""
 
     value: Any
-    """Mappings, lists and scalars, as JSON would hold them."""
+    """Mappings, lists and scalars, as in JSON."""
     source: str
     """File name for messages."""
     lines: Mapping[FieldPath, int] = field(default_factory=dict)
@@ -115,10 +115,10 @@ class Document:
 
 
 def load_manifests(source: Path | str) -> list[DPOJob]:
-    """Read every DPOJob of a file or a text; other kinds in it are skipped.
+    """Read every DPOJob in a file or a text; other kinds are skipped.
 
     ``source`` is a path, ``-`` for standard input, or, when it spans lines or starts with ``{``, the text itself.
-    Raises ManifestError with all findings, NotFoundError for a file that is not there.
+    Raises ManifestError with all findings, and NotFoundError if the file does not exist.
     """
     jobs: list[DPOJob] = []
     findings: list[Finding] = []
@@ -133,7 +133,7 @@ def load_manifests(source: Path | str) -> list[DPOJob]:
 
 
 def load_manifest(source: Path | str) -> DPOJob:
-    """Read the one DPOJob of a file or a text, as ``load_manifests``. Raises ManifestError when there are more."""
+    """Like ``load_manifests``, for exactly one DPOJob. Raises ManifestError if there are more."""
     jobs = load_manifests(source)
     if len(jobs) != 1:
         names = ", ".join(job.metadata.name for job in jobs)
@@ -153,7 +153,7 @@ def parse_job(document: Document | Mapping[str, Any]) -> DPOJob:
 
 
 def dpo_documents(documents: list[Document]) -> list[Document]:
-    """Return the documents that are DPOJobs, those inside a ``List`` too. Raises ManifestError if there is none."""
+    """Return the documents that are DPOJobs, including items of a ``List``. Raises ManifestError if there are none."""
     ours: list[Document] = []
     others: list[str] = []
     source = documents[0].source if documents else ""
@@ -183,7 +183,7 @@ def _item(document: Document, index: int) -> Document:
 
 
 def load_documents(source: Path | str) -> list[Document]:
-    """Read the documents of a file, of standard input (``-``) or of a text, without validating them."""
+    """Read the documents of a file, of standard input (``-``) or of a text, without validation."""
     if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
         return _documents(source, "")
     if str(source) == "-":
@@ -191,16 +191,16 @@ def load_documents(source: Path | str) -> list[Document]:
     path = Path(source)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ManifestError([Finding("error", "", "is larger than 1 MiB and no manifest", str(source))])
+            raise ManifestError([Finding("error", "", "is larger than 1 MiB, so it is not a manifest", str(source))])
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise NotFoundError(f"{source}: there is no such file") from None
+        raise NotFoundError(f"{source}: no such file") from None
     except IsADirectoryError:
         raise NotFoundError(f"{source}: is a folder; name a manifest file") from None
     except UnicodeDecodeError:
         raise ManifestError([Finding("error", "", "is not UTF-8 text", str(source))]) from None
     except PermissionError:
-        raise NotFoundError(f"{source}: may not be read by this user") from None
+        raise NotFoundError(f"{source}: permission denied") from None
     return _documents(text, str(source))
 
 
@@ -239,7 +239,7 @@ _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "f
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with scalars as Go's YAML reads them."""
+    """PyYAML's safe loader with scalars parsed as in Go's YAML."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -251,12 +251,12 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def _value(node: yaml.Node, loader: _Loader, path: FieldPath, lines: dict[FieldPath, int]) -> Any:
-    """Build JSON values from a node and note the line of every path. Raises yaml.MarkedYAMLError."""
+    """Build JSON values from a node and record the line of every path. Raises yaml.MarkedYAMLError."""
     if len(path) > MAX_DEPTH or len(lines) > MAX_VALUES:  # an alias to itself, or aliases of aliases
         raise yaml.MarkedYAMLError(problem="nests or repeats aliases too often", problem_mark=node.start_mark)
     if node.tag not in _TAGS:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        raise yaml.MarkedYAMLError(problem=f"the tag {tag} has no place in a manifest", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem=f"the tag {tag} is not allowed in a manifest", problem_mark=node.start_mark)
     lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, loader, path, lines)
@@ -268,7 +268,7 @@ def _value(node: yaml.Node, loader: _Loader, path: FieldPath, lines: dict[FieldP
     if kind == "float":
         number = float(re.sub(r"\.(inf|nan)", r"\1", node.value.lower()))
         if not math.isfinite(number):
-            raise yaml.MarkedYAMLError(problem=f"{node.value} is no finite number", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"{node.value} is not a finite number", problem_mark=node.start_mark)
         return number
     return loader.construct_object(node)
 
@@ -280,10 +280,10 @@ def _mapping(node: yaml.MappingNode, loader: _Loader, path: FieldPath, lines: di
             continue
         key = _key(key_node)
         if key in seen:
-            problem = f'the key "{key}" appears twice; the first is in line {seen[key]}'
+            problem = f'the key "{key}" appears twice; the first is on line {seen[key]}'
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
         seen[key] = key_node.start_mark.line + 1
-    # Merged keys come first, so that the mapping's own win.
+    # Merged keys come first, so that the mapping's own keys override them.
     loader.flatten_mapping(node)
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:

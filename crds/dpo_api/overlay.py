@@ -1,6 +1,6 @@
-"""What a podTemplate may not do. Its fields are a closed list; these rules are about what stands inside them.
+"""Checks of the values in a podTemplate, whose fields are a closed list.
 
-The command, the security context, the service account and the child's own bookkeeping are the operator's.
+The operator alone sets the command, the security context, the service account and the PyTorchJob's own labels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dpo_api.spec import DPOJobSpec
 FIELD = "spec.podTemplate"
 
 RESERVED_KEYS = ("dpo-operator.dev/", "training.kubeflow.org/", "kueue.x-k8s.io/")
-"""Prefixes of labels and annotations by which controllers know their pods."""
+"""Prefixes of labels and annotations that controllers use to find their pods."""
 UNCONFINING = ("container.apparmor.security.beta.kubernetes.io/", "seccomp.security.alpha.kubernetes.io/")
 
 RESERVED_ENV = frozenset(
@@ -31,7 +31,7 @@ VALUE_SOURCES = ("secretKeyRef", "configMapKeyRef", "fieldRef", "resourceFieldRe
 VOLUME_SOURCES = (
     *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"),
 )
-"""What restricted Pod Security allows."""
+"""The volume types that restricted Pod Security allows."""
 RESERVED_VOLUMES = re.compile(r"^(spec|shm|scratch|cache|identity|(claim|credentials|ca)-[0-9]+)$")
 RESERVED_PATHS = (
     *("/", "/dev", "/etc", "/etc/dpo", "/tmp", "/cache", "/mnt/claims", "/proc", "/sys", "/usr"),  # noqa: S108
@@ -50,7 +50,7 @@ SIDECAR_SECURITY = frozenset({"runAsUser", "runAsGroup", "readOnlyRootFilesystem
 
 
 def check(spec: DPOJobSpec) -> Iterator[Finding]:
-    """Yield an error for everything in a podTemplate that the operator would not write into a pod."""
+    """Yield an error for everything in a podTemplate that the operator refuses to put in a pod."""
     template = spec.pod_template
     yield from _keys(template.labels, "labels", RESERVED_KEYS)
     yield from _keys(template.annotations, "annotations", (*RESERVED_KEYS, *UNCONFINING))
@@ -73,7 +73,7 @@ def _keys(values: Mapping[str, str], name: str, prefixes: tuple[str, ...]) -> It
     for key in values:
         if key.startswith(prefixes):
             prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
-            why = "would loosen the pods' security" if prefix in UNCONFINING else "belongs to a controller"
+            why = "would weaken the pods' security" if prefix in UNCONFINING else "is reserved for a controller"
             hint = "; set runPolicy.queueName or priorityClass" if prefix.startswith("kueue") else "; leave it out"
             yield _error(f"{FIELD}.{name}", f"{key} {why}{hint}")
 
@@ -124,9 +124,7 @@ def _tokens(projected: Any, field: str) -> Iterator[Finding]:
     sources = projected.get("sources") if isinstance(projected, Mapping) else None
     for index, source in enumerate(sources if isinstance(sources, list) else []):
         if isinstance(source, Mapping) and "serviceAccountToken" in source:
-            text = (
-                "the trainer's pods hold no token of the cluster; set spec.serviceAccountName for the cloud's storage"
-            )
+            text = "trainer pods get no token of the cluster; set spec.serviceAccountName for access to cloud storage"
             yield _error(f"{field}.sources[{index}].serviceAccountToken", text)
 
 
@@ -141,7 +139,7 @@ def _mount(mount: Mapping[str, Any], field: str, own: set[Any]) -> Iterator[Find
     place = "/" + path.strip("/")
     inside = ("/dev/", "/etc/dpo/", "/mnt/claims/", "/proc/", "/sys/", "/var/run/secrets/")
     if place in RESERVED_PATHS or f"{place}/".startswith(inside):
-        yield _error(f"{field}.mountPath", f"{path} is where the operator mounts or the system lives; choose another")
+        yield _error(f"{field}.mountPath", f"{path} is used by the operator or the system; choose another")
 
 
 def _sidecar(sidecar: Mapping[str, Any], field: str, own: set[Any], seen: set[str]) -> Iterator[Finding]:
@@ -149,7 +147,7 @@ def _sidecar(sidecar: Mapping[str, Any], field: str, own: set[Any], seen: set[st
     if not isinstance(name, str) or not name:
         yield _error(f"{field}.name", "must be set")
     elif name in SIDECAR_NAMES or name in seen:
-        why = "is taken by the trainer" if name in SIDECAR_NAMES else "is the name of two sidecars"
+        why = "is the name of a trainer container" if name in SIDECAR_NAMES else "is the name of two sidecars"
         yield _error(f"{field}.name", f"{name} {why}; choose another")
     else:
         seen.add(name)
@@ -173,7 +171,7 @@ def _sidecar(sidecar: Mapping[str, Any], field: str, own: set[Any], seen: set[st
 
 
 def _affinity(affinity: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """A wish for other nodes is added here, so that what it is added to must have the right form."""
+    """Check the form of the affinity: the operator adds its preference for other nodes to it."""
     if affinity is None:
         return
     known = ("nodeAffinity", "podAffinity", "podAntiAffinity")

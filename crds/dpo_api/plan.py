@@ -1,7 +1,7 @@
-"""What a spec amounts to once the number of pairs is known: one frozen object that everything reads.
+"""The values that follow from a spec and the number of pairs, in one frozen object.
 
-Steps, intervals and the schedule are arithmetic on the spec and the number of pairs alone, never on the number of
-processes, so that a run may continue on other hardware.
+Steps, intervals and the schedule depend only on the spec and the number of pairs, not on the number of processes, so
+that a run can continue on other hardware.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dpo_api.spec import DPOJobSpec, Training
 from dpo_api.texts import number, numbers
 
 CONSTANT_STEPS_MAX = 1000
-"""Most steps at the minimum rate when ``constantSteps`` is left out: NeMo's fixed value."""
+"""Maximum steps at the minimum rate if ``constantSteps`` is not set: NeMo's fixed value."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Plan:
     train_pairs: int
     """Usable training pairs."""
     global_batch_size: int
-    """Pairs a step: the spec's, or all pairs where there are fewer."""
+    """Pairs per step: the spec's value, or all pairs if there are fewer."""
     steps_per_epoch: int
     """Optimizer steps of a whole epoch, after ``dropLast`` and ``limitTrainBatches``."""
     total_steps: int
     """Optimizer steps of the run (M)."""
     epochs: int
-    """Epochs started; the last one may be unfinished."""
+    """Epochs started; the last may be incomplete."""
     dropped_per_epoch: int
-    """Pairs that a whole epoch does not show, for ``dropLast`` or ``limitTrainBatches``; others each epoch."""
+    """Pairs that an epoch leaves out because of ``dropLast`` or ``limitTrainBatches``; different ones each epoch."""
     validation_every: int
-    """Steps between validations; at least 1, also without validation data."""
+    """Steps between validations; at least 1, even without validation data."""
     validate_at_start: bool
     """Whether there is a validation before the first step."""
     checkpoint_every: int
@@ -61,13 +61,13 @@ class Plan:
     validation_pairs: tuple[int, ...]
     """Usable pairs of each validation source."""
     validation_batches: tuple[int, ...]
-    """Batches of each validation source; the last one may be smaller, none is dropped."""
+    """Batches of each validation source; the last may be smaller and is never dropped."""
     pack_max_tokens: int
     """Token budget of a pack."""
     pack_max_pairs: int | None
-    """Most pairs in a pack; None where only the budget bounds."""
+    """Maximum pairs in a pack; None if only the token budget limits it."""
     with_rejected: bool
-    """Whether rejected responses go through the model. If not, there are no reward metrics either."""
+    """Whether rejected responses are computed. If not, there are no reward metrics either."""
     needs_reference: bool
     """Whether the reference model's log-probs are used."""
     starts_at_reference: bool
@@ -76,7 +76,7 @@ class Plan:
     """What the user should know about these values."""
 
     def validates_after(self, step: int) -> bool:
-        """Whether a validation follows optimizer step ``step``, counted from 1; step 0 is the start."""
+        """Return whether a validation follows optimizer step ``step``, counted from 1; step 0 is the start."""
         if not any(self.validation_batches):
             return False
         if step == 0:
@@ -84,12 +84,12 @@ class Plan:
         return step % self.validation_every == 0 or step == self.total_steps
 
     def checkpoints_after(self, step: int) -> bool:
-        """Whether a checkpoint follows optimizer step ``step``, counted from 1."""
+        """Return whether a checkpoint follows optimizer step ``step``, counted from 1."""
         return step > 0 and (step % self.checkpoint_every == 0 or step == self.total_steps)
 
 
 def batches_per_epoch(pairs: int, global_batch_size: int, *, drop_last: bool) -> int:
-    """Return the global batches in an epoch. Fewer pairs than one batch are one smaller batch, dropped or not."""
+    """Return the global batches in an epoch. Fewer pairs than one batch make one smaller batch in any case."""
     full, rest = divmod(pairs, global_batch_size)
     if full == 0:
         return 1 if rest else 0
@@ -99,7 +99,7 @@ def batches_per_epoch(pairs: int, global_batch_size: int, *, drop_last: bool) ->
 def make_plan(spec: DPOJobSpec, train_pairs: int, validation_pairs: Sequence[int] = ()) -> Plan:
     """Derive a run's values. ``validation_pairs`` has one number for each source of ``data.validation``.
 
-    Raises InvalidDataError when there is no training pair.
+    Raises InvalidDataError if there are no training pairs.
     """
     if train_pairs < 1:
         raise InvalidDataError("spec.data.train: no usable pair is left, so there is nothing to train on")
@@ -152,7 +152,7 @@ def _limited(batches: int, limit: int | str | None) -> int:
 
 
 def plan_rates(training: Training, total_steps: int) -> RatePlan:
-    """Derive the schedule of ``total_steps`` steps (M), with a warning where it leaves no room to decay."""
+    """Derive the schedule of ``total_steps`` steps (M), with a warning if no steps are left for the decay."""
     schedule, peak = training.schedule, training.learning_rate
     lowest = schedule.min_learning_rate if schedule.min_learning_rate is not None else peak / 10
     usual = min(CONSTANT_STEPS_MAX, total_steps // 10)

@@ -1,6 +1,6 @@
-"""The part of a pod that a user may shape: a closed list of named fields laid over the trainer's pods.
+"""The pod fields that a user can set: a closed list that is merged into the trainer's pods.
 
-What is not listed here (security context of the container, command, service account) is the operator's own.
+The operator sets everything else (security context of the container, command, service account).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Toleration(Section):
         default=None, description="Effect of the taint. Not set: every effect."
     )
     toleration_seconds: Int | None = Field(
-        default=None, ge=0, le=SECONDS_MAX, description="Seconds that NoExecute is endured. Not set: for ever."
+        default=None, ge=0, le=SECONDS_MAX, description="Seconds that NoExecute is tolerated. Not set: forever."
     )
 
 
@@ -57,7 +57,7 @@ class EnvVar(Section):
 
     name: EnvName = Field(description="Name of the variable.")
     value: Annotated[str, StringConstraints(strict=True, max_length=4096)] | None = Field(
-        default=None, description="Its value as plain text. Never a secret: use valueFrom.secretKeyRef."
+        default=None, description="Value as plain text. For secrets use valueFrom.secretKeyRef."
     )
     value_from: OpenObject | None = Field(
         default=None, description="Where the value comes from, as in a pod (secretKeyRef, configMapKeyRef, fieldRef)."
@@ -79,20 +79,20 @@ GroupId = Annotated[Int, Field(ge=0, le=2_147_483_647)]
 
 
 class PodSecurity(Section):
-    """User and group of the pods' files and processes. Everything else of the security context is fixed."""
+    """User and group of the pods' files and processes. The rest of the security context is fixed."""
 
     run_as_user: Int | None = Field(
-        default=None, ge=1, le=2_147_483_647, description="User id. Not set: the image's (never root)."
+        default=None, ge=1, le=2_147_483_647, description="User ID. Not set: the image's (never root)."
     )
-    run_as_group: Int | None = Field(default=None, ge=0, le=2_147_483_647, description="Group id. Not set: 0.")
+    run_as_group: Int | None = Field(default=None, ge=0, le=2_147_483_647, description="Group ID. Not set: 0.")
     fs_group: Int | None = Field(
-        default=None, ge=0, le=2_147_483_647, description="Group that owns mounted volumes, where the driver allows."
+        default=None, ge=0, le=2_147_483_647, description="Group that owns mounted volumes, if the driver supports it."
     )
-    supplemental_groups: tuple[GroupId, ...] = Field(default=(), max_length=64, description="Further group ids.")
+    supplemental_groups: tuple[GroupId, ...] = Field(default=(), max_length=64, description="Additional group IDs.")
 
 
 class PodTemplate(Section):
-    """Fields laid over the trainer's pods."""
+    """Fields that are merged into the trainer's pods."""
 
     labels: dict[LabelKey, LabelValue] = Field(default={}, max_length=64, description="Labels of the pods.")
     annotations: dict[LabelKey, AnnotationValue] = Field(
@@ -101,7 +101,7 @@ class PodTemplate(Section):
     node_selector: dict[LabelKey, LabelValue] = Field(
         default={}, max_length=64, description="Labels that a node must have."
     )
-    tolerations: tuple[Toleration, ...] = Field(default=(), max_length=64, description="Taints the pods endure.")
+    tolerations: tuple[Toleration, ...] = Field(default=(), max_length=64, description="Taints that the pods tolerate.")
     affinity: OpenObject | None = Field(default=None, description="Affinity, as in a pod.")
     topology_spread_constraints: tuple[OpenObject, ...] = Field(
         default=(), max_length=16, description="Topology spread constraints, as in a pod."
@@ -117,16 +117,16 @@ class PodTemplate(Section):
         default=(), max_length=16, description="Secrets for pulling images."
     )
     env: tuple[EnvVar, ...] = Field(
-        default=(), max_length=128, description="Further environment variables of the trainer, such as NCCL_*."
+        default=(), max_length=128, description="Additional environment variables of the trainer, such as NCCL_*."
     )
-    volumes: tuple[OpenObject, ...] = Field(default=(), max_length=64, description="Further volumes, as in a pod.")
+    volumes: tuple[OpenObject, ...] = Field(default=(), max_length=64, description="Additional volumes, as in a pod.")
     volume_mounts: tuple[VolumeMount, ...] = Field(
-        default=(), max_length=64, description="Where further volumes appear in the trainer's container."
+        default=(), max_length=64, description="Mounts of the additional volumes in the trainer's container."
     )
     sidecars: tuple[OpenObject, ...] = Field(
         default=(),
         max_length=8,
-        description="Containers beside the trainer, as in a pod. They run as init containers with restartPolicy Always,"
-        " so that they never keep a finished pod alive.",
+        description="Containers that run next to the trainer, as in a pod. They are init containers with restartPolicy"
+        " Always, so that they do not keep a finished pod running.",
     )
     security: PodSecurity = Field(default=PodSecurity(), description="User and groups of the pods.")

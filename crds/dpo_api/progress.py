@@ -1,7 +1,7 @@
-"""What a running trainer says about itself: progress while it lives, last words when it ends.
+"""What a trainer reports: its progress while it runs, and a termination message when it ends.
 
-Rank 0 appends one ``Progress`` as a JSON line to its events file and serves the newest at ``GET /status``;
-``LastWords`` goes to the termination message and outlives the pod. Both are strict JSON: no NaN, no infinity.
+Rank 0 appends each ``Progress`` as a JSON line to its events file and serves the newest at ``GET /status``.
+``LastWords`` is the content of the termination message. Both are strict JSON: no NaN, no infinity.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def finite(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class _Message(BaseModel):
-    # Extras are ignored, not forbidden: an operator must read what a newer trainer says.
+    # Unknown fields are ignored: an operator must be able to read the messages of a newer trainer.
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore")
 
     @field_validator("metrics", mode="after", check_fields=False)
@@ -53,7 +53,7 @@ class _Message(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read one message. Raises pydantic's ValidationError for anything else."""
+        """Parse one message. Raises pydantic's ValidationError if it is not valid."""
         return cls.model_validate_json(text)
 
     def to_json(self) -> str:
@@ -62,36 +62,41 @@ class _Message(BaseModel):
 
 
 class Progress(_Message):
-    """Where a run is at one moment."""
+    """The progress of a run at one moment."""
 
     phase: Phase = Field(description="What the run is doing.")
     step: int = Field(default=0, ge=0, description="Optimizer steps done.")
     total: int = Field(default=0, ge=0, description="Optimizer steps planned; 0 while unknown.")
     epoch: float = Field(default=0.0, ge=0, description="Epochs done, with a fraction.")
     eta_seconds: float | None = Field(default=None, ge=0, description="Estimated seconds until the last step.")
-    tokens_per_second: float | None = Field(default=None, ge=0, description="Tokens trained a second, all processes.")
-    pairs_per_second: float | None = Field(default=None, ge=0, description="Pairs trained a second, all processes.")
-    metrics: dict[str, float] = Field(default_factory=dict, description="Newest value of each metric, `train/loss`.")
+    tokens_per_second: float | None = Field(
+        default=None, ge=0, description="Tokens trained per second by all processes."
+    )
+    pairs_per_second: float | None = Field(default=None, ge=0, description="Pairs trained per second by all processes.")
+    metrics: dict[str, float] = Field(
+        default_factory=dict, description="Newest value of each metric, such as `train/loss`."
+    )
     first_preference_loss: float | None = Field(
         default=None,
-        description="Preference loss of step 1, or before it of the first validation. Not set after a resume.",
+        description="Preference loss of the first validation, if it was before step 1, else of step 1. Not set after a"
+        " resume.",
     )
     expected_first_preference_loss: float | None = Field(
         default=None,
-        description="`firstPreferenceLoss` as it is when policy and reference are equal. Not set where they are not"
-        " equal at the start, or where the loss needs no reference.",
+        description="The value of `firstPreferenceLoss` if policy and reference are equal. Not set if they differ at"
+        " the start, or if the loss needs no reference.",
     )
     done: int | None = Field(default=None, ge=0, description="Units of the phase that are done, e.g. reference pairs.")
-    of: int | None = Field(default=None, ge=0, description="Units of the phase in all.")
-    message: str = Field(default="", max_length=1024, description="One plain sentence, or nothing.")
+    of: int | None = Field(default=None, ge=0, description="Total units of the phase.")
+    message: str = Field(default="", max_length=1024, description="One plain sentence, or empty.")
     warnings: tuple[str, ...] = Field(
-        default=(), description="What will probably not go as meant, a sentence each. In the events file: once."
+        default=(), description="Warnings, one sentence each. The events file has each of them once."
     )
     last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
     from_step: int | None = Field(
-        default=None, ge=0, description="Step that this attempt began at: a checkpoint's, or 0."
+        default=None, ge=0, description="Step that this attempt started at: a checkpoint's, or 0."
     )
-    observed_at: float = Field(default=0.0, ge=0, description="When this was true, Unix seconds.")
+    observed_at: float = Field(default=0.0, ge=0, description="When this was observed, in Unix seconds.")
     attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
 
     @field_validator(
@@ -108,30 +113,32 @@ class Progress(_Message):
 
 
 class LastWords(_Message):
-    """How a run ended, in at most LAST_WORDS_MAX_BYTES of JSON."""
+    """How a run ended: its termination message, at most LAST_WORDS_MAX_BYTES of JSON."""
 
     outcome: str = Field(description="Name of the outcome (dpo_api.errors.Outcome), e.g. `InvalidData`.")
-    message: str = Field(default="", description="One plain sentence that names the field or file, value and fix.")
+    message: str = Field(
+        default="", description="One plain sentence that names the field or file, the value and the fix."
+    )
     step: int = Field(default=0, ge=0, description="Optimizer steps done.")
-    total: int = Field(default=0, ge=0, description="Optimizer steps planned; 0 when never known.")
+    total: int = Field(default=0, ge=0, description="Optimizer steps planned; 0 if unknown.")
     metrics: dict[str, float] = Field(default_factory=dict, description="Last value of each metric.")
     run_dir: str | None = Field(default=None, description="URI of the run directory.")
-    model_uri: str | None = Field(default=None, description="URI of the exported model, when there is one.")
+    model_uri: str | None = Field(default=None, description="URI of the exported model, if there is one.")
     attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
     last_checkpoint_step: int | None = Field(
-        default=None, ge=0, description="Step of the newest complete checkpoint, of this attempt or before."
+        default=None, ge=0, description="Step of the newest complete checkpoint, of this attempt or an earlier one."
     )
     already_complete: bool = Field(
-        default=False, description="Whether the run directory held this run, finished: then nothing was trained."
+        default=False, description="Whether the run directory already held this finished run, so nothing was trained."
     )
 
     @property
     def known_outcome(self) -> Outcome:
-        """The outcome; Internal for a name that this version does not know."""
+        """The outcome, or Internal if this version does not know its name."""
         return next((outcome for outcome in Outcome if outcome.name == self.outcome), Outcome.Internal)
 
     def to_json(self) -> str:
-        """Return strict JSON of at most LAST_WORDS_MAX_BYTES bytes: the message is cut, then metrics go."""
+        """Return strict JSON of at most LAST_WORDS_MAX_BYTES: if too long, cut the message, then drop the metrics."""
         text = super().to_json()
         if len(text.encode()) <= LAST_WORDS_MAX_BYTES:
             return text
@@ -156,5 +163,5 @@ def _cut(text: str, max_bytes: int) -> str:
 
 
 def _fitting(uri: str | None) -> str | None:
-    """A URI cut short would name something else: keep it whole or leave it out."""
+    """Return the URI, or None if it is too long: a shortened URI would name something else."""
     return uri if uri is not None and len(json.dumps(uri, ensure_ascii=False).encode()) <= 1024 else None

@@ -1,4 +1,4 @@
-"""Sections that say where and how a run happens: processes, checkpoints, output, life cycle, logging."""
+"""Sections for the execution of a run: processes, checkpoints, output, life cycle and logging."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ HttpUrl = Annotated[str, StringConstraints(strict=True, pattern=HTTP_URL_PATTERN
 
 
 class Parallelism(Section):
-    """How one model is spread over processes. What is left over is data parallelism."""
+    """How one model is split over processes. The remaining processes are data parallel."""
 
     tensor: Int = Field(
         default=1,
         ge=1,
         le=64,
-        description="Processes that share each matrix; it divides the model's attention heads. Default 1.",
+        description="Processes that share each matrix; must divide the model's number of attention heads. Default 1.",
     )
     pipeline: Int = Field(default=1, ge=1, le=64, description="Processes that share the model's layers. Default 1.")
     context: Int = Field(default=1, ge=1, le=64, description="Processes that share each row of tokens. Default 1.")
     sequence: Bool = Field(
-        default=False, description="Share norms and dropout along the tokens too; needs tensor above 1. Default false."
+        default=False, description="Also split norms and dropout by tokens; needs tensor above 1. Default false."
     )
     distributed_optimizer: Bool = Field(
         default=True,
-        description="Spread optimizer state over data-parallel processes. Default true.",
+        description="Split the optimizer state over data-parallel processes. Default true.",
     )
 
 
 class Resources(Section):
-    """Nodes and what each one gives."""
+    """Nodes and the resources of each."""
 
-    nodes: Int = Field(default=1, ge=1, le=1024, description="Pods, one a node; `dpo run`: this machine. Default 1.")
+    nodes: Int = Field(default=1, ge=1, le=1024, description="Pods, each on its own node. Default 1.")
     gpus_per_node: Int | None = Field(
         default=None,
         ge=0,
         le=64,
-        description="GPUs of each pod; 0 trains on CPU. Must be set on a cluster. `dpo run` takes this machine's.",
+        description="GPUs of each pod; 0 trains on CPU. Must be set on a cluster. `dpo run` uses this machine's.",
     )
     gpu_resource: LabelKey = Field(
         default="nvidia.com/gpu", description="Name of the extended resource. Default nvidia.com/gpu."
@@ -63,7 +63,7 @@ class Resources(Section):
         default=None,
         ge=1,
         le=256,
-        description="Training processes of each pod. Not set: one a GPU, or one on CPU.",
+        description="Training processes of each pod. Not set: one per GPU, or one on CPU.",
     )
     cpu: Quantity | None = Field(default=None, description="CPU of each pod, such as 32. Not set: no request.")
     memory: Quantity | None = Field(default=None, description="Memory of each pod, such as 256Gi. Not set: no request.")
@@ -75,13 +75,13 @@ class Resources(Section):
         description="Size of the scratch volume for tokens, reference log-probs and downloads. Not set: no limit.",
     )
     extended: dict[LabelKey, Quantity] = Field(
-        default={}, max_length=16, description="Further extended resources of each pod, such as rdma/ib: 1."
+        default={}, max_length=16, description="Additional extended resources of each pod, such as rdma/ib: 1."
     )
 
     def processes(self, gpus: int | None = None) -> int:
-        """Return the training processes of each node: what is stated, else one a GPU, else one.
+        """Return the training processes of each node: the spec's value, else one per GPU, else one.
 
-        ``gpus``: those that a node really has; None: what the spec asks for. No GPU is shared.
+        ``gpus``: the GPUs that a node has; None: those that the spec asks for. Processes do not share a GPU.
         """
         if gpus is None:
             return self.processes_per_node or self.gpus_per_node or 1
@@ -90,12 +90,12 @@ class Resources(Section):
 
 
 class Reference(Section):
-    """The reference model's log-probs: computed once, kept, reused."""
+    """The reference model's log-probs, which are computed once and reused."""
 
     cache_uri: Uri | None = Field(
         default=None,
         alias="cacheURI",
-        description="Folder that keeps the reference's log-probs for other runs with the same model and data:"
+        description="Folder that stores the reference log-probs for other runs with the same model and data:"
         f" {URI_FORMS}. Not set: the machine's cache folder.",
     )
     storage: StorageAccess | None = Field(default=None, description="Access to it, if not `spec.storage`.")
@@ -113,25 +113,26 @@ class Checkpoint(Section):
         default=100,
         ge=1,
         le=100_000_000,
-        description="Steps between checkpoints. One more is written at the end and when asked to stop. Default 100.",
+        description="Steps between checkpoints. Another is written at the end and when the run is asked to stop."
+        " Default 100.",
     )
-    keep: Int = Field(default=3, ge=1, le=10_000, description="Newest checkpoints that are kept. Default 3.")
+    keep: Int = Field(default=3, ge=1, le=10_000, description="Number of newest checkpoints to keep. Default 3.")
     monitor: Literal["val/loss", "val/acc", "val/preference_loss"] | None = Field(
-        default=None, description="Keep the best checkpoint by this metric too. Not set: the newest only."
+        default=None, description="Also keep the best checkpoint by this metric. Not set: only the newest."
     )
     async_save: Bool = Field(
         default=False, alias="async", description="Write checkpoints while training goes on. Default false."
     )
     resume: Bool = Field(
         default=True,
-        description="Continue from the run directory's newest complete checkpoint. false: refuse a run directory that"
-        " holds one. Default true.",
+        description="Continue from the run directory's newest complete checkpoint. false: fail if the run directory"
+        " has one. Default true.",
     )
     grace_period_seconds: Int = Field(
         default=600,
         ge=30,
         le=86_400,
-        description="Seconds a run gets to write a checkpoint after it is asked to stop. Default 600.",
+        description="Seconds that a run has to write a checkpoint after it is asked to stop. Default 600.",
     )
 
 
@@ -155,69 +156,69 @@ class Output(Section):
         default=("huggingFace",),
         min_length=1,
         max_length=3,
-        description="Forms of the model: `huggingFace` a folder that transformers loads; `peft` the adapter alone, with"
-        " `lora`, in the subfolder adapter/; `megatron` a Megatron-Core checkpoint. With `lora` also peft where"
-        " this is left out. Default [huggingFace].",
+        description="Formats of the model. `huggingFace`: a folder that transformers loads; `peft`: the adapter alone,"
+        " with `lora`, in the subfolder adapter/; `megatron`: a Megatron-Core checkpoint. Not set and with `lora`: peft"
+        " too. Default [huggingFace].",
     )
     merge: Bool = Field(
         default=True,
-        description="With `lora`: fold the adapter into the weights, computed in fp32. false: write the adapter only,"
-        " as the format peft. Default true.",
+        description="With `lora`: merge the adapter into the weights, computed in fp32. false: write only the adapter,"
+        " in the format peft. Default true.",
     )
     dtype: Literal["bf16", "fp16", "fp32"] | None = Field(
-        default=None, description="Number type of the model's files. Not set: the source's."
+        default=None, description="Data type of the weights in the model's files. Not set: that of the source."
     )
 
 
 class RunPolicy(Section):
-    """Life cycle on a cluster. The only section that may be changed after creation."""
+    """Life cycle on a cluster. The only section that can be changed after creation."""
 
     max_restarts: Int = Field(
         default=3,
         ge=0,
         le=1000,
-        description="Further attempts after failures that may pass. Lost or drained nodes are not charged. Default 3.",
+        description="Restarts after failures that may be temporary. Lost or drained nodes do not count. Default 3.",
     )
     active_deadline_seconds: Int | None = Field(
         default=None,
         ge=1,
         le=SECONDS_MAX,
-        description="Seconds of admitted time after which the job fails. Not set: no limit.",
+        description="Seconds after which the job fails; time queued or suspended does not count. Not set: no limit.",
     )
     ttl_seconds_after_finished: Int | None = Field(
         default=None,
         ge=0,
         le=SECONDS_MAX,
-        description="Seconds after the end when the DPOJob is deleted; the run directory stays. Not set: never.",
+        description="Seconds after the end until the DPOJob is deleted; the run directory is kept. Not set: never.",
     )
     queue_name: DnsName | None = Field(default=None, description="Kueue LocalQueue. Not set: not queued.")
     priority_class: DnsName | None = Field(
-        default=None, description="Kueue WorkloadPriorityClass. Not set: what `podTemplate.priorityClassName` says."
+        default=None, description="Kueue WorkloadPriorityClass. Not set: `podTemplate.priorityClassName`."
     )
     restart_priority_class: DnsName | None = Field(
         default=None,
         description="Kueue WorkloadPriorityClass of later attempts, which queue again. Not set: `priorityClass`.",
     )
     suspend: Bool = Field(
-        default=False, description="Write a checkpoint and give the nodes back; false continues. Default false."
+        default=False, description="true: write a checkpoint and release the nodes; false: continue. Default false."
     )
     start_timeout_seconds: Int = Field(
         default=1800,
         ge=10,
         le=SECONDS_MAX,
-        description="Seconds from admission until every pod must run; then the attempt is torn down and retried."
-        " Default 1800.",
+        description="Seconds that an admitted attempt has until all its pods run; after that it is deleted and"
+        " retried. Default 1800.",
     )
     stall_timeout_seconds: Int | None = Field(
         default=None,
         ge=60,
         le=SECONDS_MAX,
-        description="Seconds without a step (or a pair of the index or reference, or a batch of a validation) after"
-        " which an attempt is ended and retried; loading, checkpoints and exports are not judged. Not set: only the"
-        " condition TrainingStalled tells.",
+        description="Seconds without progress (a step, an indexed or reference pair, a validation batch) after which"
+        " an attempt is ended and retried. Loading, checkpoints and exports are not timed. Not set: a stall only sets"
+        " the condition TrainingStalled.",
     )
     attempts_history_limit: Int = Field(
-        default=3, ge=0, le=100, description="Failed attempts whose pods stay for kubectl logs. Default 3."
+        default=3, ge=0, le=100, description="Failed attempts whose pods are kept for kubectl logs. Default 3."
     )
 
 
@@ -239,15 +240,15 @@ class Wandb(Section):
     tags: tuple[ShortText, ...] = Field(default=(), max_length=32, description="Tags of the run.")
     mode: Literal["online", "offline"] = Field(
         default="online",
-        description="`offline` writes into the run directory, for `wandb sync`. Default online.",
+        description="`offline`: write to the run directory, for `wandb sync`. Default online.",
     )
     base_url: HttpUrl | None = Field(
         default=None, alias="baseURL", description="URL of a self-hosted server. Not set: the public service."
     )
     api_key_secret_ref: SecretKeyRef | None = Field(
         default=None,
-        description="Key of a Secret that holds the API key; needed online on a cluster. `dpo run`: $WANDB_API_KEY or"
-        " `wandb login`.",
+        description="Key of a Secret that holds the API key; required on a cluster in mode online. `dpo run` uses"
+        " $WANDB_API_KEY or `wandb login`.",
     )
 
 
@@ -261,7 +262,7 @@ class Mlflow(Section):
 
 
 class Logging(Section):
-    """Where metrics go besides metrics.jsonl and Prometheus."""
+    """Where metrics are written in addition to metrics.jsonl and Prometheus."""
 
     tensorboard: TensorBoard = Field(default=TensorBoard(), description="Event files for TensorBoard.")
     wandb: Wandb | None = Field(default=None, description="Weights & Biases. Not set: not used.")
@@ -269,22 +270,25 @@ class Logging(Section):
 
 
 class TransformerEngine(Section):
-    """NVIDIA's kernels, on GPUs that have them."""
+    """NVIDIA Transformer Engine, on GPUs that support it."""
 
     enabled: Bool | None = Field(
         default=None,
-        description="Use its linear layers and norms. Not set: where it and a GPU are present.",
+        description="Use its linear layers and norms. Not set: use them if it is installed and there is a GPU.",
     )
     attention: Bool = Field(
-        default=False, description="Use its attention instead of ours, which shares prompts. Default false."
+        default=False,
+        description="Use its attention instead of ours, which computes shared prompts once. Default false.",
     )
-    fp8: Literal["e4m3", "hybrid"] | None = Field(default=None, description="8-bit matrix products. Not set: none.")
+    fp8: Literal["e4m3", "hybrid"] | None = Field(
+        default=None, description="8-bit floating-point matrix products. Not set: none."
+    )
     masked_softmax_fusion: Bool | None = Field(
-        default=None, description="NVTE_MASKED_SOFTMAX_FUSION; false avoids a missing kernel. Not set: its own choice."
+        default=None, description="NVTE_MASKED_SOFTMAX_FUSION; false avoids a missing kernel. Not set: its own default."
     )
     flash_attention: Bool | None = Field(
-        default=None, description="NVTE_FLASH_ATTN; false avoids a missing kernel. Not set: its own choice."
+        default=None, description="NVTE_FLASH_ATTN; false avoids a missing kernel. Not set: its own default."
     )
     fused_attention: Bool | None = Field(
-        default=None, description="NVTE_FUSED_ATTN; false avoids a missing kernel. Not set: its own choice."
+        default=None, description="NVTE_FUSED_ATTN; false avoids a missing kernel. Not set: its own default."
     )

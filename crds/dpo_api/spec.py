@@ -1,6 +1,6 @@
-"""The spec of a DPOJob: one class that the operator, the CLI and the trainer read alike.
+"""The spec of a DPOJob: one class for the operator, the CLI and the trainer.
 
-Sections live beside this module by topic and are re-exported here; import them from here.
+The sections are defined in the modules of each topic and re-exported here; import them from here.
 """
 
 from __future__ import annotations
@@ -137,17 +137,19 @@ class DPOJobSpec(Section):
 
     image: (
         Annotated[str, StringConstraints(strict=True, pattern=IMAGE_PATTERN, min_length=1, max_length=512)] | None
-    ) = Field(default=None, description="Image of the trainer. Not set: the operator's at the time of acceptance.")
+    ) = Field(
+        default=None, description="Image of the trainer. Not set: the operator's default when it accepts the job."
+    )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
         default=None, description="When to pull the image. Not set: Kubernetes' default."
     )
     service_account_name: DnsName | None = Field(
         default=None,
-        description="Service account whose identity the pods show to the cloud's storage (IRSA, workload identity)."
-        " It gets no token of the cluster's API. Not set: `default`.",
+        description="Service account whose identity the pods use for cloud storage (IRSA, workload identity). The pods"
+        " get no token for the cluster's API. Not set: `default`.",
     )
     model: Model = Field(description="The start model, which is also the reference: exactly one source.")
-    tokenizer: Tokenizer | None = Field(default=None, description="Another tokenizer than the model's own.")
+    tokenizer: Tokenizer | None = Field(default=None, description="A tokenizer to use instead of the model's own.")
     chat_template: Text | None = Field(
         default=None,
         min_length=1,
@@ -158,17 +160,21 @@ class DPOJobSpec(Section):
     dpo: Dpo = Field(default=Dpo(), description="The loss.")
     lora: Lora | None = Field(default=None, description="Train an adapter. Not set: all parameters are trained.")
     training: Training = Field(default=Training(), description="Batches, steps, optimizer, validation, precision.")
-    parallelism: Parallelism = Field(default=Parallelism(), description="How one model is spread over processes.")
-    resources: Resources = Field(default=Resources(), description="Nodes and what each one gives.")
-    reference: Reference = Field(default=Reference(), description="Where the reference's log-probs are kept.")
+    parallelism: Parallelism = Field(default=Parallelism(), description="How one model is split over processes.")
+    resources: Resources = Field(default=Resources(), description="Nodes and the resources of each.")
+    reference: Reference = Field(default=Reference(), description="Where the reference log-probs are stored.")
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="The run directory and what is saved in it.")
     output: Output = Field(default=Output(), description="The aligned model.")
-    storage: Storage = Field(default=Storage(), description="How S3 is reached, and the local cache.")
+    storage: Storage = Field(default=Storage(), description="How to reach S3, and the local cache.")
     run_policy: RunPolicy = Field(
-        default=RunPolicy(), description="Life cycle on a cluster; the only section that may change after creation."
+        default=RunPolicy(), description="Life cycle on a cluster; the only section that can be changed after creation."
     )
-    logging: Logging = Field(default=Logging(), description="Where metrics go besides metrics.jsonl and Prometheus.")
+    logging: Logging = Field(
+        default=Logging(), description="Where metrics are written in addition to metrics.jsonl and Prometheus."
+    )
     transformer_engine: TransformerEngine = Field(
-        default=TransformerEngine(), description="NVIDIA's kernels, on GPUs that have them."
+        default=TransformerEngine(), description="NVIDIA Transformer Engine, on GPUs that support it."
     )
-    pod_template: PodTemplate = Field(default=PodTemplate(), description="Fields laid over the trainer's pods.")
+    pod_template: PodTemplate = Field(
+        default=PodTemplate(), description="Fields that are merged into the trainer's pods."
+    )

@@ -227,12 +227,12 @@ def test_what_pydantic_writes_otherwise_is_rewritten() -> None:
 @pytest.mark.parametrize(
     ("annotation", "field", "says"),
     [
-        (int | bool, {}, "a union other than"),
+        (int | bool, {}, "allow no union other than"),
         (Text, {}, "text needs maxLength"),
         (tuple[int, ...], {}, "a list needs maxItems"),
         (dict[str, int], {}, "a map needs maxProperties"),
         (dict[str, Any], {"max_length": 2}, "x-kubernetes-preserve-unknown-fields"),
-        (tuple[int, str], {}, "has no place in a structural schema"),
+        (tuple[int, str], {}, "is not allowed in a structural schema"),
         (Any, {}, "has no type"),
     ],
 )

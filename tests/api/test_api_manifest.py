@@ -62,14 +62,14 @@ def test_scalars_are_go_s(text: str, expected: Any) -> None:
 
 @pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", ".NaN"])
 def test_numbers_that_json_has_not_are_refused(text: str) -> None:
-    with pytest.raises(ManifestError, match="no finite number"):
+    with pytest.raises(ManifestError, match="not a finite number"):
         value(text)
 
 
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
-        ("a: 1\nb: 2\na: 3\n", 3, 'the key "a" appears twice; the first is in line 1'),
+        ("a: 1\nb: 2\na: 3\n", 3, 'the key "a" appears twice; the first is on line 1'),
         ("a:\n  - b\n - c\n", 3, "expected <block end>"),
         ("a: [1, 2\nb: 3\n", 2, "while parsing a flow sequence"),
         ("a: 1\n\tb: 2\n", 2, "cannot start any token"),
@@ -168,7 +168,7 @@ def test_files_without_a_job(text: str, says: str) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="there is no such file"):
+    with pytest.raises(NotFoundError, match="no such file"):
         load_manifests(tmp_path / "absent.yaml")
     with pytest.raises(NotFoundError, match="is a folder"):
         load_manifests(tmp_path)

@@ -49,7 +49,7 @@ def test_values_image_and_attempt(dpo: Dpo) -> None:
 def test_what_would_be_rejected_is_not_rendered(dpo: Dpo) -> None:
     said = dpo("render", "-f", LORA, "--set", "checkpoint.uri=runs/x")
     assert (said.code, said.out) == (2, "")
-    assert "spec.checkpoint.uri: runs/x is a path that pods do not see" in said.err
+    assert "spec.checkpoint.uri: runs/x is not mounted in the pods" in said.err
 
 
 def test_doubts_go_to_standard_error(dpo: Dpo) -> None:

@@ -147,7 +147,7 @@ def test_files_that_are_not_manifests(world: World, dpo: Dpo, text: str, code: i
 
 def test_a_missing_manifest(world: World, dpo: Dpo) -> None:
     said = dpo("validate", "nope.yaml")
-    assert (said.code, said.err) == (11, "error  nope.yaml: there is no such file\n")
+    assert (said.code, said.err) == (11, "error  nope.yaml: no such file\n")
 
 
 def test_several_files_are_all_validated(world: World, dpo: Dpo) -> None:

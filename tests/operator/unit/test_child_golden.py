@@ -19,7 +19,7 @@ from dpo_cli.render import render
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "child"
 LOCAL = {"quickstart.yaml"}
-"""Examples for one machine: their addresses are paths, which pods do not see."""
+"""Examples for one machine: their addresses are local paths, which are not mounted in pods."""
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.name not in LOCAL)
 
 
@@ -47,7 +47,7 @@ def test_every_storage_form_has_an_example() -> None:
 
 @pytest.mark.parametrize("name", sorted(LOCAL))
 def test_examples_for_one_machine_are_refused_with_words(name: str) -> None:
-    with pytest.raises(ManifestError, match=r"pods do not see|on a cluster"):
+    with pytest.raises(ManifestError, match=r"not mounted in the pods|on a cluster"):
         render(str(ROOT / "examples" / name), [])
 
 

@@ -398,7 +398,7 @@ CASES = [
         {"model.huggingFace.uri": "./llama"},
         "error",
         "spec.model.huggingFace.uri",
-        "./llama is a path that pods do not see",
+        "./llama is not mounted in the pods",
         known=ON_CLUSTER,
     ),
     Case(
@@ -406,7 +406,7 @@ CASES = [
         {"output.uri": "file:///out"},
         "error",
         "spec.output.uri",
-        "is a path that pods do not see",
+        "is not mounted in the pods",
         known=ON_CLUSTER,
     ),
     Case(
@@ -455,7 +455,7 @@ CASES = [
         {"training.maxRunSeconds": 3600, "runPolicy.activeDeadlineSeconds": 3600},
         "warning",
         "spec.training.maxRunSeconds",
-        "3600 s never comes before runPolicy.activeDeadlineSeconds 3600 s",
+        "3600 s is not below runPolicy.activeDeadlineSeconds 3600 s",
         known=ON_CLUSTER,
     ),
     Case(
