@@ -1,1 +1,1 @@
-"""The contract of dpo-operator: the DPOJob's spec and status, read by the operator, the CLI and the trainer alike."""
+"""The API of dpo-operator: the DPOJob's spec and status, which the operator, the CLI and the trainer share."""

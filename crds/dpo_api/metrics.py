@@ -1,9 +1,9 @@
-"""The one table of metrics: names in Prometheus and in metrics.jsonl, meaning, unit, type and labels.
+"""The table of all metrics: names in Prometheus and in metrics.jsonl, meaning, unit, type and labels.
 
-The trainer exports METRICS from rank 0 and the operator exports OPERATOR, both built from these rows; dashboards,
-alerts, reports and docs/metrics.md use the same rows, and a name that no row has is an error. On a cluster every series
-of a run also has the labels RUN_LABELS. Prometheus names use base units and ratios from 0 to 1; a step is a value,
-never a label. Rewards are beta times the policy's log-prob minus the reference's, summed over the response.
+Rank 0 of the trainer exports METRICS and the operator exports OPERATOR, both built from these rows. Dashboards, alerts,
+reports and docs/metrics.md use the same rows; a name that is not in the table is an error. On a cluster every series of
+a run also has the labels RUN_LABELS. Prometheus names use base units and ratios from 0 to 1; a step is a value, never a
+label. Rewards are beta times the policy's log-prob minus the reference's, summed over the response.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Metric:
     """One sentence: the meaning."""
     unit: Unit = ""
     key: str | None = None
-    """Key in metrics.jsonl and in Progress.metrics; None where the series has none there."""
+    """Key in metrics.jsonl and in Progress.metrics; None if the metric is not there."""
     labels: tuple[str, ...] = ()
-    """Label names with few values; every series also has the scrape's own labels."""
+    """Label names with few values; every series also has the labels of the scrape."""
     no_panel: str = ""
-    """Why no panel shows it; empty where one does."""
+    """Why no panel shows it; empty if one does."""
 
     @property
     def family(self) -> str:
-        """The name that prometheus_client takes: it adds ``_total`` to a counter itself."""
+        """The name for prometheus_client, which adds ``_total`` to a counter."""
         return self.name.removesuffix("_total") if self.kind == "counter" else self.name
 
 
@@ -109,7 +109,7 @@ TRAIN: tuple[Metric, ...] = (
         key="train/consumed_samples",
     ),
     Metric("dpo_train_tokens_total", "counter", "Tokens computed in training by this attempt, all processes."),
-    Metric("dpo_train_planned_steps", "gauge", "Optimizer steps that the run will have."),
+    Metric("dpo_train_planned_steps", "gauge", "Optimizer steps planned for the run."),
     Metric("dpo_train_last_step_timestamp_seconds", "gauge", "Time of the last optimizer step.", "Unix time"),
 )
 """Training, one value per step."""
@@ -163,7 +163,7 @@ OPERATOR: tuple[Metric, ...] = (
         "gauge",
         "Always 1; its labels describe the operator.",
         labels=("version",),
-        no_panel="only whether it is there counts, which an alert checks",
+        no_panel="only its presence matters, which an alert checks",
     ),
     Metric("dpo_operator_jobs", "gauge", "DPOJobs by namespace and state.", labels=("namespace", "state")),
     Metric("dpo_operator_gpus", "gauge", "GPUs held by running attempts.", labels=("namespace",)),
@@ -260,8 +260,8 @@ BY_NAME: dict[str, Metric] = {metric.name: metric for metric in (*METRICS, *OPER
 def newest_group(keys: Collection[str]) -> Group:
     """Return where a run's accuracy, margin and loss are taken from: validation once it has them, else training.
 
-    ``keys``: what the run has reported so far. A validation before the first step reports no accuracy, and SFT alone
-    has none at all: then the loss decides.
+    ``keys``: the metrics that the run has reported so far. A validation before the first step reports no accuracy, and
+    SFT alone never does: then the loss decides.
     """
     groups: tuple[Group, ...] = ("val", "train")
     for key in (ACCURACY, LOSS):

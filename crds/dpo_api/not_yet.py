@@ -1,6 +1,6 @@
-"""Fields that have their place in the API but no implementation yet. They are refused by name, never ignored.
+"""Fields of the API that are not implemented yet. Setting one is an error; none is ignored.
 
-Implementing one means deleting its row.
+To implement one, delete its row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class NotYet:
     field: str
     """Path in camelCase; ``[]`` stands for each item of a list."""
     asks: Callable[[DPOJobSpec], bool | list[int]]
-    """Whether a spec asks for it; for a list, the items that do."""
+    """Returns whether a spec asks for it; for a list, the items that do."""
     instead: str
     """What to write instead."""
 
@@ -65,7 +65,7 @@ NOT_YET: tuple[NotYet, ...] = (
 
 
 def refused(spec: DPOJobSpec) -> Iterator[Finding]:
-    """Yield an error for each thing that the spec asks for and this version cannot do."""
+    """Yield an error for each field of the spec that this version does not implement."""
     for entry in NOT_YET:
         asked = entry.asks(spec)
         fields = [entry.field] if asked is True else [entry.field.replace("[]", f"[{index}]") for index in asked or ()]

@@ -1,6 +1,6 @@
-"""The status of a DPOJob: what `kubectl get`, `describe` and `wait` show, written by the operator alone.
+"""The status of a DPOJob, which `kubectl get`, `describe` and `wait` show. Only the operator writes it.
 
-Unknown fields are ignored here, so that every version reads what any other wrote.
+Unknown fields are ignored, so that each version can read what another version wrote.
 """
 
 from __future__ import annotations
@@ -35,26 +35,29 @@ class ConditionType(Enum):
     description: str
 
     def __new__(cls, name: str, description: str) -> ConditionType:  # noqa: PYI034 - Self is no Enum to mypy
-        """Make the member whose value is ``name``."""
+        """Create the member with the value ``name``."""
         member = object.__new__(cls)
         member._value_ = name
         member.description = description
         return member
 
-    Accepted = "Accepted", "The spec is possible; its image and values are fixed. False names field, value and fix."
-    Progressing = "Progressing", "The job moves towards its end: queued, starting, running or restarting."
+    Accepted = (
+        "Accepted",
+        "The spec is valid; the image and the values are fixed. If False, the message names field, value and fix.",
+    )
+    Progressing = "Progressing", "The job is queued, starting, running or restarting."
     Suspended = "Suspended", "The job holds no nodes, because runPolicy.suspend is true."
-    Finished = "Finished", "The job has ended, well or not. Wait for this one to see either end."
+    Finished = "Finished", "The job has succeeded or failed. Wait for this condition to see either."
     Succeeded = "Succeeded", "The run finished and its model was exported."
-    Failed = "Failed", "The job ended without a model; the message says why."
-    ProgressAvailable = "ProgressAvailable", "The trainer answers the operator's questions about its progress."
+    Failed = "Failed", "The job ended without a model; the message gives the cause."
+    ProgressAvailable = "ProgressAvailable", "The trainer responds to the operator's requests for its progress."
     ReferenceConsistent = (
         "ReferenceConsistent",
-        "The first step's loss is what policy = reference gives (ln 2 for dpo). False: the reference or data is wrong.",
+        "The first loss has the value for policy = reference (ln 2 for dpo). False: wrong reference or data.",
     )
     Finite = "Finite", "Losses and gradients are finite."
     Learning = "Learning", "Accuracy and margin have risen above chance."
-    TrainingStalled = "TrainingStalled", "No optimizer step for too long."
+    TrainingStalled = "TrainingStalled", "There has been no progress for too long."
 
 
 State = Literal[
@@ -71,18 +74,18 @@ State = Literal[
 ]
 
 STATES: dict[State, str] = {
-    "Pending": "Not looked at yet.",
+    "Pending": "The operator has not processed the job yet.",
     "Rejected": "The spec cannot run; the condition Accepted says why.",
-    "Queued": "Waits for its queue to admit it.",
-    "Starting": "Pods are being created, scheduled, or load the model.",
-    "Running": "Trains.",
-    "Checkpointing": "Writes a checkpoint because it was asked to stop.",
-    "Restarting": "An attempt has ended and the next one is on its way.",
-    "Suspended": "Holds no nodes, because runPolicy.suspend is true.",
+    "Queued": "The job waits until its queue admits it.",
+    "Starting": "Pods are being created or scheduled, or are loading the model.",
+    "Running": "The job is training.",
+    "Checkpointing": "The job was asked to stop and is writing a checkpoint.",
+    "Restarting": "An attempt has ended and the next one will follow.",
+    "Suspended": "The job holds no nodes, because runPolicy.suspend is true.",
     "Succeeded": "The model is exported.",
-    "Failed": "Ended without a model.",
+    "Failed": "The job ended without a model.",
 }
-"""The one word of the column STATE, a summary of the conditions."""
+"""The values of the column STATE, a summary of the conditions in one word."""
 
 
 class StatusSection(BaseModel):
@@ -92,12 +95,12 @@ class StatusSection(BaseModel):
 
 
 class Condition(StatusSection):
-    """One observed fact, in the form that Kubernetes gives conditions."""
+    """One observed fact, as a Kubernetes condition."""
 
     type: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9]*$", min_length=1, max_length=316)] = Field(
         description="What the condition is about."
     )
-    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether the condition holds.")
     observed_generation: int | None = Field(
         default=None, ge=0, description="Generation of the spec that the condition was observed for."
     )
@@ -107,7 +110,7 @@ class Condition(StatusSection):
 
 
 class PodRecord(StatusSection):
-    """How one pod of an attempt ended, or is."""
+    """The state of one pod of an attempt."""
 
     name: Name = Field(description="Name of the pod.")
     node: Name | None = Field(default=None, description="Node that it ran on.")
@@ -118,48 +121,48 @@ class PodRecord(StatusSection):
 
 
 class Attempt(StatusSection):
-    """One try: a PyTorchJob of its own."""
+    """One try of the job, with its own PyTorchJob."""
 
     number: int = Field(ge=1, le=1_000_000, description="Number of the attempt, from 1.")
     child: Name = Field(description="Name of the attempt's PyTorchJob.")
     start_time: Time | None = Field(default=None, description="When its PyTorchJob was created.")
-    running_time: Time | None = Field(default=None, description="When all of its pods ran.")
+    running_time: Time | None = Field(default=None, description="When all its pods were running.")
     end_time: Time | None = Field(default=None, description="When its last pod ended.")
     from_step: int | None = Field(default=None, ge=0, description="Step of the checkpoint that it continued from.")
-    last_step: int | None = Field(default=None, ge=0, description="Last step that was seen.")
+    last_step: int | None = Field(default=None, ge=0, description="Last observed step.")
     result: Literal["Succeeded", "Failed", "Stopped"] | None = Field(default=None, description="How it ended.")
     failure_class: Literal["infrastructure", "retryable", "permanent"] | None = Field(
-        default=None, description="Whether another attempt could help, and whether it is charged to maxRestarts."
+        default=None, description="Whether another attempt can help, and whether it counts against maxRestarts."
     )
     reason: Reason | None = Field(default=None, description="Cause in one word, such as NodeLost or InvalidData.")
     message: Message | None = Field(default=None, description="Cause in one sentence.")
     pods: tuple[PodRecord, ...] = Field(
-        default=(), max_length=64, description="Its pods, the ones that failed first; at most 64."
+        default=(), max_length=64, description="Pods of the attempt, those that failed first; at most 64."
     )
 
 
 class StatusProgress(StatusSection):
-    """What the trainer last said about itself."""
+    """The trainer's last report of its progress."""
 
     phase: Phase = Field(description="What the run is doing.")
     step: int = Field(default=0, ge=0, description="Optimizer steps done.")
     total: int = Field(default=0, ge=0, description="Optimizer steps planned; 0 while unknown.")
     epoch: float | None = Field(default=None, ge=0, description="Epochs done, with a fraction.")
     eta_seconds: int | None = Field(default=None, ge=0, description="Estimated seconds until the last step.")
-    tokens_per_second: float | None = Field(default=None, ge=0, description="Tokens trained a second.")
+    tokens_per_second: float | None = Field(default=None, ge=0, description="Tokens trained per second.")
     done: int | None = Field(default=None, ge=0, description="Units of the phase that are done.")
-    of: int | None = Field(default=None, ge=0, description="Units of the phase in all.")
-    message: Message | None = Field(default=None, description="One sentence, or nothing.")
+    of: int | None = Field(default=None, ge=0, description="Total units of the phase.")
+    message: Message | None = Field(default=None, description="One sentence, or empty.")
     metrics: dict[str, float] = Field(
         default={}, max_length=128, description="Newest value of each metric, by its key in metrics.jsonl."
     )
     last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
-    observed_at: Time | None = Field(default=None, description="When this was true.")
+    observed_at: Time | None = Field(default=None, description="When this was observed.")
     changed_at: Time | None = Field(default=None, description="When phase, step or units done last changed.")
 
 
 class Summary(StatusSection):
-    """The columns of `kubectl get`, written as they are shown."""
+    """The columns of `kubectl get`, formatted for display."""
 
     step: Annotated[str, StringConstraints(max_length=32)] | None = Field(
         default=None, description="Steps done and planned, such as 412/1190."
@@ -168,7 +171,7 @@ class Summary(StatusSection):
         default=None, description="Newest accuracy: of validation once there is one, else of training."
     )
     margin: Annotated[str, StringConstraints(max_length=16)] | None = Field(
-        default=None, description="Reward margin from the same place as the accuracy."
+        default=None, description="Newest reward margin, from the same data as the accuracy."
     )
     loss: Annotated[str, StringConstraints(max_length=16)] | None = Field(
         default=None, description="Newest training loss."
@@ -179,12 +182,10 @@ class Summary(StatusSection):
 
 
 class DPOJobStatus(StatusSection):
-    """What has become of a DPOJob."""
+    """The observed state of a DPOJob."""
 
     observed_generation: int | None = Field(default=None, ge=0, description="Generation of the spec seen last.")
-    state: State | None = Field(
-        default=None, description="One word for the conditions below: " + ", ".join(STATES) + "."
-    )
+    state: State | None = Field(default=None, description="The job's state in one word: " + ", ".join(STATES) + ".")
     message: Message | None = Field(default=None, description="One sentence about the state.")
     conditions: tuple[Condition, ...] = Field(
         default=(),
@@ -192,25 +193,27 @@ class DPOJobStatus(StatusSection):
         description="Observed facts: " + ", ".join(kind.value for kind in ConditionType) + ".",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    summary: Summary = Field(default=Summary(), description="The columns of kubectl get.")
-    progress: StatusProgress | None = Field(default=None, description="What the trainer last said about itself.")
+    summary: Summary = Field(default=Summary(), description="The columns of `kubectl get`.")
+    progress: StatusProgress | None = Field(default=None, description="The trainer's last report of its progress.")
     attempts: tuple[Attempt, ...] = Field(
         default=(),
         max_length=128,
-        description="Attempts, oldest first; of many, the first and the newest.",
+        description="Attempts, oldest first. If there are too many, only the first and the newest are kept.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["number"]},
     )
     attempt: int | None = Field(default=None, ge=0, description="Number of the current or last attempt.")
     restarts: int | None = Field(default=None, ge=0, description="Attempts after the first.")
-    charged_restarts: int | None = Field(default=None, ge=0, description="Restarts charged to runPolicy.maxRestarts.")
+    charged_restarts: int | None = Field(
+        default=None, ge=0, description="Restarts that count against runPolicy.maxRestarts."
+    )
     nodes: int | None = Field(default=None, ge=0, description="Nodes of an attempt.")
     queue: Annotated[str, StringConstraints(max_length=253)] | None = Field(
-        default=None, description="Kueue LocalQueue that attempts wait in, by `runPolicy.queueName` or the job's label."
+        default=None, description="Kueue LocalQueue of the attempts, from `runPolicy.queueName` or the job's label."
     )
     image: Annotated[str, StringConstraints(max_length=512)] | None = Field(
         default=None, description="Trainer image, fixed at acceptance."
     )
-    config_map: Name | None = Field(default=None, description="ConfigMap with the spec as accepted; never changed.")
+    config_map: Name | None = Field(default=None, description="ConfigMap with the accepted spec; it never changes.")
     run_directory: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
         default=None, description="URI of the run directory."
     )
@@ -222,10 +225,15 @@ class DPOJobStatus(StatusSection):
     )
     start_time: Time | None = Field(default=None, description="When the first attempt was created.")
     admitted_seconds: int | None = Field(
-        default=None, ge=0, description="Seconds of admitted time so far, counted against activeDeadlineSeconds."
+        default=None,
+        ge=0,
+        description="Seconds that attempts have been admitted, which count against activeDeadlineSeconds.",
     )
     admitted_since: Time | None = Field(
-        default=None, description="Since when the current attempt is admitted; not set while it is queued or ended."
+        default=None,
+        description="When the current attempt was admitted; not set while it is queued or after it has ended.",
     )
-    next_attempt_time: Time | None = Field(default=None, description="Not before then is the next attempt created.")
+    next_attempt_time: Time | None = Field(
+        default=None, description="Earliest time at which the next attempt is created."
+    )
     completion_time: Time | None = Field(default=None, description="When the job ended.")

@@ -1,13 +1,13 @@
-"""Numbers, counts, sizes and durations as text, in the same form in every program.
+"""Formats numbers, counts, sizes and durations as text, in the same way in every program.
 
-Choose by what the reader does with the text:
+Choose by how the text is used:
 
 - ``number``: a value that could be copied into a manifest (a learning rate, a limit); ``numbers`` for several.
-- ``compact``: axes, tiles and tables, where space is short.
-- ``figure``, ``fixed``: a value that changes while somebody watches it; its digits do not jump.
+- ``compact``: axes, tiles and tables with little space.
+- ``figure``, ``fixed``: a value that changes on the screen; the number of digits stays the same.
 - ``counted``, ``grouped``: whole numbers.
 - ``size``: bytes; ``sizes`` for several.
-- ``clock``, ``elapsed``, ``age``: seconds, as a countdown, as a time that was spent, as kubectl's AGE column.
+- ``clock``, ``elapsed``, ``age``: seconds, as a countdown, as an elapsed time, as in kubectl's AGE column.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NUMBER_DIGITS = 6
 """Significant digits of ``number``: enough for every setting that people type."""
 
 _EXACT_DIGITS = 17
-"""Significant digits that tell any two different floats apart."""
+"""Significant digits that distinguish any two floats."""
 
 
 def number(value: float, digits: int = NUMBER_DIGITS) -> str:
@@ -28,7 +28,7 @@ def number(value: float, digits: int = NUMBER_DIGITS) -> str:
 
 
 def numbers(*values: float, digits: int = NUMBER_DIGITS) -> tuple[str, ...]:
-    """Write numbers that one text compares: with as many digits as make different numbers look different.
+    """Write numbers that one text compares, with enough digits that different numbers look different.
 
     Equal numbers get equal texts.
     """
@@ -65,7 +65,7 @@ def figure(value: float) -> str:
 
 
 def fixed(value: float, decimals: int, width: int = 16) -> str:
-    """Write a number with a fixed number of decimals, or in three digits where that is wider than ``width``."""
+    """Write a number with a fixed number of decimals, or in three digits if that is wider than ``width``."""
     text = f"{value:.{decimals}f}"
     return text if len(text) <= width else f"{value:.3g}"[:width]
 
@@ -76,12 +76,12 @@ def percent(share: float) -> str:
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """Write how many there are: 1 error, 2 errors, 12,000 pairs."""
+    """Write a count with its noun: 1 error, 2 errors, 12,000 pairs."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def grouped(value: Any) -> str:
-    """Write a whole number with thousands separators, another one as ``number`` does."""
+    """Write a whole number with thousands separators, and any other number as ``number`` does."""
     return f"{int(value):,}" if float(value).is_integer() else number(value)
 
 
@@ -95,7 +95,7 @@ def size(count: float) -> str:
 
 
 def sizes(*counts: float) -> tuple[str, ...]:
-    """Write sizes that one text compares: in bytes where two different ones would look the same."""
+    """Write sizes that one text compares, in bytes if two different sizes would look the same."""
     texts = tuple(size(count) for count in counts)
     return texts if len(set(texts)) == len(set(counts)) else tuple(f"{count:,.0f} B" for count in counts)
 
@@ -108,7 +108,7 @@ def clock(seconds: float) -> str:
 
 
 def elapsed(seconds: float) -> str:
-    """Write a time that was spent: 0.4 s, 41 s, 2:05 min, 3:07:00 h."""
+    """Write an elapsed time: 0.4 s, 41 s, 2:05 min, 3:07:00 h."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 59.5:

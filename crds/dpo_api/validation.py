@@ -1,6 +1,7 @@
-"""Whether a spec makes sense as a whole: every impossible or doubtful combination, all at once.
+"""Checks a spec as a whole, and reports every impossible or doubtful combination at once.
 
-Types and single sections are checked when a manifest is read; here sections meet each other, the model and the data.
+Types and single sections are checked when a manifest is read. The rules here compare sections with each other, with
+the model and with the data.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def check(
     validation_pairs: Sequence[int] | None = None,
     on_cluster: bool = False,
 ) -> list[Finding]:
-    """Return everything there is to say about a spec: errors first, then warnings, then notes.
+    """Return all findings about a spec: errors first, then warnings, then notes.
 
-    What is not known (None) is not checked. ``on_cluster`` adds what only a cluster needs.
+    Rules about unknown values (None) are skipped. ``on_cluster`` adds the rules that only apply on a cluster.
     """
     found: list[Finding] = list(refused(spec))
     for rule in SPEC_RULES:
@@ -46,7 +47,7 @@ def check(
 
 
 def errors(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings that keep a job from running."""
+    """Return the findings that prevent a job from running."""
     return [finding for finding in findings if finding.level == "error"]
 
 
@@ -69,7 +70,7 @@ def _note(field: str, message: str) -> Finding:
 
 
 def _steps(spec: DPOJobSpec, train_pairs: int | None, validation_pairs: Sequence[int] | None) -> Iterator[Finding]:
-    """Say what the number of steps means for schedule and intervals, as far as it is known."""
+    """Check the schedule and the intervals against the number of steps, if it is known."""
     training = spec.training
     if train_pairs is None:
         if training.max_steps is not None:
@@ -89,11 +90,12 @@ def _steps(spec: DPOJobSpec, train_pairs: int | None, validation_pairs: Sequence
         every = count(interval, per_epoch or 1)
         if every > total:
             yield _note(
-                "training.validationInterval", f"{every} steps are more than the run's {total}; only its end validates"
+                "training.validationInterval",
+                f"{every} steps are more than the run's {total}; it validates only at its end",
             )
     for index, pairs in enumerate(validation_pairs or ()):
         if pairs == 0:
-            yield _error(f"data.validation[{index}]", "no usable pair is left; remove the source or fix its data")
+            yield _error(f"data.validation[{index}]", "has no usable pairs; remove the source or fix its data")
 
 
 def _parallelism(spec: DPOJobSpec) -> Iterator[Finding]:
@@ -109,7 +111,7 @@ def _parallelism(spec: DPOJobSpec) -> Iterator[Finding]:
             "resources.processesPerNode", f"{processes} processes leave {gpus - processes} of {gpus} GPUs idle"
         )
     if processes is None and gpus is None:
-        return  # `dpo run` takes what the machine has
+        return  # `dpo run` uses the machine's GPUs
     local = resources.processes()
     world, model_size = local * resources.nodes, sizes.tensor * sizes.pipeline * sizes.context
     if world % model_size:
@@ -143,13 +145,13 @@ def _loss(spec: DPOJobSpec) -> Iterator[Finding]:
     if dpo.loss is Loss.IPO and not dpo.average_log_probs:
         yield _note(
             "dpo.averageLogProbs",
-            "ipo sums log-probs over tokens, as NeMo-Aligner does; TRL averages them: for its results set true",
+            "ipo sums log-probs over tokens, as NeMo-Aligner does; TRL averages them: set true to match TRL",
         )
     if dpo.sft_weight == 0:
         yield from _unused(spec, {"sft_average_log_probs"}, "because sftWeight is 0")
     if dpo.beta > 5 or dpo.beta < 0.001:
         beta, _ = numbers(dpo.beta, 5)
-        yield _warning("dpo.beta", f"{beta} is far from the usual 0.01 to 5; 0.1 is a good start")
+        yield _warning("dpo.beta", f"{beta} is far outside the usual 0.01 to 5; start with 0.1")
 
 
 def _unused(spec: DPOJobSpec, attributes: set[str], why: str) -> Iterator[Finding]:
@@ -161,7 +163,9 @@ def _rewards(spec: DPOJobSpec) -> Iterator[Finding]:
     dpo = spec.dpo
     chosen, rejected = numbers(dpo.default_chosen_reward, dpo.default_rejected_reward)
     if dpo.gt_reward_scale == 0:
-        yield _warning("dpo.gtRewardScale", "0 makes every reward gap 0: both responses should become equally likely")
+        yield _warning(
+            "dpo.gtRewardScale", "0 makes every reward gap 0, so both responses are trained to be equally likely"
+        )
     elif dpo.default_chosen_reward <= dpo.default_rejected_reward:
         text = f"{chosen} is not above defaultRejectedReward {rejected}: records without rewards would"
         yield _warning("dpo.defaultChosenReward", f"{text} teach nothing or the opposite; set it higher")
@@ -213,14 +217,16 @@ def _batches(spec: DPOJobSpec) -> Iterator[Finding]:
             f"{micro} is above globalBatchSize {training.global_batch_size} and bounds nothing",
         )
     if training.epochs > 3 and training.max_steps is None:
-        yield _warning("training.epochs", f"{training.epochs} epochs overfit as a rule; no gain was seen beyond 3")
+        yield _warning("training.epochs", f"{training.epochs} epochs usually overfit; use 3 or fewer")
     if training.max_steps is not None and "epochs" in training.model_fields_set:
-        yield _note("training.epochs", f"maxSteps {training.max_steps} decides how long the run is, not epochs")
+        yield _note(
+            "training.epochs", f"has no effect on the length of the run, because maxSteps {training.max_steps} is set"
+        )
     highest = 1e-3 if spec.lora is not None else 1e-4
     if training.learning_rate > highest and spec.dpo.has_preference:
         usual = "1e-6 to 1e-4 with lora" if spec.lora is not None else "5e-7 to 1e-5"
         yield _warning(
-            "training.learningRate", f"{number(training.learning_rate)} is far above what DPO bears, {usual}"
+            "training.learningRate", f"{number(training.learning_rate)} is far above the usual range for DPO, {usual}"
         )
 
 
@@ -235,13 +241,13 @@ def _validation_data(spec: DPOJobSpec) -> Iterator[Finding]:
         if source.uri in train:
             yield _warning(
                 f"data.validation[{index}].uri",
-                f"{source.uri} is also data.train[{train[source.uri]}]: accuracy on pairs that were learnt says little;"
-                " hold some back",
+                f"{source.uri} is also data.train[{train[source.uri]}]: accuracy on training pairs says little;"
+                " use other pairs for validation",
             )
 
 
 def _uris(spec: DPOJobSpec) -> Iterator[Finding]:
-    """Nothing that is written may lie over something that is read."""
+    """Refuse an output that would overwrite an input."""
     source = spec.model.hugging_face or spec.model.nemo or spec.model.megatron
     inputs = {"model": source.uri} if source is not None else {}
     inputs |= {f"data.train[{i}]": s.uri for i, s in enumerate(spec.data.train)}
@@ -306,11 +312,11 @@ def _fits_model(spec: DPOJobSpec, model: ModelFacts) -> Iterator[Finding]:
     if beyond:
         yield _error(
             "lora.layers",
-            f"{beyond[0]} names no layer: the model has {model.layers}, counted from 0 to {model.layers - 1}",
+            f"{beyond[0]} is not a layer of the model, which has {model.layers}, counted from 0 to {model.layers - 1}",
         )
     if lora.rank >= model.hidden:
         yield _warning(
-            "lora.rank", f"{lora.rank} is no less than the model's hidden size {model.hidden}: no longer low rank"
+            "lora.rank", f"{lora.rank} is not below the model's hidden size {model.hidden}, so it is not low rank"
         )
 
 
@@ -326,4 +332,4 @@ SPEC_RULES: tuple[Callable[[DPOJobSpec], Iterator[Finding]], ...] = (
 """Rules that need the spec alone."""
 
 MODEL_RULES: tuple[Callable[[DPOJobSpec, ModelFacts], Iterator[Finding]], ...] = (_divides, _fits_model)
-"""Rules that need to know the model."""
+"""Rules that need the model too."""

@@ -1,7 +1,7 @@
 -- Health of a DPOJob for Argo CD: paste it into argocd-cm under the key
 --   resource.customizations.health.dpo-operator.dev_DPOJob
 -- A job that trains is Progressing, for as long as it takes; Healthy is one whose model is exported.
-local health = { status = "Progressing", message = "Not looked at yet." }
+local health = { status = "Progressing", message = "The operator has not processed the job yet." }
 local status = obj.status
 if status == nil then
   return health

@@ -56,7 +56,7 @@ def test_doubts_go_to_standard_error(dpo: Dpo) -> None:
     said = dpo("render", "-f", LORA, "--set", "dpo.beta=50")
     assert said.code == 0
     assert "spec.dpo.beta" in said.err
-    assert "far from the usual" not in said.out
+    assert "far outside the usual" not in said.out
 
 
 def test_many_jobs_of_one_file(dpo: Dpo, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def started(**spec: Any) -> SimCluster:
 
 
 def test_before_anybody_looked() -> None:
-    assert health(SimCluster().job) == ("Progressing", "Not looked at yet.")
+    assert health(SimCluster().job) == ("Progressing", "The operator has not processed the job yet.")
 
 
 def test_starting_and_running_are_progress() -> None:

@@ -219,7 +219,7 @@ def test_image_pinned_before_a_crash_is_kept() -> None:
 def test_doubts_are_told_and_do_not_hinder() -> None:
     cluster = SimCluster(manifest(dpo={"beta": 50}))
     cluster.settle()
-    assert "spec.dpo.beta: 50 is far from the usual" in cluster.status["conditions"][0]["message"]
+    assert "spec.dpo.beta: 50 is far outside the usual" in cluster.status["conditions"][0]["message"]
     assert cluster.created == ["job-1"]
 
 

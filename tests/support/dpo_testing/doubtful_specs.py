@@ -125,8 +125,8 @@ CASES = [
         "spec.dpo.sftAverageLogProbs",
         "no effect because sftWeight is 0",
     ),
-    Case("beta far up", {"dpo.beta": 50}, "warning", "spec.dpo.beta", "50 is far from the usual"),
-    Case("beta far down", {"dpo.beta": 1e-4}, "warning", "spec.dpo.beta", "0.0001 is far from the usual"),
+    Case("beta far up", {"dpo.beta": 50}, "warning", "spec.dpo.beta", "50 is far outside the usual"),
+    Case("beta far down", {"dpo.beta": 1e-4}, "warning", "spec.dpo.beta", "0.0001 is far outside the usual"),
     # --- the adapter ---
     Case(
         "module twice",
@@ -151,7 +151,7 @@ CASES = [
         {"lora.layers": [0, 32]},
         "error",
         "spec.lora.layers",
-        "32 names no layer: the model has 32, counted from 0 to 31",
+        "32 is not a layer of the model, which has 32, counted from 0 to 31",
         known={"model": LLAMA},
     ),
     Case(
@@ -191,13 +191,19 @@ CASES = [
         "spec.training.microBatchSize",
         "65 is above globalBatchSize 64",
     ),
-    Case("four epochs", {"training.epochs": 4}, "warning", "spec.training.epochs", "no gain was seen beyond 3"),
+    Case(
+        "four epochs",
+        {"training.epochs": 4},
+        "warning",
+        "spec.training.epochs",
+        "4 epochs usually overfit; use 3 or fewer",
+    ),
     Case(
         "epochs and steps",
         {"training.epochs": 2, "training.maxSteps": 50},
         "note",
         "spec.training.epochs",
-        "maxSteps 50 decides",
+        "because maxSteps 50 is set",
     ),
     Case(
         "rate for all parameters",
@@ -211,7 +217,7 @@ CASES = [
         {"lora": {}, "training.learningRate": 2e-3},
         "warning",
         "spec.training.learningRate",
-        "0.002 is far above what DPO bears, 1e-6 to 1e-4 with lora",
+        "0.002 is far above the usual range for DPO, 1e-6 to 1e-4 with lora",
     ),
     # --- steps ---
     Case(
@@ -257,7 +263,7 @@ CASES = [
         VALID,
         "error",
         "spec.data.validation[0]",
-        "no usable pair is left",
+        "has no usable pairs",
         known={"train_pairs": 6400, "validation_pairs": [0]},
     ),
     # --- validation data ---
