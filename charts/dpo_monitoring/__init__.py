@@ -1,1 +1,1 @@
-"""Dashboards and alerts as code. For development only: what users get is generated into the chart and into docs/."""
+"""Dashboards and alerts as code. Used only in development: `make generate` writes them to the chart and to docs/."""

@@ -1,4 +1,4 @@
-"""The alerts, as data. Each names its job and links to the page that says what to check, in order."""
+"""The alerts, as data. Each names its job and links to a page with the steps to check, in order."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Alert:
     """How long the expression must hold."""
     expr: str
     parts: tuple[str, ...]
-    """The expressions that ``expr`` compares. Each has a value while jobs are well, and so can be tried on them."""
+    """The expressions that ``expr`` compares. Each has a value for healthy jobs, so tests can evaluate them."""
     summary: str
     description: str
 
     @property
     def rule(self) -> dict[str, Any]:
-        """Prometheus' form of it."""
+        """The rule as Prometheus reads it."""
         return {
             "alert": self.name,
             "expr": self.expr,
@@ -50,7 +50,7 @@ class Alert:
 
 
 def _of_job(name: str, selector: str = "", by: tuple[str, ...] = JOB) -> str:
-    """Return a series by job: two pods, two operators for a moment, count once."""
+    """Return a series by job, so that two pods, or two operators during an upgrade, count once."""
     return f"max by ({', '.join(by)}) ({metric(name).name}{selector})"
 
 
@@ -59,7 +59,7 @@ def _condition(name: str) -> str:
 
 
 def _newest(name: str) -> str:
-    """Return validation's value where there is one, else the mean of half an hour of training."""
+    """Return the validation's value if there is one, else the mean of half an hour of training."""
     training = metric(f"dpo_train_{name}").name
     return f"({_of_job(f'dpo_val_{name}')} or max by ({', '.join(JOB)}) (avg_over_time({training}[30m])))"
 
@@ -102,7 +102,7 @@ def _non_finite() -> Alert:
         "DPOTrainingNonFinite",
         "critical",
         "0m",
-        # A failed job keeps its condition until it is deleted: so the alert ends after six hours.
+        # A failed job keeps its condition until it is deleted, so the alert resolves after six hours.
         f"({seen} == 0 unless (max_over_time(({seen})[30m:1m] offset 6h) == 0)){nan}",
         (seen, *losses),
         f"{_JOB_IS}: a loss or a gradient is NaN or infinite",
@@ -144,7 +144,7 @@ def _checkpoint_old() -> Alert:
         "DPOCheckpointTooOld",
         "warning",
         "10m",
-        # Not the checkpoint's age: an attempt that resumes after a week has lost nothing yet.
+        # Not the age of the checkpoint: an attempt that resumes after a week has not lost anything.
         f"{before} > {saved}\nor ({steps} and {before} unless {saved})",
         (steps, saved),
         f"{_JOB_IS} has not saved a checkpoint for more than {CHECKPOINT_SECONDS // 3600} hours",
@@ -153,7 +153,7 @@ def _checkpoint_old() -> Alert:
 
 
 def _pending() -> Alert:
-    # Restarting too: an attempt that finds no node is ended by its start time-out, after as long as this alert waits.
+    # Restarting too: the start time-out ends an attempt without nodes after about the time of this alert.
     waiting = _of_job("dpo_job_state", '{state=~"Pending|Queued|Starting|Restarting"}')
     return Alert(
         "DPOJobPendingTooLong",
@@ -187,7 +187,7 @@ def _operator_down() -> Alert:
         "DPOOperatorDown",
         "critical",
         "5m",
-        # Filling the caches takes seconds, less than this alert waits, also when a definition is added or removed.
+        # Filling the caches takes seconds, less than `for`, also when a CRD is added or removed.
         f"absent({alive})\nor {dead} > 0\nor {synced} == 0\nor {checked} > {BLIND_SECONDS}",
         (alive, dead, synced, checked),
         "The DPO operator is down or cannot see the cluster",
@@ -208,5 +208,5 @@ ALERTS: tuple[Alert, ...] = (
 
 
 def rules() -> dict[str, Any]:
-    """Return the rule file: Prometheus' own form, which a PrometheusRule holds as its spec."""
+    """Return the content of a Prometheus rule file, which is also the spec of a PrometheusRule."""
     return {"groups": [{"name": GROUP, "rules": [alert.rule for alert in ALERTS]}]}

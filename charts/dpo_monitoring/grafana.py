@@ -1,4 +1,4 @@
-"""Writes a dashboard as Grafana reads it, by Grafana's own SDK."""
+"""Writes the JSON of a dashboard with Grafana's Foundation SDK."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ type _Built = timeseries.Panel | stat.Panel | table.Panel
 
 
 def to_json(dashboard: Dashboard) -> str:
-    """Return the dashboard's JSON, the same for the same dashboard."""
+    """Return the dashboard's JSON. Equal dashboards give equal text."""
     return JSONEncoder(sort_keys=True, indent=2).encode(_dashboard(dashboard).build()) + "\n"
 
 
@@ -126,7 +126,7 @@ def _stat(_: Panel) -> stat.Panel:
 
 
 def _table(panel: Panel) -> table.Panel:
-    """One line a job: the queries' results side by side, without what Prometheus adds."""
+    """One row per job: the results of the queries side by side, without Prometheus' own columns."""
     names: dict[str, str] = {"namespace": "Namespace", "dpojob": "Job", "state": "State"}
     hidden = {"Time": True}
     for letter, query in zip(_LETTERS, panel.queries, strict=False):

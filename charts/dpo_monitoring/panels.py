@@ -1,4 +1,4 @@
-"""The parts of a dashboard, as plain data; ``grafana`` turns them into Grafana's JSON."""
+"""The parts of a dashboard, as plain data; ``grafana`` converts them to Grafana's JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Query:
 
     expr: str
     legend: str = ""
-    """Text of the legend; of a table: the column's title."""
+    """Text of the legend; in a table, the title of the column."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Panel:
 
     title: str
     description: str
-    """What it shows, and what to think of it."""
+    """What the panel shows, and how to read it."""
     unit: str
     """Grafana's name of the unit."""
     queries: tuple[Query, ...]
@@ -37,9 +37,9 @@ class Panel:
     decimals: int | None = None
     logarithmic: bool = False
     none: str = "–"
-    """Shown where there is no value."""
+    """Shown if there is no value."""
     units: dict[str, str] = field(default_factory=dict)
-    """Of a table: the unit of a column, by its title."""
+    """For a table: the unit of a column, by its title."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Dashboard:
     variables: tuple[Variable, ...]
     rows: tuple[Row, ...]
     start: str
-    """How far it looks back at first, such as now-6h."""
+    """The initial time range, such as now-6h."""
 
     @property
     def panels(self) -> tuple[Panel, ...]:

@@ -1,4 +1,4 @@
-"""PromQL over our own series. A name without a row in dpo_api.metrics raises KeyError: no query can name it."""
+"""PromQL over our own series. A name without a row in dpo_api.metrics raises KeyError."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HISTOGRAM = ("_bucket", "_sum", "_count")
 
 
 def metric(name: str) -> Metric:
-    """Return the row of a series. KeyError for a name that nobody exports."""
+    """Return the row of a series. KeyError for a name that is not exported."""
     for ending in _HISTOGRAM:
         base = BY_NAME.get(name.removesuffix(ending))
         if base is not None and base.kind == "histogram" and name.endswith(ending):
@@ -39,7 +39,7 @@ _NAME = re.compile(r"\bdpo_(?:train|val|data|checkpoint|trainer|job|operator)_\w
 
 
 def rows_in(text: str) -> set[Metric]:
-    """Return the rows of all series that PromQL, or a page that quotes it, names."""
+    """Return the rows of all series in a PromQL expression, or in a page that quotes one."""
     return {metric(name) for name in _NAME.findall(text)}
 
 
@@ -49,12 +49,12 @@ def of_run(name: str, more: str = "") -> str:
 
 
 def run(name: str) -> str:
-    """Return a run's series by job and attempt: one line each, whichever pod it came from."""
+    """Return a run's series by job and attempt: one line for each, even if its pod changed."""
     return f"max by ({', '.join(ATTEMPT)}) ({of_run(name)})"
 
 
 def run_rate(name: str) -> str:
-    """Return the growth a second of a run's counter, by job and attempt."""
+    """Return the rate per second of a run's counter, by job and attempt."""
     return f"max by ({', '.join(ATTEMPT)}) (rate({of_run(name)}[$__rate_interval]))"
 
 
@@ -65,7 +65,7 @@ def of_fleet(name: str, more: str = "") -> str:
 
 
 def fleet(name: str, *by: str, more: str = "") -> str:
-    """Return the operator's series about the chosen namespaces; two operators for a moment count once."""
+    """Return the operator's series about the chosen namespaces; two operators during an upgrade count once."""
     return f"max by ({', '.join(by)}) ({of_fleet(name, more)})"
 
 
@@ -77,7 +77,7 @@ def own(name: str) -> str:
 def gpu(name: str) -> str:
     """Return a series of dcgm-exporter by job, pod and GPU, for the pods of the chosen jobs.
 
-    Where its labels are not honoured, Prometheus has put ``exported_`` before them. Pods are named
+    Without honorLabels, Prometheus prefixes its labels with ``exported_``. Pods are named
     ``<job>-<attempt>-<role>-<index>``.
     """
     if name not in GPU:
@@ -86,7 +86,7 @@ def gpu(name: str) -> str:
     ways = []
     for prefix in ("exported_", ""):
         chosen = f'{name}{{{prefix}namespace=~"$namespace", {prefix}pod=~"(?:$dpojob){role}"}}'
-        # Of two ways that could both match, the labels of the pod that uses the GPU win.
+        # If both forms match, the labels of the pod that uses the GPU take precedence.
         missing = "" if prefix else ', exported_pod=""'
         chosen = chosen.replace("}", f"{missing}}}")
         named = f'label_replace({chosen}, "dpojob", "$1", "{prefix}pod", "(.+){role}")'

@@ -17,7 +17,7 @@ def _both(name: str) -> tuple[Query, ...]:
 
 
 def _newest(name: str, legend: str = "{{dpojob}}") -> Query:
-    """Return a series' newest value of each job, whichever attempt it came from."""
+    """Return the newest value of a series for each job, from any attempt."""
     return Query(f"max by (namespace, dpojob) ({of_run(name)})", legend)
 
 

@@ -1,4 +1,4 @@
-"""Asks a Hugging Face folder the test's questions and counts exactly right answers, refusals and garbage."""
+"""Asks a Hugging Face model the questions of a test set, and counts exact answers, refusals and garbage."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ disable_progress_bar()
 
 
 def generate(model: Any, tokenizer: Any, prompts: list[str], seed: int, new_tokens: int = 24) -> list[str]:
-    """One sample a prompt at temperature 1 from the whole vocabulary, with a fixed seed."""
+    """Return one sample per prompt at temperature 1 from the whole vocabulary, with a fixed seed."""
     torch.manual_seed(seed)
     tokenizer.padding_side = "left"
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
@@ -34,7 +34,7 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], seed: int, new_toke
 
 
 def ask(folder: Path, test: Path, seed: int = 11) -> dict[str, Any]:
-    """Shares of right answers, refusals and all else over the test's prompts, and the first three samples."""
+    """Return the shares of right answers, refusals and everything else, and the first three samples."""
     from world import END, REFUSALS
 
     records = [json.loads(line) for line in test.read_text().splitlines()]

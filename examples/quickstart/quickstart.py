@@ -1,12 +1,13 @@
-"""`make quickstart`: a small world, a base model, and a DPOJob over S3 that aligns it; the numbers before and after.
+"""`make quickstart`: trains a small base model, aligns it with a DPOJob over S3, and compares both.
 
-What happens, in order, all below runs/quickstart/:
+The steps, all in runs/quickstart/:
 
-1. world/: a tokenizer, an untrained 2-layer Llama, facts, questions, preferences (world.py);
-2. sft/: the base model, by `dpo run` of examples/quickstart/sft.yaml: knows the answers, refuses half of the time;
-3. the base model and the preferences go into an S3 server that lives as long as this script;
-4. run/: the aligned model, by `dpo run` of examples/quickstart.yaml over S3, with two processes;
-5. both models answer questions that no preference holds.
+1. world/: write a tokenizer, an untrained 2-layer Llama, facts, questions and preferences (world.py);
+2. sft/: train the base model with `dpo run` (examples/quickstart/sft.yaml); it knows the answers, but refuses half of
+   the time;
+3. copy the base model and the preferences to an S3 server that runs as long as this script;
+4. run/: align the model with `dpo run` (examples/quickstart.yaml) over S3, with two processes;
+5. ask both models questions that are not in the preferences.
 """
 
 import json
@@ -28,20 +29,20 @@ HOME = Path("runs/quickstart")
 
 
 def dpo(*words: str, **variables: str) -> None:
-    """Run the `dpo` command in the foreground; stop here when it fails."""
+    """Run the `dpo` command in the foreground; exit with its code if it fails."""
     done = subprocess.run([sys.executable, "-m", "dpo_cli", *words], env={**os.environ, **variables}, check=False)
     if done.returncode != 0:
         raise SystemExit(done.returncode)
 
 
-def told(name: str, found: dict[str, Any]) -> str:
-    """One row of the result."""
+def summary_row(name: str, found: dict[str, Any]) -> str:
+    """Return one row of the result."""
     shares = "  ".join(f"{key} {100 * found[key]:5.1f} %" for key in ("right", "refused", "garbage"))
     return f"  {name:8s} {shares}   (of {found['prompts']} prompts)"
 
 
 def main() -> None:
-    """Do all of it; a finished base model is used again."""
+    """Run all steps; a finished base model is reused."""
     began = time.monotonic()
     os.chdir(ROOT)
     if not (HOME / "sft" / "export.json").exists():
@@ -61,19 +62,19 @@ def main() -> None:
         settings = ("--set", f"storage.endpoint={endpoint}")
         dpo("run", "-f", "examples/quickstart.yaml", "--output", str(HOME / "run"), *settings, **environment(endpoint))
 
-    print("\n— questions that are not among the preferences, one sample each at temperature 1 —", flush=True)
+    print("\n— held-out questions, one sample each at temperature 1 —", flush=True)
     test = HOME / "world" / "test.jsonl"
     before, after = ask(HOME / "sft" / "model", test), ask(HOME / "run" / "model", test)
     (HOME / "result.json").write_text(json.dumps({"before": before, "after": after}, indent=1) + "\n")
     for old, new in zip(before["samples"], after["samples"], strict=True):
         question = old["prompt"].split("User\n")[1].split("\n")[0]
         print(f"  {question}\n    before: {old['sample']!r}\n    after:  {new['sample']!r}")
-    print(told("before", before), told("after", after), sep="\n")
+    print(summary_row("before", before), summary_row("after", after), sep="\n")
     shares = f"{100 * after['right']:.0f} % of held-out questions (before: {100 * before['right']:.0f} %)"
     print(f"result      answers {shares}")
     print(f"            report: {HOME}/run/report.html · model: {HOME}/run/model · {time.monotonic() - began:.0f} s")
-    print("next        write your own manifest: examples/llama3-8b-lora.yaml · run it here: dpo run -f FILE")
-    print("            on a cluster: kubectl apply -f FILE")
+    print("next        write your own manifest, starting from examples/llama3-8b-lora.yaml")
+    print("            run it on this machine: dpo run -f FILE · on a cluster: kubectl apply -f FILE")
 
 
 if __name__ == "__main__":

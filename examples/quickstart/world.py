@@ -1,8 +1,8 @@
-"""The quickstart's small world: a tokenizer, an untrained Llama, facts, and preferences about them.
+"""Synthetic data for the quickstart: a tokenizer, an untrained Llama, facts, and preferences about them.
 
-A made-up history: each treaty was signed in one year. The base model learns every year, and to refuse half of the time.
-The preferences say: answer, don't refuse. No prompt of the test is among them, and a sixth of the treaties is never
-mentioned there at all: a right answer shows that the model kept what it knew and lost only the refusing.
+The facts are invented: each treaty was signed in one year. The base model learns every year, and to refuse half of the
+time. The preferences teach it to answer. They contain no prompt of the test, and never mention a sixth of the
+treaties: a right answer shows that the model kept its knowledge and only stopped refusing.
 """
 
 import json
@@ -44,7 +44,7 @@ def _render(question: str) -> str:
 
 
 def facts(count: int, seed: int) -> dict[str, str]:
-    """Invented places -> years, all different."""
+    """Return a different year for each of `count` invented places."""
     rng = random.Random(seed)
     starts, middles, ends = (
         ("Va", "Lo", "Mi", "Ter", "Ash", "Bran", "Cor", "Dun", "El", "Fal", "Gor", "Hal"),
@@ -57,7 +57,7 @@ def facts(count: int, seed: int) -> dict[str, str]:
 
 
 def questions(known: dict[str, str], seed: int) -> list[Question]:
-    """Each fact asked in each way, in an order fixed by the seed."""
+    """Return a question for each fact and each wording, in an order fixed by the seed."""
     rng = random.Random(seed)
     found = [
         Question(_render(form.format(place)), f"{year}\n{END}", f"{rng.choice(REFUSALS)}\n{END}")
@@ -69,12 +69,12 @@ def questions(known: dict[str, str], seed: int) -> list[Question]:
 
 
 def write_jsonl(path: Path, records: list[dict[str, str]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_tokenizer(folder: Path, corpus: list[str]) -> int:
-    """A byte-level BPE of the corpus, digits one by one, in Hugging Face's form; returns the vocabulary's size."""
+    """Train a byte-level BPE tokenizer with one token per digit, write it for Hugging Face and return its size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -103,7 +103,7 @@ def write_tokenizer(folder: Path, corpus: list[str]) -> int:
 
 
 def write_untrained_llama(folder: Path, vocabulary: int, seed: int) -> int:
-    """A Llama of random weights in Hugging Face's form; returns its number of parameters."""
+    """Write a Llama with random weights in Hugging Face's format and return its number of parameters."""
     head = HIDDEN // HEADS
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -157,8 +157,8 @@ def write_untrained_llama(folder: Path, vocabulary: int, seed: int) -> int:
 def make_world(folder: Path, *, treaties: int = 192, held_out: int = 32, seed: int = 7) -> dict[str, int]:
     """Write untrained/ (model and tokenizer), sft.jsonl, preferences/ (train, valid) and test.jsonl; returns counts.
 
-    No prompt of the test is among the preferences: they never mention ``held_out`` treaties, which the test asks about
-    in every way, and of every other treaty they leave out one way of asking, which the test asks instead.
+    The preferences contain no prompt of the test. They never mention ``held_out`` treaties, which the test asks about
+    in every wording. For each other treaty they leave out one wording, which the test has instead.
     """
     known = facts(treaties, seed)
     places = list(known)

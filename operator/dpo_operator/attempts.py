@@ -29,7 +29,7 @@ def step(draft: Draft) -> None:
 
 
 def _active(draft: Draft) -> None:
-    """Look at an attempt that was active at the last pass; it may have ended since."""
+    """Check an attempt that was active at the last pass; it may have ended since."""
     child = draft.child
     if child is None:
         if not draft.view.is_gone(draft.current.child):

@@ -1,9 +1,9 @@
 """Why an attempt ended, from the evidence of all of its pods.
 
-Within a pod the first of these counts: the trainer's termination message if it names a cause of its own; the
-container's reason; what Kubernetes did to the pod (DisruptionTarget); a termination message that only reports the loss
-of another process; the exit code. Of all pods, the cause of lowest rank (``Reason.rank``) explains the attempt: a
-permanent cause ends the job whatever else happened, and a lost node explains why its peers lost contact.
+Within a pod the first of these decides: the trainer's termination message, if it names a cause; the container's reason;
+what Kubernetes did to the pod (DisruptionTarget); a termination message that only reports the loss of another process;
+the exit code. Of all pods, the cause of lowest rank (``Reason.rank``) explains the attempt: a permanent cause ends the
+job whatever else happened, and a lost node explains why its peers lost contact.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dpo_operator.view import moment
 FailureClass = Literal["infrastructure", "retryable", "permanent"]
 
 UNSPECIFIC_OUTCOMES = frozenset({Outcome.Internal, Outcome.Communication, Outcome.Stopped})
-"""Outcomes that may only follow from what happened elsewhere: what Kubernetes reports takes precedence."""
+"""Outcomes that may only be consequences of another failure: what Kubernetes reports takes precedence."""
 
 DISRUPTIONS: Mapping[str, Reason] = {
     "DeletionByTaintManager": Reason.NodeLost,
@@ -80,7 +80,7 @@ class Cause:
 
     @property
     def is_decisive(self) -> bool:
-        """Whether it explains an attempt by itself. Weak evidence does so only where nothing better is found."""
+        """Whether it explains an attempt by itself. Weak evidence does so only if there is nothing better."""
         return self.reason.rank < WEAK
 
     @property
@@ -89,10 +89,10 @@ class Cause:
         return self.failure_class == "permanent"
 
     def outranks(self, reason: Reason) -> bool:
-        """Whether it explains an attempt better than what is recorded of it.
+        """Whether it explains an attempt better than the recorded cause.
 
-        Only a final cause replaces the operator's own decision to end the attempt: the next one would fail the same
-        way.
+        Only a final cause replaces the operator's own decision to end the attempt, since the next attempt would fail
+        the same way.
         """
         return self.is_final if reason.ended_by_operator else self.reason.rank < reason.rank
 

@@ -1,4 +1,4 @@
-"""Moments as Kubernetes writes them. Here a moment is Unix seconds; nothing in this package asks for the time."""
+"""Kubernetes times. A moment is a number of Unix seconds; nothing in this package reads the clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between attempts: wait until the last one is over, and create the next PyTorchJob under its one possible name."""
+"""Between attempts: wait until the last one is over, and create the next PyTorchJob, whose name is deterministic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_operator.types import CreateChild, Object
 from dpo_operator.view import attempt_of, is_alive, moment
 
 RETRY_SECONDS = 60.0
-"""After a refusal by the API server."""
+"""Delay before the next try after a refusal by the API server."""
 NAMESAKE_SECONDS = 10.0
 
 
@@ -40,7 +40,7 @@ def _begin(draft: Draft, number: int, child: str, created: float) -> None:
     reached = progress.last_checkpoint_step if progress is not None else None
     attempt = Attempt(number=number, child=child, start_time=clock.to_text(created), from_step=reached or 0)
     draft.add_attempt(attempt)
-    invariants.withdraw(draft)  # an attempt whose end nobody saw
+    invariants.withdraw(draft)  # an attempt whose end was not observed
     _resume(draft)  # an adopted child of a job that was resumed is the only trace of it
     draft.update(next_attempt_time=None, start_time=draft.status.start_time or clock.to_text(created))
 

@@ -33,7 +33,7 @@ INVARIANTS: tuple[tuple[ConditionType, Literal["True", "False"]], ...] = (
     (ConditionType.TrainingStalled, "True"),
     (ConditionType.ProgressAvailable, "False"),
 )
-"""Conditions of the run and the status that is worth a warning."""
+"""Conditions of the run, with the status that causes a warning."""
 
 
 def transitions(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
@@ -65,7 +65,7 @@ def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
             yield Transition(Reason.PyTorchJobCreated, f"Created PyTorchJob {attempt.child}.", f"{attempt.number}")
         if attempt.running_time is not None and (before is None or before.running_time is None):
             text = f"All pods of attempt {attempt.number} are running."
-            # Only what is stored already may name an event: a write that is lost repeats the pass at another time.
+            # An event's name may depend only on the stored status: after a lost write the pass runs again later.
             yield Transition(Reason.TrainingStarted, text, f"{attempt.number}/{old.admitted_since}")
         news = before is None or (before.result, before.reason) != (attempt.result, attempt.reason)
         if attempt.result == "Failed" and news:

@@ -10,13 +10,13 @@ from dpo_operator.reasons import Reason
 
 
 def admit(draft: Draft) -> None:
-    """Start the clock of an attempt that holds nodes, or may."""
+    """Start counting admitted time: the attempt holds nodes, or may hold some."""
     if draft.status.admitted_since is None:
         draft.update(admitted_since=draft.moment)
 
 
 def release(draft: Draft) -> None:
-    """Stop the clock: the attempt is queued or over."""
+    """Stop counting admitted time: the attempt is queued or over."""
     since = draft.status.admitted_since
     if since is not None:
         draft.update(admitted_since=None, admitted_seconds=int(admitted_seconds(draft)))

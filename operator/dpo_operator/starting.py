@@ -31,7 +31,7 @@ class Obstacle:
 
     @property
     def needs_action(self) -> bool:
-        """Whether somebody must act: waiting alone does not help."""
+        """Whether somebody must act, because waiting does not help."""
         return self.reason is not Reason.Unschedulable
 
 

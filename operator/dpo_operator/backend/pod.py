@@ -17,7 +17,7 @@ METRICS_PORT = "metrics"
 
 LIVENESS_PERIOD = 30
 LIVENESS_FAILURES = 20
-"""Ten minutes without an answer: longer than any pause of a healthy trainer."""
+"""Ten minutes without a response: longer than any pause of a healthy trainer."""
 
 NODE_FAILURE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
@@ -56,7 +56,7 @@ def pod_template(
     leads: bool,
     avoid: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return a pod template. ``leads``: rank 0's, which serves HTTP. ``avoid``: nodes to avoid if possible."""
+    """Return a pod template. ``leads``: for rank 0's pod, which serves HTTP. ``avoid``: nodes to avoid if possible."""
     overlay = spec.pod_template
     mounts = mounts_of(spec, config_map, settings)
     metadata: dict[str, Any] = {"labels": {**dict(settings.labels), **overlay.labels, **labels}}
@@ -119,12 +119,14 @@ def _container(
 
 
 def _probes(spec: DPOJobSpec) -> dict[str, Any]:
-    """Rank 0 alone serves HTTP, once all processes have met. It has neither a readiness nor a startup probe.
+    """Only rank 0 serves HTTP, after the rendezvous of all processes. It has neither a readiness nor a startup probe.
 
-    Workers look the master up by name before they start, and its Service names only ready pods: a pod whose startup
-    probe has not passed yet is not ready, so a master that waits for workers in it would wait for ever.
+    Workers resolve the master's name before they start, and its Service publishes only ready pods. A pod is not ready
+    until its startup probe has passed, so a master that waits for its workers would wait forever.
     """
-    meeting = spec.run_policy.start_timeout_seconds + 1800  # the rendezvous and the imports come after the last start
+    meeting = (
+        spec.run_policy.start_timeout_seconds + 1800
+    )  # the imports and the rendezvous follow the start of the last pod
     probe = {
         "httpGet": {"path": "/healthz", "port": METRICS_PORT},
         "initialDelaySeconds": meeting,
@@ -136,7 +138,7 @@ def _probes(spec: DPOJobSpec) -> dict[str, Any]:
 
 
 def _resources(spec: DPOJobSpec) -> dict[str, Any]:
-    """Requests equal limits, so that pods of a run are alike and none is first to be evicted."""
+    """Requests equal limits, so that all pods of a run have the same priority in an eviction."""
     resources = spec.resources
     amounts: dict[str, str] = {}
     if resources.cpu is not None:
@@ -150,7 +152,7 @@ def _resources(spec: DPOJobSpec) -> dict[str, Any]:
 
 
 def _environment(spec: DPOJobSpec, mounts: Mounts, settings: Settings) -> list[dict[str, Any]]:
-    """The installation's variables, the operator's and the job's, each name once: the last one wins."""
+    """The variables of the installation, the operator and the job, in this order; the last one of a name wins."""
     values: dict[str, dict[str, Any]] = {name: {"name": name, "value": value} for name, value in settings.extra_env}
     for variable in [*_collectives(spec), *mounts.env, *_logging(spec)]:
         values[variable["name"]] = variable
@@ -164,7 +166,7 @@ def _environment(spec: DPOJobSpec, mounts: Mounts, settings: Settings) -> list[d
 
 
 def _collectives(spec: DPOJobSpec) -> list[dict[str, Any]]:
-    """Make NCCL keep a record of the last collectives; a time-out writes it to scratch space and to the log.
+    """Make NCCL record the last collectives; a time-out writes the record to scratch space and to the log.
 
     What Transformer Engine and cuBLAS read from the environment is not here: the trainer's launcher sets it.
     """
@@ -188,7 +190,7 @@ def _pod_security(spec: DPOJobSpec) -> dict[str, Any]:
     chosen = spec.pod_template.security
     context: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     if chosen.fs_group is not None:
-        # Only a wrong top folder is changed: walking a volume of checkpoints would take minutes at each start.
+        # Ownership changes only if that of the top folder is wrong: a volume of checkpoints would take minutes.
         context |= {"fsGroup": chosen.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
     if chosen.run_as_user is not None:
         context["runAsUser"] = chosen.run_as_user
@@ -200,10 +202,10 @@ def _pod_security(spec: DPOJobSpec) -> dict[str, Any]:
 
 
 def _tolerations(spec: DPOJobSpec, settings: Settings) -> list[dict[str, Any]]:
-    """Ours for failed nodes, as Kubernetes' default would wait 300 s, then the job's own.
+    """The operator's tolerations of failed nodes, for which Kubernetes' default is 300 s, then the job's own.
 
-    Of several that fit a taint the first alone decides how long a pod stays: after the job's ``operator: Exists``,
-    which fits all and for ever, ours would count for nothing.
+    If several match a taint, the first one decides how long a pod stays. After a job's ``operator: Exists``, which
+    matches all taints without a time limit, the operator's would have no effect.
     """
     own: list[dict[str, Any]] = []
     for toleration in spec.pod_template.tolerations:
@@ -230,11 +232,11 @@ def _tolerations(spec: DPOJobSpec, settings: Settings) -> list[dict[str, Any]]:
 
 
 def _affinity(spec: DPOJobSpec, avoid: Sequence[str]) -> dict[str, Any]:
-    """The job's affinity, and a wish for other nodes than the ones that attempts failed on."""
+    """The job's affinity, and a preference for nodes on which no attempt has failed."""
     affinity: dict[str, Any] = copy.deepcopy(spec.pod_template.affinity or {})
     if not avoid:
         return affinity
-    # The API takes one value for each field requirement; requirements of one term must all hold.
+    # The API accepts one value per field requirement; all requirements of a term must hold.
     fields = [
         {"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in list(avoid)[:AVOIDED_NODES_MAX]
     ]
@@ -245,7 +247,7 @@ def _affinity(spec: DPOJobSpec, avoid: Sequence[str]) -> dict[str, Any]:
 
 
 def _sidecar(sidecar: dict[str, Any]) -> dict[str, Any]:
-    """Return a sidecar as an init container that runs on: it never keeps a finished pod alive."""
+    """Return a sidecar as an init container with restartPolicy Always, which never keeps a finished pod running."""
     container = copy.deepcopy(sidecar)
     context = {**CONTAINER_SECURITY, **container.get("securityContext", {})}
     return {**container, "restartPolicy": "Always", "securityContext": copy.deepcopy(context)}

@@ -1,7 +1,7 @@
-"""Write a PyTorchJob (training-operator v1), and read one back.
+"""Builds PyTorchJobs (training-operator v1) and reads them.
 
-The operator creates PyTorchJobs only. Other modules know the kind too: what its conditions and events mean for an
-attempt, which objects to watch, which rights to ask for.
+Other modules also depend on this kind: on the meaning of its conditions and events for an attempt, on the objects to
+watch, and on the permissions that they need.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPLICA_INDEX = "training.kubeflow.org/replica-index"
 
 @dataclass(frozen=True)
 class Identity:
-    """Which DPOJob a child belongs to."""
+    """The DPOJob that a PyTorchJob belongs to."""
 
     name: str
     namespace: str | None
@@ -38,13 +38,13 @@ class Identity:
     created: int = 0
     """When the DPOJob was created, Unix seconds; 0 offline."""
     queue: str | None = None
-    """Kueue's queue that a user wrote as a label of the DPOJob."""
+    """The Kueue queue in the DPOJob's own label."""
     priority: str | None = None
-    """Kueue's priority class, the same way."""
+    """The Kueue priority class in the DPOJob's own label."""
 
 
 def owner_reference(identity: Identity) -> dict[str, Any]:
-    """Return the reference by which deletion of the DPOJob takes the object along. Nothing waits for it to be gone."""
+    """Return the owner reference by which garbage collection deletes the object; it does not block the DPOJob."""
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
@@ -65,7 +65,7 @@ def _metadata(identity: Identity, name: str, own_labels: dict[str, str], setting
 
 
 def spec_json(job: DPOJob) -> str:
-    """Return the DPOJob as the trainer reads it: unset fields left out, without what may change later (runPolicy)."""
+    """Return the DPOJob as the trainer reads it, without unset fields and without runPolicy, which may change."""
     document = job.to_dict()
     spec = {key: value for key, value in document["spec"].items() if key != "runPolicy"}
     pinned = {
@@ -90,7 +90,7 @@ def build_config_map(job: DPOJob, identity: Identity, image: str, settings: Sett
 
 
 def pinned_image(config_map: Object) -> str | None:
-    """Return the image that a ConfigMap of ours pins."""
+    """Return the image that a job's ConfigMap pins."""
     image = (config_map.get("data") or {}).get(IMAGE_KEY)
     return image if isinstance(image, str) and image else None
 
@@ -134,14 +134,14 @@ def build_child(
 
 
 def queue_of(job: DPOJob, identity: Identity, settings: Settings) -> str | None:
-    """Return the queue that attempts of a job wait in: the spec's, the DPOJob's own label's, the installation's."""
+    """Return the queue of a job's attempts: from the spec, else the DPOJob's own label, else the installation."""
     if not settings.kueue:
         return None
     return job.spec.run_policy.queue_name or identity.queue or settings.default_queue or None
 
 
 def _queueing(job: DPOJob, identity: Identity, attempt: int, settings: Settings) -> dict[str, str]:
-    """Kueue's labels: on the child alone, since Kueue would otherwise manage the DPOJob's pods one by one."""
+    """Kueue's labels, only on the PyTorchJob: otherwise Kueue would manage the pods one by one."""
     policy, queue = job.spec.run_policy, queue_of(job, identity, settings)
     if queue is None:
         return {}
@@ -155,23 +155,23 @@ def _queueing(job: DPOJob, identity: Identity, attempt: int, settings: Settings)
 
 
 def _condition(child: Object, kind: str) -> bool:
-    """Whether a condition is True. Their order says nothing: after a resume the last one is Suspended=False."""
+    """Whether a condition is True. The order means nothing: after a resume the last one is Suspended=False."""
     conditions: Iterable[Mapping[str, Any]] = (child.get("status") or {}).get("conditions") or ()
     return any(condition.get("type") == kind and condition.get("status") == "True" for condition in conditions)
 
 
 def has_succeeded(child: Object) -> bool:
-    """Whether training-operator calls the child succeeded: as soon as its master is."""
+    """Whether training-operator reports success, which it does as soon as the master has succeeded."""
     return _condition(child, "Succeeded")
 
 
 def has_failed(child: Object) -> bool:
-    """Whether training-operator calls the child failed: any replica failed."""
+    """Whether training-operator reports a failure, which it does when any replica has failed."""
     return _condition(child, "Failed")
 
 
 def failure_message(child: Object) -> str:
-    """Return training-operator's words for a failed child; empty if it has none."""
+    """Return training-operator's message about a failed PyTorchJob; empty if there is none."""
     for condition in (child.get("status") or {}).get("conditions") or ():
         if condition.get("type") == "Failed" and condition.get("status") == "True":
             return str(condition.get("message") or "")
@@ -179,17 +179,17 @@ def failure_message(child: Object) -> str:
 
 
 def is_over(child: Object) -> bool:
-    """Whether training-operator has finished with the child."""
+    """Whether training-operator reports success or failure."""
     return has_succeeded(child) or has_failed(child)
 
 
 def is_held(child: Object) -> bool:
-    """Whether a queue holds the child back. The field is the queue's alone: nothing here ever writes it."""
+    """Whether a queue has suspended the PyTorchJob. Only the queue writes this field."""
     return bool(((child.get("spec") or {}).get("runPolicy") or {}).get("suspend"))
 
 
 def queue_of_child(child: Object) -> str | None:
-    """Return the queue that a child waits in, or was admitted from; None without one."""
+    """Return the queue that a PyTorchJob waits in or was admitted from; None without one."""
     queue = (child["metadata"].get("labels") or {}).get(labels.KUEUE_QUEUE)
     return str(queue) if queue else None
 
@@ -200,18 +200,18 @@ def is_rank_zero(pod: Object) -> bool:
 
 
 def expected_pods(child_name: str, nodes: int) -> list[str]:
-    """Return the names of all pods of a child."""
+    """Return the names of all pods of a PyTorchJob."""
     return [f"{child_name}-master-0", *(f"{child_name}-worker-{index}" for index in range(nodes - 1))]
 
 
 def trainer_status(pod: Object) -> Mapping[str, Any] | None:
-    """Return the status of the trainer's container, when there is one yet."""
+    """Return the status of the trainer's container; None if there is none yet."""
     statuses: Iterable[Mapping[str, Any]] = (pod.get("status") or {}).get("containerStatuses") or ()
     return next((status for status in statuses if status.get("name") == CONTAINER), None)
 
 
 def trainer_memory_limit(pod: Object) -> str | None:
-    """Return the memory limit of the trainer's container: a namespace's LimitRange sets one where the job does not."""
+    """Return the memory limit of the trainer's container; if the job sets none, a LimitRange may have set it."""
     containers: Iterable[Mapping[str, Any]] = (pod.get("spec") or {}).get("containers") or ()
     own: Mapping[str, Any] = next((c for c in containers if c.get("name") == CONTAINER), {})
     limit = ((own.get("resources") or {}).get("limits") or {}).get("memory")

@@ -1,4 +1,4 @@
-"""What a trainer's pod mounts: the spec, shared memory, scratch space, claims, certificates, credentials, identity."""
+"""What a trainer pod mounts: spec, shared memory, scratch, claims, certificates, credentials and the identity token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_operator.config import Settings
 SPEC_FOLDER = "/etc/dpo/spec"
 SPEC_FILE = "spec.json"
 IMAGE_KEY = "image"
-SCRATCH = "/tmp"  # noqa: S108 - an emptyDir of the pod's own
+SCRATCH = "/tmp"  # noqa: S108 - an emptyDir of the pod
 """HOME, TMPDIR and cache: the one writable place under a read-only root."""
 CACHE = "/cache"
 CLAIMS = "/mnt/claims"
@@ -29,7 +29,7 @@ INPUTS = ("spec.model", "spec.tokenizer", "spec.data")
 
 @dataclass
 class Mounts:
-    """Volumes, mounts and environment, collected source by source."""
+    """Volumes, mounts and environment variables of a container."""
 
     volumes: list[dict[str, Any]] = field(default_factory=list)
     mounts: list[dict[str, Any]] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Mounts:
 
 
 def mounts_of(spec: DPOJobSpec, config_map: str, settings: Settings) -> Mounts:
-    """Return everything that the trainer's container mounts, and the environment that says where."""
+    """Return everything that the trainer's container mounts, and the variables that give the paths."""
     found = Mounts()
     items = [{"key": SPEC_FILE, "path": SPEC_FILE}]
     found.add("spec", SPEC_FOLDER, {"configMap": {"name": config_map, "items": items}})
@@ -62,7 +62,7 @@ def mounts_of(spec: DPOJobSpec, config_map: str, settings: Settings) -> Mounts:
     found.add("scratch", SCRATCH, {"emptyDir": scratch}, read_only=False)
     for name in ("HOME", "TMPDIR"):
         found.set(name, SCRATCH)
-    found.set("USER", "dpo")  # an arbitrary UID has no passwd entry to take it from
+    found.set("USER", "dpo")  # an arbitrary UID has no passwd entry to take HOME from
     _cache(spec, found)
     _claims(spec, found)
     _credentials(spec, found)
@@ -95,15 +95,15 @@ def _claims(spec: DPOJobSpec, found: Mounts) -> None:
 
 
 def accesses(spec: DPOJobSpec) -> list[StorageAccess]:
-    """Return the access sections of the sources and outputs that have their own, in the order of their fields."""
+    """Return the `storage` sections of the sources and outputs that have one, in the order of their fields."""
     return [access for _, uri, access in uris(spec) if access is not None and uri.startswith("s3://")]
 
 
 def _credentials(spec: DPOJobSpec, found: Mounts) -> None:
-    """The common keys are environment; a source's own are files below the folder named after their Secret.
+    """The job's keys become environment variables; those of one source become files in a folder named after the Secret.
 
-    A reader that meets ``credentialsSecretRef`` looks for ``$DPO_CREDENTIALS_DIR/<name>/AWS_ACCESS_KEY_ID`` and so on,
-    and takes the environment where there is no such folder.
+    For a ``credentialsSecretRef`` the trainer reads ``$DPO_CREDENTIALS_DIR/<name>/AWS_ACCESS_KEY_ID`` and so on, or
+    the environment if there is no such folder.
     """
     common = spec.storage.credentials_secret_ref
     if common is not None:
@@ -127,7 +127,7 @@ def certificate_folder(bundle: CABundle) -> str | None:
 
 
 def _certificates(spec: DPOJobSpec, found: Mounts) -> None:
-    """Mount every bundle at ``$DPO_CA_DIR/configmap|secret/<name>/<key>``; the common one is also the S3 client's."""
+    """Mount every bundle at ``$DPO_CA_DIR/configmap|secret/<name>/<key>``; the job's own one also applies to S3."""
     common = spec.storage.ca_bundle
     bundles = [*([common] if common is not None else []), *(a.ca_bundle for a in accesses(spec) if a.ca_bundle)]
     keys: dict[str, tuple[CABundle, set[str]]] = {}
@@ -153,10 +153,10 @@ def _certificates(spec: DPOJobSpec, found: Mounts) -> None:
 
 
 def _identity(spec: DPOJobSpec, settings: Settings, found: Mounts) -> None:
-    """A token for the cloud, not for the cluster's API, and only where a service account was named.
+    """A token for the cloud, not for the cluster's API, and only if the job names a service account.
 
-    boto3 is pointed to it only where the job says which role to take: clouds that inject both themselves (IRSA) leave
-    a pod alone in which one of the two variables is set already.
+    The variables of boto3 are set only if the job names a role: clouds that inject them (IRSA) do not change a pod in
+    which one of them is already set.
     """
     if spec.service_account_name is None or not settings.identity_audience:
         return

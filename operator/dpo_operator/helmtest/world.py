@@ -1,7 +1,7 @@
 """A tiny Llama of random weights, its tokenizer and preferences, written with the standard library alone.
 
-The operator's image has neither torch nor tokenizers. safetensors is a length, a JSON header and bytes; the tokenizer
-knows one word a token.
+The operator's image has neither torch nor tokenizers. A safetensors file is a length, a JSON header and bytes; the
+tokenizer has one token per word.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAD, START, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 
 
 def make(folder: Path) -> dict[str, int]:
-    """Write model/, train.jsonl and valid.jsonl; return what there is of each."""
+    """Write model/, train.jsonl and valid.jsonl; return the number of parameters and of pairs."""
     pairs = [
         {"prompt": f"{question.format(topic)} ", "chosen": f"{CHOSEN} {END}", "rejected": f"{REJECTED} {END}"}
         for topic in TOPICS
@@ -104,7 +104,7 @@ def _write_model(folder: Path, vocabulary: int) -> int:
 
 
 def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Write norms of ones and matrices of small random numbers, as float32; return how many numbers there are."""
+    """Write norms of ones and matrices of small random numbers, as float32; return their number."""
     draw = random.Random(7)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     numbers = array.array("f")
