@@ -1,4 +1,4 @@
-"""The preference losses and the SFT term: one pure function for each loss, per pair, not averaged here.
+"""The preference losses and the SFT term: one pure function for each loss, which returns one value per pair.
 
 Notation: P pairs; Δ = (log π − log π_ref)(chosen) − (log π − log π_ref)(rejected), each log-probability summed over the
 response (or its per-token mean with ``average_log_probs``); β the spec's ``dpo.beta``; g the reward gap
@@ -7,8 +7,8 @@ response (or its per-token mean with ``average_log_probs``); β the spec's ``dpo
 Sources: DPO, Rafailov et al. 2023 (arXiv:2305.18290), eq. 7; IPO, Azar et al. 2023 (arXiv:2310.12036); reward-aware
 preference optimization (RPO), Nemotron-4 340B report (arXiv:2406.11704), whose distance is a choice of three here.
 
-Every mean of the run is over the *global* batch. So nothing in this module divides: each figure is a sum of numerators
-and a sum of denominators, which the caller adds up over packs, ranks and micro-batches and divides once.
+Every mean of the run is over the *global* batch, so this module does not divide. Each value has a numerator and a
+denominator; the caller sums both over packs, ranks and micro-batches, and divides once.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from dpo_api.spec import Dpo, Loss
 
 @dataclass(frozen=True)
 class Terms:
-    """What a loss may depend on, for P pairs."""
+    """The inputs of a loss for P pairs."""
 
     delta: Tensor  #: [P]; Δ
     reward_gap: Tensor  #: [P]; g
@@ -57,8 +57,8 @@ def rpo_fwd_kl_loss(of: Terms, dpo: Dpo) -> Tensor:
 def _bernoulli_kl(p_logit: Tensor, q_logit: Tensor) -> Tensor:
     """KL( Bern(σ(p)) ‖ Bern(σ(q)) ) of logits; [P], [P] -> [P].
 
-    Through log σ of both signs: probabilities themselves round to 0 or 1 beyond |logit| ≈ 17 in fp32, and their logs
-    to −∞; log σ stays finite (≈ −|logit|) and meets a factor that is then 0.
+    Computed from log σ of both signs. In fp32, probabilities round to 0 or 1 beyond |logit| ≈ 17 and their logs become
+    −∞, while log σ stays finite (≈ −|logit|) and is multiplied by a factor that is then 0.
     """
     heads = p_logit.sigmoid() * (logsigmoid(p_logit) - logsigmoid(q_logit))
     tails = (-p_logit).sigmoid() * (logsigmoid(-p_logit) - logsigmoid(-q_logit))
@@ -72,19 +72,19 @@ PREFERENCE_LOSSES: Mapping[Loss, Callable[[Terms, Dpo], Tensor]] = {
     Loss.RPO_BWD_KL: rpo_bwd_kl_loss,
     Loss.RPO_FWD_KL: rpo_fwd_kl_loss,
 }
-"""Each loss's function, per pair and without its weight; what else there is to know of it is in ``Loss.row``."""
+"""The function of each loss, per pair and unweighted. Its other properties are in ``Loss.row``."""
 
 
 @dataclass(frozen=True)
 class PairLosses:
     """Per-pair terms of P pairs; a filler pair is 0 in every field.
 
-    The loss is Σ ``total`` / Σ ``denominator`` over the global batch. Likewise each reported mean below, over the
-    denominator that its comment names. Only ``total`` carries gradient.
+    The loss is Σ ``total`` / Σ ``denominator`` over the global batch. The reported means are computed in the same way
+    with the denominators named in the comments. Only ``total`` has a gradient.
     """
 
     total: Tensor  #: [P]; numerators of the loss, the only field with a gradient
-    denominator: Tensor  #: [P] int64; 1 a pair, or its chosen tokens when SFT alone averages over tokens
+    denominator: Tensor  #: [P] int64; 1 per pair, or its chosen tokens if SFT alone averages over tokens
     real: Tensor  #: [P] bool; False for a filler pair
     preference: Tensor | None  #: [P], unweighted, over pairs; None for SFT alone
     preference_at_start: Tensor | None  #: [P], the same if Δ were 0 (policy = reference); None without a reference
@@ -104,13 +104,13 @@ def pair_losses(
     """Per-pair losses and rewards; column 0 is the chosen and column 1 the rejected response.
 
     policy_sums: [P, 2], Σ log π over each response's tokens, with gradient. policy_counts: [P, 2] int64, response
-    tokens. reference_sums: [P, 2], Σ log π_ref, constants; None (and unread) where ``settings``
-    need no reference: Δ is then of the policy alone. rewards: [P, 2], the data's
-    rewards or the spec's defaults. real: [P] bool, False for filler pairs (None: all real); a filler's inputs are never
-    looked at, so that not even a NaN among them reaches the loss or a gradient.
+    tokens. reference_sums: [P, 2], Σ log π_ref, constants; ignored, and may be None, if ``settings`` need no reference:
+    Δ is then that of the policy alone. rewards: [P, 2], the data's rewards or the spec's defaults. real: [P] bool,
+    False for filler pairs (None: all real). The inputs of fillers are masked, so that a NaN in them cannot reach the
+    loss or a gradient.
 
-    All results have the sums' dtype. ``sums_by_owner`` gives float64: of two sums near −2,000 that differ by 1, fp32
-    would keep 4 digits of the difference. The formulas themselves are safe in fp32 at |βΔ| = 1e4.
+    All results have the sums' dtype. ``sums_by_owner`` returns float64: for two sums near −2,000 that differ by 1, fp32
+    keeps only 4 digits of the difference. The formulas themselves are safe in fp32 at |βΔ| = 1e4.
     """
     if real is None:
         real = torch.ones(policy_sums.shape[0], dtype=torch.bool, device=policy_sums.device)
@@ -127,7 +127,7 @@ def pair_losses(
         if reference_sums is None:
             raise ValueError(f"the loss {settings.loss} needs the reference's log-probabilities")
         gains = policy - torch.where(keep, reference_sums, 0.0)
-    implicit = settings.beta * gains.detach()  # [P, 2]; a reward is a figure to look at: no gradient
+    implicit = settings.beta * gains.detach()  # [P, 2]; rewards are only reported, so they have no gradient
     if settings.average_log_probs:
         gains = gains / lengths
     delta = gains[:, 0] - gains[:, 1]
@@ -149,9 +149,9 @@ def pair_losses(
 def _sft_term(chosen: Tensor, counts: Tensor, settings: Dpo, real: Tensor) -> tuple[Tensor, Tensor]:
     """−log π(chosen): numerators [P] with gradient, denominators [P] int64.
 
-    A sum a pair, or its per-token mean with ``sft_average_log_probs`` (left out: as ``average_log_probs``), over pairs.
-    SFT alone with the field left out: the sums over all chosen tokens of the global batch, so that every token weighs
-    the same.
+    Per pair the sum, or the per-token mean with ``sft_average_log_probs`` (not set: as ``average_log_probs``); the
+    denominator counts pairs. For SFT alone with the field not set, the denominator counts the chosen tokens of the
+    global batch, so that every token has the same weight.
     """
     per_token = settings.sft_average_log_probs
     if per_token is None:

@@ -1,4 +1,4 @@
-"""The cache folder of a node: where it is, room on its disk, one writer at a time."""
+"""The cache folder of a node: its path, its free space and its lock."""
 
 import fcntl
 import os
@@ -13,13 +13,13 @@ from dpo_store.errors import from_os_error
 
 
 def cache_folder() -> Path:
-    """``$DPO_CACHE_DIR``, else ``~/.cache/dpo-operator``; index/<key>/ and reference/ live below it."""
+    """Return ``$DPO_CACHE_DIR``, else ``~/.cache/dpo-operator``; it contains index/<key>/ and reference/."""
     return Path(os.environ.get("DPO_CACHE_DIR") or "~/.cache/dpo-operator").expanduser()
 
 
 @contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
-    """Hold ``lock`` against every other process of the node; the kernel frees it when a process dies."""
+    """Hold ``lock`` exclusively on this node; the kernel releases it if the process dies."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("a")
@@ -31,14 +31,14 @@ def exclusive(lock: Path) -> Iterator[None]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written below ``folder``, which need not exist yet."""
+    """Return the bytes that can still be written below ``folder``, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def no_space(folder: Path, what: str, needed: int, available: int) -> NoSpaceError:
-    """The error that names the folder, what it should hold, and both sizes."""
+    """Return the error that names the folder, what is written to it, and both sizes."""
     wanted, free = sizes(needed, available)
     return NoSpaceError(
         f"{folder}: {what} needs about {wanted} and only {free} are free;"

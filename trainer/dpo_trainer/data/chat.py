@@ -1,4 +1,4 @@
-"""Message lists → text by a chat template, in a sandbox and with one fixed date."""
+"""Renders message lists with a chat template, in a sandbox and with a fixed date."""
 
 import datetime as dt
 import json
@@ -16,10 +16,10 @@ from jinja2.utils import missing
 from dpo_api.errors import InvalidModelError
 
 TEMPLATE_DATE = dt.date(2024, 7, 26)
-"""The date that every template gets as today's, so that a run's tokens do not depend on the day it starts.
+"""The current date in every template, fixed so that a run's tokens do not depend on the day it starts.
 
-The day that Llama 3's template itself falls back to. A tokenizer's user who lets templates print the real date meets a
-model trained on another one, as with any data set.
+It is the default of Llama 3's own template. At inference a template may print the real date, which then differs from
+the one in training, as with any data set.
 """
 
 
@@ -28,7 +28,7 @@ class TemplateFailedError(Exception):
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}…{% endgeneration %}`` marks assistant text in some templates; here it is its body."""
+    """Renders the body of ``{% generation %}…{% endgeneration %}``, which marks assistant text in some templates."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own class attribute)
 
@@ -50,9 +50,9 @@ def _tojson(
 
 
 class _Unset(jinja2.Undefined):
-    """A variable that is not set: false in a test as in Jinja itself, but an error where its text is needed.
+    """A variable that is not set: false in a test, as in Jinja, but an error if its text is needed.
 
-    Jinja would write nothing in its place. That is right for special tokens, which a tokenizer may lack.
+    Jinja would write an empty string. That is right only for special tokens, which a tokenizer may lack.
     """
 
     def __str__(self) -> str:
@@ -67,20 +67,20 @@ _OURS = frozenset({"messages", "add_generation_prompt", "tools"})
 
 
 class ChatTemplate:
-    """A compiled chat template, rendered as transformers' ``apply_chat_template`` does, but for today's date."""
+    """A compiled chat template, rendered like transformers' ``apply_chat_template`` except for the date."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, tool_source: str | None = None) -> None:
-        """``special_tokens`` (``bos_token``, …) are variables of the template. ``tool_source``: a template of its own
-        for conversations with tools.
+        """``special_tokens`` (``bos_token``, …) are variables of the template. ``tool_source``: a separate template for
+        conversations with tools.
 
-        Raises InvalidModelError when a template is not valid Jinja.
+        Raises InvalidModelError if a template is not valid Jinja.
         """
         self.source = source
         self._plain = _Compiled(source, special_tokens)
         self._with_tools = self._plain if tool_source is None else _Compiled(tool_source, special_tokens)
         self.uses_date = self._plain.uses_date or self._with_tools.uses_date
         self.reads = self._plain.reads | self._with_tools.reads
-        """Names of variables that a template may read and that nothing sets."""
+        """Names of variables that the templates may read and that are never set."""
 
     def render(
         self,
@@ -89,12 +89,12 @@ class ChatTemplate:
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Return the conversation's text. Raises TemplateFailedError when the template refuses the messages."""
+        """Return the conversation's text. Raises TemplateFailedError if the template refuses the messages."""
         compiled = self._plain if tools is None else self._with_tools
         return compiled.render(messages=list(messages), add_generation_prompt=add_generation_prompt, tools=tools)
 
     def writes(self, tools: Sequence[Mapping[str, Any]], messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the text differs from that without the tools. Raises TemplateFailedError, as ``render`` does."""
+        """Return whether the tools change the text. Raises TemplateFailedError, as ``render`` does."""
         given = {"messages": list(messages), "add_generation_prompt": True}
         with_tools = self._with_tools.render(**given, tools=tools)
         try:

@@ -1,4 +1,4 @@
-"""Pairs → one Pack: token stream, positions, segments, and the rows whose hidden states predict response tokens."""
+"""Builds a Pack from pairs: token stream, positions, segments, and the rows that predict response tokens."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,18 +13,18 @@ TokenIds = NDArray[np.int32]
 """[n] int32 token ids."""
 
 FILLER_PAIR = -1
-"""The dataset index of a filler pair: it runs through the model so that collectives match, and its weight is zero."""
+"""The dataset index of a filler pair, which goes through the model with weight zero so that collectives match."""
 
 
 class PairTokens(Protocol):
-    """What a pack is built from; PairIndex is one."""
+    """The source of a pack's tokens, such as a PairIndex."""
 
     def tokens(self, pair: int) -> tuple[TokenIds, TokenIds, TokenIds]:
-        """Token ids of the pair's prompt (at least one), chosen (at least one) and rejected (maybe none) text."""
+        """Return the token ids of the pair's prompt, chosen and rejected text. Only rejected may be empty."""
 
 
 class _Stream:
-    """Grows one pack. All arrays are numpy until the end: a tensor per piece would dominate the cost of small pairs."""
+    """Accumulates one pack. All arrays are numpy until the end: tensors would dominate the cost of small pairs."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -55,7 +55,7 @@ class _Stream:
 
 
 def _add_shared(stream: _Stream, prompt: TokenIds, responses: Sequence[TokenIds], owner: int) -> None:
-    """Prompt once, then each response as its child: both continue the prompt's positions and neither sees the other."""
+    """Add the prompt once, then each response as its child. Both continue its positions; neither sees the other."""
     last = stream.segment([prompt], 0, None) + len(prompt) - 1
     parent = len(stream.segments) - 1
     for side, response in enumerate(responses):
@@ -64,7 +64,7 @@ def _add_shared(stream: _Stream, prompt: TokenIds, responses: Sequence[TokenIds]
 
 
 def _add_unshared(stream: _Stream, prompt: TokenIds, responses: Sequence[TokenIds], owner: int) -> None:
-    """Prompt and response as one segment, for each response."""
+    """Add the prompt and a response as one segment, for each response."""
     for side, response in enumerate(responses):
         start = stream.segment([prompt, response], 0, None) + len(prompt)
         stream.predict(response, start - 1, start, owner + side)
@@ -83,11 +83,11 @@ def _cat(parts: Sequence[NDArray[np.int32]] | Sequence[NDArray[np.int64]], pad: 
 def make_pack(
     index: PairTokens, pair_ids: Sequence[int], *, share: bool, pad_to_multiple: int = 1, with_rejected: bool = True
 ) -> Pack:
-    """Build the pack of these pairs (dataset indices, in this order); of none, a filler pack of one tiny pair.
+    """Build the pack of these pairs (dataset indices, in this order). No pairs: a filler pack of one tiny pair.
 
-    ``share``: a pair's prompt appears once, with both responses as its children; otherwise once before each response.
-    ``with_rejected=False`` (SFT alone) leaves the rejected responses out. The stream is padded at its end to a
-    multiple of ``pad_to_multiple``. Rows and owners are ordered by pair, chosen before rejected.
+    ``share``: a pair's prompt appears once, with both responses as its children; otherwise before each response.
+    ``with_rejected=False`` (SFT alone) leaves out the rejected responses. The end of the stream is padded to a multiple
+    of ``pad_to_multiple``. Rows and owners are ordered by pair, chosen before rejected.
     """
     stream = _Stream()
     ids = [int(pair) for pair in pair_ids] or [FILLER_PAIR]

@@ -1,7 +1,7 @@
-"""Pairs of one global batch → packs under a token budget → the packs of each rank.
+"""Groups the pairs of one global batch into packs under a token budget, and assigns the packs to ranks.
 
-Deterministic arithmetic on the pairs' costs, so that every tensor- and pipeline-parallel rank builds the same packs.
-The result changes only which tokens share a stream, never the sums of the step.
+The result depends only on the pairs' costs, so every tensor- and pipeline-parallel rank builds the same packs. It
+decides which tokens share a stream, but does not change the sums of the step.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Packs = list[list[int]]
 
 
 def pair_cost(prompt: int, chosen: int, rejected: int, *, share: bool) -> int:
-    """Tokens of a pair in a stream: its prompt once when shared, else before each response (one when rejected is 0)."""
+    """Return the tokens of a pair in a stream. The prompt counts once if shared, else once per non-empty response."""
     copies = 1 if share or rejected == 0 else 2
     return copies * prompt + chosen + rejected
 
@@ -21,14 +21,14 @@ def pair_cost(prompt: int, chosen: int, rejected: int, *, share: bool) -> int:
 def _first_fit(
     costs: Sequence[int], order: Sequence[int], max_tokens: int, max_pairs: int | None, bins: int = 0
 ) -> Packs:
-    """First-fit of ``order`` into packs; with ``bins``, into that many from the start, the least loaded first."""
+    """Put ``order`` into packs first-fit; with ``bins``, into the least loaded of that many packs."""
     packs: Packs = [[] for _ in range(bins)]
-    room = np.full(len(order) + bins, -1, dtype=np.int64)  # [packs that can ever exist]; -1: closed or not yet there
+    room = np.full(len(order) + bins, -1, dtype=np.int64)  # [maximum number of packs]; -1: full or not created yet
     room[:bins] = max_tokens
     for position in order:
         cost = costs[position]
         target = int(np.argmax(room) if bins else np.argmax(room >= cost))
-        if room[target] < cost:  # fits nowhere: a pack of its own, even when the pair alone exceeds the budget
+        if room[target] < cost:  # does not fit: a pack of its own, even if the pair alone exceeds the budget
             target = len(packs)
             packs.append([])
             room[target] = max_tokens
@@ -41,10 +41,9 @@ def _first_fit(
 def pack_batch(costs: Sequence[int], max_tokens: int, max_pairs: int | None, *, ranks: int = 1) -> Packs:
     """Group a global batch's pairs into packs of at most ``max_tokens`` tokens and ``max_pairs`` pairs.
 
-    First-fit-decreasing by ``costs`` [n] (tokens, see ``pair_cost``), ties in batch order. When the number of packs
-    does not divide by ``ranks`` the pairs are spread evenly over the next multiple instead (as far as there are
-    pairs), so that no rank idles while another holds a fuller pack. A pair that alone exceeds the budget is a pack of
-    its own.
+    First-fit-decreasing by ``costs`` [n] (tokens, see ``pair_cost``), ties in batch order. If the number of packs is
+    not a multiple of ``ranks``, the pairs are spread evenly over the next multiple (if there are enough pairs), so that
+    no rank is idle while another computes a fuller pack. A pair that exceeds the budget alone gets its own pack.
     """
     if not costs:
         return []
@@ -53,16 +52,17 @@ def pack_batch(costs: Sequence[int], max_tokens: int, max_pairs: int | None, *, 
     wanted = min(-(-len(packs) // ranks) * ranks, len(costs))
     if wanted > len(packs):
         even = _first_fit(costs, order, max_tokens, max_pairs, bins=wanted)
-        if len(even) == wanted:  # spreading can fail where first-fit succeeded; its packs then stand
+        if len(even) == wanted:  # spreading may need more packs than first-fit did; then first-fit's packs are kept
             packs = even
     return [sorted(pack) for pack in packs]
 
 
 def deal(packs: Packs, pack_tokens: Sequence[int], ranks: int) -> list[Packs]:
-    """Deal packs to data-parallel ranks: equal numbers of packs a rank, balanced by tokens.
+    """Assign packs to data-parallel ranks: the same number for each rank, balanced by tokens.
 
-    Heaviest first, each to the rank with the fewest tokens that still has a place; ⌈packs / ranks⌉ places each (at
-    least one), the empty ones filled with filler packs, so that all ranks run the same number of micro-batches.
+    The largest pack goes first, each to the rank with the fewest tokens that has a free place. Every rank has
+    ⌈packs / ranks⌉ places (at least one); empty ones get filler packs, so that all ranks run the same number of
+    micro-batches.
     ``pack_tokens`` is aligned with ``packs``. Returns one list of packs for each rank.
     """
     places = max(1, -(-len(packs) // ranks))

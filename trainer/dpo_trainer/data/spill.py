@@ -1,12 +1,12 @@
-"""The index on disk: token ids and one row a pair, written once, then memory-mapped.
+"""The index on disk: token ids and one row per pair, written once, then memory-mapped.
 
 A folder ``index/<key>/`` holds
 
 - ``tokens.i32``: for each pair its prompt, chosen and rejected ids, one after the other, little-endian int32;
-- ``pairs.bin``: one ROW a pair;
+- ``pairs.bin``: one ROW per pair;
 - ``index.json``: the completion marker, written last: the sizes of both files, the fingerprints and the statistics.
 
-Memory of both sides is O(buffer), whatever the number of pairs: reading maps the files.
+Writing and reading need O(buffer) memory for any number of pairs: the reader maps the files.
 """
 
 import errno
@@ -29,7 +29,7 @@ from dpo_trainer.data.packing import pair_cost
 from dpo_trainer.data.tokenizer import Ids
 
 FORMAT = 2
-"""Part of every key: raise it when these files or the meaning of a setting change."""
+"""Part of every key: increase it if the format of these files or the meaning of a setting changes."""
 
 ROW = np.dtype(
     [
@@ -39,7 +39,7 @@ ROW = np.dtype(
         ("rejected", "<i4"),
         ("file", "<i4"),  # position in stats["files"]
         ("line", "<i8"),
-        ("chosen_reward", "<f8"),  # NaN: the line gives none
+        ("chosen_reward", "<f8"),  # NaN: not in the line
         ("rejected_reward", "<f8"),
     ]
 )
@@ -87,7 +87,7 @@ class SpillWriter:
         self.written += sum(lengths)
 
     def finish(self, stats: dict[str, Any]) -> None:
-        """Make the files durable, then write the marker: from here on the index is complete."""
+        """Sync the files to disk, then write the marker, which makes the index complete."""
         try:
             sizes = {}
             for name, file in ((_TOKENS, self._tokens), (_PAIRS, self._pairs)):
@@ -112,7 +112,7 @@ class SpillWriter:
             raise self._explain(error) from error
 
     def abandon(self) -> None:
-        """Remove what was written: it will not be completed."""
+        """Remove the incomplete index."""
         for file in (self._tokens, self._pairs):
             try:
                 file.close()
@@ -130,7 +130,7 @@ class PairIndex:
     """The usable pairs of one data set as token ids, in file order. Read-only, memory-mapped.
 
     n: number of pairs, at least 1. fingerprint: sha256 over every pair's token ids and bounds; rewards_fingerprint:
-    over their rewards as the data gives them. stats: see ``tally.Tally.stats``. folder: where it lies.
+    over their rewards in the data. stats: see ``tally.Tally.stats``. folder: the folder of its files.
     """
 
     def __init__(self, folder: Path, marker: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class PairIndex:
 
     @classmethod
     def open(cls, folder: Path) -> "PairIndex | None":
-        """The index in this folder, or None when there is none that is complete."""
+        """Return the index in this folder, or None if there is no complete one."""
         try:
             marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
             whole = all((folder / name).stat().st_size == size for name, size in marker["sizes"].items())
@@ -159,11 +159,11 @@ class PairIndex:
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """[n, 3] int32: tokens of prompt, chosen and rejected (0 where rejected is not needed)."""
+        """[n, 3] int32: tokens of prompt, chosen and rejected (0 if rejected is not needed)."""
         return self._bounds
 
     def tokens(self, pair: int) -> tuple[Ids, Ids, Ids]:
-        """Token ids of the pair's prompt, chosen and rejected: read-only views of the file."""
+        """Return the token ids of the pair's prompt, chosen and rejected text: read-only views of the file."""
         start = int(self._rows["offset"][pair])
         prompt, chosen, rejected = (int(size) for size in self._bounds[pair])
         middle, last = start + prompt, start + prompt + chosen
@@ -172,20 +172,20 @@ class PairIndex:
     def rewards(
         self, pairs: Sequence[int] | NDArray[np.int64], default_chosen: float, default_rejected: float
     ) -> NDArray[np.float32]:
-        """[k, 2] float32: rewards of chosen and rejected; the defaults where a line gave none."""
+        """Return [k, 2] float32: rewards of chosen and rejected, or the defaults if a line has none."""
         rows = self._rows[np.asarray(pairs, dtype=np.int64)]
         given = np.stack([rows["chosen_reward"], rows["rejected_reward"]], axis=1)  # [k, 2]
         filled = np.where(np.isnan(given), np.array([default_chosen, default_rejected]), given)
         return filled.astype(np.float32)
 
     def costs(self, pairs: Sequence[int] | NDArray[np.int64], *, share: bool, with_rejected: bool = True) -> list[int]:
-        """[k] tokens that each pair takes in a pack's stream (see ``packing.pair_cost``)."""
+        """Return [k] tokens that each pair takes in a pack's stream (see ``packing.pair_cost``)."""
         return [
             pair_cost(int(prompt), int(chosen), int(rejected) if with_rejected else 0, share=share)
             for prompt, chosen, rejected in self._bounds[np.asarray(pairs, dtype=np.int64)]
         ]
 
     def origin(self, pair: int) -> str:
-        """``file:line`` that the pair was read from."""
+        """Return the ``file:line`` of the pair."""
         row = self._rows[pair]
         return f"{self.stats['files'][int(row['file'])]}:{int(row['line'])}"
