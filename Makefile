@@ -1,4 +1,4 @@
-# `make help` lists what one can do here.
+# `make help` lists the targets.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

@@ -46,7 +46,7 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 
 def _base(path: str, first: int) -> str:
-    """Return the folder in which the first wildcard stands."""
+    """Return the folder that contains the first wildcard."""
     return path[: path.rfind("/", 0, first) + 1]
 
 

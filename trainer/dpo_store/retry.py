@@ -13,7 +13,7 @@ log = logging.getLogger("dpo_store")
 
 
 class PassingError(Exception):
-    """An answer that was wrong in a way that another request may mend: short, slow, or of another range."""
+    """An answer that was wrong in a way that another request may fix: short, slow, or of another range."""
 
 
 class Patience:
@@ -37,7 +37,7 @@ class Patience:
         self.failures = 0
 
     def progressed(self) -> None:
-        """Start counting anew: the operation moved forward."""
+        """Reset the count: the operation has made progress."""
         self.failures = 0
 
     def failed(self, error: Exception) -> None:

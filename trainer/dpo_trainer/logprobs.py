@@ -1,10 +1,10 @@
-"""Log-probabilities of response tokens from hidden states, without ever holding a [rows, vocabulary] matrix.
+"""Log-probabilities of response tokens from hidden states, without ever storing a [rows, vocabulary] matrix.
 
-With a vocabulary of 128k, the logits of 8,192 tokens are 4 GiB in fp32, and autograd keeps several such tensors. Here
-the LM head is part of the function: it goes over the rows in chunks, keeps one number a row (the log of the softmax's
-denominator) and computes each chunk's logits again in the backward pass. The price is one more pass of the head's GEMM.
+With a vocabulary of 128k, the logits of 8,192 tokens take 4 GiB in fp32, and autograd keeps several such tensors. Here
+the LM head is part of the function: it processes the rows in chunks, keeps one number per row (the log of the softmax's
+denominator) and recomputes each chunk's logits in the backward pass. This costs one more GEMM of the head.
 
-Only rows that predict a response token are given to it: prompts and padding never meet the LM head.
+Only rows that predict a response token are passed in; prompts and padding never go through the LM head.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20
-"""Bound of one chunk's fp32 logits, from which the default chunk follows. Peak memory is about twice this."""
+"""Maximum size of one chunk's fp32 logits, which sets the default chunk. Peak memory is about twice this."""
 
 
 def default_chunk(rows: int, vocabulary: int) -> int:
-    """Rows a chunk so that its fp32 logits take at most CHUNK_BYTES: ⌊64 MiB / (4 B · vocabulary)⌋, at least 1.
+    """Return the rows per chunk whose fp32 logits take at most CHUNK_BYTES: ⌊64 MiB / (4 B · vocabulary)⌋, at least 1.
 
-    524 rows for a vocabulary of 32,000, 130 for 128,256; ``vocabulary`` is this rank's share of it. Chunks are made
-    equal in size, since a last chunk of few rows would run its GEMMs badly.
+    524 rows for a vocabulary of 32,000, 130 for 128,256; ``vocabulary`` is this rank's part of it. Chunks have equal
+    sizes, because the GEMMs of a small last chunk would be inefficient.
     """
     most = max(1, CHUNK_BYTES // (4 * max(1, vocabulary)))
     chunks = max(1, -(-rows // most))
@@ -40,17 +40,16 @@ def response_log_probs(
 
     rows: [R, H] hidden states after the final norm. weight: [V, H], the LM head, in the rows' dtype; with ``tp_group``
     this rank's [V / T, H] slice, rank t holding the vocabulary from t·V/T on. labels: [R] int64. chunk: rows whose
-    logits exist at one time (None: ``default_chunk``); the result does not depend on it beyond rounding.
+    logits exist at the same time (None: ``default_chunk``); it changes the result only by rounding.
 
     Returns [R] in fp32 (float64 for float64 rows), equal on all ranks of ``tp_group``: logits in the rows' dtype, the
     softmax in fp32. Gradients: of rows, complete on each rank (summed over ``tp_group`` here); of weight, this rank's
-    slice, summed over chunks in fp32 and returned once in the weight's dtype, as an ordinary gradient. So whatever
-    listens to the parameter (Megatron-Core's main_grad hooks, tied embeddings) sees nothing special, and a frozen
-    weight costs nothing.
+    slice, summed over chunks in fp32 and returned once in the weight's dtype, as an ordinary gradient. Hooks on the
+    parameter (Megatron-Core's main_grad, tied embeddings) therefore work as usual, and a frozen weight costs nothing.
 
-    Raises ValueError for shapes that do not fit together, IndexError for a label outside the vocabulary (on CPU; on an
-    accelerator, where looking would wait for the device, its log-probability is NaN and the run's finiteness check
-    stops it).
+    Raises ValueError for shapes that do not match, and IndexError for a label outside the vocabulary on CPU. On an
+    accelerator this check would wait for the device; there the log-probability is NaN and the run's check for finite
+    losses stops it.
     """
     if rows.dim() != 2 or weight.dim() != 2 or rows.shape[1] != weight.shape[1] or labels.shape != rows.shape[:1]:
         raise ValueError(
@@ -78,16 +77,16 @@ def response_log_probs(
 def sums_by_owner(log_probs: Tensor, owners: Tensor, n_owners: int) -> tuple[Tensor, Tensor]:
     """Sum the tokens of each response.
 
-    log_probs: [R]. owners: [R] int64 in [0, n_owners), each token's response. Returns the sums [n_owners] in float64
-    (it is their differences that matter: see losses.pair_losses), with gradient, and the counts [n_owners] int64. A
-    response without tokens has sum 0 and count 0.
+    log_probs: [R]. owners: [R] int64 in [0, n_owners), each token's response. Returns the sums [n_owners] in float64,
+    with gradient, and the counts [n_owners] int64. The sums are float64 because their differences are used: see
+    losses.pair_losses. A response without tokens has sum 0 and count 0.
     """
     sums = torch.zeros(n_owners, dtype=torch.float64, device=log_probs.device).index_add(0, owners, log_probs.double())
     return sums, torch.bincount(owners, minlength=n_owners)
 
 
 class _ResponseLogProbs(torch.autograd.Function):
-    """See response_log_probs. Saved for backward: the inputs, which exist anyway, and one number a row."""
+    """See response_log_probs. Saves the inputs, which exist anyway, and one number per row for the backward pass."""
 
     @staticmethod
     def forward(
@@ -95,7 +94,7 @@ class _ResponseLogProbs(torch.autograd.Function):
     ) -> Tensor:
         first = 0 if tp_group is None else tp_group.rank() * weight.shape[0]
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        # Of this rank's part of the vocabulary, for every row: [R] each.
+        # For every row, over this rank's part of the vocabulary: [R] each.
         peak = torch.empty(rows.shape[0], dtype=dtype, device=rows.device)
         mass = torch.empty_like(peak)  # Σ exp(logit − peak)
         target = torch.empty_like(peak)  # the label's logit; 0 where another rank holds it
@@ -110,7 +109,7 @@ class _ResponseLogProbs(torch.autograd.Function):
             mass[part] = logits.sub_(peak[part].unsqueeze(1)).exp_().sum(1)
             del logits  # before the next chunk's are made
         if tp_group is not None:
-            # Two reductions for the whole batch, not two a chunk.
+            # Two reductions for the whole batch instead of two per chunk.
             shared = peak.clone()
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=tp_group)
             parts = torch.stack((mass * (peak - shared).exp(), target, owned))
@@ -128,7 +127,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         rows, weight, labels, log_mass = ctx.saved_tensors
         need_rows, need_weight = ctx.needs_input_grad[:2]
         rows_grad = torch.empty_like(rows) if need_rows else None
-        # One chunk needs no sum over chunks: its GEMM rounds once, at the end, by itself.
+        # A single chunk needs no fp32 sum: its GEMM rounds once, at the end.
         single = ctx.chunk >= rows.shape[0] > 0
         sum_dtype = weight.dtype if single else log_mass.dtype
         weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
@@ -150,12 +149,12 @@ class _ResponseLogProbs(torch.autograd.Function):
 
 
 def _logits(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, H], [V, H] -> fresh [C, V] in ``dtype``, rounded to the rows' dtype first as every LM head does."""
+    """[C, H], [V, H] -> new [C, V] in ``dtype``, first rounded to the rows' dtype as in every LM head."""
     return (rows @ weight.t()).to(dtype)
 
 
 def _local(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
-    """Labels [C] as indices into this rank's slice of the vocabulary (0 where outside) and whether they are inside."""
+    """Labels [C] as indices into this rank's slice of the vocabulary (0 if outside), and whether they are inside."""
     inside = (labels >= first) & (labels < first + size)
     return torch.where(inside, labels - first, 0), inside
 
@@ -165,7 +164,7 @@ def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
     if slope.dtype == total.dtype:
         total.addmm_(slope.t(), rows)
         return
-    # The product exists in bf16 before it is added: in blocks of the vocabulary, or it would be a second [V, H].
+    # The product exists in bf16 before it is added, so it is computed in blocks: else it would be a second [V, H].
     block = max(1, CHUNK_BYTES // (2 * total.shape[1]))
     for start in range(0, total.shape[0], block):
         total[start : start + block].add_(slope[:, start : start + block].t() @ rows)

@@ -1,6 +1,6 @@
-"""The learning rate of each step: linear warm-up, cosine decay, constant part, as NeMo's CosineAnnealing.
+"""The learning rate of each step: linear warm-up, cosine decay, constant part, as in NeMo's CosineAnnealing.
 
-Plain arithmetic on the step alone: a resumed run needs no scheduler state.
+It depends on the step alone, so a resumed run needs no scheduler state.
 """
 
 import math
@@ -15,15 +15,15 @@ def learning_rate(
     constant_steps: int,
     total_steps: int,
 ) -> float:
-    """The rate of the update that follows ``step`` optimizer steps already made (the first update: ``step`` = 0).
+    """Return the rate of the update after ``step`` completed optimizer steps (the first update: ``step`` = 0).
 
     With W warm-up steps, C constant steps, M total steps and D = M − W − C decay steps:
 
-    - C > 0: s ≤ W: max·s/W, so that the very first update of a run with a warm-up has rate 0; W < s ≤ W + D: half a
-      cosine, min + ½(max − min)(1 + cos(π(s − W)/D)); after that min. With D ≤ 0 the rate falls from max to min right
-      after the warm-up; the plan warns of it.
+    - C > 0: s ≤ W: max·s/W, so the first update of a run with a warm-up has rate 0; W < s ≤ W + D: half a cosine,
+      min + ½(max − min)(1 + cos(π(s − W)/D)); after that min. With D ≤ 0 the rate drops from max to min right after
+      the warm-up; the plan warns about this.
     - C = 0: s ≤ W: max·(s + 1)/(W + 1), never 0; then the same cosine over D = M − W steps; beyond M min.
-    - W = 0: no warm-up: the first update has rate max, unless no decay step exists (D ≤ 0), when it has min.
+    - W = 0: no warm-up: the first update has rate max, or min if there are no decay steps (D ≤ 0).
 
     ``constant_steps`` is the constant part at the *end*, at the minimum rate. Raises ValueError for a negative count or
     a minimum above the maximum.

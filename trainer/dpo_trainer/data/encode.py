@@ -1,4 +1,4 @@
-"""Records → token ids: the rules about BOS, EOS, the boundary of prompt and response, and length."""
+"""Encodes records as token ids: the rules for BOS, EOS, the boundary of prompt and response, and length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _NONE = np.zeros(0, dtype=np.int32)
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """One pair as token ids; ``rejected`` is empty where it is not needed. A missing reward is NaN."""
+    """One pair as token ids; ``rejected`` is empty if it is not needed. A missing reward is NaN."""
 
     prompt: Ids
     chosen: Ids
@@ -28,13 +28,13 @@ class EncodedPair:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt with the longer response: what maxLength bounds."""
+        """Tokens of the prompt with the longer response, which maxLength limits."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """A record as text. ``templated``: the chat template has put special tokens where they belong."""
+    """A record as text. ``templated``: the chat template has already added the special tokens."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -42,7 +42,7 @@ class _Texts:
 
 
 def _rendered(chat: ChatTemplate, conversations: list[Messages], tools: list[dict[str, Any]] | None) -> list[str]:
-    """The first conversation with the generation prompt after it, the others without."""
+    """Render the first conversation with the generation prompt at its end, the others without."""
     return [
         chat.render(messages, add_generation_prompt=number == 0, tools=tools)
         for number, messages in enumerate(conversations)
@@ -50,10 +50,10 @@ def _rendered(chat: ChatTemplate, conversations: list[Messages], tools: list[dic
 
 
 class PairEncoder:
-    """Encodes records by a spec's data section. A record's ids never depend on its neighbours."""
+    """Encodes records according to a spec's data section. A record's ids do not depend on other records."""
 
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
-        """Raise InvalidSpecError when the tokenizer lacks a token that the section asks for."""
+        """Raise InvalidSpecError if the tokenizer lacks a token that the section requires."""
         if data.add_bos == "always" and tokenizer.bos_id is None:
             raise InvalidSpecError("spec.data.addBos: always, but the tokenizer has no BOS token; use auto or never")
         if data.append_eos and tokenizer.eos_id is None:
@@ -63,7 +63,7 @@ class PairEncoder:
         self._blank: dict[int, bool] = {}
 
     def encode(self, records: Sequence[Record]) -> list[EncodedPair | Problem]:
-        """Encode a batch; the results are aligned with the records."""
+        """Encode a batch; there is one result per record, in the same order."""
         texts = [self._texts(record) for record in records]
         flat = [text for item in texts if isinstance(item, _Texts) for text in self._to_tokenise(item)]
         ids = iter(self._tokenizer.encode(flat))
@@ -77,14 +77,14 @@ class PairEncoder:
         return results
 
     def ends(self, response: Ids) -> bool:
-        """Whether the response's last token that is not white space is one that ends a text."""
+        """Return whether the response's last token, ignoring white space, is an end token."""
         last = int(response[-1])
         if len(response) > 1 and last not in self._tokenizer.end_ids and self._is_blank(last):
             last = int(response[-2])
         return last in self._tokenizer.end_ids
 
     def has_special(self, pair: EncodedPair) -> bool:
-        """Whether a special token other than BOS is in the prompt or the chosen response."""
+        """Return whether the prompt or the chosen response has a special token other than BOS."""
         return any(not self._tokenizer.end_ids.isdisjoint(part.tolist()) for part in (pair.prompt, pair.chosen))
 
     def _is_blank(self, token: int) -> bool:
@@ -112,7 +112,7 @@ class PairEncoder:
     def _render(
         self, chat: ChatTemplate, prompt: Messages, responses: list[Messages], tools: list[dict[str, Any]] | None
     ) -> _Texts | Problem:
-        """Prompt with the generation prompt; each response is what the whole conversation's text adds to that."""
+        """Render the prompt with the generation prompt. A response is what the whole conversation's text adds to it."""
         conversations = [prompt, *(prompt + response for response in responses)]
         try:
             if tools is not None and not chat.writes(tools, prompt):
@@ -123,7 +123,7 @@ class PairEncoder:
                 )
             try:
                 texts = _rendered(chat, [with_parsed_arguments(each) for each in conversations], tools)
-            except TemplateFailedError:  # the template may take a call's arguments as JSON text alone
+            except TemplateFailedError:  # the template may need a call's arguments as JSON text
                 texts = _rendered(chat, conversations, tools)
         except TemplateFailedError as error:
             return Problem(Reason.TEMPLATE, f"the chat template refuses the messages: {error}")
@@ -164,7 +164,7 @@ class PairEncoder:
         return self._fit(record, prompt, encoded)
 
     def _begin(self, prompt: Ids, *, templated: bool) -> Ids:
-        """Start the prompt as addBos says; a BOS that the text or template wrote counts: there are never two."""
+        """Add a BOS according to addBos. A BOS from the text or the template counts: there are never two."""
         bos, prefix = self._tokenizer.bos_id, np.array(self._tokenizer.prefix, dtype=np.int32)
         written = 0
         while bos is not None and written < len(prompt) and prompt[written] == bos:
@@ -178,7 +178,7 @@ class PairEncoder:
         return np.concatenate([start, rest])
 
     def _finish(self, response: Ids) -> Ids:
-        """End a plain string as the tokenizer itself does and as appendEos says, never twice."""
+        """Add the end token to a plain string as the tokenizer does and as appendEos says, never twice."""
         suffix = list(self._tokenizer.suffix)
         if self._data.append_eos and self._tokenizer.eos_id not in suffix:
             suffix.append(self._tokenizer.eos_id or 0)

@@ -1,4 +1,4 @@
-"""What the index pass counts, and the sentences it makes of it."""
+"""The counts of the index pass, and its errors and warnings."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Count:
     dropped: Counter[Reason] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON, with the reasons in a fixed order."""
+        """Return the counts for JSON, with the reasons in a fixed order."""
         return {
             "lines": self.lines,
             "pairs": self.pairs,
@@ -38,7 +38,7 @@ class Count:
 
 
 class Tally:
-    """Counts the lines of one data set, as a whole and by source; knows what is an error and what is dropped."""
+    """Counts the lines of one data set, in total and by source, and decides which are errors and which are dropped."""
 
     def __init__(self, name: str, data: Data, sources: list[tuple[str, str]]) -> None:
         """``name`` of the set (train, …); ``sources``: name and uri of each."""
@@ -55,7 +55,7 @@ class Tally:
 
     @property
     def failed(self) -> bool:
-        """Whether an error has been met: the rest is only counted, nothing more needs to be written."""
+        """Whether there was an error. The remaining lines are then only counted and no longer written."""
         return bool(self._errors)
 
     def keep(self, source: int, pair: EncodedPair, *, ended: bool) -> None:
@@ -71,7 +71,7 @@ class Tally:
             self._last_ids.add(int(pair.chosen[-1]))
 
     def drop(self, source: int, where: str, problem: Problem) -> None:
-        """Count a line that is not used; remember the first few that are errors."""
+        """Count a line that is not used, and keep the first few errors."""
         for count in (self.total, self._by_source[source]):
             count.lines += 1
             count.dropped[problem.reason] += 1
@@ -86,7 +86,7 @@ class Tally:
         return reason is not Reason.NO_ROOM and self._data.on_invalid == "error"
 
     def check(self) -> None:
-        """Raise InvalidDataError when lines are errors, or when no pair is left."""
+        """Raise InvalidDataError if lines are errors, or if there are no usable pairs."""
         if self._errors:
             raise InvalidDataError(self._error_text())
         if self.total.pairs:
