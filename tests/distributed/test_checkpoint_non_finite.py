@@ -52,7 +52,7 @@ def test_an_infinite_reward_moves_no_weight(
             return found
 
         monkeypatch.setattr(batches.DataSet, "rewards", planted)
-        with pytest.raises(NonFiniteError, match="no weight has moved") as raised:
+        with pytest.raises(NonFiniteError, match="this step has not changed the weights") as raised:
             run.execute()
         assert raised.value.outcome.exit_code == 5
         assert run.training is not None

@@ -41,7 +41,7 @@ def folder(finished: Finished, tmp_path: Path) -> Path:
         ("attempt", "[]", "is damaged: not a JSON object"),
         ("attempt", '{"attempt": "two"}', "its attempt is 'two', not a number"),
         ("export.json", '{"step": 4', "is damaged: "),
-        ("export.json", '{"step": 4, "spec": {}}', "it lacks what a finished run says ('model')"),
+        ("export.json", '{"step": 4, "spec": {}}', "a field is missing or has the wrong type ('model')"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, content: str, told: str, spec: dict[str, Any], folder: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_damaged_file_is_named(name: str, content: str, told: str, spec: dict[
         run_here(spec, folder)
     assert f"{folder}/{name} is damaged: " in str(raised.value)
     assert told in str(raised.value)
-    assert "delete it to go on" in str(raised.value)
+    assert "delete it to continue" in str(raised.value)
     assert (folder / name).read_text() == content
 
 
@@ -74,7 +74,7 @@ def test_a_finished_run_whose_model_is_gone_writes_it_again(
     gone.unlink() if gone.is_file() else shutil.rmtree(gone)
     capsys.readouterr()
     run_here(spec, finished.folder)
-    assert f"its model at {finished.folder}/model is gone: writing it again" in capsys.readouterr().out
+    assert f"its model at {finished.folder}/model is missing: exporting it again" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
     assert (finished.folder / "metrics.jsonl").read_bytes() == record
     run_here(spec, finished.folder)

@@ -47,7 +47,7 @@ def test_a_laptop_lacks_nothing(
     assert main(["--selfcheck"]) == 0
     said = capsys.readouterr().out
     assert f"dpo-trainer {VERSION}" in said
-    assert "Gloo is here" in said
+    assert "Gloo is available" in said
     assert said.splitlines()[-1] == "selfcheck: all is there"
     assert not (tmp_path / "cache").exists(), "a look leaves nothing behind"
 

@@ -1,8 +1,8 @@
-"""torchrun as the launcher's child, without its tracebacks, and with another way to end a node's processes.
+"""Runs torchrun as a child of the launcher, without its tracebacks, and ends a node's processes in another way.
 
-torchrun gives all of them the same time, whatever each is doing: 30 s once one has failed, the time of a checkpoint
-once the run was asked to stop. But a process whose peer has failed waits in a collective that never comes back, deaf to
-signals, and can save nothing; and one that is on its way out may need a minute to hand in its metrics.
+torchrun gives every process the same time: 30 s after one has failed, or the time of a checkpoint after a request to
+stop. But a process whose peer has failed waits in a collective that never returns, cannot handle signals and can save
+nothing. A process that is about to exit may need a minute to upload its metrics.
 """
 
 import os
@@ -19,13 +19,13 @@ from dpo_trainer.parent import follow_parent
 from dpo_trainer.results import RankResult
 
 PEER_SECONDS = 5.0
-"""How long a process may live on once another one of its node has failed: time to notice, and to say so."""
+"""How long a process may run after another one of its node has failed: time to notice and to report it."""
 
 ENDING_SECONDS = 90.0
-"""How long a process may take to close its outlets, once it has left its result."""
+"""How long a process may take to close its metrics writers after it has written its result."""
 
 REAP_SECONDS = 30.0
-"""How long to wait for a killed process: one that hangs in the kernel may never go."""
+"""How long to wait for a killed process: one that hangs in the kernel may never exit."""
 
 STACKS_SECONDS = 1.0
 """How long a process that is about to be killed may print the stacks of its threads."""
@@ -43,17 +43,17 @@ class Worker:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, -N for signal N; None while it lives.
+        """Its exit code, -N for signal N; None while it runs.
 
-        The kernel is asked too: torchrun's signal handler raises wherever its process stands, and what it cuts short
-        inside ``poll`` leaves a lock taken, with which every later ``poll`` says that the process lives.
+        This asks the kernel too. torchrun's signal handler raises at any point of the program. If that is inside
+        ``poll``, a lock stays held, and every later ``poll`` reports that the process runs.
         """
         found = self.process.poll()
         if found is not None:
             return found
         try:
             ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:  # somebody else has waited for it: `poll` calls that 0, too
+        except ChildProcessError:  # another caller has waited for it: `poll` returns 0 then, too
             return 0
         if ended is None:
             return None
@@ -61,17 +61,17 @@ class Worker:
 
     @property
     def running(self) -> bool:
-        """Whether it still lives."""
+        """Whether it still runs."""
         return self.code is None
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended otherwise than by agreement of all: then its peers wait for it in vain."""
+        """Whether it exited with a failure, so that its peers wait for it for ever."""
         return self.code not in (None, *_GOOD_ENDS)
 
 
 def _kill(workers: Sequence[Worker], puzzling: Sequence[Worker]) -> None:
-    """Kill them all, having let the puzzling ones print their stacks (see ``dpo_trainer.__main__``)."""
+    """Kill all ``workers``; those in ``puzzling`` print their stacks first (see ``dpo_trainer.__main__``)."""
     for worker in puzzling:
         worker.close(signal.SIGUSR1)
     if puzzling:
@@ -88,11 +88,11 @@ def end(
     peer: float = PEER_SECONDS,
     ending: float = ENDING_SECONDS,
 ) -> None:
-    """Ask all processes to end, wait, and kill each that has used up its time (all times in seconds).
+    """Ask all processes to exit, wait, and kill each one whose time is up. All times are in seconds.
 
-    grace: for a checkpoint. peer: instead of it, counted from the first failure of a process. ending: instead of both
-    for one that has left its result, counted from when that is first seen: all that it had to save is saved. One that
-    uses up its grace or its ending is asked for its stacks first, since nobody knows what it waits for.
+    grace: time for a checkpoint. peer: replaces grace, counted from the first failure of a process. ending: replaces
+    both for a process that has written its result, counted from when the result is first seen; it has nothing left to
+    save. A process that uses up its grace or ending time prints its stacks before it is killed, to show why it hangs.
     """
     for worker in workers:
         if worker.running:
@@ -120,7 +120,7 @@ def end(
 
 
 def agent(argv: Sequence[str]) -> int:
-    """torchrun with these arguments; 1 when a process failed, 143 when it was asked to stop."""
+    """Run torchrun with these arguments; returns 1 if a process failed, 143 if it was asked to stop."""
     follow_parent()  # before the imports, which take seconds
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
@@ -148,8 +148,8 @@ def agent(argv: Sequence[str]) -> int:
             raise
         port = os.environ.get("PET_MASTER_PORT", "of the rendezvous")
         message = (
-            f"cannot listen on port {port} (PET_MASTER_PORT), where the run's nodes meet: another process of this "
-            "machine has it; end that process, or choose another port"
+            f"cannot listen on port {port} (PET_MASTER_PORT), the rendezvous port: another process on this machine "
+            "uses it; stop that process or choose another port"
         )
         RankResult(rank=0, outcome=Outcome.PortInUse.name, message=message, at=time.time()).write(results)
         return Outcome.PortInUse.exit_code

@@ -42,7 +42,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Packer:
-    """Turns any set of pairs into this rank's packs. The split changes no sum."""
+    """Turns a set of pairs into this rank's packs. How pairs are split over packs and ranks changes no sum."""
 
     max_tokens: int
     max_pairs: int | None
@@ -52,7 +52,7 @@ class Packer:
 
     @classmethod
     def of(cls, spec: DPOJobSpec, plan: Plan) -> "Packer":
-        """The packer that a spec asks for."""
+        """Return the packer for a spec and its plan."""
         return cls(
             max_tokens=plan.pack_max_tokens,
             max_pairs=plan.pack_max_pairs,
@@ -61,7 +61,7 @@ class Packer:
         )
 
     def packs(self, data: DataSet, pairs: Pairs | Sequence[int], world: World) -> tuple[list[Pack], int]:
-        """This rank's packs of these pairs, and the tokens of all ranks' packs together."""
+        """Return this rank's packs of these pairs, and the number of tokens in all ranks' packs."""
         ids = np.asarray(pairs, dtype=np.int64)
         costs = data.index.costs(ids, share=self.share, with_rejected=self.with_rejected)
         packs = pack_batch(costs, self.max_tokens, self.max_pairs, ranks=world.data_size)

@@ -1,8 +1,8 @@
-"""Megatron-Core without a GPU: the one place that knows where it assumes CUDA.
+"""Runs Megatron-Core without a GPU. All knowledge of where it assumes CUDA is here.
 
 Megatron-Core asks for the current CUDA device, stream and generator, and writes ``device='cuda'`` in a few functions.
-``install`` answers those questions with the CPU; ``construction`` adds what only constructors and checkpoint loading
-need. Both do nothing where a GPU is present, so the same code path runs there untouched.
+``install`` makes those calls return the CPU. ``construction`` adds what only constructors and checkpoint loading need.
+Both do nothing where a GPU is present, so nothing is patched there.
 """
 
 import contextlib
@@ -137,7 +137,7 @@ class _CudaMeansCPU(TorchFunctionMode):
 
 
 def _bridge_random_state() -> None:
-    """Activation checkpointing saves and restores a CUDA generator's state: there is none.
+    """Activation checkpointing saves and restores the state of a CUDA generator, which does not exist here.
 
     The tracker whose fork does nothing is public API; dropout draws from the CPU's generator, which Megatron-Core's
     checkpointing saves and restores by itself.

@@ -1,4 +1,4 @@
-"""The process group of a run: who takes part, and the few things that all ranks decide together."""
+"""The process group of a run: its members, and the few things that all ranks decide together."""
 
 import os
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from dpo_api.errors import InvalidSpecError
 from dpo_trainer import bridge
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL error", "Broken pipe")
-"""What Gloo and NCCL say, in a plain RuntimeError, when another process is gone."""
+"""Texts of the plain RuntimeErrors that Gloo and NCCL raise when another process has exited."""
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether another process of the run went away: then the error says nothing of this one's own work."""
+    """Whether the error means that another process of the run exited, and not that this one failed."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError | CheckpointException) and any(text in str(error) for text in _LOST_PEER)
 
 
 def check_device(local_rank: int, gpus: int) -> None:
-    """Raise InvalidSpecError where a process would have no GPU of its own, which NCCL cannot share."""
+    """Raise InvalidSpecError if a process would have no GPU of its own: NCCL cannot share one."""
     if local_rank >= gpus:
         raise InvalidSpecError(
             f"process {local_rank} of this node (counted from 0) has no GPU: there {'is' if gpus == 1 else 'are'} "
@@ -38,8 +38,8 @@ def check_device(local_rank: int, gpus: int) -> None:
 LONGEST_WAIT_SECONDS = 6 * 3600
 """How long a rank waits for the others in one collective.
 
-Rank 0 may write a model of hundreds of gigabytes meanwhile. A run that hangs for another reason is the operator's to
-find (``runPolicy.stallTimeoutSeconds``).
+Rank 0 may be writing a model of hundreds of gigabytes. The operator detects runs that hang for other reasons
+(``runPolicy.stallTimeoutSeconds``).
 """
 
 
@@ -78,7 +78,7 @@ class World:
         if not dist.is_initialized():
             timeout = timedelta(seconds=timeout_seconds)
             if size == 1:
-                # Nobody to meet: an in-memory store needs no port and no name resolution.
+                # There are no peers: an in-memory store needs no port and no name resolution.
                 dist.init_process_group(
                     "nccl" if gpu else "gloo", store=HashStore(), rank=0, world_size=1, timeout=timeout
                 )
@@ -97,12 +97,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes what is written once."""
+        """Whether this is rank 0, which does what only one process must do."""
         return self.rank == 0
 
     @property
     def data_rank(self) -> int:
-        """This process's place among those that see different pairs."""
+        """This process's rank among those that see different pairs."""
         return int(parallel_state.get_data_parallel_rank())
 
     @property
@@ -123,13 +123,13 @@ class World:
         return box.cpu()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank: how ranks agree to stop at the same step."""
+        """Return whether the flag is set on any rank. Ranks use this to agree to stop at the same step."""
         value = torch.tensor([float(flag)], device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
     def from_main[T](self, value: T | None) -> T:
-        """Rank 0's value, on every rank. Small and picklable; it never leaves the run's own processes."""
+        """Return rank 0's value on every rank. It must be small and picklable; only the run's processes see it."""
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         result = box[0]
@@ -144,7 +144,7 @@ class World:
             dist.barrier()
 
     def leave(self) -> None:
-        """Tear the groups down, so that another run may start in this process."""
+        """Destroy the process groups, so that another run can start in this process."""
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         if dist.is_initialized():

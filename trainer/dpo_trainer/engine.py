@@ -1,8 +1,8 @@
-"""The model, its optimizer, and one global batch at a time through both.
+"""Runs the model and its optimizer on one global batch at a time.
 
-Megatron-Core's schedule runs the packs forward and backward, its DistributedDataParallel sums gradients in fp32 over
-the ranks, and ``finalize_model_grads`` divides them once by the global batch's denominator (pairs; for SFT alone,
-tokens).
+Megatron-Core's schedule runs the forward and backward passes of the packs. Its DistributedDataParallel sums gradients
+in fp32 over the ranks, and ``finalize_model_grads`` divides them once by the global batch's denominator (pairs; tokens
+for SFT alone).
 """
 
 import math
@@ -37,7 +37,7 @@ PairValues = Callable[[Tensor], Tensor]
 
 
 class Engine:
-    """The policy under training. Forward passes work at once; ``prepare_training`` adds what steps need."""
+    """The policy. Forward passes work at once; training steps need ``prepare_training`` first."""
 
     def __init__(self, model: Any, spec: DPOJobSpec, world: World) -> None:
         self.model = model
@@ -79,17 +79,17 @@ class Engine:
 
     @property
     def masters(self) -> Masters:
-        """The weights that the optimizer updates. After ``prepare_training``."""
+        """The fp32 weights that the optimizer updates. Needs ``prepare_training``."""
         return Masters(self.optimizer)
 
     def train_step(
         self, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues, *, rate: float, seed: int
     ) -> tuple[dict[str, float], float | None]:
-        """One optimizer step over this rank's packs of a global batch; returns its means, and ``loss_at_start`` of it.
+        """Take one optimizer step over this rank's packs of a global batch; return its means and ``loss_at_start``.
 
-        reference: Σ log π_ref; None where the loss needs none. rate: the learning rate of this update. seed: of LoRA's
-        dropout. Adds ``grad_norm``, the norm of the whole gradient before clipping. Raises NonFiniteError on all ranks
-        when the loss or the norm is not finite; no weight has moved then.
+        reference: Σ log π_ref; None if the loss needs none. rate: the learning rate of this update. seed: of LoRA's
+        dropout. The means have ``grad_norm``, the norm of the whole gradient before clipping. Raises NonFiniteError on
+        all ranks if the loss or the norm is NaN or infinite; the weights are unchanged then.
         """
         torch.manual_seed(seed)
         self._wrapped.zero_grad_buffer()
@@ -100,14 +100,14 @@ class Engine:
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(result["loss"]) and math.isfinite(norm)):
             raise NonFiniteError(
-                f"the loss is {result['loss']} and the gradient's norm {norm}: lower training.learningRate, or look "
-                "for damaged weights or extreme rewards; no weight has moved in this step"
+                f"the loss is {result['loss']} and the gradient's norm is {norm}: lower training.learningRate, or "
+                "check for damaged weights and extreme rewards; this step has not changed the weights"
             )
         self._update(norm, rate)
         return {**result, "grad_norm": norm}, loss_at_start(table)
 
     def _update(self, norm: float, rate: float) -> None:
-        """Clip by the known norm, set the rate, and let Adam move the masters."""
+        """Clip by the known norm, set the learning rate, and let Adam update the masters."""
         training = self.spec.training
         if training.gradient_clip > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), training.gradient_clip, norm)
@@ -118,12 +118,12 @@ class Engine:
         self.optimizer.step_with_ready_grads()
 
     def evaluate(self, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues) -> Tensor:
-        """The metrics' sums over this rank's packs and all other ranks', without gradient: see metrics.sums."""
+        """Return the metrics' sums over all ranks' packs, without gradient; see metrics.sums."""
         with self._without_training():
             return self._losses(self.model, packs, reference, rewards, forward_only=True)
 
     def log_prob_sums(self, packs: Sequence[Pack]) -> list[tuple[Tensor, Tensor]]:
-        """(dataset indices [P], Σ log π [P, 2] float64) of each of this rank's packs, without gradient, on the CPU."""
+        """Return (dataset indices [P], Σ log π [P, 2] float64) of each of this rank's packs, on the CPU."""
         found: list[tuple[Tensor, Tensor]] = []
 
         def consume(pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ class Engine:
 
     @contextmanager
     def _without_training(self) -> Iterator[None]:
-        """No gradient, and no dropout in adapters: what is measured is the model that would be exported now."""
+        """Disable gradients and the adapters' dropout, to measure the model as it would be exported."""
         self.model.eval()
         try:
             with torch.no_grad():
@@ -153,7 +153,7 @@ class Engine:
         *,
         forward_only: bool,
     ) -> Tensor:
-        """Run the packs through the loss; the global sums of the metrics, [rows, 2] float64 on the CPU."""
+        """Run the packs through the loss and return the metrics' global sums, [rows, 2] float64 on the CPU."""
         table = empty_sums(self.world.device)
 
         def consume(pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class Engine:
         return self.world.sum_over_data(table)
 
     def _run(self, model: Any, packs: Sequence[Pack], consume: Consume, *, forward_only: bool) -> None:
-        """Megatron-Core's schedule over the packs: forward, loss, backward, and at the end the gradients' reduction."""
+        """Run Megatron-Core's schedule over the packs: forward, loss, backward, then the reduction of gradients."""
 
         def loss_of(pack: Pack, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             log_probs = response_log_probs(rows, head_weight(model), pack.labels)

@@ -1,4 +1,4 @@
-"""The trainer's commands: `launch` for people and pods; `agent` and `worker` for launch itself; `index`, a dry look."""
+"""The trainer's commands: `launch` and `index` for users and pods; `agent` and `worker` are started by `launch`."""
 
 import argparse
 import sys
@@ -10,11 +10,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dpo_trainer", description="Train one DPOJob.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
-        "--selfcheck", action="store_true", help="say what this node has for training and what it lacks"
+        "--selfcheck", action="store_true", help="check what this node has for training and report what is missing"
     )
-    parser.add_argument("--gpus", type=int, help="with --selfcheck: so many GPUs must be here")
+    parser.add_argument("--gpus", type=int, help="with --selfcheck: number of GPUs that this node must have")
     parser.add_argument(
-        "--s3", action="append", default=[], metavar="URI", help="with --selfcheck: an object, or a folder/, to reach"
+        "--s3",
+        action="append",
+        default=[],
+        metavar="URI",
+        help="with --selfcheck: a readable object or folder/",
     )
     parser.add_argument("--endpoint", help="with --selfcheck: the S3 server (default: boto3's usual sources)")
     commands = parser.add_subparsers(dest="command")
@@ -24,16 +28,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--run-dir", help="run directory, a folder or s3:// prefix (default: checkpoint.uri, or runs/<name>)"
     )
-    run.add_argument("--attempt", type=int, help="number of this attempt (default: one more than the run directory's)")
-    run.add_argument("--events", type=Path, help="file to which progress is appended, one JSON object a line")
+    run.add_argument("--attempt", type=int, help="number of this attempt (default: the last one plus one)")
+    run.add_argument("--events", type=Path, help="file to append progress to, one JSON object per line")
     run.add_argument("--port", type=int, help="port of /metrics, /status and /healthz on rank 0 (default: none)")
-    run.add_argument("--host", default="", help="address that the port listens on (default: all)")
+    run.add_argument("--host", default="", help="address to listen on (default: all)")
 
     launch = commands.add_parser("launch", parents=[run], help="start the processes of this node and wait for them")
     launch.add_argument(
-        "--processes", type=int, help="processes on this node (default: PET_NPROC_PER_NODE, the spec's, one a GPU, 1)"
+        "--processes",
+        type=int,
+        help="processes on this node (default: PET_NPROC_PER_NODE, the spec's, one per GPU, 1)",
     )
-    launch.add_argument("--last-words", type=Path, help="file for the outcome (a pod's termination message)")
+    launch.add_argument("--last-words", type=Path, help="file to write the outcome to (a pod's termination message)")
     launch.add_argument(
         "--grace-seconds", type=float, default=600.0, help="time to write a checkpoint when asked to stop"
     )
@@ -41,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     worker = commands.add_parser("worker", parents=[run], help="one process of a run (started by launch)")
     worker.add_argument("--results", type=Path, required=True, help="folder for this rank's result")
 
-    index = commands.add_parser("index", help="read and check all data, print what was found as JSON")
+    index = commands.add_parser("index", help="read and check all data without training; print a summary as JSON")
     index.add_argument("--spec", type=Path, required=True, help="the DPOJob as JSON")
     return parser
 
@@ -49,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (dpo_api.errors.Outcome)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["agent"]:  # its arguments are torchrun's own
+    if words[:1] == ["agent"]:  # its arguments are torchrun's
         from dpo_trainer.agent import agent
 
         return agent(words[1:])

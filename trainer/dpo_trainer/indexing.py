@@ -1,4 +1,4 @@
-"""`python -m dpo_trainer index`: read and check all data as a run would, without a model or a GPU."""
+"""`python -m dpo_trainer index`: read and check all data as a run does, without model weights or a GPU."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from dpo_trainer.sources import model_source, open_tokenizer, store_for
 
 
 def print_index(spec_path: Path) -> int:
-    """Print what the index pass found as one JSON object, or last words that say why not. Returns the exit code."""
+    """Print the summary as one JSON object, or the termination message that says why not. Returns the exit code."""
     try:
         print(json.dumps(index_report(spec_path), allow_nan=False))
     except DPOError as error:

@@ -1,7 +1,8 @@
 """Starts a node's processes through torchrun and turns their results into one exit code and one message.
 
-torchrun alone makes every worker's exit code 1, ends SIGTERM in a traceback and kills workers after 30 s. So it runs as
-our child, each rank leaves a result file, and this process, which imports neither torch nor Megatron, sums them up.
+torchrun alone turns every worker's exit code into 1, answers SIGTERM with a traceback and kills workers after 30 s. So
+it runs as a child, each rank writes a result file, and this process sums the results up. It imports neither torch nor
+Megatron-Core.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from dpo_trainer.parent import follow_parent
 from dpo_trainer.results import read_results, summarise
 
 MARGIN_SECONDS = 5.0
-"""Time kept back from the grace period for summing up after the workers are gone."""
+"""Part of the grace period that is kept for summing up after the workers have exited."""
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -57,13 +58,13 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
             command += [f"--{name.replace('_', '-')}={value}"]
     environment = {**os.environ, **switches(job.spec)}
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(max(1.0, arguments.grace_seconds - MARGIN_SECONDS)))
-    # torchrun sets this to 1 with a warning when several processes share a node; an even share is what one wants.
+    # torchrun would set this to 1, with a warning, when several processes share a node. Share the cores evenly instead.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     follow_parent()
     code = 0
     with _Forwarding() as stop:
         if not stop.asked:
-            # A new session: a terminal's Ctrl-C goes to the foreground, and the foreground decides what it means.
+            # A new session, so that a terminal's Ctrl-C reaches only this process, which passes it on once.
             child = subprocess.Popen(command, env=environment, start_new_session=True)
             stop.to(child)
             code = child.wait()
@@ -71,9 +72,9 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
 
 
 class _Forwarding:
-    """Passes the first SIGTERM or SIGINT on to a child, once; one that comes before the child is there is kept for it.
+    """Passes the first SIGTERM or SIGINT on to the child, once, also one that arrives before the child is started.
 
-    Twice would be wrong: torchrun's handler raises, and so would end its own waiting for the workers' checkpoint.
+    A second signal would do harm: torchrun's handler raises, which would end its wait for the workers' checkpoint.
     """
 
     def __init__(self) -> None:
@@ -120,13 +121,13 @@ def switches(spec: DPOJobSpec) -> dict[str, str]:
 
 
 def processes_here(environment: Mapping[str, str], resources: Resources) -> int:
-    """How many processes to start: the cluster's word, then the spec's, else one a GPU that it asks for, else one."""
-    stated = environment.get("PET_NPROC_PER_NODE", "")
-    return int(stated) if stated.isdigit() else resources.processes()
+    """Return how many processes to start: PET_NPROC_PER_NODE, else the spec's, else one per requested GPU, else 1."""
+    per_node = environment.get("PET_NPROC_PER_NODE", "")
+    return int(per_node) if per_node.isdigit() else resources.processes()
 
 
 def _rendezvous(environment: Mapping[str, str]) -> list[str]:
-    """torchrun's view of the other nodes: PyTorchJob's PET_* variables, or none."""
+    """Return torchrun's rendezvous arguments; none for several nodes, where PyTorchJob's PET_* variables say all."""
     if int(environment.get("PET_NNODES", "1") or 1) > 1:
         return []  # torchrun reads PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT itself
     return ["--standalone"]

@@ -1,8 +1,8 @@
-"""Reference log-probabilities as data: computed once by the frozen start model, kept under a key, complete or refused.
+"""Reference log-probs: computed once with the frozen start model and cached.
 
-For each pair two sums (chosen, rejected) in float64. Stored as safetensors under a key of everything that changes them,
-so later epochs, restarts and sweeps over losses and learning rates reuse them. NaN means not computed: a limited run
-computes what it needs, a longer one adds to it.
+Each pair has two sums (chosen, rejected) in float64. They are stored as safetensors under a key made of everything that
+changes them, so later epochs, restarts and sweeps over losses and learning rates reuse them. NaN means not computed: a
+short run computes only what it needs, and a longer one adds the rest.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ Compute = Callable[[Pairs], torch.Tensor]
 
 
 def reference_key(*, model: str, data: str, precision: str, form: str) -> str:
-    """The key of one data set's sums: hex, 32 digits.
+    """Return the key of one data set's sums: 32 hexadecimal digits.
 
     ``model``: fingerprint of the start model's weights and config. ``data``: fingerprint of token ids and response
     bounds of every pair. ``form``: anything else in the forward pass that changes numbers (attention, linear layers).
@@ -46,38 +46,38 @@ class ReferenceTable:
 
     @classmethod
     def empty(cls, pairs: int) -> "ReferenceTable":
-        """A table that knows nothing."""
+        """Return a table of ``pairs`` rows in which nothing is computed."""
         return cls(torch.full((pairs, 2), float("nan"), dtype=torch.float64))
 
     def missing(self, needed: Pairs) -> Pairs:
-        """Those of the needed pairs that are not computed yet, in ascending order."""
+        """Return the needed pairs that are not computed yet, in ascending order."""
         wanted = np.unique(needed)
         known: NDArray[np.bool_] = torch.isfinite(self.sums[torch.from_numpy(wanted)]).all(dim=1).numpy()
         return wanted[~known]
 
     def of(self, pairs: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """[P, 2] float64 sums of these pairs; a filler (-1) gets zeros. InternalError where one is missing."""
+        """Return these pairs' [P, 2] float64 sums, zeros for a filler (-1). Raises InternalError if one is missing."""
         index = torch.as_tensor(pairs, dtype=torch.int64)
         found = torch.where((index >= 0).unsqueeze(1), self.sums[index.clamp(min=0)], 0.0)
         if not bool(torch.isfinite(found).all()):
             bad = index[~torch.isfinite(found).all(dim=1)]
-            raise InternalError(f"the reference lacks pair {int(bad[0])}: its table is incomplete")
+            raise InternalError(f"pair {int(bad[0])} is missing from the table of reference log-probs")
         return found
 
 
 class ReferenceCache:
-    """Tables in a folder or an S3 prefix. A damaged file counts as absent: it can always be computed again."""
+    """Tables in a folder or under an S3 prefix. A damaged file counts as absent and is computed again."""
 
     def __init__(self, store: Store, uri: str) -> None:
         self._store = store
         self._uri = uri.rstrip("/")
 
     def location(self, key: str) -> str:
-        """Where the table of this key lies."""
+        """Return the address of this key's table."""
         return f"{self._uri}/{key}.safetensors"
 
     def read(self, key: str, pairs: int) -> ReferenceTable:
-        """The stored table, or an empty one."""
+        """Return the stored table, or an empty one."""
         try:
             tensors = load(self._store.read(self.location(key)))
         except (NotFoundError, SafetensorError):
@@ -95,9 +95,9 @@ class ReferenceCache:
 def complete(
     table: ReferenceTable, needed: Pairs, compute: Compute, *, step: int, after_step: Callable[[int, int], None]
 ) -> None:
-    """Compute what is missing of ``needed``, ``step`` pairs at a time; calls ``after_step(done, of)`` after each.
+    """Compute the missing pairs of ``needed``, ``step`` at a time; calls ``after_step(done, of)`` after each.
 
-    Raises NonFiniteError when the model gives no finite number for a pair.
+    Raises NonFiniteError if the model gives NaN or infinity for a pair.
     """
     missing = table.missing(needed)
     for start in range(0, len(missing), step):
@@ -105,6 +105,6 @@ def complete(
         sums = compute(pairs)
         if not bool(torch.isfinite(sums).all()):
             bad = int(pairs[int((~torch.isfinite(sums).all(dim=1)).nonzero()[0])])
-            raise NonFiniteError(f"the start model gives no finite log-probability for pair {bad} (counted from 0)")
+            raise NonFiniteError(f"the start model's log-prob of pair {bad} (counted from 0) is NaN or infinite")
         table.sums[torch.from_numpy(pairs)] = sums
         after_step(start + len(pairs), len(missing))

@@ -1,4 +1,4 @@
-"""What the run says while it goes: one object that every phase reports to, silent on all ranks but rank 0."""
+"""Reports a run's progress and metrics: every phase reports to one object, which does nothing on ranks other than 0."""
 
 import math
 from collections.abc import Sequence
@@ -12,30 +12,30 @@ from dpo_trainer.data.records import Reason
 from dpo_trainer.distributed import World
 from dpo_trainer.metrics.hub import Hub
 from dpo_trainer.metrics.prometheus import PrometheusMetrics
-from dpo_trainer.metrics.writer import telling
+from dpo_trainer.metrics.writer import without_meaningless
 from dpo_trainer.rundir import RunDirectory
 
 
 class Reporter:
-    """Reports of one attempt. ``latest`` holds the newest metrics, on every rank alike."""
+    """The reports of one attempt. ``latest`` holds the newest metrics, the same on every rank."""
 
     def __init__(
         self, job: DPOJob, world: World, *, events: Path | None = None, port: int | None = None, host: str = ""
     ) -> None:
-        """Open rank 0's outlets. Raises PortInUseError there."""
+        """Open the hub on rank 0; raises what Hub raises there."""
         self.latest: dict[str, float] = {}
         self.last_checkpoint: int | None = None
         self._hub = Hub(job, port=port, host=host, events=events) if world.is_main else None
 
     def begin(self, directory: RunDirectory) -> None:
-        """The run directory is claimed: say which attempt this is."""
+        """Report the attempt's number, once the run directory is claimed."""
         self._directory = directory
         if self._hub is not None:
             self._hub.begin(directory.attempt)
 
     @property
     def finite_latest(self) -> dict[str, float]:
-        """``latest`` without what JSON cannot carry."""
+        """``latest`` without NaN and infinities, which JSON does not have."""
         return {name: value for name, value in self.latest.items() if math.isfinite(value)}
 
     def phase(self, phase: Phase, *, done: int | None = None, of: int | None = None, message: str = "") -> None:
@@ -44,13 +44,14 @@ class Reporter:
             self._hub.progress.phase(phase, done=done, of=of, message=message)
 
     def note(self, text: str) -> None:
-        """One sentence for whoever reads the log."""
+        """Print one sentence to the log."""
         if self._hub is not None:
             print(text, flush=True)
 
     def indexed(self, plan: Plan, stats: dict[str, Any], warnings: Sequence[str] = ()) -> None:
-        """The data is known: how long the run will be, what was left out of it (``stats``: the training data's), and
-        ``warnings`` beside the plan's own.
+        """Report the run's length and the pairs that were dropped.
+
+        stats: of the training data. warnings: in addition to the plan's.
         """
         if self._hub is None:
             return
@@ -61,7 +62,7 @@ class Reporter:
         figures = self._hub.prometheus
         figures.set("dpo_train_planned_steps", plan.total_steps)
         figures.set("dpo_data_pairs", plan.train_pairs)
-        for reason in Reason:  # zeros too: "none" and "nobody counted" must look different
+        for reason in Reason:  # zeros too: 0 and "not counted" must differ
             figures.set("dpo_data_dropped_pairs", stats["dropped"].get(reason.value, 0), reason=reason.value)
         self._hub.progress.plan(step=0, total=plan.total_steps)
         dropped = sum(stats["dropped"].values())
@@ -69,7 +70,10 @@ class Reporter:
         self._hub.progress.phase("index", message=f"{found}, longest {stats['longest']:,}")
 
     def start_training(self, step: int, plan: Plan, *, resumed: bool, saved_at: float | None = None) -> None:
-        """Open the record where the checkpoint of ``step`` left it, or anew. ``saved_at``: its time, Unix seconds."""
+        """Continue the metrics record at the checkpoint of ``step``, or start a new one.
+
+        saved_at: Unix time of the checkpoint.
+        """
         self.last_checkpoint = step if resumed else None
         if self._hub is not None:
             directory = self._directory
@@ -87,7 +91,7 @@ class Reporter:
                 self._hub.progress.phase("starting", message=f"resumed from step {step}")
 
     def stepping(self) -> None:
-        """A step begins: who looks while it lasts sees training, not the checkpoint or validation before it."""
+        """Report that a step begins, so that the phase is not the checkpoint or validation before it."""
         if self._hub is not None and self._hub.progress.newest.phase != "train":
             self._hub.progress.phase("train")
 
@@ -102,9 +106,10 @@ class Reporter:
         waited: float,
         at_start: float | None = None,
     ) -> None:
-        """One optimizer step; tokens and pairs of all processes, ``waited``: seconds of it spent on data.
+        """Report one optimizer step.
 
-        at_start: what the preference loss of these pairs is while the policy equals its reference, if that is known.
+        tokens, pairs: of all processes. waited: seconds of the step spent on data. at_start: the preference loss of
+        these pairs while the policy equals its reference, if known.
         """
         named = {f"train/{name}": value for name, value in values.items()}
         self.latest |= named
@@ -123,34 +128,34 @@ class Reporter:
             )
 
     def validated(self, step: int, values: dict[str, float], *, at_start: float | None = None) -> None:
-        """One validation, after ``step`` optimizer steps. ``at_start``: see ``stepped``."""
+        """Report one validation, after ``step`` optimizer steps. ``at_start``: see ``stepped``."""
         named = {f"val/{name}": value for name, value in values.items()}
-        told = telling(step, named)
-        self.latest |= told
+        meaningful = without_meaningless(step, named)
+        self.latest |= meaningful
         if self._hub is not None:
             self._hub.write(step, named)
-            self._hub.progress.measured(told, at_start=at_start)
+            self._hub.progress.measured(meaningful, at_start=at_start)
 
     def flush(self) -> None:
-        """Make the record at least as new as the checkpoint that follows."""
+        """Write the metrics record out, so that it is at least as new as the checkpoint that follows."""
         if self._hub is not None:
             self._hub.flush()
 
     def checkpointed(self, step: int, at: float) -> None:
-        """A complete checkpoint; ``at``: Unix seconds."""
+        """Report a complete checkpoint. at: Unix time."""
         self.last_checkpoint = step
         if self._hub is not None:
             _saved(self._hub.prometheus, step, at)
             self._hub.progress.saved(step)
 
     def finished_before(self, step: int, metrics: dict[str, float]) -> None:
-        """An earlier attempt did everything."""
+        """Report that an earlier attempt has finished the run."""
         self.latest = dict(metrics)
         if self._hub is not None:
             self._hub.progress.finished(step, metrics)
 
     def close(self) -> None:
-        """Bring every outlet up to date and stop serving."""
+        """Flush and close every metrics writer and stop the server."""
         if self._hub is not None:
             self._hub.close()
 

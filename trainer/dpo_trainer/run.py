@@ -1,4 +1,4 @@
-"""A whole run on one rank: claim the directory, index, load, reference, train, export."""
+"""One attempt on one rank: claim the run directory, index, load, compute the reference, train, export."""
 
 import argparse
 import json
@@ -58,10 +58,10 @@ class RunOptions:
 
 
 class Run:
-    """One attempt. ``execute`` does everything; ``result`` says how far it came."""
+    """One attempt. ``execute`` runs it; ``result`` reports how far it got."""
 
     def __init__(self, job: DPOJob, world: World, stop: StopRequest, options: RunOptions) -> None:
-        """Open the reporter and look at the run directory. Raises FencedError, PortInUseError."""
+        """Open the reporter and read the run directory. Raises FencedError, PortInUseError."""
         self.job, self.spec, self.world, self.stop = job, job.spec, world, stop
         self.reporter = Reporter(job, world, events=options.events, port=options.port, host=options.host)
         uri = options.run_dir or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
@@ -75,7 +75,7 @@ class Run:
         self._total = 0
 
     def result(self, rank: int, outcome: Outcome, message: str) -> RankResult:
-        """This rank's result in the launcher's form."""
+        """Return this rank's result for the launcher."""
         step = self._finished_step if self._finished_step is not None else self.training.step if self.training else 0
         return RankResult(
             rank=rank,
@@ -93,7 +93,7 @@ class Run:
         )
 
     def failed(self, outcome: Outcome, message: str) -> None:
-        """Tell whoever watches that the run ended, and close what is open; errors of closing are not the news."""
+        """Report that the run ended, and close the reporter. Errors while closing are only logged."""
         try:
             self.reporter.phase("done" if outcome is Outcome.Stopped else "failed", message=message)
             self.reporter.close()
@@ -128,25 +128,25 @@ class Run:
         self.reporter.close()
 
     def _on_main[T](self, action: Callable[[], T]) -> T:
-        """Do something on rank 0 alone and give its value to every rank; its failure stops rank 0 and so the run."""
+        """Run ``action`` on rank 0 only and return its value on every rank. A failure ends rank 0 and so the run."""
         box = (action(),) if self.world.is_main else None
         return self.world.from_main(box)[0]
 
     def _finished_before(self) -> bool:
-        """Whether the directory holds the finished run of the same spec: then nothing is left to do."""
+        """Return whether the directory holds the finished run of the same spec, so that there is nothing to do."""
         done = self._on_main(self.directory.finished)
         if done is None or not self.spec.checkpoint.resume or done.spec != _spec_of(self.job):
             return False
         if not self._on_main(lambda: is_there(self.spec, self._output(done.model))):
             self.reporter.note(
-                f"{self.directory.uri} holds this run, finished, but its model at {done.model} is gone: "
-                "writing it again from the newest checkpoint, or training again where none is left"
+                f"{self.directory.uri} holds this run and it is complete, but its model at {done.model} is missing: "
+                "exporting it again from the newest checkpoint, or training again if there is none"
             )
             return False
         self._finished_step = self._total = done.step
         self.model_uri = done.model
         self.reporter.finished_before(self._finished_step, done.metrics)
-        self.reporter.note(f"{self.directory.uri} holds this run, finished: nothing to do")
+        self.reporter.note(f"{self.directory.uri} holds this run and it is complete; nothing to do")
         self.reporter.phase("done", message=f"already complete; model: {self.model_uri}")
         self.reporter.close()
         return True
@@ -159,7 +159,7 @@ class Run:
         refuse_errors(self.spec, self.config.facts)
 
         def progress(at: IndexProgress) -> None:
-            if self.stop.reason is not None:  # no collective here: the other processes wait for this one, or read alone
+            if self.stop.reason is not None:  # no collective: others wait for this one, or read alone
                 raise StoppedError(f"{self.stop.reason} during the index pass; the same command starts it again")
             self.reporter.phase("index", done=at.pairs, message=f"{at.name}: {at.tokens:,} tokens")
 
@@ -186,7 +186,7 @@ class Run:
         )
 
     def _load(self) -> tuple[Any, str, str]:
-        """The start model, with LoRA's adapters beside it; its fingerprint; and whose layers compute it."""
+        """Return the start model with LoRA's adapters, its fingerprint, and the implementation of its layers."""
         self.reporter.phase("starting", message="loading the model")
         training, asked = self.spec.training, self.spec.transformer_engine.enabled
         backend: Backend = "auto" if asked is None else "transformer_engine" if asked else "local"
@@ -206,7 +206,7 @@ class Run:
     # -- the reference
 
     def _reference(self, engine: Engine, inputs: Inputs, fingerprint: str, form: str) -> None:
-        """The start model's log-probabilities of every pair that this run will see, from the cache or computed now."""
+        """Get the reference log-probs of every pair that this run uses, from the cache or by computing them."""
         uri = self.spec.reference.cache_uri or str(cache_folder() / "reference")
         cache = ReferenceCache(store_for(self.spec, self.spec.reference.storage), uri)
         needed = [(inputs.train, inputs.training_pairs())]
@@ -218,7 +218,7 @@ class Run:
             self._reference_of(data, pairs, cache, key, self._reference_pass(engine, inputs.packer, data))
 
     def _reference_pass(self, engine: Engine, packer: Packer, data: DataSet) -> Compute:
-        """The forward pass of the start model: with LoRA the same weights with the adapters off."""
+        """Return the forward pass of the start model; with LoRA, the same weights with the adapters disabled."""
 
         def compute(chunk: Pairs) -> torch.Tensor:
             packs, _ = packer.packs(data, chunk, self.world)
@@ -251,11 +251,11 @@ class Run:
             nonlocal kept
             self.reporter.phase("reference", done=total - of + done, of=total, message=message)
             if self.world.is_main and time.monotonic() - kept > REFERENCE_SAVE_SECONDS:
-                cache.write(key, table)  # so that a crash costs minutes, not the pass
+                cache.write(key, table)  # a crash then loses minutes, not the whole pass
                 kept = time.monotonic()
             if done < of and self.stop.agreed(self.world):
                 self._on_main(lambda: cache.write(key, table))
-                raise StoppedError("asked to stop during the reference pass; what was computed is kept in the cache")
+                raise StoppedError("asked to stop during the reference pass; the cache keeps what was computed")
 
         complete(table, pairs, compute, step=max(64, 4 * self.spec.training.global_batch_size), after_step=after)
         self._on_main(lambda: cache.write(key, table))
@@ -263,9 +263,9 @@ class Run:
     # -- the ends of training
 
     def _settle(self, identity: Identity) -> None:
-        """Take the run directory over, unless it is another run's, which must not lose it to a mistake of ours.
+        """Claim the run directory, unless its newest checkpoint is of another run.
 
-        That is met before the reference pass.
+        Runs before the reference pass, so that a wrong directory is found early.
         """
         newest = self._newest_checkpoint()
 
@@ -284,27 +284,27 @@ class Run:
         if newest is not None and not self.spec.checkpoint.resume:
             raise IncompatibleCheckpointError(
                 f"{self.directory.uri} holds a checkpoint of step {newest.step} and spec.checkpoint.resume is false: "
-                "give this run a directory of its own, delete that one, or leave resume out"
+                "use another run directory, delete that checkpoint, or remove resume"
             )
         if newest is not None and newest.step > self._total:
             raise IncompatibleCheckpointError(
                 f"{newest.uri} is of step {newest.step}, beyond this run's last step {self._total}: raise "
-                "training.maxSteps (or epochs), or give this run a directory of its own (checkpoint.uri, or --output)"
+                "training.maxSteps (or epochs), or use another run directory (checkpoint.uri, or --output)"
             )
         return newest
 
     def _start_masters(self, engine: Engine) -> None:
-        """Masters begin at the start model's own values: Megatron-Core would take the weights that bf16 has rounded."""
+        """Set the masters to the start model's exact values; Megatron-Core takes the weights rounded to bf16."""
         for name, parameter in engine.model.named_parameters():
             if parameter.requires_grad and self._start_weights.rounded(name):
                 engine.masters.fill(parameter, self._start_weights.value(name))
 
     def _output(self, uri: str) -> tuple[Store, str]:
-        """A place of the result, and the store that reaches it."""
+        """Return the store for an address of the result, and the address."""
         return store_for(self.spec, self.spec.output.storage or self.spec.checkpoint.storage), uri
 
     def _export(self, engine: Engine) -> None:
-        """Write the model, then export.json, which says that it is whole and what it came from."""
+        """Write the model, then export.json, which marks it as complete."""
         self.reporter.phase("export")
         store, uri = self._output((self.spec.output.uri or self.directory.path("model")).rstrip("/"))
         if self.world.is_main:
@@ -328,10 +328,10 @@ class Run:
 
 
 def _spec_of(job: DPOJob) -> Any:
-    """The spec as the manifest has it, for comparison."""
+    """Return the spec as in the manifest, for comparison."""
     return json.loads(job.to_json())["spec"]
 
 
 def _joined(batches: list[Pairs]) -> Pairs:
-    """The pairs of validation batches, which are in file order and disjoint."""
+    """Return the pairs of validation batches, which are in file order and disjoint."""
     return np.concatenate(batches) if batches else np.empty(0, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The run directory: one layout, in a local folder or under an S3 prefix, that an attempt owns while it is the newest.
+"""The run directory: the same layout in a local folder or under an S3 prefix. The newest attempt owns it.
 
 metrics.jsonl, spec.json, attempt, checkpoints/step-000100/, model/, export.json
 """
@@ -14,7 +14,7 @@ from dpo_api.errors import FencedError, IncompatibleCheckpointError, NotFoundErr
 from dpo_store import Store, local_path_of
 
 MARKER = "complete.json"
-"""Written last into a checkpoint: a checkpoint without it does not exist."""
+"""Written last into a checkpoint. A checkpoint without it is incomplete and ignored."""
 
 _STEP = re.compile(r"/step-(\d{6,})/" + re.escape(MARKER) + "$")
 
@@ -29,7 +29,7 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True)
 class Finished:
-    """What export.json says: the run's last step, where the model is, its last metrics, and of which spec it is."""
+    """The content of export.json: the run's last step, the model's address, the last metrics, and the spec."""
 
     step: int
     model: str
@@ -39,13 +39,13 @@ class Finished:
 
 @dataclass
 class RunDirectory:
-    """One run's files. ``attempt`` fences writes: who does not own the directory any more completes nothing."""
+    """One run's files. ``attempt`` fences writes: an attempt that no longer owns the directory cannot complete any."""
 
     store: Store
     uri: str
     attempt: int = 0
     owner: str = field(default_factory=lambda: secrets.token_hex(8))
-    """Tells two attempts apart that took the same number: the directory is the later one's."""
+    """Distinguishes two attempts with the same number: the one that claimed the directory last owns it."""
 
     def path(self, *parts: str) -> str:
         """The URI of something inside."""
@@ -57,10 +57,10 @@ class RunDirectory:
         return local_path_of(self.uri)
 
     def look(self, attempt: int | None) -> int:
-        """The number that this attempt will have: the given one, or one more than the last. Disturbs nobody yet.
+        """Return this attempt's number: the given one, or the last one plus one. An owner keeps the directory.
 
-        A directory that nobody has claimed is claimed at once, so that one that cannot be written to is found early.
-        Raises FencedError when a higher attempt already owns it.
+        A directory without an owner is claimed at once, so that an unwritable one fails early. Raises FencedError if a
+        higher attempt already owns the directory.
         """
         last, _ = self._newest()
         self.attempt = last + 1 if attempt is None else attempt
@@ -69,9 +69,10 @@ class RunDirectory:
         return self.claim(self.attempt) if last == 0 else self.attempt
 
     def claim(self, attempt: int | None) -> int:
-        """Become the directory's newest attempt: the given number, or one more than the last.
+        """Become the directory's newest attempt, with the given number or the last one plus one.
 
-        From now on the attempt before completes nothing. Raises FencedError when a higher attempt already owns it.
+        From now on the previous attempt cannot complete any write. Raises FencedError if a higher attempt already owns
+        the directory.
         """
         last, owner = self._newest()
         if owner == self.owner and attempt in (None, last):
@@ -83,17 +84,17 @@ class RunDirectory:
         return self.attempt
 
     def check_fence(self) -> None:
-        """Raise FencedError when a later attempt has taken the directory over."""
+        """Raise FencedError if a later attempt owns the directory now."""
         last, owner = self._newest()
         if last > self.attempt or (last == self.attempt and owner not in {self.owner, ""}):
             raise FencedError(self._fenced(last))
 
     def _fenced(self, last: int) -> str:
         which = f"attempt {last}" if last != self.attempt else f"another attempt {last}"
-        return f"{which} owns the run directory {self.uri}: attempt {self.attempt} must not write to it any more"
+        return f"{which} owns the run directory {self.uri}; attempt {self.attempt} may no longer write to it"
 
     def _newest(self) -> tuple[int, str]:
-        """The number and the owner of the attempt that claimed the directory last; 0 where none did."""
+        """Return the number and the owner of the attempt that claimed the directory last; (0, "") if none did."""
         found = self.read_json("attempt") or {}
         number = found.get("attempt", 0)
         if not isinstance(number, int):
@@ -101,17 +102,17 @@ class RunDirectory:
         return number, str(found.get("owner", ""))
 
     def _damaged(self, name: str, why: str) -> IncompatibleCheckpointError:
-        return IncompatibleCheckpointError(f"{self.path(name)} is damaged: {why}; delete it to go on")
+        return IncompatibleCheckpointError(f"{self.path(name)} is damaged: {why}; delete it to continue")
 
     def finished(self) -> Finished | None:
-        """What the attempt that finished the run left, or None while it is not finished."""
+        """Return the content of export.json, or None if the run is not finished."""
         found = self.read_json("export.json")
         if found is None:
             return None
         try:
             return Finished(int(found["step"]), str(found["model"]), dict(found["metrics"]), found["spec"])
         except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged("export.json", f"it lacks what a finished run says ({error})") from None
+            raise self._damaged("export.json", f"a field is missing or has the wrong type ({error})") from None
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
         """An object inside, or None when there is none."""
@@ -133,11 +134,11 @@ class RunDirectory:
         self.store.write(self.path(*parts), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
     def checkpoint_uri(self, step: int) -> str:
-        """Where the checkpoint of this step lies."""
+        """Return the address of this step's checkpoint."""
         return self.path("checkpoints", f"step-{step:06d}")
 
     def checkpoints(self) -> list[SavedCheckpoint]:
-        """The complete checkpoints by step; half-written ones are not among them."""
+        """Return the complete checkpoints in order of step, without incomplete ones."""
         found = (_STEP.search(info.uri) for info in self.store.list(self.path("checkpoints", "")))
         steps = sorted(int(match.group(1)) for match in found if match)
         return [SavedCheckpoint(step, self.checkpoint_uri(step)) for step in steps]

@@ -1,4 +1,4 @@
-"""`python -m dpo_trainer --selfcheck`: what this node has for training, and in plain words what it lacks."""
+"""`python -m dpo_trainer --selfcheck`: check what this node has for training and report what is missing."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dpo_trainer.data.cache import cache_folder
 Level = Literal["ok", "note", "lacks"]
 
 LACKS = 1
-"""Exit code where something is missing; 0 where nothing is."""
+"""Exit code if something is missing; 0 if nothing is."""
 
 GIB = 1024**3
 SHM_GPU = GIB
-"""NCCL keeps its buffers between the GPUs of a node in shared memory: Docker's 64 MiB do not hold them."""
+"""NCCL keeps its buffers between the GPUs of a node in shared memory; Docker's default of 64 MiB is too small."""
 FREE_SCRATCH = GIB
 
 SHM = Path("/dev/shm")  # noqa: S108 - shared memory, where NCCL looks for it
@@ -44,13 +44,13 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        """Return the line as people read it."""
+        """Return the line as it is printed."""
         return f"{self.level:<6} {self.topic:<10} {self.text}"
 
 
 def selfcheck(gpus: int | None = None, s3: Sequence[str] = (), endpoint: str | None = None) -> int:
-    """Print what is here and what is not; return the exit code. ``gpus``: so many must be there."""
-    warnings.simplefilter("ignore")  # libraries tell their developers; what matters here is in the report
+    """Print the report and return the exit code. gpus: how many there must be."""
+    warnings.simplefilter("ignore")  # libraries' warnings; what matters is in the report
     lacking = 0
     for finding in findings(gpus, s3, endpoint):
         print(finding, flush=True)
@@ -60,7 +60,7 @@ def selfcheck(gpus: int | None = None, s3: Sequence[str] = (), endpoint: str | N
 
 
 def findings(gpus: int | None, s3: Sequence[str], endpoint: str | None) -> Iterator[Finding]:
-    """Look at everything, one thing after the other: a failure of one never hides the next."""
+    """Run every check; a failure of one does not hide the next."""
     seen = devices_seen()
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("software", software),
@@ -80,7 +80,7 @@ def findings(gpus: int | None, s3: Sequence[str], endpoint: str | None) -> Itera
 
 
 def devices_seen() -> int:
-    """Return how many GPUs torch can use; 0 where it cannot even be loaded, which ``software`` reports."""
+    """Return how many GPUs torch can use; 0 if torch cannot be loaded, which ``software`` reports."""
     try:
         import torch
     except (ImportError, OSError):
@@ -89,7 +89,7 @@ def devices_seen() -> int:
 
 
 def software() -> Iterator[Finding]:
-    """Versions of what the trainer stands on; each must import, not only be installed."""
+    """Report the versions of the trainer's main dependencies, which must import, not only be installed."""
     yield Finding("ok", "trainer", f"dpo-trainer {VERSION}, Python {platform.python_version()}, user {os.getuid()}")
     for module, distribution in (("torch", "torch"), ("megatron.core", "megatron-core")):
         try:
@@ -101,7 +101,7 @@ def software() -> Iterator[Finding]:
 
 
 def devices(seen: int, wanted: int | None) -> Iterator[Finding]:
-    """Each GPU computes a product; without one, the reason."""
+    """Let each GPU compute a product; if there is no GPU, report why."""
     for index in range(seen):
         yield _computes(index)
     if wanted is not None and seen < wanted:
@@ -111,19 +111,19 @@ def devices(seen: int, wanted: int | None) -> Iterator[Finding]:
         yield Finding("lacks" if driver else "note", "gpu", f"no GPU: {why_none()}")
 
 
-_FEWER = "a pod sees what it asks for in resources.limits, a container what --gpus names"
+_FEWER = "a pod gets the GPUs in its resources.limits, a Docker container those in --gpus"
 
 
 def why_none() -> str:
-    """Return the likeliest reason that torch sees no GPU, and what to do."""
+    """Return the most likely reason why torch sees no GPU, and what to do."""
     import torch
 
     if not torch.backends.cuda.is_built():
         return "this torch is built for CPUs only; use the trainer's GPU image"
     if not (DEVICE_FILES / "nvidiactl").exists():
         return (
-            "/dev/nvidiactl is not here, so the container was given none; on a cluster ask for nvidia.com/gpu and look "
-            "at the GPU operator (its container toolkit and device plugin), with Docker use --gpus all. "
+            "/dev/nvidiactl is not here, so the container has none; on a cluster request nvidia.com/gpu and check "
+            "the GPU operator (its container toolkit and device plugin), with Docker use --gpus all. "
             "Training would run on the CPU"
         )
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
@@ -131,8 +131,8 @@ def why_none() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return f"the driver's files are here and CUDA does not start: {_one_line(error)}; is the driver new enough?"
-    return "the driver's files are here and it names no device"
+        return f"the driver is installed but CUDA does not start: {_one_line(error)}; is the driver new enough?"
+    return "the driver is installed but reports no device"
 
 
 def _computes(index: int) -> Finding:
@@ -151,13 +151,13 @@ def _computes(index: int) -> Finding:
 
 
 def collectives(seen: int) -> Iterator[Finding]:
-    """Let the node's GPUs add up through NCCL; without a GPU say that Gloo serves instead."""
+    """Let the node's GPUs sum a tensor through NCCL; without a GPU, check Gloo."""
     import torch
     import torch.distributed as dist
 
     if seen == 0:
         level: Level = "ok" if dist.is_gloo_available() else "lacks"
-        yield Finding(level, "nccl", "not used without a GPU; Gloo is " + ("here" if level == "ok" else "missing"))
+        yield Finding(level, "nccl", "not used without a GPU; Gloo is " + ("available" if level == "ok" else "missing"))
         return
     if not dist.is_nccl_available():
         yield Finding("lacks", "nccl", "torch is built without NCCL; use the trainer's GPU image")
@@ -169,27 +169,27 @@ def collectives(seen: int) -> Iterator[Finding]:
     right = all(bool((tensor == seen).all()) for tensor in tensors)
     version = ".".join(map(str, nccl.version()))
     if right:
-        yield Finding("ok", "nccl", f"{version}, a sum over {seen} GPU{'s' if seen > 1 else ''} is right")
+        yield Finding("ok", "nccl", f"{version}, a sum over {seen} GPU{'s' if seen > 1 else ''} is correct")
     else:
         yield Finding(
-            "lacks", "nccl", f"{version}: a sum over {seen} GPUs is wrong; NCCL_DEBUG=INFO says which way it took"
+            "lacks", "nccl", f"{version}: a sum over {seen} GPUs is wrong; NCCL_DEBUG=INFO shows the transport it used"
         )
 
 
 def transformer_engine(seen: int) -> Finding:
-    """Megatron-Core's fast layers; only a GPU runs them."""
+    """Check Transformer Engine, whose layers run on GPUs only."""
     if seen == 0:
         return Finding("note", "te", "Transformer Engine is not used without a GPU")
     try:
         import transformer_engine.pytorch
     except (ImportError, OSError) as error:
-        text = f"Transformer Engine does not load: {_one_line(error)}; training works without, more slowly"
+        text = f"Transformer Engine does not load: {_one_line(error)}; training works without it but is slower"
         return Finding("note", "te", f"{text}: use the trainer's GPU image, or install '.[gpu]'")
     return Finding("ok", "te", f"Transformer Engine {transformer_engine.__version__}")
 
 
 def shared_memory(place: Path, seen: int) -> Finding:
-    """NCCL's way between the GPUs of a node."""
+    """Check the size of shared memory, which NCCL uses between the GPUs of a node."""
     if not place.is_dir():
         return Finding("lacks" if seen > 1 else "note", "shm", f"there is no {place}")
     total = shutil.disk_usage(place).total
@@ -201,7 +201,7 @@ def shared_memory(place: Path, seen: int) -> Finding:
 
 
 def folder(topic: str, place: Path, remedy: str) -> Finding:
-    """A folder that a run writes to: a file is written there, and removed."""
+    """Check a folder that a run writes to, by writing a file and removing it."""
     made = [path for path in (place, *place.parents) if not path.exists()]
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,7 @@ def folder(topic: str, place: Path, remedy: str) -> Finding:
     except OSError as error:
         return Finding("lacks", topic, f"{place} cannot be written to ({error.strerror}); {remedy}")
     finally:
-        for path in made:  # the deepest first; nothing was put into them
+        for path in made:  # the deepest first; they are empty
             if path.is_dir():
                 path.rmdir()
     level: Level = "ok" if free >= FREE_SCRATCH else "note"
@@ -219,7 +219,7 @@ def folder(topic: str, place: Path, remedy: str) -> Finding:
 
 
 def storage(uri: str, endpoint: str | None) -> Finding:
-    """Look at one address with the credentials that a run would use."""
+    """Read one address with the credentials that a run would use."""
     store = open_store(StorageOptions(endpoint=endpoint), retry=RetryPolicy(attempts=2, connect_timeout=5.0))
     try:
         if uri.endswith("/"):

@@ -1,4 +1,4 @@
-"""Where a spec's inputs lie, and how they become what training needs: stores, tokenizer, indices."""
+"""Opens a spec's inputs: the stores of its sources, the start model's folder and the tokenizer."""
 
 import hashlib
 import tempfile
@@ -20,7 +20,7 @@ def model_source(spec: DPOJobSpec) -> tuple[Store, str]:
     """The start model's store and folder."""
     source = spec.model.hugging_face
     if source is None:
-        raise InvalidSpecError("spec.model: only huggingFace is implemented so far; convert the model to that form")
+        raise InvalidSpecError("spec.model: only huggingFace is implemented; convert the model to that format")
     return store_for(spec, source.storage), source.uri
 
 

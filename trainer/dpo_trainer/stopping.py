@@ -18,7 +18,7 @@ class StopRequest:
     signalled: bool = False
 
     def listen(self) -> None:
-        """Turn SIGTERM and SIGINT into a request. The handler only sets a flag: Python runs it between bytecodes."""
+        """Turn SIGTERM and SIGINT into a request. The handler only sets a flag."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
@@ -35,12 +35,12 @@ class StopRequest:
         return None
 
     def agreed(self, world: World) -> bool:
-        """Whether any rank was asked to; the same answer on all ranks. A collective."""
+        """Return whether any rank should stop, the same on all ranks. A collective."""
         return world.any(self.reason is not None)
 
     def leave_before_training(self, world: World, phase: str) -> None:
-        """Raise StoppedError on all ranks when asked to stop before there is anything to save. A collective."""
+        """Raise StoppedError on all ranks if any was asked to stop before there is anything to save. A collective."""
         if self.agreed(world):
             raise StoppedError(
-                f"{self.reason or 'asked to stop'} during {phase}; the same command starts again from there"
+                f"{self.reason or 'asked to stop'} during {phase}; the same command continues from there"
             )

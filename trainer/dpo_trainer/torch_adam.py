@@ -1,9 +1,9 @@
-"""Loading a checkpoint into Megatron-Core's distributed optimizer when its Adam is torch's own.
+"""Loads a checkpoint into Megatron-Core's distributed optimizer when its Adam is torch's.
 
-Without Apex and Transformer Engine, megatron-core 0.19 leaves three gaps there: it asks a new Adam for its step, which
-has none before its first; it looks for the step among the loaded tensors, where it is not; and it gives all parameters
-one tensor as their step, which each update then raises once a parameter. The other Adams keep the step elsewhere: for
-them ``allocate`` does nothing and ``load`` only loads.
+Without Apex and Transformer Engine, megatron-core 0.19 has three defects there. It reads the step of a new Adam, which
+has none before its first update. It looks for the step among the loaded tensors, where it is not. It shares one step
+tensor between all parameters, so each update increments it once per parameter. Other implementations of Adam keep the
+step elsewhere: for them ``allocate`` does nothing and ``load`` only loads.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def allocate(optimizer: Any) -> None:
 
 
 def load(optimizer: Any, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state)``, and then each parameter has a step of its own."""
+    """Call ``optimizer.load_state_dict(state)``, then give each parameter its own step tensor."""
     parts = list(_parts(optimizer))
     with ExitStack() as stack:
         for part in parts:
@@ -44,7 +44,7 @@ def _parts(optimizer: Any) -> Iterator[Any]:
 
 @contextmanager
 def _without_step(part: Any) -> Iterator[None]:
-    """Let the part copy what a checkpoint holds of a parameter, which is not the step."""
+    """Make the part copy only what a checkpoint holds for a parameter, which does not include the step."""
     copy = getattr(part, "_set_main_param_and_optimizer_states", None)
     if copy is None:  # not the distributed optimizer
         yield

@@ -1,4 +1,4 @@
-"""The loop: steps, validations and checkpoints in the order that the plan says, and a stop that all ranks agree on."""
+"""The training loop: steps, validations and checkpoints as planned, and a stop that all ranks agree on."""
 
 import hashlib
 import time
@@ -37,19 +37,19 @@ class Inputs:
     drop_last: bool
 
     def epoch(self, epoch: int) -> list[Pairs]:
-        """An epoch's global batches: arithmetic on (seed, epoch, data) alone."""
+        """Return an epoch's global batches. They depend on seed, epoch and data only."""
         n, size = self.train.index.n, self.plan.global_batch_size
         batches = batch_pairs(n, size, self.seed, epoch, drop_last=self.drop_last)
         return batches[: self.plan.steps_per_epoch]
 
     def training_pairs(self) -> Pairs:
-        """Every pair of the run's batches, ascending."""
+        """Return every pair that the run trains on, in ascending order."""
         plan = self.plan
         seen: list[Pairs] = []
         for epoch in range(plan.epochs):
             seen.extend(self.epoch(epoch)[: plan.total_steps - epoch * plan.steps_per_epoch])
             if sum(len(batch) for batch in seen) >= self.train.index.n and plan.dropped_per_epoch == 0:
-                break  # the first epoch showed them all
+                break  # the first epoch uses them all
         return np.unique(np.concatenate(seen))
 
     def validation_batches(self) -> list[tuple[DataSet, list[Pairs]]]:
@@ -81,7 +81,7 @@ class Training:
         self.step = 0
         self._epoch: tuple[int, list[Pairs]] = (-1, [])
         self._consumed = 0
-        self._validated = True  #: whether the validation that this step is due has been done
+        self._validated = True  #: whether the validation due at this step has been done
 
     def resume_from(self, newest: SavedCheckpoint | None) -> None:
         """Continue from a complete checkpoint, or start at step 0.
@@ -119,7 +119,7 @@ class Training:
                 self.checkpoint()
 
     def _batch(self, step: int) -> Pairs:
-        """The pairs of the update that follows ``step`` updates."""
+        """Return the pairs of the update after ``step`` updates."""
         epoch, k = divmod(step, self.plan.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self.inputs.epoch(epoch))
@@ -167,16 +167,16 @@ class Training:
         )
 
     def _validate_or_stop(self) -> None:
-        """Validate; when asked to stop meanwhile, save the step as one that still owes its validation, and leave."""
+        """Validate. If asked to stop meanwhile, save a checkpoint whose validation is still due, and stop."""
         self._validated = False
         self._validated = self.validate()
         if not self._validated:
             self._stop_here()
 
     def validate(self) -> bool:
-        """All validation sources with the current weights: means over all their pairs together, and by source.
+        """Validate the current weights on all sources: means over all pairs, and by source if there are several.
 
-        Returns False, and reports nothing, when asked to stop before the end.
+        Returns False, and reports nothing, if asked to stop before the end.
         """
         of = sum(self.plan.validation_batches)
         self.reporter.phase("validate", done=0, of=of)
@@ -203,7 +203,7 @@ class Training:
         return True
 
     def checkpoint(self) -> None:
-        """Save this step on all ranks and forget the oldest."""
+        """Save this step on all ranks and delete the oldest checkpoints."""
         self.reporter.phase("checkpoint", message=f"step {self.step}")
         self.reporter.flush()
         marker = checkpoints.Marker(
@@ -216,12 +216,12 @@ class Training:
         checkpoints.save(self.directory, self.world, collect(self.engine), marker)
         if self.world.is_main:
             checkpoints.keep_newest(self.directory, self.spec.checkpoint.keep)
-        # Who leaves after this must not leave alone: torchrun gives the others 30 s once one process has ended.
+        # All ranks must reach this point together: torchrun gives the others 30 s after one process has exited.
         self.world.barrier()
         self.reporter.checkpointed(self.step, time.time())
 
     def _stop_here(self) -> None:
-        """Save, unless this step is saved already, and leave."""
+        """Save this step unless it is saved already, and raise StoppedError."""
         reason = self.world.from_main((self.stop.reason or "asked to stop") if self.world.is_main else None)
         if self.step == 0:
             raise StoppedError(f"{reason} before the first step; the same command starts again")
@@ -234,5 +234,5 @@ class Training:
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Differs by step and rank, and is the same after a resume."""
+    """Return a seed that differs by step and rank and is the same after a resume."""
     return int.from_bytes(hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()[:4], "little")

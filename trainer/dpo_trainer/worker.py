@@ -1,4 +1,4 @@
-"""One process of a run: does the work, and leaves a result that says how it ended."""
+"""One process of a run: does the work and writes a result that says how it ended."""
 
 import argparse
 import errno
@@ -29,7 +29,7 @@ _OUTCOME_OF_ERRNO = {
 
 
 def explain(error: BaseException) -> tuple[Outcome, str]:
-    """The outcome and the one sentence for whatever ended this process."""
+    """Return the outcome and the message of the error that ended this process."""
     if isinstance(error, DPOError):
         return error.outcome, str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -49,7 +49,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """Run this process's part; returns the outcome's exit code, or leaves at once after a failure."""
+    """Run this process's part. Returns the outcome's exit code; after a failure, exits at once instead."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     rank = int(os.environ.get("RANK", "0"))
@@ -59,8 +59,8 @@ def work(arguments: argparse.Namespace) -> int:
         stop = StopRequest(limit_seconds=job.spec.training.max_run_seconds)
         parallel = job.spec.parallelism
         world = World.join(tensor=parallel.tensor, pipeline=parallel.pipeline, seed=job.spec.training.seed)
-        # Until all processes have met there is nothing to save and nobody to agree with: a signal then simply ends
-        # this one. Were it only noted, those that are here would wait for those that it has ended.
+        # Until all processes have joined there is nothing to save, and a signal ends this process directly. If it
+        # only set the flag, the processes that have joined would wait for those that the signal ended.
         stop.listen()
         run = Run(job, world, stop, RunOptions.of(arguments))
         run.execute()
@@ -68,13 +68,13 @@ def work(arguments: argparse.Namespace) -> int:
     except BaseException as error:  # noqa: BLE001 - whatever it is becomes this rank's result
         outcome, message = explain(error)
         if outcome is Outcome.Internal:
-            with suppress(OSError):  # the log may lie on the very disk that is full
+            with suppress(OSError):  # the log may be on the disk that is full
                 traceback.print_exc()
         if run is not None:
             result = run.result(rank, outcome, message)
         else:
             result = RankResult(rank=rank, outcome=outcome.name, message=message, at=time.time())
-        # First of all: the launcher gives time to those that have left their result, and none to those that hang.
+        # Before anything else: the launcher gives more time to processes that have written their result.
         with suppress(OSError):
             result.write(arguments.results)
         if run is not None:
@@ -83,7 +83,7 @@ def work(arguments: argparse.Namespace) -> int:
         result.write(arguments.results)
     code = Outcome[result.outcome].exit_code
     if code != 0:
-        # Other ranks may wait in a collective for this one: tearing the groups down would wait for them in turn.
+        # Destroying the process groups would wait for ranks that may themselves wait for this one in a collective.
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()

@@ -226,7 +226,7 @@ def test_a_broken_sink_is_one_warning_and_the_others_go_on(caplog: pytest.LogCap
     assert kept.closed
     assert broken.calls == 3, "a sink that failed is tried again"
     assert [entry.getMessage() for entry in caplog.records] == [
-        "TensorBoard does not take metrics (RuntimeError: the service); training goes on without it"
+        "TensorBoard does not accept metrics (RuntimeError: the service); training continues without it"
     ]
 
 

@@ -1,1 +1,1 @@
-"""What a run tells the world: sums that become metrics, the sinks they go to, and the progress of the run."""
+"""Metrics and progress of a run: sums that become metrics, the writers they go to, and the status server."""

@@ -1,4 +1,4 @@
-"""All that rank 0 tells the world, opened from one spec: the run's record, Prometheus, TensorBoard, W&B, progress."""
+"""Rank 0's outputs, opened from the spec: the metrics record, Prometheus, TensorBoard, W&B and progress."""
 
 import logging
 import tempfile
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Hub:
-    """Rank 0's outlet: ``progress`` and ``prometheus`` from the start, the sinks of metrics from ``open_sinks`` on.
+    """Rank 0's outputs: ``progress`` and ``prometheus`` from the start, the other writers after ``open_sinks``.
 
-    Two stages, because /status must answer while the model loads, and the record can only be continued once the
-    checkpoint's step is known.
+    There are two stages because /status must answer while the model loads, but the record can only be continued once
+    the checkpoint's step is known.
     """
 
     def __init__(self, job: DPOJob, *, port: int | None = None, host: str = "", events: Path | None = None) -> None:
@@ -32,7 +32,7 @@ class Hub:
 
         port: of /metrics, /status and /healthz on ``host`` (empty: all addresses); None: no server; 0: a free port.
         events: file that `dpo run` follows. Raises PortInUseError; InvalidSpecError and AccessDeniedError for a sink
-        that cannot work here as it is set.
+        that cannot work with its settings.
         """
         self._job = job
         logging_spec = job.spec.logging
@@ -49,11 +49,11 @@ class Hub:
 
     @property
     def port(self) -> int | None:
-        """The port that is served."""
+        """The server's port; None without a server."""
         return None if self._server is None else self._server.port
 
     def begin(self, attempt: int) -> None:
-        """Say which attempt this is."""
+        """Report the attempt's number."""
         self.progress.begin(attempt)
         self.prometheus.clear("dpo_trainer_info")
         self.prometheus.set("dpo_trainer_info", 1, version=VERSION, dpojob=self._job.metadata.name)
@@ -75,22 +75,22 @@ class Hub:
             except DPOError:
                 raise
             except Exception as error:  # noqa: BLE001 - the service is away: see Guarded
-                log.warning("Weights & Biases does not answer (%s); training goes on without it", summary(error))
+                log.warning("Weights & Biases is unavailable (%s); training continues without it", summary(error))
         self._writers = Writers(writers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One event to every sink: metrics with their group, ``train/loss``. Raises OSError for a local record."""
+        """Write one event to every sink; names have a group, as ``train/loss``. Raises OSError for a local record."""
         self._writers.write(step, metrics)
 
     def flush(self) -> None:
-        """Bring every sink up to date: before a checkpoint, whose steps a later attempt will not repeat.
+        """Flush every sink. Called before a checkpoint, since a later attempt does not repeat the steps before it.
 
-        Raises what the run's record raises, OSError or DPOError: then there must be no such checkpoint.
+        Raises OSError or DPOError if the run's record cannot be written; the checkpoint must not be written then.
         """
         self._writers.flush()
 
     def close(self) -> None:
-        """Write what is left and stop the server. Never raises: it also runs after a failure. Twice does no harm."""
+        """Flush and close every sink and stop the server. Never raises. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -115,8 +115,9 @@ class Hub:
 
 
 def shown_settings(job: DPOJob) -> dict[str, Any]:
-    """Of the spec what the manifest says, for a service outside. It names secrets and holds none, but what users write
-    into a pod's environment is theirs: podTemplate stays here.
+    """Return the fields that the manifest sets, for an external service.
+
+    The spec names Secrets but does not hold them. podTemplate is left out, since users may put secrets into its env.
     """
     return job.spec.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"pod_template"})
 

@@ -1,8 +1,8 @@
-"""The run's own record: one strict-JSON object an event, in a local file or in one object an attempt.
+"""The run's metrics record: one strict JSON object per event, in a local file or in one object per attempt.
 
-A local run directory has one ``metrics.jsonl``, appended to; a resumed run first drops the events after its checkpoint,
-so every step is there once. Object stores cannot append and must not be written by two attempts, so there an attempt
-rewrites an object of its own, ``metrics/attempt-0003.jsonl``. A reader (dpo_cli.metrics_log) takes all of them and lets
+A local run directory has one ``metrics.jsonl`` that is appended to. A resumed run first drops the events after its
+checkpoint, so that every step is there once. Object stores cannot append, and two attempts must not write one object,
+so each attempt rewrites its own, such as ``metrics/attempt-0003.jsonl``. The reader (dpo_cli.metrics_log) merges them:
 a later attempt's steps replace an earlier one's.
 """
 
@@ -21,17 +21,17 @@ from dpo_trainer.metrics.writer import Background, event_line
 log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 30.0
-"""Least time between two rewrites of an attempt's object."""
+"""Minimum time between two rewrites of an attempt's object."""
 
 
 class LocalLog:
-    """``metrics.jsonl`` in a local run directory. A line is whole or absent, whatever kills the process.
+    """``metrics.jsonl`` in a local run directory. A line is complete or absent, even if the process is killed.
 
-    Raises OSError when the disk is full or gone: the record is part of the run.
+    Raises OSError if it cannot be written: the record is part of the run.
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
-        """Open for appending after dropping the events above ``resume_step``; None: the run starts anew, all go."""
+        """Drop the events after ``resume_step`` (None: all, for a fresh start) and open the file for appending."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._kept = truncate(path, resume_step)
         self._file = path.open("ab", buffering=0)
@@ -39,8 +39,8 @@ class LocalLog:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one event in one system call.
 
-        What the file already held when it was opened is not repeated: a run that validates again at the step it resumed
-        from computes the same figures.
+        Events that the file held when it was opened are not repeated: a run that validates again at the step it resumed
+        from computes the same values.
         """
         fresh = {name: value for name, value in metrics.items() if (step, name.partition("/")[0]) not in self._kept}
         if not fresh:
@@ -50,7 +50,7 @@ class LocalLog:
             raise OSError(errno.ENOSPC, "No space left on device", self._file.name)
 
     def flush(self) -> None:
-        """Nothing is held back in this process; ask the kernel to write it out."""
+        """Sync the file to disk; this process buffers nothing."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -59,10 +59,9 @@ class LocalLog:
 
 
 def truncate(path: Path, resume_step: int | None) -> set[tuple[int, str]]:
-    """Drop events above ``resume_step`` (None: all) and a torn last line; returns the (step, group) pairs that stay.
+    """Drop events after ``resume_step`` (None: all) and an incomplete last line; returns the (step, group) pairs left.
 
-    The file is replaced in one step, always: an attempt that still has it open, and does not know yet that this one has
-    taken over, then writes to a file that nobody reads.
+    The file is always replaced. An earlier attempt that still has it open then writes to a file that is not read.
     """
     try:
         data = path.read_bytes()
@@ -79,7 +78,7 @@ def truncate(path: Path, resume_step: int | None) -> set[tuple[int, str]]:
 
 
 def kept_events(data: bytes, name: str, resume_step: int | None) -> tuple[list[bytes], set[tuple[int, str]]]:
-    """The lines of a record up to ``resume_step`` (None: none), a torn last one left out; their (step, group) pairs."""
+    """Return the complete lines of a record up to ``resume_step`` (None: none) and their (step, group) pairs."""
     kept: list[bytes] = []
     seen: set[tuple[int, str]] = set()
     for number, line in enumerate(data.splitlines(keepends=True), 1):
@@ -99,8 +98,8 @@ def kept_events(data: bytes, name: str, resume_step: int | None) -> tuple[list[b
 class ObjectLog:
     """``metrics/attempt-0003.jsonl`` under an object store's run directory, rewritten in the background.
 
-    Memory: this attempt's events, about 500 bytes each. The rewrite starts at most every UPLOAD_SECONDS and never makes
-    a step wait; ``close`` writes the whole of it and raises what storage raises.
+    Memory: this attempt's events, about 500 bytes each. A rewrite starts at most every UPLOAD_SECONDS and never delays
+    a step. ``close`` writes it a last time and raises what storage raises.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class ObjectLog:
         *,
         interval: float = UPLOAD_SECONDS,
     ) -> None:
-        """Take over what an earlier process of the same attempt's number has left up to ``resume_step``."""
+        """Keep the events up to ``resume_step`` that an earlier process with the same attempt number wrote."""
         self.uri = attempt_uri(run_dir, attempt)
         self._store = store
         try:
@@ -124,7 +123,7 @@ class ObjectLog:
         self._upload = Background(self.uri, self._put, interval)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take one event, without what was taken over."""
+        """Add one event, without the metrics that were kept from an earlier process."""
         fresh = {name: value for name, value in metrics.items() if (step, name.partition("/")[0]) not in self._kept}
         if not fresh:
             return
@@ -149,5 +148,5 @@ class ObjectLog:
 
 
 def attempt_uri(run_dir: str, attempt: int) -> str:
-    """Where an attempt's events lie."""
+    """Return the address of an attempt's events."""
     return join_uri(run_dir, f"metrics/attempt-{attempt:04d}.jsonl")

@@ -1,4 +1,4 @@
-"""How far a run is: appended to the events file that `dpo run` follows, and served at /status."""
+"""A run's progress: appended to the events file that `dpo run` follows, and served at /status."""
 
 import logging
 import time
@@ -14,10 +14,10 @@ from dpo_trainer.metrics.writer import summary
 log = logging.getLogger(__name__)
 
 WINDOW_STEPS = 20
-"""Steps whose speed is reported: enough to level packs of unlike sizes, few enough to follow a change."""
+"""Steps that the reported speed is averaged over: enough to smooth packs of different sizes, few to be current."""
 
 QUIET_SECONDS = 0.1
-"""Least time between two lines of the events file within a phase; the newest state is served at /status at once."""
+"""Minimum time between two lines of the events file within a phase. /status always has the newest state."""
 
 
 class Publisher(Protocol):
@@ -34,7 +34,7 @@ class _StepCost:
 
 
 class ProgressTracker:
-    """Turns what the loop reports into Progress messages. Of one process (rank 0), from one thread.
+    """Turns reports of the training loop into Progress messages. Used on rank 0, from one thread.
 
     Times come from ``clock`` (monotonic seconds) and ``now`` (Unix seconds).
     """
@@ -55,24 +55,24 @@ class ProgressTracker:
         self._stepping = 0.0  # seconds spent in steps since then
         self._last_line = -QUIET_SECONDS
         self._broken = False
-        self._untold = False  # whether the warnings are not in the events file yet
+        self._unwritten = False  # whether warnings are not in the events file yet
 
     @property
     def newest(self) -> Progress:
-        """The state as last reported."""
+        """The newest state."""
         return self._state
 
     def begin(self, attempt: int) -> None:
-        """Say which attempt this is."""
+        """Report the attempt's number."""
         self._update(attempt=attempt)
 
     def plan(self, *, step: int, total: int, epoch: float = 0.0, last_checkpoint_step: int | None = None) -> None:
-        """Say where the run starts (0, or the checkpoint's step) and where it ends."""
+        """Report the step at which the run starts (0, or the checkpoint's) and the last one."""
         self._update(step=step, total=total, epoch=epoch, last_checkpoint_step=last_checkpoint_step, from_step=step)
         self._emit(always=True)
 
     def phase(self, phase: Phase, *, done: int | None = None, of: int | None = None, message: str = "") -> None:
-        """Enter a phase, or report units done inside it, such as reference pairs: ``done`` of ``of``."""
+        """Enter a phase, or report that ``done`` of ``of`` units, such as reference pairs, are done."""
         entered = phase != self._state.phase
         if phase in {"done", "failed"}:
             self._update(eta_seconds=None)
@@ -80,14 +80,14 @@ class ProgressTracker:
         self._emit(always=entered or done is None or done == of)
 
     def warn(self, warnings: Sequence[str]) -> None:
-        """Say what will probably not go as meant: one line of the events file, and at /status from now on."""
+        """Report warnings: once in the events file, and at /status from now on."""
         if warnings:
-            self._untold = True
+            self._unwritten = True
             self._update(warnings=(*self._state.warnings, *warnings))
             self._emit(always=True)
 
     def finished(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The run had ended before this attempt began: all its steps are done."""
+        """Report that the run was complete before this attempt started."""
         self._update(step=step, total=max(step, self._state.total), metrics=dict(metrics), last_checkpoint_step=None)
         self.phase("done")
 
@@ -104,7 +104,7 @@ class ProgressTracker:
     ) -> None:
         """Report one optimizer step: its seconds, tokens and pairs of all processes, and metrics as ``train/loss``.
 
-        at_start: what its preference loss is while the policy equals its reference; None where it never did.
+        at_start: the preference loss of the step's pairs while the policy equals its reference; None if it never did.
         """
         if self._started is None:
             self._started = self._clock() - seconds
@@ -128,7 +128,7 @@ class ProgressTracker:
         self._emit(always=step == self._state.total)
 
     def _first_loss(self, seen: float | None, expected: float | None) -> None:
-        """Keep the first loss and what it should be: few who ask now and then ask while it is the newest."""
+        """Keep the first loss and its expected value. A reader that polls rarely sees step 1 as the newest one."""
         self._update(first_preference_loss=seen, expected_first_preference_loss=expected)
 
     def measured(self, metrics: Mapping[str, float], *, at_start: float | None = None) -> None:
@@ -144,7 +144,7 @@ class ProgressTracker:
         self._emit(always=True)
 
     def _eta(self, step: int) -> float | None:
-        """Seconds until the last step: the window's mean step, times what validation and saving have added so far."""
+        """Return seconds until the last step: the window's mean, scaled by the overhead of validation and saving."""
         assert self._started is not None  # noqa: S101 - set by the only caller
         if self._state.total == 0:
             return None
@@ -155,7 +155,7 @@ class ProgressTracker:
         return left * mean * overhead
 
     def _update(self, **changes: object) -> None:
-        # Through validation, which leaves out NaN and refuses what the readers could not take.
+        # Validated, which drops NaN and rejects values that readers cannot handle.
         self._state = Progress.model_validate({**dict(self._state), **changes, "observed_at": self._now()})
 
     def _emit(self, *, always: bool) -> None:
@@ -165,8 +165,8 @@ class ProgressTracker:
         if self._events_path is None or not (always or clock - self._last_line >= QUIET_SECONDS):
             return
         self._last_line = clock
-        line = self._state if self._untold else self._state.model_copy(update={"warnings": ()})
-        self._untold = False
+        line = self._state if self._unwritten else self._state.model_copy(update={"warnings": ()})
+        self._unwritten = False
         try:
             with self._events_path.open("ab", buffering=0) as file:
                 file.write((line.to_json() + "\n").encode())

@@ -9,14 +9,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dpo_api.metrics import BY_KEY, BY_NAME, METRICS
-from dpo_trainer.metrics.writer import telling
+from dpo_trainer.metrics.writer import without_meaningless
 
 
 class PrometheusMetrics(Collector):
-    """Newest value of every series of the table; a series without a value yet is absent, not 0.
+    """The newest value of every series in the table. A series without a value is absent, not 0.
 
-    Safe for threads. Also a MetricsWriter: events fill the series that have a key in metrics.jsonl. NaN passes through,
-    so that an alert can see it.
+    Thread-safe. Also a MetricsWriter: events set the series that have a key in metrics.jsonl. NaN is kept, so that an
+    alert can see it.
     """
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
@@ -28,7 +28,7 @@ class PrometheusMetrics(Collector):
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Set the series of one event and the time of the newest training step or validation."""
-        values = {key: value for key, value in telling(step, metrics).items() if key in BY_KEY}
+        values = {key: value for key, value in without_meaningless(step, metrics).items() if key in BY_KEY}
         groups = {key.partition("/")[0] for key in metrics}
         with self._lock:
             for key, value in values.items():
@@ -53,15 +53,15 @@ class PrometheusMetrics(Collector):
             self._put(name, series, self._values.get(name, {}).get(series, 0.0) + amount)
 
     def clear(self, name: str) -> None:
-        """Forget a series, with all its labels."""
+        """Remove a metric with all its series."""
         with self._lock:
             self._values.pop(name, None)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: nothing is buffered."""
 
     def close(self) -> None:
-        """The values stay readable until the server goes."""
+        """Do nothing: values stay readable until the server stops."""
 
     def collect(self) -> Iterator[Metric]:
         """Yield the families that have a value, in the table's order."""

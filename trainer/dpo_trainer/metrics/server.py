@@ -19,15 +19,15 @@ DEFAULT_PORT = 9400
 
 
 class StatusServer:
-    """Serves until closed, in threads of its own: a step never waits for a reader, nor a reader for a step.
+    """Serves in its own threads until closed. A step never waits for a reader, and a reader never waits for a step.
 
-    ``publish`` replaces what /status answers: the newest Progress as JSON, 503 before the first.
+    ``publish`` sets the response of /status, the newest Progress as JSON. Before the first one it is 503.
     """
 
     def __init__(self, registry: CollectorRegistry, port: int = DEFAULT_PORT, host: str = "") -> None:
         """Listen on ``port`` (0: a free one) of ``host`` (empty: all addresses, IPv4 and IPv6).
 
-        Raises PortInUseError when another process has the port, AccessDeniedError when this user may not have it.
+        Raises PortInUseError if another process uses the port, AccessDeniedError if this user may not use it.
         """
         self._newest: bytes | None = None
         handler = type("_BoundHandler", (_Handler,), {"owner": self, "registry": registry})
@@ -45,12 +45,12 @@ class StatusServer:
         self._thread.start()
 
     def publish(self, progress: Progress) -> None:
-        """Make this the newest status."""
+        """Set the newest status."""
         self._newest = (progress.to_json() + "\n").encode()
 
     @property
     def newest(self) -> bytes | None:
-        """What /status answers."""
+        """The response body of /status."""
         return self._newest
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class StatusServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # a reader that hangs must not hold up the end of a run
+    block_on_close = False  # a reader that hangs must not delay the end of a run
 
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         self._both = host == "" and socket.has_dualstack_ipv6()
@@ -73,12 +73,12 @@ class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self._both:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Not HTTPServer's own: it looks the host's name up, which can take seconds where DNS is slow.
+        # HTTPServer's method looks up the host's name, which can take seconds if DNS is slow.
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """A reader that goes away is nobody's error; anything else is one line."""
+        """Ignore a reader that closes the connection; print other errors in one line."""
         error = sys.exception()
         if not isinstance(error, ConnectionError | TimeoutError):
             print(f"status server: {type(error).__name__}: {error}", file=sys.stderr)
@@ -119,4 +119,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """A scrape every few seconds is no news."""
+        """Log nothing: a scrape every few seconds would fill the log."""

@@ -1,7 +1,7 @@
-"""Metrics as numerators and denominators, so that they can be added up over packs and ranks and divided once.
+"""Metrics as numerators and denominators, which are summed over packs and ranks and divided once.
 
-One fixed row a metric: a rank adds its packs' tables, one all-reduce adds the ranks', ``means`` divides. A metric that
-a run does not have (rewards, for SFT alone; sft_loss, at weight 0) has denominator 0 and is left out, not called 0.
+Each metric has a fixed row. A rank adds its packs' tables, one all-reduce adds the ranks', and ``means`` divides. A
+metric that a run does not have (rewards for SFT alone, sft_loss at weight 0) has denominator 0 and is left out.
 """
 
 import math
@@ -29,7 +29,7 @@ _START = "preference_loss_at_start"
 
 
 def metric_sums(losses: PairLosses) -> Tensor:
-    """The table of one pack, [len(ROWS), 2] float64, without gradient; filler pairs count nowhere.
+    """Return the table of one pack, [len(ROWS), 2] float64, without gradient. Filler pairs count for nothing.
 
     ========================  ===========================================  =======================================
     row                       numerator                                    denominator
@@ -67,7 +67,7 @@ def metric_sums(losses: PairLosses) -> Tensor:
 
 
 def empty_sums(device: torch.device | str = "cpu") -> Tensor:
-    """The table of no pair at all, [len(ROWS), 2] float64: what ranks start from."""
+    """Return a table of zeros, [len(ROWS), 2] float64, to which ranks add their packs."""
     return torch.zeros(len(ROWS), 2, dtype=torch.float64, device=device)
 
 
@@ -76,8 +76,8 @@ def means(table: Tensor | Sequence[Sequence[float]]) -> dict[str, float]:
 
     Each row's mean under its own name, rewards with ``_mean``; ``rewards_margin`` = chosen mean − rejected mean;
     ``rewards_all_std``: sample standard deviation (divisor 2N − 1, as torch.std and NeMo) of all 2N rewards. Rows
-    without a denominator are left out, and so is ``loss_at_start``. NaN and
-    infinities are kept.
+    without a denominator are left out, and so is ``loss_at_start``. NaN and infinities pass through; each writer
+    decides what to do with them.
     """
     sums = _sums(table)
     sums.pop(_START, None)
@@ -95,15 +95,15 @@ def means(table: Tensor | Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def loss_at_start(table: Tensor | Sequence[Sequence[float]]) -> float | None:
-    """The ``preference_loss`` that these pairs have while the policy equals its reference; None without a reference.
+    """Return the ``preference_loss`` of these pairs while the policy equals its reference; None without a reference.
 
-    It is no metric: the first step's loss is compared with it.
+    It is not a metric. The first step's loss is compared with it.
     """
     sums = _sums(table)
     return sums[_START][0] / sums[_START][1] if _START in sums else None
 
 
 def _sums(table: Tensor | Sequence[Sequence[float]]) -> dict[str, tuple[float, float]]:
-    """The rows that the run has, by name."""
+    """Return the sums of the rows that the run has, by name."""
     rows = table.tolist() if isinstance(table, Tensor) else table
     return {row: (float(top), float(bottom)) for row, (top, bottom) in zip(ROWS, rows, strict=True) if bottom > 0}

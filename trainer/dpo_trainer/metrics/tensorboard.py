@@ -9,7 +9,7 @@ from dpo_store import Store, join_uri, local_path_of
 from dpo_trainer.metrics.writer import Background
 
 COPY_SECONDS = 60.0
-"""Least time between two copies of the event files to an object store."""
+"""Minimum time between two copies of the event files to an object store."""
 
 
 def check() -> None:
@@ -23,9 +23,9 @@ def check() -> None:
 
 
 class TensorBoardWriter:
-    """Scalars under the metrics' own names, on the optimizer step.
+    """Writes scalars under the metrics' names, by optimizer step.
 
-    A resumed run writes a further event file that tells TensorBoard to drop the steps after the checkpoint.
+    A resumed run writes another event file, which makes TensorBoard drop the steps after the checkpoint.
     """
 
     def __init__(self, uri: str, store: Store, resume_step: int | None, interval: float = COPY_SECONDS) -> None:
@@ -63,6 +63,6 @@ class TensorBoardWriter:
 
     def _put(self) -> None:
         self._writer.flush()
-        # Each file's bytes of one moment: the writer's own thread may append while a large upload reads.
+        # Read each file at once: the writer's thread may append during a slow upload.
         for path in sorted(self._folder.iterdir()):
             self._store.write(join_uri(self._uri, path.name), path.read_bytes())

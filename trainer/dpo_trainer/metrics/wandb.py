@@ -14,7 +14,7 @@ _PUBLIC = "https://api.wandb.ai"
 
 
 class WandbSettings(Protocol):
-    """What is read of a spec's ``logging.wandb``; see dpo_api.spec."""
+    """The fields of a spec's ``logging.wandb`` that are used here; see dpo_api.spec."""
 
     @property
     def project(self) -> str: ...  # noqa: D102
@@ -45,19 +45,19 @@ def check(settings: WandbSettings) -> None:
 
 
 class WandbWriter:
-    """One W&B run for one run directory: every attempt continues it, and steps that it already has are not repeated."""
+    """One W&B run per run directory. Every attempt continues it, and steps that it has already are not repeated."""
 
     def __init__(
         self, settings: WandbSettings, *, job: str, run_dir: str, folder: Path, config: Mapping[str, Any]
     ) -> None:
-        """Start or continue the run; may raise whatever the library raises.
+        """Start or continue the run; may raise anything that the library raises.
 
-        folder: where W&B's own files go, in ``wandb/``. config: shown beside the curves.
+        folder: W&B's files go into its ``wandb/``. config: shown beside the curves.
         """
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        # The library would read the program's arguments, the git remote and the user's name: none of that is asked for.
+        # The library would upload the program's arguments, the git remote and the user's name, which no one asked for.
         options = wandb.Settings(
             base_url=_server_of(settings),
             silent=True,
@@ -88,15 +88,15 @@ class WandbWriter:
         self._run.log(dict(metrics), step=step)
 
     def flush(self) -> None:
-        """W&B sends from a process of its own."""
+        """Do nothing: W&B uploads from its own process."""
 
     def close(self) -> None:
-        """Send what is left, for at most a minute."""
+        """Upload the rest, for at most a minute."""
         self._run.finish()
 
 
 def run_id(run_dir: str) -> str:
-    """The W&B id of a run directory, equal for all its attempts."""
+    """Return the W&B id of a run directory, the same for all its attempts."""
     return hashlib.sha256(run_dir.rstrip("/").encode()).hexdigest()[:16]
 
 
@@ -105,7 +105,7 @@ def _server_of(settings: WandbSettings) -> str:
 
 
 def _has_key(base_url: str) -> bool:
-    """Whether the library will find a key without asking at the terminal, where a training process must never wait."""
+    """Return whether the library finds a key without a prompt, at which a training process would wait for ever."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""What every sink of metrics can do, and the rule that none of them stops a training run."""
+"""The interface of metrics sinks, and wrappers so that a failing or slow sink does not stop a training run."""
 
 import json
 import logging
@@ -14,19 +14,19 @@ class MetricsWriter(Protocol):
     """A sink of events: named numbers of one optimizer step, ``train/loss``, ``val/acc``."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take one event. Steps never fall; a step may have several events (train, then val)."""
+        """Take one event. Steps never decrease; a step may have several events (train, then val)."""
 
     def flush(self) -> None:
-        """Make what was written visible to readers, now."""
+        """Make what was written visible to readers."""
 
     def close(self) -> None:
-        """Flush and let go. Nothing is written afterwards."""
+        """Flush and close. Nothing is written afterwards."""
 
 
 class Guarded:
-    """A sink that may fail without harm: the first failure is one warning, training goes on, the sink is tried again.
+    """Wraps a sink that may fail. The first failure is logged as a warning; training continues and tries it again.
 
-    A sink that wraps a network service or a third-party library belongs in here.
+    Use it for every sink that wraps a network service or a third-party library.
     """
 
     def __init__(self, name: str, writer: MetricsWriter) -> None:
@@ -52,7 +52,7 @@ class Guarded:
         except Exception as error:  # noqa: BLE001 - foreign code; training must not end because a dashboard is away
             self.failures += 1
             if self.failures == 1:
-                log.warning("%s does not take metrics (%s); training goes on without it", self.name, summary(error))
+                log.warning("%s does not accept metrics (%s); training continues without it", self.name, summary(error))
 
 
 class Writers:
@@ -72,7 +72,7 @@ class Writers:
             writer.flush()
 
     def close(self) -> None:
-        """Close every sink, whatever another one's closing raises; that is one warning."""
+        """Close every sink; an error while closing one is logged as a warning."""
         for writer in self._writers:
             Guarded("a sink", writer).close()
 
@@ -80,8 +80,8 @@ class Writers:
 class Background:
     """Runs one slow action in a thread, at most every ``interval`` seconds, so that no step waits for a network.
 
-    ``request`` asks for a run; requests made meanwhile are answered by one later run. A failure is one warning and is
-    tried again at the next request. ``finish`` runs the action a last time in the caller, and raises what it raises.
+    ``request`` asks for a run; requests during a run lead to one later run. The first failure is logged as a warning;
+    the next request tries again. ``finish`` runs the action a last time in the caller and raises what it raises.
     """
 
     def __init__(self, name: str, action: Callable[[], None], interval: float) -> None:
@@ -97,7 +97,7 @@ class Background:
         self._wanted.set()
 
     def now(self) -> None:
-        """Run the action in the caller, after a run that is under way."""
+        """Run the action in the caller, after any run in the thread has ended."""
         self._wanted.clear()
         with self._running:
             self._action()
@@ -112,7 +112,7 @@ class Background:
     def _loop(self) -> None:
         while True:
             self._wanted.wait()
-            # In this order: what `finish` sets after it is seen here, what it set before is not cleared unseen.
+            # Clear before the check: a stop that is set later wakes this loop again.
             self._wanted.clear()
             if self._stopped.is_set():
                 return
@@ -121,14 +121,15 @@ class Background:
                     self._action()
             except Exception as error:  # noqa: BLE001 - see Guarded
                 if not self._warned:
-                    log.warning("%s cannot be written now (%s); trying again later", self._name, summary(error))
+                    log.warning("%s cannot be written (%s); trying again later", self._name, summary(error))
                 self._warned = True
             self._stopped.wait(self._interval)
 
 
-def telling(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Leave out what would be taken for a verdict on the policy and is none: before the first step it is the reference,
-    so rewards are rounding and the accuracy is about 0.
+def without_meaningless(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics without those that say nothing about the policy before the first step.
+
+    The policy equals the reference then, so rewards are rounding errors and the accuracy is about 0.
     """
     if step > 0:
         return dict(metrics)
@@ -137,12 +138,12 @@ def telling(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def event_line(step: int, metrics: Mapping[str, float]) -> bytes:
-    """One event as a line of strict JSON; NaN and infinities, which JSON lacks, are left out."""
+    """Return one event as a line of strict JSON, without NaN and infinities, which JSON does not have."""
     values = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return (json.dumps({"step": step, **values}, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def summary(error: BaseException) -> str:
-    """The first line of an error, at most 300 characters."""
+    """Return the first line of an error, at most 300 characters."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
