@@ -1,5 +1,8 @@
 """One rank's part of the tests that run Megatron-Core in several CPU processes."""
 
+import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
+
+# isort: split
 from pathlib import Path
 from typing import Any
 

@@ -3,6 +3,9 @@
 A fresh transformers model has zero biases, unit norms and logits of std 0.1: parity on it proves little.
 """
 
+import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
+
+# isort: split
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[3]
-MODULES = ("dpo_trainer", "dpo_cli")
+MODULES = ("dpo_trainer", "dpo_cli", "dpo_testing.probe")
 PRELOADED = ("dpo_trainer.worker", "dpo_trainer.agent", "torch.distributed.run", "dpo_cli.app", "transformers")
 """What the server imports."""
 
@@ -70,10 +70,12 @@ def _forkable(args: Any) -> bool:
 class PreloadedPopen(subprocess.Popen[Any]):
     """``subprocess.Popen`` for `python -m` of one of MODULES; the process is forked from this test process's server."""
 
+    preload: tuple[str, ...] = PRELOADED
+
     def _execute_child(self, args: Any, *rest: Any) -> None:
         self._fate, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            _ask(_server(), self, args, rest, theirs)
+            _ask(_server(self.preload), self, args, rest, theirs)
         self.pid = _answer(self._fate)
         self._child_created = True
 
@@ -107,13 +109,13 @@ def _answer(fate: socket.socket) -> int:
 
 
 @cache
-def _server() -> socket.socket:
-    """Start this test process's server, once; it ends with this process."""
+def _server(preload: tuple[str, ...]) -> socket.socket:
+    """Start this test process's server with these modules, once; it ends with this process."""
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     rooms = os.pathsep.join(str(ROOT / room) for room in ("crds", "operator", "trainer", "tests/support"))
     environment = {**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "1"}
     with its:
-        command = [sys.executable, "-m", "dpo_testing.preloaded", str(its.fileno())]
+        command = [sys.executable, "-m", "dpo_testing.preloaded", str(its.fileno()), *preload]
         server = _Popen(command, env=environment, pass_fds=[its.fileno()], start_new_session=True)
 
     def end() -> None:
@@ -337,11 +339,12 @@ def _run(module: str) -> int:
 
 def _main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    for module in PRELOADED:
+    preload = sys.argv[2:]
+    for module in preload:
         __import__(module)
     busy = [task for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]  # noqa: PTH208
     if busy:
-        raise RuntimeError(f"importing {', '.join(PRELOADED)} has started {len(busy)} threads, which no fork has")
+        raise RuntimeError(f"importing {', '.join(preload)} has started {len(busy)} threads, which no fork has")
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
     _serve(control, None)

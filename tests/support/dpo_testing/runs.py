@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
 from dpo_api.manifest import DPOJob, parse_job
 from dpo_testing.preloaded import NOTES, PreloadedPopen, usable
 from dpo_trainer.distributed import World
