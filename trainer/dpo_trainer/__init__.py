@@ -1,1 +1,1 @@
-"""The trainer: it reads one DPOJob and writes an aligned model. It knows no Kubernetes."""
+"""The trainer: reads one DPOJob and writes an aligned model. It does not depend on Kubernetes."""

@@ -5,7 +5,7 @@ import signal
 
 from dpo_trainer.entry import main
 
-# Prints the stack of each thread, of a run that hangs for instance, and goes on. Without it SIGUSR1 kills.
+# Print the stack of each thread on SIGUSR1, to show where a run hangs. Without this, SIGUSR1 ends the process.
 faulthandler.register(signal.SIGUSR1)
 
 if __name__ == "__main__":

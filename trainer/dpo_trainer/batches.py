@@ -24,10 +24,10 @@ class DataSet:
     name: str
     index: PairIndex
     settings: Dpo
-    reference: ReferenceTable | None = None  #: None where the loss needs none
+    reference: ReferenceTable | None = None  #: None if the loss needs none
 
     def rewards(self, pairs: Tensor) -> Tensor:
-        """[P, 2] float64 rewards, the data's own or the spec's defaults; a filler's are 0."""
+        """Return rewards [P, 2] float64, from the data or the spec's defaults; 0 for filler pairs."""
         ids = pairs.cpu()
         found = self.index.rewards(
             ids.clamp(min=0).numpy(), self.settings.default_chosen_reward, self.settings.default_rejected_reward
@@ -35,7 +35,7 @@ class DataSet:
         return torch.where((ids >= 0).unsqueeze(1), torch.from_numpy(found).double(), 0.0)
 
     def reference_sums(self, pairs: Tensor) -> Tensor:
-        """[P, 2] float64 reference sums; a filler's are 0."""
+        """Return reference sums [P, 2] float64; 0 for filler pairs."""
         assert self.reference is not None  # noqa: S101 - computed before training starts
         return self.reference.of(pairs.cpu())
 

@@ -44,12 +44,12 @@ def needed() -> bool:
 
 
 def device() -> torch.device:
-    """The device that this process computes on: its current GPU, else the CPU."""
+    """Return the device that this process computes on: its current GPU, else the CPU."""
     return _CPU if needed() else torch.device("cuda", torch.cuda.current_device())
 
 
 def install() -> bool:
-    """Let Megatron-Core run on the CPU, once per process; return whether the bridge is in place.
+    """Patch Megatron-Core to run on the CPU, once per process; return whether it is patched.
 
     On a machine with a GPU this changes nothing and returns False.
     """
@@ -75,9 +75,9 @@ def install() -> bool:
 def construction() -> Iterator[None]:
     """Enter around building a model or an optimizer and around loading their checkpoints.
 
-    Literal ``cuda`` devices become the CPU and ``Tensor.type()`` answers with the CUDA name that Megatron-Core's
-    optimizers compare with. It holds for this thread only and doubles the cost of small operations, so it must not
-    surround a training step. Does nothing where a GPU is present.
+    Literal ``cuda`` devices become the CPU, and ``Tensor.type()`` returns the CUDA name that Megatron-Core's
+    optimizers compare with. It affects this thread only and doubles the cost of small operations, so do not use it
+    around a training step. Does nothing where a GPU is present.
     """
     if not install():
         yield
@@ -87,7 +87,7 @@ def construction() -> Iterator[None]:
 
 
 class _NullStream:
-    """A stream on which everything has already happened."""
+    """A stream on which all work is complete."""
 
     def __getattr__(self, _name: str) -> Callable[..., None]:
         return lambda *_a, **_k: None
@@ -100,7 +100,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 class _TorchOnCPU:
-    """The torch module, but its factory functions take the CPU for ``device='cuda'``."""
+    """The torch module, with factory functions that use the CPU for ``device='cuda'``."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
@@ -150,7 +150,7 @@ def _bridge_random_state() -> None:
 
 
 def _answering[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """The function, run inside ``_CudaMeansCPU``; for functions that run once a step or once a checkpoint."""
+    """Wrap a function to run inside ``_CudaMeansCPU``; for functions called once per step or per checkpoint."""
 
     @functools.wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -166,14 +166,14 @@ def _bridge_clipping() -> None:
 
     original: Any = clip_grads.clip_grad_by_total_norm_fp32
     clip, name = _answering(original), original.__name__
-    # Modules that were imported before this hold the function under its own name.
+    # Modules imported earlier have their own reference to the function.
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith(("megatron.core", "dpo_trainer")) and vars(module).get(name) is original:
             setattr(module, name, clip)
 
 
 def _bridge_optimizer_state() -> None:
-    """The distributed optimizer sends its state through ``.cuda()`` when a checkpoint gathers or spreads it."""
+    """The distributed optimizer sends its state through ``.cuda()`` when a checkpoint gathers or distributes it."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     for name in ("get_parameter_state_dp_zero", "load_parameter_state_from_dp_zero"):

@@ -45,7 +45,7 @@ Rank 0 may be writing a model of hundreds of gigabytes. The operator detects run
 
 @dataclass(frozen=True)
 class World:
-    """This process among the run's processes, as torchrun's environment describes it."""
+    """This process's place among the run's processes, from the environment that torchrun sets."""
 
     rank: int
     size: int
@@ -102,12 +102,12 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        """This process's rank among those that see different pairs."""
+        """This process's rank among those that train on different pairs."""
         return int(parallel_state.get_data_parallel_rank())
 
     @property
     def data_size(self) -> int:
-        """How many processes see different pairs."""
+        """How many processes train on different pairs."""
         return int(parallel_state.get_data_parallel_world_size())
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ class World:
         return total.cpu()
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
-        """Rank 0's values on every rank; shape and dtype must agree."""
+        """Return rank 0's values on every rank; shape and dtype must be equal on all."""
         box = values.to(self.device)
         dist.broadcast(box, src=0)
         return box.cpu()

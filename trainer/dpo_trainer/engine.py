@@ -33,11 +33,11 @@ Consume = Callable[[Pack, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(pack, sums [P, 2] with gradient, counts [P, 2]) -> (numerator of the loss, its denominator), both scalars."""
 
 PairValues = Callable[[Tensor], Tensor]
-"""Dataset indices [P] (-1: filler) -> [P, 2] float64, one column a response."""
+"""Dataset indices [P] (-1: filler) -> [P, 2] float64, one column per response."""
 
 
 class Engine:
-    """The policy. Forward passes work at once; training steps need ``prepare_training`` first."""
+    """The policy and its optimizer. Training steps need ``prepare_training`` first; forward passes do not."""
 
     def __init__(self, model: Any, spec: DPOJobSpec, world: World) -> None:
         self.model = model

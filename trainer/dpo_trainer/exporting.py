@@ -142,7 +142,7 @@ def write_formats(result: Result, spec: DPOJobSpec, source: Place, folder: Path)
 
 @contextmanager
 def _tokenizer(spec: DPOJobSpec) -> Iterator[str | None]:
-    """A local folder with the tokenizer's files, or None for the model's own tokenizer."""
+    """Yield a local folder with the tokenizer's files, or None for the model's tokenizer."""
     if spec.tokenizer is None:
         yield None
         return

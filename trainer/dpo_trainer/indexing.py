@@ -26,7 +26,7 @@ def print_index(spec_path: Path) -> int:
 
 
 def index_report(spec_path: Path) -> dict[str, Any]:
-    """``train`` and ``validation`` (by name): the statistics of data.tally; ``plan``: the derived values."""
+    """Return ``train`` and ``validation`` (by name): the statistics of data.tally; ``plan``: the derived values."""
     spec = load_manifest(spec_path).spec
     store, folder = model_source(spec)
     indexes = build_indexes(

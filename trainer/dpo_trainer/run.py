@@ -43,7 +43,7 @@ REFERENCE_SAVE_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line adds to the spec."""
+    """Options of the command line that the spec does not have."""
 
     run_dir: str | None = None
     attempt: int | None = None

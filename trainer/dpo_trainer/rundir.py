@@ -48,12 +48,12 @@ class RunDirectory:
     """Distinguishes two attempts with the same number: the one that claimed the directory last owns it."""
 
     def path(self, *parts: str) -> str:
-        """The URI of something inside."""
+        """Return the URI of a file or folder of the run directory."""
         return "/".join([self.uri.rstrip("/"), *parts])
 
     @property
     def local(self) -> Path | None:
-        """The folder itself where the run directory is local."""
+        """The run directory as a local path; None if it is not local."""
         return local_path_of(self.uri)
 
     def look(self, attempt: int | None) -> int:
@@ -115,7 +115,7 @@ class RunDirectory:
             raise self._damaged("export.json", f"a field is missing or has the wrong type ({error})") from None
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
-        """An object inside, or None when there is none."""
+        """Return a JSON object of the run directory, or None if it does not exist."""
         try:
             text = self.store.read(self.path(*parts))
         except NotFoundError:
@@ -129,7 +129,7 @@ class RunDirectory:
         return value
 
     def write_json(self, *parts_and_value: Any) -> None:
-        """Write an object: path parts, then the value. Strict JSON: NaN is a bug here."""
+        """Write a JSON object: path parts, then the value. Raises ValueError for NaN, which JSON does not have."""
         *parts, value = parts_and_value
         self.store.write(self.path(*parts), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 

@@ -12,12 +12,12 @@ from dpo_trainer.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenize
 
 
 def store_for(spec: DPOJobSpec, access: StorageAccess | None = None) -> Store:
-    """The store of one source or output: its own access settings first, then spec.storage's."""
+    """Return the store of one source or output. Its own access settings take precedence over spec.storage."""
     return open_store(options_of(spec.storage, access))
 
 
 def model_source(spec: DPOJobSpec) -> tuple[Store, str]:
-    """The start model's store and folder."""
+    """Return the start model's store and folder."""
     source = spec.model.hugging_face
     if source is None:
         raise InvalidSpecError("spec.model: only huggingFace is implemented; convert the model to that format")
@@ -25,7 +25,7 @@ def model_source(spec: DPOJobSpec) -> tuple[Store, str]:
 
 
 def open_tokenizer(spec: DPOJobSpec) -> Tokenizer:
-    """Fetch the tokenizer's files into a folder of this process and load them."""
+    """Download the tokenizer's files into a temporary folder and load them."""
     if spec.tokenizer is not None:
         store, uri = store_for(spec, spec.tokenizer.storage), spec.tokenizer.uri
     else:

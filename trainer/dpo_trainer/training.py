@@ -27,7 +27,7 @@ from dpo_trainer.stopping import StopRequest
 
 @dataclass(frozen=True)
 class Inputs:
-    """The data of a run, and how it becomes batches and packs."""
+    """The data of a run, and the settings that turn it into batches and packs."""
 
     train: DataSet
     validation: tuple[DataSet, ...]
@@ -53,7 +53,7 @@ class Inputs:
         return np.unique(np.concatenate(seen))
 
     def validation_batches(self) -> list[tuple[DataSet, list[Pairs]]]:
-        """Each validation source with its batches."""
+        """Return each validation source with its batches."""
         size = self.plan.global_batch_size
         return [
             (data, validation_batches(data.index.n, size)[:count])
@@ -62,7 +62,7 @@ class Inputs:
 
 
 class Training:
-    """One attempt's loop, from the newest checkpoint or from step 0 to the last step."""
+    """The training loop of one attempt, from the newest checkpoint or from step 0 to the last step."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Training:
     def resume_from(self, newest: SavedCheckpoint | None) -> None:
         """Continue from a complete checkpoint, or start at step 0.
 
-        Raises IncompatibleCheckpointError when it belongs to another run.
+        Raises IncompatibleCheckpointError if it belongs to another run.
         """
         saved_at = None
         if newest is not None:
@@ -104,7 +104,7 @@ class Training:
         self.reporter.start_training(self.step, self.plan, resumed=newest is not None, saved_at=saved_at)
 
     def run(self) -> None:
-        """Train to the last step. Raises StoppedError, after a checkpoint, when asked to stop."""
+        """Train to the last step. If asked to stop, saves a checkpoint and raises StoppedError."""
         plan = self.plan
         if plan.validates_after(self.step) and (self.step == 0 or not self._validated):
             self._validate_or_stop()
