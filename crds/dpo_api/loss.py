@@ -1,6 +1,6 @@
 """The preference losses by name, and what everything outside the trainer needs to know of each.
 
-To add one: a member here, its function in dpo_trainer.losses, and a row in tests/support/dpo_testing/papers.py.
+CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations
