@@ -231,5 +231,5 @@ def test_a_kubeconfig_with_a_program_is_refused_in_one_sentence_where_its_packag
     run = [sys.executable, "-S", "-m", "dpo_operator"]
     done = subprocess.run(run, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("dpo-operator: the kubeconfig runs a program")
+    assert done.stderr.startswith("dpo-operator: the kubeconfig uses a credential plugin (exec)")
     assert "Traceback" not in done.stderr

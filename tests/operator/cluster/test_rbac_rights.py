@@ -234,7 +234,7 @@ async def watches(stage: Stage, resource: Resource) -> None:
         await stage.client.request("GET", resource.path(stage.jobs.namespace), params=params)
     except Unreachable as error:
         # It was allowed: a watch answers with lines, of which there may be none.
-        assert "no JSON" in str(error)  # noqa: PT017 - any other would be a failure of the connection
+        assert "not JSON" in str(error)  # noqa: PT017 - any other would be a failure of the connection
 
 
 async def job_get(stage: Stage) -> None:

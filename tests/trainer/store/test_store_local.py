@@ -137,7 +137,7 @@ def test_space_is_checked_before_the_first_byte(disk: Store, tmp_path: Path) -> 
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(shutil.disk_usage(tmp_path).free * 2)  # sparse: takes no space itself
     for copy in (disk.upload, disk.download):
-        with pytest.raises(NoSpaceError, match=r"needs .* GB but has .* GB free; make room or choose another folder"):
+        with pytest.raises(NoSpaceError, match=r"needs .* GiB but has .* GiB free; make room or choose another folder"):
             copy(f"{tmp_path}/huge", f"{tmp_path}/new/copy")
     with pytest.raises(NoSpaceError):
         disk.download_tree(f"{tmp_path}", tmp_path / "tree")
