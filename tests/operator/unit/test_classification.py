@@ -9,6 +9,9 @@ import pytest
 from dpo_api.errors import Outcome
 from dpo_api.progress import LastWords
 from dpo_operator.classification import (
+    _DONE_TO,
+    DISRUPTIONS,
+    POD_REASONS,
     Cause,
     cause_of_pod,
     cause_of_record,
@@ -249,3 +252,7 @@ def test_messages_are_one_clean_line() -> None:
     assert len(found.message) <= 1000
     assert found.message.startswith("a b [31mred c")
     assert last_words(pod(code=3, message=nasty)) is not None
+
+
+def test_what_kubernetes_did_to_a_pod_has_a_phrase_for_every_reason() -> None:
+    assert {*DISRUPTIONS.values(), *POD_REASONS.values()} <= set(_DONE_TO)

@@ -32,6 +32,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
@@ -213,15 +214,23 @@ def _fork(request: Mapping[str, Any], streams: list[int], parent: int | None, fa
         if parent is not None:
             if os.fork():
                 os._exit(0)
-            while os.getppid() != parent:  # until the process between has ended
-                if not Path(f"/proc/{parent}").exists():
-                    os._exit(1)
-                os.sched_yield()
+            _wait_for_parent(parent)
             _tell(fate, os.getpid())  # only now can the parent wait for it
         _become(request, streams)
     except BaseException:  # noqa: BLE001 - a forked copy never returns to its original's loop
         traceback.print_exc()
     os._exit(70)
+
+
+def _wait_for_parent(parent: int) -> None:
+    """Wait until the process between this one and ``parent`` has ended, so that ``parent`` has adopted this one."""
+    deadline = time.monotonic() + 60
+    while os.getppid() != parent:
+        if not Path(f"/proc/{parent}").exists():
+            os._exit(1)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {parent} did not adopt the process that it asked for")
+        os.sched_yield()
 
 
 def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
