@@ -1,4 +1,4 @@
-"""For every test: the same examples each time, a cache of its own, and no credentials of whoever runs it."""
+"""For every test: the same examples each time, its own cache, and none of the user's credentials."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# A failure seen once is seen again, by everyone; drawing new examples is for whoever edits a property.
+# Examples are fixed, so that everyone sees the same failures; to draw new ones, edit a property.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 

@@ -1,4 +1,4 @@
-"""Manifests are read as kubectl reads them, and mistakes are told with file, line and field."""
+"""Manifests are read as kubectl reads them, and mistakes are reported with file, line and field."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_counts_and_percentages(value: int | str, of: int, expected: int) -> Non
 
 
 def test_ultrafeedback_at_512() -> None:
-    """61,135 pairs are the set that the reference's trap is told of: M = 119."""
+    """61,135 pairs is the data set in the reference's own example of this mistake: M = 119."""
     plan = make_plan(spec({"training.globalBatchSize": 512, "data.validation": [{"uri": "v"}]}), 61_135, [2000])
     assert (plan.steps_per_epoch, plan.total_steps, plan.epochs) == (119, 119, 1)
     assert plan.dropped_per_epoch == 61_135 - 119 * 512

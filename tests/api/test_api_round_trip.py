@@ -152,7 +152,7 @@ def test_a_released_status_loads_for_ever() -> None:
     schema = SCHEMA["properties"]["status"]
     assert problems(schema, value) == []
     assert unknown_fields(schema, value) == []
-    assert set(schema_paths(schema)) <= set(paths(value)), "every field of the status stands in the released one"
+    assert set(schema_paths(schema)) <= set(paths(value)), "every field of the status is in the released one"
     value["somethingNew"] = 1
     assert DPOJobStatus.model_validate(value) == status
 

@@ -1,4 +1,4 @@
-"""What the chart makes of its values, compared with the code that meets it."""
+"""The rendered chart, compared with the code that depends on it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def matches(selector: Object, own: Object) -> bool:
 
 
 def test_the_operator_reads_its_environment_as_it_is_meant(home: Path) -> None:
-    """Defaults are the operator's own, but for what an installation decides."""
+    """Defaults are the operator's own, except for what an installation decides."""
     options, settings = parse([], environment(pick(render(home=home), "Deployment")))
     assert options == Options()
     image = "ghcr.io/dpo-operator/dpo-trainer:" + VERSION
@@ -167,7 +167,7 @@ def test_people_get_their_rights_through_view_edit_and_admin(home: Path) -> None
     reading = {"get", "list", "watch"}
     view = pick(objects, "ClusterRole", "dpojob-view")["rules"]
     assert {verb for rule in view for verb in rule["verbs"]} == reading
-    # Whoever is bound to it alone sees what is edited.
+    # A user who has only this role can see what they edit.
     (edit,) = pick(objects, "ClusterRole", "dpojob-edit")["rules"]
     assert edit["resources"] == ["dpojobs"], "the status is the operator's to write"
     assert set(edit["verbs"]) == reading | {"create", "update", "patch", "delete", "deletecollection"}

@@ -1,4 +1,4 @@
-"""What `helm test` trains: the chart's own manifest, on the world that the operator makes, by the real trainer."""
+"""The real trainer runs the manifest of `helm test` on the model and data that the operator writes for it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_manifest_is_possible_on_a_cluster(home: Path) -> None:
     assert [(finding.level, finding.field) for finding in found] == [("warning", "spec.training.learningRate")]
 
 
-def test_a_spec_of_ones_own_is_laid_over_it(home: Path) -> None:
+def test_a_custom_spec_is_merged_into_it(home: Path) -> None:
     spec = job(home, spec={"image": "i:1", "resources": {"cpu": "2"}}, storage={"claim": "mine"})["spec"]
     assert (spec["image"], spec["resources"]["cpu"], spec["resources"]["memory"]) == ("i:1", "2", "2Gi")
     assert spec["model"]["huggingFace"]["uri"] == "pvc://mine/model/"

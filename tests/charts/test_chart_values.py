@@ -85,7 +85,7 @@ def test_schema_and_values_name_the_same() -> None:
         assert set(here) <= known, path
 
 
-def test_settings_are_the_flags_that_no_value_stands_for(home: Path) -> None:
+def test_settings_are_the_flags_without_their_own_value(home: Path) -> None:
     flags = {option[2:] for action in _parser({})._actions for option in action.option_strings if option[:2] == "--"}
     env = {v["name"] for v in _container(home)["env"]}
     own = {name.removeprefix("DPO_OPERATOR_").lower().replace("_", "-") for name in env}

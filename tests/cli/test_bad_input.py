@@ -72,7 +72,7 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    ("change", "outcome", "told"),
+    ("change", "outcome", "expected"),
     [
         pytest.param(
             edit("training.learningrate", 1e-6),
@@ -100,14 +100,14 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ),
     ],
 )
-def test_a_manifest_that_cannot_be_meant(
-    dpo: Command, spec: dict[str, Any], change: Callable[[dict[str, Any]], None], outcome: Outcome, told: list[str]
+def test_an_invalid_manifest(
+    dpo: Command, spec: dict[str, Any], change: Callable[[dict[str, Any]], None], outcome: Outcome, expected: list[str]
 ) -> None:
     change(spec)
     said = run(dpo, spec)
     text = only_error(said, outcome)
-    assert all(part in text for part in told), text
-    assert said.out == "", "nothing has begun"
+    assert all(part in text for part in expected), text
+    assert said.out == "", "nothing has started"
     assert not (dpo.folder / "out").exists()
 
 
@@ -133,7 +133,7 @@ def test_a_missing_bucket_for_the_results(dpo: Command, spec: dict[str, Any], s3
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "expected"),
     [
         ({"AWS_SECRET_ACCESS_KEY": "not-the-secret"}, "the secret key is wrong; check AWS_ACCESS_KEY_ID and AWS_"),
         ({"AWS_ACCESS_KEY_ID": "AKSTRANGER"}, "does not know this access key; check AWS_ACCESS_KEY_ID and AWS_SECRET"),
@@ -142,13 +142,13 @@ def test_a_missing_bucket_for_the_results(dpo: Command, spec: dict[str, Any], s3
     ids=["wrong secret", "unknown key", "none"],
 )
 def test_wrong_credentials(
-    dpo: Command, spec: dict[str, Any], s3: S3Server, variables: dict[str, str], told: str
+    dpo: Command, spec: dict[str, Any], s3: S3Server, variables: dict[str, str], expected: str
 ) -> None:
     edit("data.train.0.uri", "s3://locked/train.jsonl")(spec)
     said = run(dpo, spec, **(s3.environment() | variables))
     text = only_error(said, Outcome.AccessDenied)
     assert "spec.data.train[0].uri: s3://locked/" in text
-    assert told in text
+    assert expected in text
     secrets = (s3.secret_key, "not-the-secret")
     assert not any(secret in said.all for secret in secrets)
 

@@ -67,7 +67,7 @@ def test_mistakes_in_the_command_line(dpo: Dpo, arguments: list[str], message: s
     assert message in said.err
 
 
-def test_an_unforeseen_error_leaves_its_traceback_in_a_file(
+def test_an_unexpected_error_leaves_its_traceback_in_a_file(
     dpo: Dpo, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_arguments: object) -> None:

@@ -62,7 +62,7 @@ def laid_over(spec: dict[str, Any], *settings: str) -> dict[str, Any]:
     return dict(result)
 
 
-def test_values_are_laid_over_the_document() -> None:
+def test_values_are_set_in_the_document() -> None:
     spec = {"data": {"train": [{"uri": "a"}]}, "dpo": {"beta": 0.1}}
     result = laid_over(spec, "data.train[0].uri=b", "data.train[1].uri=c", "training.maxSteps=5", "dpo.loss=ipo")
     assert result == {

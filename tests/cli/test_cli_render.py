@@ -52,7 +52,7 @@ def test_what_would_be_rejected_is_not_rendered(dpo: Dpo) -> None:
     assert "spec.checkpoint.uri: runs/x is not mounted in the pods" in said.err
 
 
-def test_doubts_go_to_standard_error(dpo: Dpo) -> None:
+def test_warnings_go_to_standard_error(dpo: Dpo) -> None:
     said = dpo("render", "-f", LORA, "--set", "dpo.beta=50")
     assert said.code == 0
     assert "spec.dpo.beta" in said.err

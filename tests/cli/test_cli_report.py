@@ -157,7 +157,7 @@ def test_lines_are_drawn_where_their_values_are() -> None:
     assert drawn[2] == pytest.approx((WIDTH - RIGHT, TOP + span / 2), abs=0.1)
 
 
-def test_a_spike_is_cut_and_told() -> None:
+def test_a_spike_is_cut_off_and_noted() -> None:
     points = [(step, 40.0 if step == 5 else 2.0) for step in range(1, 61)]
     assert "spikes above 2.5 are cut off; the highest is 40 at step 5" in render(
         Chart("norm", [Line("a", points)], cut_spikes=True), 60
@@ -236,7 +236,7 @@ def test_the_command_draws_a_run_directory(world: World, dpo: Dpo) -> None:
     assert "training.learningRate 9e-06" in text, "defaults are shown too"
 
 
-def test_a_spec_of_another_version_is_shown_as_it_is(world: World, dpo: Dpo) -> None:
+def test_a_spec_of_another_version_is_shown_unchanged(world: World, dpo: Dpo) -> None:
     folder = run_directory(world)
     (folder / "spec.json").write_text(json.dumps({"metadata": {"name": "later"}, "spec": {"new": {"field": 7}}}))
     assert dpo("report", str(folder)).code == 0

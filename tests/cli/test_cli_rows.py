@@ -69,7 +69,7 @@ def test_validations_show_their_own_results_not_the_last_ones() -> None:
 
 
 def test_validations_and_steps_that_follow_quickly_are_not_lost() -> None:
-    """Between two validations there may be no event of training: steps are told of ten times a second at most."""
+    """Between two validations there may be no event of training: steps are reported ten times a second at most."""
     log = PhaseLog()
     log.feed(event("train", 0, step=1, total=9, metrics={"train/loss": 0.7}))
     log.feed(event("validate", 1, step=1, total=9, metrics={"val/loss": 0.69}))
@@ -90,7 +90,7 @@ def test_the_sets_of_a_phase_have_rows_of_their_own() -> None:
     assert lines == ["  reference  512/512 pairs  train  (2.0 s)", "  reference  64/64 pairs  heldout  (1.0 s)"]
 
 
-def test_the_remaining_time_is_told_while_there_is_some() -> None:
+def test_the_remaining_time_is_shown_while_there_is_some() -> None:
     log = PhaseLog()
     log.feed(event("train", 0, step=1, total=9, eta_seconds=80.0))
     assert log.running(START + 1)[0].text == "step 1/9  ETA 1:20"
@@ -170,6 +170,6 @@ def test_no_color_is_honoured() -> None:
     assert not any(f"\x1b[{code}m" in stream.getvalue() for code in ("36", "31", "33", "32"))
 
 
-def test_pairs_that_were_read_are_counted_although_nobody_knows_how_many_there_are() -> None:
+def test_pairs_that_were_read_are_counted_although_the_total_is_unknown() -> None:
     [line] = plain(event("index", 0, done=12_000, message="train: 5,000,000 tokens"), end=2)
     assert line == "  index      12,000 pairs  train: 5,000,000 tokens  (2.0 s)"

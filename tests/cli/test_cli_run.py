@@ -66,12 +66,12 @@ def test_a_run_from_start_to_summary(world: World, replay: Replay) -> None:
     assert json.loads((folder / "spec.json").read_text())["spec"]["training"]["globalBatchSize"] == 10
 
 
-def test_what_the_data_made_doubtful_is_said_once(world: World, replay: Replay) -> None:
+def test_a_warning_about_the_data_is_printed_once(world: World, replay: Replay) -> None:
     world.spec["training"]["globalBatchSize"] = 1000
     job = load_manifest(world.write())
     known = [str(finding) for finding in make_plan(job.spec, 100, [20]).warnings]
-    told = {"phase": "index", "warnings": [*known, "no response ends"]}
-    said = replay.run(SUCCESS | {"events": [*EVENTS[:2], told, told, *EVENTS[2:]]}, "run", "-f", world.write())
+    warned = {"phase": "index", "warnings": [*known, "no response ends"]}
+    said = replay.run(SUCCESS | {"events": [*EVENTS[:2], warned, warned, *EVENTS[2:]]}, "run", "-f", world.write())
     assert said.out.count("are fewer than one global batch") == 1
     assert said.out.count("  warning    no response ends\n") == 1
 
@@ -87,7 +87,7 @@ def test_a_run_that_was_refused_leaves_the_directory_of_another(world: World, re
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-def test_a_port_that_is_taken_is_met_before_anything_starts(world: World, replay: Replay) -> None:
+def test_a_port_that_is_taken_is_found_before_anything_starts(world: World, replay: Replay) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -187,7 +187,7 @@ def test_an_internal_error_shows_the_end_of_this_runs_log(world: World, replay: 
     assert "of an earlier attempt" not in said.all
 
 
-def test_a_trainer_that_dies_without_a_word(world: World, replay: Replay) -> None:
+def test_a_trainer_that_dies_without_a_termination_message(world: World, replay: Replay) -> None:
     said = replay.run(failing(None, 77), "run", "-f", world.write())
     assert said.code == 1
     assert "the trainer ended without a termination message (exit code 77)" in said.err
@@ -201,7 +201,7 @@ def test_a_trainer_that_dies_without_a_word(world: World, replay: Replay) -> Non
         (7, Outcome.NoSpace, "A disk or a quota is full."),
     ],
 )
-def test_words_for_exit_codes(tmp_path: Path, code: int, outcome: Outcome, text: str) -> None:
+def test_messages_for_exit_codes(tmp_path: Path, code: int, outcome: Outcome, text: str) -> None:
     words = trainer.last_words(tmp_path / "none", code)
     assert (words.known_outcome, text in words.message) == (outcome, True)
 
@@ -215,7 +215,7 @@ def test_words_for_exit_codes(tmp_path: Path, code: int, outcome: Outcome, text:
         (lambda spec: spec["parallelism"].update(tensor=2), 2, "spec.parallelism.tensor"),
     ],
 )
-def test_mistakes_are_met_before_anything_starts(
+def test_mistakes_are_found_before_anything_starts(
     world: World, replay: Replay, change: Callable[[Any], None], code: int, text: str
 ) -> None:
     world.spec |= {"dpo": {}, "parallelism": {}}
@@ -240,7 +240,7 @@ def test_one_of_several_jobs(world: World, replay: Replay, dpo: Dpo) -> None:
     assert [path.name for path in (world.folder / "runs").iterdir()] == ["two"]
 
 
-def test_a_run_that_had_finished_before_says_so(world: World, replay: Replay) -> None:
+def test_a_run_that_was_already_finished_says_so(world: World, replay: Replay) -> None:
     said = replay.run(SUCCESS | {"events": EVENTS[:2]}, "run", "-f", world.write())
     assert said.code == 0
     assert "  note     this run was already finished: there was nothing to do\nresult " in said.out
@@ -284,7 +284,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_one_signal_stops_with_a_checkpoint_and_says_how_to_go_on(world: World, replay: Replay, number: int) -> None:
+def test_one_signal_stops_with_a_checkpoint_and_shows_how_to_continue(
+    world: World, replay: Replay, number: int
+) -> None:
     where = "asked to stop after step 2 of 4; checkpoint: runs/tiny/checkpoints/step-000002; the same command continues"
     words = {"outcome": "Stopped", "message": where, "step": 2, "total": 4}
     said = signalled(world, replay, HANGING | {"stoppedWords": words}, number)
@@ -329,7 +331,7 @@ def test_a_run_directory_in_s3(world: World, replay: Replay, s3: S3Server, monke
 
 
 @pytest.mark.parametrize(
-    ("asked", "stated", "gpus", "processes", "told"),
+    ("asked", "stated", "gpus", "processes", "noted"),
     [
         (None, None, 0, 1, False),
         (None, 2, 0, 2, False),
@@ -339,12 +341,12 @@ def test_a_run_directory_in_s3(world: World, replay: Replay, s3: S3Server, monke
         (None, 8, 2, 2, True),
     ],
 )
-def test_how_many_processes(asked: int | None, stated: int | None, gpus: int, processes: int, told: bool) -> None:
+def test_how_many_processes(asked: int | None, stated: int | None, gpus: int, processes: int, noted: bool) -> None:
     chosen, notes = choose_processes(asked, Resources(processes_per_node=stated), gpus)
-    assert (chosen, bool(notes)) == (processes, told)
+    assert (chosen, bool(notes)) == (processes, noted)
 
 
-def test_a_missing_gpu_is_told() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     assert choose_processes(None, Resources(gpus_per_node=8), 0) == (
         1,
         ["no GPU found on this machine (the manifest asks for 8 per node): training on CPU"],

@@ -1,4 +1,4 @@
-"""One owner at a time: an attempt that was taken for dead completes nothing once another owns the run directory."""
+"""One owner at a time: an attempt that seemed dead completes nothing once another attempt owns the run directory."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_a_lower_number_may_not_claim(tmp_path: Path) -> None:
     directory(tmp_path).claim(5)
     with pytest.raises(FencedError, match="attempt 5 owns"):
         directory(tmp_path).claim(4)
-    assert directory(tmp_path).claim(5) == 5  # the same number again: whoever comes last
+    assert directory(tmp_path).claim(5) == 5  # the same number again: the last claimant owns the directory
 
 
 def test_of_two_attempts_with_one_number_the_later_one_owns_the_directory(tmp_path: Path, alone: World) -> None:
@@ -87,7 +87,7 @@ def test_of_two_attempts_with_one_number_the_later_one_owns_the_directory(tmp_pa
 
 @contextmanager
 def frozen(child: subprocess.Popen[bytes], scratch: Path) -> Iterator[None]:
-    """Stop all processes of a run, as a machine that hangs would, and let them go on afterwards."""
+    """Suspend all processes of a run, as on a machine that hangs, and continue them afterwards."""
     family = [child.pid, *workers_of(scratch).values()]
     for process in family:
         os.kill(process, signal.SIGSTOP)
@@ -121,7 +121,7 @@ def test_a_run_that_wakes_up_late_changes_nothing(
 
 
 def test_a_record_that_is_taken_over_gets_no_line_of_its_former_owner(tmp_path: Path) -> None:
-    """Even where the new owner had nothing to drop."""
+    """Even if the new owner had nothing to remove."""
     path = tmp_path / "metrics.jsonl"
     former = LocalLog(path, None)
     former.write(1, {"train/loss": 0.5})

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is no number ends the run on all ranks before it can reach a weight or a checkpoint."""
+"""A loss or gradient that is not finite ends the run on all ranks before it can change a weight or a checkpoint."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What may be resumed: damaged, foreign and half-written checkpoints are refused or passed over, and run no code."""
+"""Which checkpoints can be resumed: damaged, foreign and half-written ones are refused or skipped, and run no code."""
 
 import io
 import json
@@ -121,7 +121,7 @@ def test_a_finished_run_can_be_made_longer(
         patch.setattr(run_module, "export_model", fail)
         with pytest.raises(OSError, match="gone"):
             run_here(longer, folder)
-    # The word that the model is whole was the shorter run's: it must not stand beside a half-written longer one.
+    # export.json was written by the shorter run: it must not describe a half-written model of the longer one.
     assert not (folder / "export.json").exists()
     assert run_here(longer, folder).steps == list(range(1, STEPS + 3))
     assert json.loads((folder / "export.json").read_text())["step"] == STEPS + 2
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_other_data_is_refused(unfinished: Path, spec: dict[str,
 
 
 class _Harm:
-    """Unpickled without care it calls the shell."""
+    """An unsafe unpickle of it would run a shell command."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -269,7 +269,7 @@ def test_a_damaged_checkpoint_is_refused_and_runs_nothing(
 
 
 def test_the_harm_would_work(finished: Finished, tmp_path: Path) -> None:
-    """Without the checks the crafted checkpoint does run its code: what holds it back is tested above."""
+    """Without the checks the crafted checkpoint does run its code, so the tests above prove something."""
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
     shutil.copytree(step_folder(finished.folder, 4), tmp_path / "checkpoint")

@@ -1,4 +1,4 @@
-"""Checkpoints on S3: one that outlasts torchrun's patience survives a stop; one that is cut short never was."""
+"""Checkpoints on S3: a slow one survives a stop even past torchrun's time limit; an incomplete one is ignored."""
 
 import json
 import re

@@ -49,7 +49,7 @@ def interrupted(
     processes: int,
     code: int,
 ) -> dict[str, Any]:
-    """Start a run, do something to it after step EVERY + 1, expect its exit code; returns its last words."""
+    """Start a run, do something to it after step EVERY + 1, expect its exit code; return its termination message."""
     child = start(spec, folder, processes=processes, scratch=scratch)
     try:
         wait_for_step(folder, EVERY + 1)

@@ -1,4 +1,4 @@
-"""Stops at awkward moments: before the workers listen, before training, by the time limit, with the launcher gone."""
+"""Stops at unusual times: before the workers listen, before training, at the time limit, after the launcher died."""
 
 import os
 import signal
@@ -75,7 +75,7 @@ def _before(run: Run, name: str, action: Callable[[], None]) -> None:
 
 
 def test_a_signal_before_the_workers_listen_ends_the_run_as_stopped(spec: dict[str, Any], world: Path) -> None:
-    """They import for seconds. One that listened already would wait for one that the signal has ended."""
+    """The imports take seconds. A worker that already listens would wait for one that the signal has ended."""
     folder, scratch = world / "importing", world / "importing scratch"
     child = start(spec, folder, processes=2, scratch=scratch, preloaded=False)
     try:
@@ -142,7 +142,7 @@ def test_a_stop_before_training_leaves_a_directory_to_start_again_in(
     assert differences(undisturbed, run_here(mine, folder)) == []
 
 
-def test_a_stop_in_the_middle_of_the_reference_keeps_what_was_computed(world: Path) -> None:
+def test_a_stop_during_the_reference_pass_keeps_what_was_computed(world: Path) -> None:
     """70 pairs are computed 64 at a time."""
     (world / "more").mkdir()
     spec = merged(make(world / "more", pairs=70), {"training": {"maxSteps": 9, "validationInterval": 100}})
@@ -211,6 +211,6 @@ def test_a_signal_before_the_child_is_passed_on_once() -> None:
         (ValueError("Connection closed by peer"), False),
     ],
 )
-def test_a_lost_process_is_told_from_a_damaged_file(error: BaseException, lost: bool) -> None:
+def test_a_lost_process_is_distinguished_from_a_damaged_file(error: BaseException, lost: bool) -> None:
     """While a checkpoint is loaded, a lost process must not pass for an incompatible checkpoint, which is permanent."""
     assert lost_contact(error) is lost

@@ -1,7 +1,7 @@
 """bf16 training keeps fp32 masters, which at a small learning rate move as an fp32 run's weights do; bf16 ones do not.
 
 A step of Adam at 9e-7 is far below half a unit in the last place of a bf16 weight of 0.1 (2.4e-4), so weights that are
-updated in bf16 stay where they are: NeMo's fine-tuning learning rate would train nothing.
+updated in bf16 do not change: NeMo's fine-tuning learning rate would train nothing.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""bf16 is how a run computes, not what it leaves: the result is the fp32 masters, or the start model's own bytes."""
+"""A bf16 run does not export bf16: the result is the fp32 masters, or the start model's own bytes."""
 
 import operator
 from collections.abc import Callable

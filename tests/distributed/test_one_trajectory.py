@@ -1,4 +1,4 @@
-"""Equivalent settings are one run: processes, micro-batches, packing and prompt sharing change no step, no weight."""
+"""Equivalent settings give the same run: processes, micro-batches, packing and prompt sharing change no weight."""
 
 from collections.abc import Callable
 from dataclasses import replace

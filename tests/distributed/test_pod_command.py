@@ -1,4 +1,4 @@
-"""What a pod's command line, run here, gives to the processes that train."""
+"""Runs a pod's command line here and checks the environment of the training processes."""
 
 from __future__ import annotations
 

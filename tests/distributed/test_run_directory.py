@@ -1,4 +1,4 @@
-"""A run directory that is damaged, lost a part, or is another run's: what a new attempt says and leaves alone."""
+"""A run directory that is damaged, incomplete, or another run's: what a new attempt reports, and what it keeps."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def folder(finished: Finished, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "expected"),
     [
         ("attempt", "{", "is damaged: "),
         ("attempt", "[]", "is damaged: not a JSON object"),
@@ -44,12 +44,12 @@ def folder(finished: Finished, tmp_path: Path) -> Path:
         ("export.json", '{"step": 4, "spec": {}}', "a field is missing or has the wrong type ('model')"),
     ],
 )
-def test_a_damaged_file_is_named(name: str, content: str, told: str, spec: dict[str, Any], folder: Path) -> None:
+def test_a_damaged_file_is_named(name: str, content: str, expected: str, spec: dict[str, Any], folder: Path) -> None:
     (folder / name).write_text(content)
     with pytest.raises(IncompatibleCheckpointError) as raised:
         run_here(spec, folder)
     assert f"{folder}/{name} is damaged: " in str(raised.value)
-    assert told in str(raised.value)
+    assert expected in str(raised.value)
     assert "delete it to continue" in str(raised.value)
     assert (folder / name).read_text() == content
 
@@ -81,8 +81,8 @@ def test_a_finished_run_whose_model_is_gone_writes_it_again(
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_a_run_that_is_refused_fences_nobody(spec: dict[str, Any], folder: Path) -> None:
-    """Another run's manifest with this run's directory: whoever trains there now goes on undisturbed."""
+def test_a_refused_run_fences_no_other_run(spec: dict[str, Any], folder: Path) -> None:
+    """Another run's manifest with this run's directory: the run that trains there now is not disturbed."""
     before = (folder / "attempt").read_bytes()
     with pytest.raises(IncompatibleCheckpointError, match=r"spec.training.seed was 1234, now 7"):
         run_here(merged(spec, {"training": {"seed": 7}}), folder)

@@ -1,4 +1,4 @@
-"""A stop does not wait for a long validation: the step is saved, and its validation made up for after the resume."""
+"""A stop does not wait for a long validation: the step is saved, and its validation runs after the resume."""
 
 from pathlib import Path
 from typing import Any

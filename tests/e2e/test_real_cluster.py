@@ -55,7 +55,7 @@ def undisturbed(
     if cluster.given is None:
         request.getfixturevalue("prometheus")
     run = Run(cluster, jobs, "calm")
-    with steps.step("a run that nothing befalls"):
+    with steps.step("an undisturbed run"):
         run.create(disturbable(cluster, "calm"))
         assert run.wait_succeeded()["state"] == "Succeeded"
     losses = run.losses()
@@ -88,9 +88,9 @@ def test_the_stock_init_container_is_refused_and_the_status_says_why(
             seconds=90,
             what="a condition InitContainerRefused",
         )
-    told = next(c["message"] for c in refused.values() if c["reason"] == "InitContainerRefused")
-    print(f"  status: {told}")
-    assert "init-pytorch" in told
+    message = next(c["message"] for c in refused.values() if c["reason"] == "InitContainerRefused")
+    print(f"  status: {message}")
+    assert "init-pytorch" in message
 
 
 def test_a_job_aligns_the_model_under_a_random_user(
@@ -141,7 +141,7 @@ def survive(
         status = run.wait_succeeded()
     tried = status["attempts"]
     print(f"  at step {before.step}; {passed:.1f} s from the fault to step {after.step}")
-    print(*(f"    attempt {told(each)}" for each in tried), sep="\n")
+    print(*(f"    attempt {summary_of(each)}" for each in tried), sep="\n")
     assert status["state"] == "Succeeded", status
     assert len(tried) in ([attempts] if attempts else [1, 2])
     assert not [each for each in tried[1:] if not each.get("fromStep")]
@@ -157,7 +157,7 @@ def assert_same_losses(run: Run, undisturbed: dict[int, float]) -> None:
     assert apart == {}
 
 
-def told(attempt: Object) -> str:
+def summary_of(attempt: Object) -> str:
     return " ".join(str(attempt.get(key)) for key in ("number", "result", "failureClass", "reason", "fromStep"))
 
 
@@ -184,8 +184,8 @@ def test_a_deleted_master(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbe
 def test_a_drained_node(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
     """The drain takes the operator and training-operator too: their absence only delays.
 
-    Where neither saw the pods go, the one that is back first decides: the operator ends the attempt, training-operator
-    makes its pods anew. The run goes on from the drained pods' checkpoint in both cases.
+    If neither saw the pods go, the one that is back first decides: the operator ends the attempt, training-operator
+    creates new pods. In both cases the run continues from the drained pods' checkpoint.
     """
     need_own_node(cluster)
     run = Run(cluster, jobs, "drained")

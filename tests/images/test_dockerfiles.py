@@ -1,4 +1,4 @@
-"""What must hold of the two Dockerfiles whoever builds them, and of the little program that they begin with."""
+"""Properties of the two Dockerfiles that hold on every machine, and of the small program that they start with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dashboards as Grafana gets them, the rules as Prometheus gets them, and the pages about both."""
+"""The generated dashboards for Grafana, the rules for Prometheus, and the pages about both."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_the_chart_holds_no_dashboard_or_rule_beside() -> None:
     assert there == {path for path in generated() if path.parts[0] == "charts"}
 
 
-def test_dashboards_are_told_apart() -> None:
+def test_dashboards_have_unique_names() -> None:
     found = [json.loads(path.read_text()) for path in FILES]
     assert len({item["uid"] for item in found}) == len({item["title"] for item in found}) == len(found)
     assert {item["title"] for item in found} == {"DPO training", "DPO fleet"}
 
 
-def test_one_chooses_prometheus_and_jobs(dashboard: dict[str, Any]) -> None:
+def test_data_source_and_jobs_can_be_chosen(dashboard: dict[str, Any]) -> None:
     variables = {item["name"]: item for item in dashboard["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
     assert variables["datasource"]["query"] == "prometheus"
@@ -109,7 +109,7 @@ def test_panels_do_not_overlap(dashboard: dict[str, Any]) -> None:
                 taken[cell] = panel["title"]
 
 
-def test_no_query_names_a_series_that_nobody_exports(dashboard: dict[str, Any]) -> None:
+def test_no_query_names_a_series_that_is_not_exported(dashboard: dict[str, Any]) -> None:
     named = {name for expr in expressions(dashboard) for name in NAME.findall(expr)}
     assert named
     for name in named:
@@ -158,7 +158,7 @@ def test_an_alert_compares_exactly_its_parts() -> None:
             metric(name)
 
 
-def test_an_alert_says_whose_it_is_how_bad_it_is_and_where_to_read_on() -> None:
+def test_an_alert_has_its_job_a_severity_and_a_link_to_its_page() -> None:
     for alert in ALERTS:
         assert alert.summary
         assert alert.description.endswith(".")
@@ -168,7 +168,7 @@ def test_an_alert_says_whose_it_is_how_bad_it_is_and_where_to_read_on() -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
-def test_every_alert_has_a_page_that_says_what_to_look_at_in_order(alert: Any) -> None:
+def test_every_alert_has_a_page_with_ordered_steps(alert: Any) -> None:
     page = (REPOSITORY / "docs/alerts" / f"{alert.name}.md").read_text()
     assert page.startswith(f"# {alert.name}\n")
     for heading in ("## What it means", "## What to check, in order", "## How to fix it"):

@@ -1,4 +1,4 @@
-"""Every query of every panel and alert, asked of a real Prometheus that scrapes a real run and a real operator."""
+"""Runs every query of every panel and alert on a real Prometheus that scrapes a real run and a real operator."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARTS = [
 
 
 def filled_in(expr: str) -> str:
-    """What Grafana makes of a query when All is chosen."""
+    """Return a query as Grafana sends it if All is chosen."""
     expr = expr.replace("$__rate_interval", "10s").replace("$__range", "5m")
     return expr.replace("$namespace", ".+").replace("$dpojob", ".+")
 
@@ -81,7 +81,7 @@ def test_the_variables_have_values(world: World, dashboard: Dashboard) -> None:
         assert expected in values
 
 
-def test_a_run_s_series_say_whose_they_are(world: World) -> None:
+def test_a_run_s_series_are_labelled_with_their_job(world: World) -> None:
     (series,) = answer(world, "dpo_train_loss")
     assert series["metric"]["namespace"] == world.namespace
     assert series["metric"]["dpojob"] == "curve"

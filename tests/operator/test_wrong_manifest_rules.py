@@ -138,7 +138,7 @@ def parsed() -> Iterator[tuple[Wrong, DPOJobSpec]]:
 
 
 def answered(case: Wrong, found: Iterable[Finding]) -> bool:
-    # The CRD's rules stand at the spec, and so name the field themselves.
+    # The CRD's rules are at the spec, so their messages name the field.
     says = case.says.removeprefix(case.field.removeprefix("spec.") + " ")
     return any(f.level == "error" and f.field == case.field and says in f.message for f in found)
 

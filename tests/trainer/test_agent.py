@@ -114,7 +114,7 @@ def test_one_that_left_by_agreement_hurries_nobody(
 
 
 def test_an_end_is_seen_though_a_signal_cut_short_the_poll(tmp_path: Path) -> None:
-    """torchrun's handler raises wherever the agent stands: inside `poll` it leaves this lock behind, taken."""
+    """torchrun's handler raises wherever the agent is: inside `poll` it leaves this lock held."""
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(10)"])
     worker = Worker(process, tmp_path / "result", process.send_signal)
     process._waitpid_lock.acquire()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What whoever watches a run sees while a step lasts."""
+"""The progress that is reported during a step."""
 
 from pathlib import Path
 from typing import Any

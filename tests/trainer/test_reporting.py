@@ -1,4 +1,4 @@
-"""What whoever watches a run is told: nothing that is no news yet, and from the first moment what is known already."""
+"""What a run reports: nothing before there is news, and from the start everything that is already known."""
 
 import json
 import time

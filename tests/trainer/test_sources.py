@@ -26,7 +26,7 @@ SPEC: dict[str, Any] = {
 def test_the_nearest_certificates_count(
     source: str | None, whole: str | None, mounted: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that is told of a bundle which does not exist names it."""
+    """A store with a CA bundle that does not exist names it in its error."""
     monkeypatch.delenv("DPO_CA_BUNDLE", raising=False)
     if mounted is not None:
         monkeypatch.setenv("DPO_CA_BUNDLE", mounted)

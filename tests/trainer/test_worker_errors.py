@@ -10,7 +10,7 @@ from dpo_trainer.worker import explain
 
 
 @pytest.mark.parametrize(
-    ("error", "outcome", "told"),
+    ("error", "outcome", "expected"),
     [
         (InvalidDataError("a sentence"), Outcome.InvalidData, "a sentence"),
         (
@@ -31,8 +31,8 @@ from dpo_trainer.worker import explain
         (RuntimeError("first\nsecond"), Outcome.Internal, "RuntimeError: first"),
     ],
 )
-def test_each_error_has_an_outcome_and_a_sentence(error: BaseException, outcome: Outcome, told: str) -> None:
+def test_each_error_has_an_outcome_and_a_sentence(error: BaseException, outcome: Outcome, expected: str) -> None:
     found, message = explain(error)
     assert found is outcome
-    assert told in message
+    assert expected in message
     assert "\n" not in message

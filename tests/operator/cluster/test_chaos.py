@@ -68,10 +68,10 @@ def check(jobs: Jobs, proxy: ChaosProxy, name: str) -> None:
     assert made == {f"{name}-{n}": 1 for n in (1, 2, 3)}
     pods = [p for p in jobs.pods().values() if p["status"].get("phase") == "Running"]
     assert pods == []
-    told = Counter((event["reason"], event["message"]) for event in jobs.told(name))
-    assert set(told.values()) == {1}, told
+    events = Counter((event["reason"], event["message"]) for event in jobs.events_about(name))
+    assert set(events.values()) == {1}, events
     assert {"PyTorchJobCreated", "TrainingStarted", "Communication", "Restarting", "Suspended", "Resumed",
-            "Succeeded"} <= {reason for reason, _ in told}  # fmt: skip
+            "Succeeded"} <= {reason for reason, _ in events}  # fmt: skip
 
 
 def owned(jobs: Jobs, name: str) -> set[str]:
@@ -89,11 +89,11 @@ def bounded(proxy: ChaosProxy, most: int) -> None:
 
 
 def expire(jobs: Jobs, name: str, step: Callable[[Callable[[], object]], object]) -> None:
-    """Let the time to live of a finished job end now: it goes, with all that it owns, and is never begun again."""
+    """End the time to live of a finished job now: it is deleted with all that it owns, and never started again."""
     jobs.patch(name, {"runPolicy": {"ttlSecondsAfterFinished": 0}})
     step(lambda: jobs.api.find(DPOJOBS, jobs.namespace, name) is None)
     step(lambda: not owned(jobs, name))
-    assert Counter(event["reason"] for event in jobs.told(name))["Expired"] == 1
+    assert Counter(event["reason"] for event in jobs.events_about(name))["Expired"] == 1
 
 
 @pytest.mark.slow
@@ -197,50 +197,50 @@ RELIST_LATER = "--relist-seconds=3600"
 
 
 @pytest.mark.parametrize("status", [410, 404])
-def test_watches_that_end_for_good_are_started_anew(
+def test_watches_that_end_permanently_are_restarted(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str, status: int
 ) -> None:
-    """kopf gives all watches up at such an answer, and cannot always end itself: it is dropped and begun again."""
+    """kopf gives up all watches at such an answer, and cannot always end itself: it is abandoned and restarted."""
     jobs = Jobs(cluster.admin, namespace)
     with serving(cluster, proxy, namespace, RELIST_LATER) as operator:
-        jobs.create(manifest("anew"))
-        kubelet.pod(namespace, "anew-1-master-0")
-        jobs.wait_state("Running", name="anew")
+        jobs.create(manifest("restarted"))
+        kubelet.pod(namespace, "restarted-1-master-0")
+        jobs.wait_state("Running", name="restarted")
         for plural in ("pods", "pytorchjobs", "dpojobs"):
             before = operator.metric("dpo_operator_watch_restarts")
             proxy.rules[:] = [once(lambda call, p=plural: call.watch and p in call.path, Fault(status=status))]  # type: ignore[misc]
             proxy.drop_watches()
             eventually(
                 lambda b=before: operator.metric("dpo_operator_watch_restarts") > b,  # type: ignore[misc]
-                what=f"the watches are started anew after the end of that of {plural}",
+                what=f"the watches are restarted after the end of that of {plural}",
             )
         # Each watch has to bring something now: the end of the pod and of the child, and a new job.
-        kubelet.finish(namespace, "anew-1-master-0", DONE)
-        jobs.wait_state("Succeeded", name="anew")
+        kubelet.finish(namespace, "restarted-1-master-0", DONE)
+        jobs.wait_state("Succeeded", name="restarted")
         jobs.create(manifest("later"))
         jobs.wait_child("later-1")
         assert operator.get("/healthz")[0] == 200
         bounded(proxy, 30)
 
 
-def test_dropped_and_hung_watches_are_noticed_and_made_good(
+def test_dropped_and_hung_watches_are_noticed_and_repaired(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
 ) -> None:
     jobs = Jobs(cluster.admin, namespace)
     with serving(cluster, proxy, namespace) as operator:
-        jobs.create(manifest("heard"))
-        jobs.wait_child("heard-1")
+        jobs.create(manifest("watched"))
+        jobs.wait_child("watched-1")
         proxy.drop_watches()
-        kubelet.finish(namespace, "heard-1-master-0", DONE)
-        jobs.wait_state("Succeeded", name="heard")
+        kubelet.finish(namespace, "watched-1-master-0", DONE)
+        jobs.wait_state("Succeeded", name="watched")
         assert operator.get("/healthz")[0] == 200
 
-        # A watch that stands and brings nothing: the re-list finds what it missed, and the watches begin anew.
+        # A hung watch delivers nothing: the re-list finds what it missed, and the watches are restarted.
         proxy.mute.set()
-        jobs.create(manifest("unheard"))
-        jobs.wait_child("unheard-1")
-        kubelet.finish(namespace, "unheard-1-master-0", DONE)
-        jobs.wait_state("Succeeded", name="unheard", seconds=60)
+        jobs.create(manifest("missed"))
+        jobs.wait_child("missed-1")
+        kubelet.finish(namespace, "missed-1-master-0", DONE)
+        jobs.wait_state("Succeeded", name="missed", seconds=60)
         eventually(lambda: operator.metric("dpo_operator_watch_restarts") >= 1, what="the hung watches are dropped")
         proxy.mute.clear()
         eventually(lambda: operator.get("/healthz")[0] == 200, what="the watches are back")
@@ -248,8 +248,8 @@ def test_dropped_and_hung_watches_are_noticed_and_made_good(
         # Where a new beginning does not help either, liveness fails: the watches get no answer, all others do.
         proxy.rules[:] = [lambda call: Fault(status=503) if "kopf" in call.agent else None]
         proxy.drop_watches()
-        jobs.create(manifest("unheard-too"))
-        jobs.wait_child("unheard-too-1")
+        jobs.create(manifest("missed-too"))
+        jobs.wait_child("missed-too-1")
         eventually(lambda: operator.get("/healthz")[0] == 503, seconds=60, what="liveness fails")
         assert "dead watch" in operator.get("/healthz")[1]
         # And it is no one-way street.
@@ -306,7 +306,7 @@ def test_deletion_needs_no_operator(
                what="the namespace is gone")  # fmt: skip
 
 
-def test_a_recreated_job_waits_for_its_namesakes_pods(
+def test_a_recreated_job_waits_for_the_pods_of_the_deleted_one(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
 ) -> None:
     jobs = Jobs(cluster.admin, namespace)

@@ -237,7 +237,7 @@ def test_helm_test_fails_with_a_reason_and_passes_once_it_is_gone(release: Relea
     eventually(lambda: api.find(claim, release.served, play.name) is None, what="the claim is gone")
 
 
-def test_helm_test_tells_of_a_spec_that_cannot_run(release: Release, kubelet: FakeKubelet) -> None:
+def test_helm_test_reports_a_spec_that_cannot_run(release: Release, kubelet: FakeKubelet) -> None:
     release.upgrade(test={"spec": {"parallelism": {"tensor": 2}}})
     play = Play(release, kubelet)
     with release.operator(), ThreadPoolExecutor(1) as pool:

@@ -61,7 +61,7 @@ def stage(cluster: ControlPlane, kubelet: FakeKubelet) -> Iterator[Stage]:
     *("state Failed", "state Restarting", "Progressing Restarting", "event Restarting", "event Failed"),
     *("Finished=True", "Failed=True", "Succeeded=False", "Progressing=False", "Finite=False"),
 )
-def test_causes_that_a_pod_tells(stage: Stage) -> None:
+def test_causes_that_a_pod_shows(stage: Stage) -> None:
     memory = {"nodes": 1, "gpusPerNode": 0, "memory": "1Gi"}
     for reason in ENDS:
         more: dict[str, Any] = {"resources": memory} if reason is Reason.MemoryLimitExceeded else {}
@@ -80,7 +80,7 @@ def test_causes_that_a_pod_tells(stage: Stage) -> None:
 
 
 @sees("attempt PodDeleted", "event PodDeleted")
-def test_a_pod_that_somebody_deletes(stage: Stage) -> None:
+def test_a_pod_that_is_deleted_by_hand(stage: Stage) -> None:
     pod = stage.kubelet.run_one(stage.held.namespace, stage.hold("deleted")["metadata"]["name"])
     stage.kubelet.keep_terminating(stage.held.namespace)
     # Whatever is deleted in the very second in which training-operator ends a child counts as its cleaning up.
@@ -96,7 +96,7 @@ def test_a_pod_that_somebody_deletes(stage: Stage) -> None:
 
 
 @sees("attempt PodVanished")
-def test_an_end_that_nobody_saw(stage: Stage) -> None:
+def test_an_end_that_was_not_observed(stage: Stage) -> None:
     """A status is lost, as from a backup without it: of two children the first must be over."""
     stage.kubelet.exit(stage.run("forgotten"), 75, last_words("Communication", message="lost a peer"))
     stage.kubelet.pod(stage.jobs.namespace, "forgotten-2-master-0")
@@ -124,7 +124,7 @@ def test_a_deadline(stage: Stage) -> None:
 
 
 @sees("attempt Stalled", "event Stalled")
-def test_a_trainer_that_answers_and_stands_still(stage: Stage, tmp_path: Path) -> None:
+def test_a_trainer_that_answers_but_does_not_advance(stage: Stage, tmp_path: Path) -> None:
     clock = PlayedClock(tmp_path / "clock")
     with (
         stage.cluster.namespace("still") as space,

@@ -1,4 +1,4 @@
-"""DPOJobs in the queues of the real Kueue: admitted, preempted, suspended, restarted, and where each stands then."""
+"""DPOJobs in the queues of the real Kueue: admitted, preempted, suspended and restarted, and their states after it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_job_waits_for_its_queue_and_runs_once_admitted(jobs: Jobs, kubelet: F
     eventually(lambda: "Finished" in queue.conditions("second-1"), what="Kueue sees the end too")
 
 
-def test_a_preempted_job_goes_on_in_the_same_attempt(jobs: Jobs, kubelet: FakeKubelet, kueue: Kueue) -> None:
+def test_a_preempted_job_continues_in_the_same_attempt(jobs: Jobs, kubelet: FakeKubelet, kueue: Kueue) -> None:
     queue = kueue.queue(jobs.namespace, gpus=ONE_JOB, preempt=True)
     jobs.create(queued("cheap", queue, priorityClass="low"))
     jobs.wait_state("Running", name="cheap")
@@ -92,7 +92,7 @@ def test_a_preempted_job_goes_on_in_the_same_attempt(jobs: Jobs, kubelet: FakeKu
     jobs.wait_state("Queued", name="cheap")
     jobs.wait_state("Running", name="dear")
     assert "Preempted" in queue.conditions("cheap-1")
-    assert jobs.status("cheap").get("admittedSince") is None, "its deadline stands still"
+    assert jobs.status("cheap").get("admittedSince") is None, "its deadline is not counted"
     eventually(lambda: "cheap-1-master-0" not in jobs.pods(), what="its pod has ended")
 
     kubelet.finish(jobs.namespace, "dear-1-master-0", DONE)
@@ -159,7 +159,7 @@ def test_a_restart_queues_again_by_its_own_priority(jobs: Jobs, kubelet: FakeKub
     jobs.wait_state("Queued", name="flaky")
     workload = eventually(lambda: queue.workload("flaky-2"), what="the restart has a Workload of its own")
     assert workload["spec"]["priority"] == 1000
-    # Whoever came before it and is admitted stays; whoever merely waits, however long, is overtaken.
+    # Jobs that were admitted before it keep their place; jobs that only wait, however long, are overtaken.
     jobs.create(queued("later", queue, priorityClass="low"))
     jobs.wait_state("Queued", name="later")
     kubelet.finish(jobs.namespace, "waiting-1-master-0", DONE)

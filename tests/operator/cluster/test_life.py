@@ -132,7 +132,7 @@ def test_an_eviction_is_charged_to_no_budget(jobs: Jobs, kubelet: FakeKubelet, s
     jobs.wait_state("Succeeded", name="drained")
 
 
-def test_suspend_gives_the_nodes_back_and_resume_goes_on(jobs: Jobs, kubelet: FakeKubelet, space: str) -> None:
+def test_suspend_releases_the_nodes_and_resume_continues(jobs: Jobs, kubelet: FakeKubelet, space: str) -> None:
     jobs.create(manifest("paused", run_policy={"maxRestarts": 0}))
     kubelet.pod(space, "paused-1-master-0")
     jobs.wait_state("Running", name="paused")
@@ -216,7 +216,7 @@ def test_a_trainer_that_does_not_answer_restarts_nothing(
     jobs.delete("silent")
 
 
-def test_a_strangers_child_is_neither_adopted_nor_touched(
+def test_a_pytorchjob_of_another_owner_is_neither_adopted_nor_changed(
     jobs: Jobs, kubelet: FakeKubelet, space: str, cluster: ControlPlane
 ) -> None:
     """A PyTorchJob of the child's name that somebody else made is neither adopted nor touched."""

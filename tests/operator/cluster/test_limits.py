@@ -50,7 +50,7 @@ def test_pods_pass_the_restricted_level_and_hold_no_token(jobs: Jobs, kubelet: F
     jobs.delete("strict")
 
 
-def test_refused_pods_are_explained_by_the_event_that_alone_tells_of_them(jobs: Jobs) -> None:
+def test_refused_pods_are_explained_by_their_only_event(jobs: Jobs) -> None:
     jobs.create(manifest("refused", podTemplate={"priorityClassName": "no-such-class"}))
     assert "no-such-class" in progressing(jobs, "refused", "PodsRefused")
     jobs.delete("refused")
@@ -144,9 +144,7 @@ def test_a_namespaces_memory_limit_is_the_containers_own(
         assert operator.exceptions() == []
 
 
-def test_a_policy_that_is_relaxed_lets_the_job_go_on(
-    cluster: ControlPlane, kubelet: FakeKubelet, namespace: str
-) -> None:
+def test_a_job_continues_after_a_policy_is_relaxed(cluster: ControlPlane, kubelet: FakeKubelet, namespace: str) -> None:
     """The answer to what a ValidatingAdmissionPolicy denies is 422, as if the PyTorchJob were wrong for good."""
     kind, jobs = "admissionregistration.k8s.io/v1", Jobs(cluster.admin, namespace)
     rule = {

@@ -100,7 +100,7 @@ def may(cluster: ControlPlane, who: Account, group: str, resource: str, verb: st
 
 @pytest.fixture(params=["one namespace", "all namespaces"])
 def limited(request: pytest.FixtureRequest, cluster: ControlPlane, namespace: str) -> Iterator[OperatorProcess]:
-    """The operator as its service account, with the shipped Role or ClusterRole and nothing else."""
+    """The operator as its service account, with only the shipped Role or ClusterRole."""
     everywhere = request.param == "all namespaces"
     role = rbac.cluster_role(outside=True) if everywhere else rbac.role(namespace, outside=True)
     who = account(cluster, namespace, role, everywhere=everywhere)
@@ -285,14 +285,14 @@ async def config_map_get(stage: Stage) -> None:
 
 
 async def event_create(stage: Stage) -> None:
-    """The news of a transition; no job waits for it, so the refusal shows by the event that is not there."""
-    await stage.perform(EmitEvent(_event("told", stage.jobs.namespace)))
-    if stage.jobs.api.find(("v1", "events"), stage.jobs.namespace, "told") is None:
+    """The event of a transition. No job waits for it, so the refusal shows only in the missing event."""
+    await stage.perform(EmitEvent(_event("reported", stage.jobs.namespace)))
+    if stage.jobs.api.find(("v1", "events"), stage.jobs.namespace, "reported") is None:
         raise ApiError(403, "Forbidden", "no event was made")
 
 
 async def event_list(stage: Stage) -> None:
-    """The words of a refused pod, which stand in an event alone."""
+    """The message about a refused pod, which is only in an event."""
     params = {"fieldSelector": "involvedObject.uid=x,type=Warning", "limit": "50"}
     await stage.client.request("GET", EVENTS.path(stage.jobs.namespace), params=params)
 

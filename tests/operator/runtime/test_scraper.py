@@ -79,7 +79,7 @@ def test_a_slow_answer_is_not_waited_for(trainer: FakeTrainer, port: int, monkey
     assert "timed out after" in asyncio.run(ask(port)).error
 
 
-def test_nobody_there(port: int) -> None:
+def test_a_refused_connection_is_a_failure(port: int) -> None:
     assert "no /status response" in asyncio.run(ask(port)).error
 
 
@@ -95,7 +95,7 @@ def test_nobody_there(port: int) -> None:
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 60_000, "invalid /status response"),
     ],
 )
-def test_what_is_no_answer_is_a_failure_and_nothing_worse(port: int, said: bytes, word: str) -> None:
+def test_an_invalid_answer_is_a_failure(port: int, said: bytes, word: str) -> None:
     assert word in asyncio.run(_of(said, port)).error
 
 
@@ -118,7 +118,7 @@ async def _of(said: bytes, port: int) -> Scrape:
         return await ask(port)
 
 
-def test_a_change_of_phase_is_told_at_once_and_mere_progress_is_not(trainer: FakeTrainer, port: int) -> None:
+def test_a_new_phase_is_reported_at_once_and_mere_progress_is_not(trainer: FakeTrainer, port: int) -> None:
     async def follow() -> list[int]:
         told: list[float] = []
         client = Client(no_login, user_agent="test")  # type: ignore[arg-type]
@@ -152,7 +152,7 @@ async def _until(look: Callable[[], bool]) -> None:
 
 
 def test_a_pod_that_was_asked_before_is_not_asked_at_once(trainer: FakeTrainer, port: int) -> None:
-    """A thousand jobs of a process that starts anew are asked spread over an interval; a new job is asked now."""
+    """After a restart, the requests to a thousand jobs are spread over an interval; a new job is asked at once."""
 
     async def scenario() -> tuple[int, int]:
         client = Client(no_login, user_agent="test")  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from dpo_operator.runtime.queue import WorkQueue
 
 
 class Clock:
-    """Time that passes when told."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -28,7 +28,7 @@ def started(**spec: Any) -> SimCluster:
     return cluster
 
 
-def test_before_anybody_looked() -> None:
+def test_a_job_without_a_status() -> None:
     assert health(SimCluster().job) == ("Progressing", "The operator has not processed the job yet.")
 
 
@@ -78,7 +78,7 @@ def test_suspended() -> None:
     assert health(cluster.job)[0] == "Suspended"
 
 
-def test_an_edit_that_nobody_looked_at_yet() -> None:
+def test_an_edit_that_is_not_observed_yet() -> None:
     cluster = SimCluster(manifest(runPolicy={"suspend": True}))
     cluster.settle()
     cluster.edit(suspend=False)
@@ -86,7 +86,7 @@ def test_an_edit_that_nobody_looked_at_yet() -> None:
 
 
 @pytest.mark.parametrize("reason", ["ImagePullBackOff", "CreateContainerConfigError"])
-def test_what_needs_somebody_is_degraded(reason: str) -> None:
+def test_a_job_that_needs_attention_is_degraded(reason: str) -> None:
     cluster = SimCluster()
     cluster.settle()
     waiting = {"name": "pytorch", "state": {"waiting": {"reason": reason, "message": "said the kubelet"}}}

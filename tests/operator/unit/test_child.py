@@ -101,7 +101,7 @@ def test_nothing_asked_nothing_requested() -> None:
     assert trainer(body)["resources"] == {}
 
 
-def test_restricted_by_construction() -> None:
+def test_pods_are_always_restricted() -> None:
     body = child(podTemplate={"security": {"runAsUser": 1000, "runAsGroup": 0, "fsGroup": 2000}})
     assert pod(body)["automountServiceAccountToken"] is False
     assert pod(body)["securityContext"] == {
@@ -146,7 +146,7 @@ def test_only_rank_zero_serves_and_nothing_waits_for_readiness() -> None:
     assert [port["name"] for port in worker["ports"]] == ["pytorchjob-port"]
 
 
-def test_last_words_and_grace() -> None:
+def test_termination_message_and_grace_period() -> None:
     body = child(checkpoint={"uri": "s3://runs/job/", "gracePeriodSeconds": 1200})
     assert trainer(body)["terminationMessagePath"] == "/dev/termination-log"
     assert trainer(body)["terminationMessagePolicy"] == "FallbackToLogsOnError"
@@ -375,7 +375,7 @@ def test_failed_nodes_are_avoided_not_forbidden() -> None:
         (1, {"priorityClass": "p"}, {}, {}),
     ],
 )
-def test_kueues_labels_stand_on_the_child_alone(attempt: int, policy: Object, identity: Object, labels: Object) -> None:
+def test_only_the_pytorchjob_has_kueues_labels(attempt: int, policy: Object, identity: Object, labels: Object) -> None:
     body = child(attempt, identity=Identity("job", "team", "uid-1", **identity), runPolicy=policy)
     own = {k: v for k, v in body["metadata"]["labels"].items() if "kueue" in k}
     assert own == {f"kueue.x-k8s.io/{name}": value for name, value in labels.items()}

@@ -46,7 +46,7 @@ def test_every_storage_form_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(LOCAL))
-def test_examples_for_one_machine_are_refused_with_words(name: str) -> None:
+def test_examples_for_one_machine_are_refused_with_a_message(name: str) -> None:
     with pytest.raises(ManifestError, match=r"not mounted in the pods|on a cluster"):
         render(str(ROOT / "examples" / name), [])
 

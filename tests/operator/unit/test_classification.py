@@ -63,7 +63,7 @@ def cause(one: Object, *, memory: str | None = "1Gi", over_at: float | None = No
 
 
 @pytest.mark.parametrize("outcome", [o for o in Outcome if o is not Outcome.Succeeded], ids=lambda o: o.name)
-def test_last_words_and_exit_codes_say_the_same(outcome: Outcome) -> None:
+def test_termination_messages_and_exit_codes_agree(outcome: Outcome) -> None:
     assert cause(pod(code=outcome.exit_code, message=words(outcome))) is of_outcome(outcome)
     assert cause(pod(code=outcome.exit_code, message="a log's last line")) is of_outcome(outcome)
     assert of_outcome(outcome).retry == outcome.retry

@@ -68,16 +68,16 @@ def test_progress_is_written_on_after_the_clock_was_set_back() -> None:
     assert cluster.status["progress"]["step"] == 6
 
 
-def test_late_words_of_an_ended_attempts_pod_change_nothing_of_the_next() -> None:
+def test_a_late_message_from_an_ended_attempt_does_not_change_the_next_one() -> None:
     cluster = running()
     cluster.lose_attempt(1)
     assert "job-1-worker-0" in cluster.pods, "kept for its log"
-    told, before = cluster.told(), cluster.status
+    reasons, before = cluster.event_reasons(), cluster.status
     # It comes back to life, and tells of an end: of a success, of an error that would be permanent.
     for outcome in (Outcome.Succeeded, Outcome.InvalidData):
         cluster.end_pod("job-1-worker-0", outcome, step=99, total=100, model_uri="s3://runs/zombie/model")
         cluster.settle()
         assert cluster.state == "Running"
         assert cluster.status["attempts"] == before["attempts"]
-        assert (cluster.status.get("modelURI"), cluster.told()) == (None, told)
+        assert (cluster.status.get("modelURI"), cluster.event_reasons()) == (None, reasons)
     assert cluster.created == ["job-1", "job-2"]

@@ -62,7 +62,7 @@ def test_from_apply_to_the_model() -> None:
         assert cluster.condition(kind) == ("True", "Succeeded")
     assert cluster.condition("Failed") == ("False", "Succeeded")
     assert cluster.condition("Progressing") == ("False", "Succeeded")
-    assert cluster.told() == ["Accepted", "PyTorchJobCreated", "TrainingStarted", "Succeeded"]
+    assert cluster.event_reasons() == ["Accepted", "PyTorchJobCreated", "TrainingStarted", "Succeeded"]
 
 
 def test_a_quiet_job_costs_no_call() -> None:
@@ -124,7 +124,7 @@ def test_rejected_with_everything_that_is_wrong_and_no_child() -> None:
     for field in ("spec.checkpoint.uri", "spec.training.packing.maxTokens", "spec.podTemplate.labels"):
         assert field in message
     assert not cluster.children
-    assert cluster.told() == ["Rejected"]
+    assert cluster.event_reasons() == ["Rejected"]
     calls = len(cluster.calls)
     cluster.advance(10_000)
     cluster.settle()
@@ -173,7 +173,7 @@ def test_a_policys_no_is_waited_out(refusal: Refusal) -> None:
     assert cluster.created == ["job-1"]
 
 
-def test_a_refused_create_is_told_and_tried_again() -> None:
+def test_a_refused_create_is_reported_and_retried() -> None:
     cluster = SimCluster()
     cluster.refuse["job-1"] = Refusal(403, "admission webhook said no")
     cluster.settle()
@@ -216,7 +216,7 @@ def test_image_pinned_before_a_crash_is_kept() -> None:
     assert cluster.status["image"] == "trainer:test"
 
 
-def test_doubts_are_told_and_do_not_hinder() -> None:
+def test_warnings_are_reported_and_do_not_block_a_job() -> None:
     cluster = SimCluster(manifest(dpo={"beta": 50}))
     cluster.settle()
     assert "spec.dpo.beta: 50 is far outside the usual" in cluster.status["conditions"][0]["message"]
@@ -246,7 +246,7 @@ def stranger(child: str, **owner: Any) -> dict[str, Any]:
     return {"metadata": metadata, "spec": {"runPolicy": {}, "pytorchReplicaSpecs": {"Master": {}}}, "_podsMade": True}
 
 
-def test_a_strangers_child_is_left_alone() -> None:
+def test_a_pytorchjob_of_another_owner_is_left_alone() -> None:
     cluster = SimCluster()
     cluster.children["job-1"] = stranger("job-1")
     cluster.settle()
@@ -257,7 +257,7 @@ def test_a_strangers_child_is_left_alone() -> None:
     assert cluster.created == ["job-1"]
 
 
-def test_a_recreated_job_waits_for_its_namesakes_end() -> None:
+def test_a_recreated_job_waits_for_the_end_of_the_deleted_one() -> None:
     cluster = SimCluster()
     cluster.children["job-1"] = stranger("job-1", kind="DPOJob", name="job", uid="uid-0")
     cluster.settle()
@@ -276,7 +276,7 @@ def test_a_recreated_job_waits_for_its_namesakes_end() -> None:
     assert cluster.created == ["job-1"]
 
 
-def test_a_silent_nodes_ghost_is_given_up_after_its_grace() -> None:
+def test_a_pod_on_a_silent_node_is_given_up_after_its_grace_period() -> None:
     cluster = SimCluster()
     cluster.pods["job-3-worker-0"] = {
         "metadata": {
@@ -333,8 +333,8 @@ def test_a_permanent_error_never_burns_gpus_twice(outcome: Outcome) -> None:
     assert cluster.condition("Failed") == ("True", outcome.name)
     assert "line 7 is broken" in cluster.status["message"]
     assert cluster.attempts[0]["failureClass"] == "permanent"
-    assert outcome.name in cluster.told()
-    assert cluster.told()[-1] == "Failed"
+    assert outcome.name in cluster.event_reasons()
+    assert cluster.event_reasons()[-1] == "Failed"
 
 
 def test_retryable_errors_are_charged_and_end_with_the_budget() -> None:
@@ -378,7 +378,7 @@ def test_lost_nodes_are_charged_to_nothing() -> None:
     assert {a.get("reason") for a in cluster.attempts} == {"NodeLost", None}
 
 
-def test_lost_nodes_end_a_job_that_never_gets_anywhere() -> None:
+def test_lost_nodes_end_a_job_without_progress() -> None:
     cluster = SimCluster(settings=Settings(infrastructure_restarts_without_progress=3))
     cluster.run_to("Running")
     for attempt in range(1, 5):
@@ -413,8 +413,8 @@ def test_a_stop_that_saved_nothing_is_no_progress() -> None:
     ("seconds", "answers", "lasts"),
     [(3631, False, True), (3630, False, False), (100_000, True, False)],  # an hour, and 30 s of grace
 )
-def test_an_attempt_of_which_nothing_was_heard_is_judged_by_its_time(seconds: int, answers: bool, lasts: bool) -> None:
-    """Asking is off or forbidden, and a lost node takes last words along: nobody knows of its checkpoints."""
+def test_an_attempt_without_reports_is_judged_by_its_duration(seconds: int, answers: bool, lasts: bool) -> None:
+    """Scraping is off or forbidden, and a lost node leaves no termination message: its checkpoints are unknown."""
     cluster = SimCluster(settings=Settings(infrastructure_restarts_without_progress=2))
     cluster.run_to("Running")
     for attempt in (1, 2, 3):
@@ -526,7 +526,7 @@ def test_a_later_word_can_be_the_decisive_one() -> None:
 
 
 def test_the_next_attempt_prefers_other_nodes() -> None:
-    """Than those that failed: the master's, which only stopped when it was told to, is as good as any."""
+    """Other than those that failed: the master's node is allowed, since the master only stopped on request."""
     cluster = running()
     lose_node(cluster, 1, saved=10)
     cluster.sleep()
@@ -561,7 +561,7 @@ def test_backoff_doubles_within_bounds_and_is_spread() -> None:
 # -- starting
 
 
-def test_not_started_in_time_is_torn_down_backed_off_and_told_in_the_pods_words() -> None:
+def test_an_attempt_that_does_not_start_in_time_is_ended_with_the_pods_message() -> None:
     cluster = SimCluster(manifest(runPolicy={"startTimeoutSeconds": 600, "maxRestarts": 1}))
     cluster.settle()
     for attempt in (1, 2):
@@ -671,7 +671,7 @@ def test_what_a_starting_pod_waits_for(statuses: dict[str, Any], reason: str, tr
     assert cluster.condition("Progressing") == (truth, reason)
     if reason != "Starting":
         assert next(iter(statuses.values()))[0]["state"]["waiting"]["message"] in cluster.status["message"]
-        assert reason in cluster.told()
+        assert reason in cluster.event_reasons()
     if reason == "InitContainerRefused":
         assert "--pytorch-init-container-image" in cluster.status["message"]
 
@@ -760,7 +760,7 @@ def test_suspend_writes_a_checkpoint_and_resume_is_free() -> None:
     finish(cluster, 2)
     assert cluster.state == "Succeeded"
     words = ("Checkpointing", "Suspended", "Resumed")
-    assert [reason for reason in cluster.told() if reason in words] == [*words]
+    assert [reason for reason in cluster.event_reasons() if reason in words] == [*words]
 
 
 def test_a_stop_is_first_remembered_and_then_done() -> None:
@@ -805,7 +805,7 @@ def test_resumed_and_killed_before_the_status_is_written() -> None:
     assert cluster.created == ["job-1"]
     cluster.settle()
     assert cluster.condition("Suspended") == ("False", "Resumed")
-    assert cluster.told().count("Resumed") == 1
+    assert cluster.event_reasons().count("Resumed") == 1
 
 
 def test_finished_while_being_suspended_is_finished() -> None:
@@ -896,8 +896,8 @@ def test_queued_time_counts_for_nothing() -> None:
     cluster.children["job-1"].pop("_podsMade")
     cluster.settle()
     cluster.run_to("Running")
-    assert cluster.told().count("TrainingStarted") == 2
-    assert cluster.told().count("Queued") == 2
+    assert cluster.event_reasons().count("TrainingStarted") == 2
+    assert cluster.event_reasons().count("Queued") == 2
 
 
 def test_resumed_while_old_pods_end_is_a_lost_node_not_a_failure() -> None:
@@ -1022,7 +1022,7 @@ def test_ttl_deletes_the_job_and_nothing_before() -> None:
     cluster.advance(1)
     cluster.settle()
     assert cluster.job is None
-    assert cluster.told()[-1] == "Expired"
+    assert cluster.event_reasons()[-1] == "Expired"
 
 
 def test_every_condition_is_observed_for_the_newest_generation() -> None:
@@ -1083,7 +1083,7 @@ def test_a_run_directory_that_held_the_finished_run() -> None:
     cluster.settle()
     assert cluster.condition("Succeeded") == ("True", "AlreadyComplete")
     assert (cluster.state, cluster.status["modelURI"]) == ("Succeeded", DONE["model_uri"])
-    assert cluster.told().count("AlreadyComplete") == 1
+    assert cluster.event_reasons().count("AlreadyComplete") == 1
 
 
 def test_a_second_attempt_that_finds_the_first_ones_export_has_succeeded() -> None:
@@ -1108,7 +1108,7 @@ def test_many_attempts_keep_the_first_and_the_newest(monkeypatch: pytest.MonkeyP
 
 
 def test_another_operator_does_no_harm() -> None:
-    """The second one sees what the first has done, or meets its objects by name."""
+    """The second operator sees what the first one has done, or finds its objects by name."""
     cluster = SimCluster()
     blind = cluster.observed()
     cluster.settle()

@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "operations.md"
 CODE = ROOT / "operator" / "dpo_operator"
 
 
-def test_the_page_is_what_the_code_says() -> None:
+def test_the_page_is_generated_from_the_code() -> None:
     assert PAGE.read_text(encoding="utf-8") == docs.to_markdown(), "run `make generate`"
 
 

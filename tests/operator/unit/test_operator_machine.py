@@ -71,7 +71,7 @@ class Life(RuleBasedStateMachine):
     def trainer_fails(self, outcome: Outcome, pick: int) -> None:
         names = self.running()
         name = names[pick % len(names)]
-        self.cluster.end_pod(name, outcome, message="told by the test", step=5, total=100)
+        self.cluster.end_pod(name, outcome, message="ended by the test", step=5, total=100)
         if outcome.retry == "permanent" and self.doomed is None:
             self.doomed = name.rpartition("-")[0].rpartition("-")[0]
 

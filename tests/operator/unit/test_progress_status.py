@@ -1,4 +1,4 @@
-"""Progress, columns and the run's invariants: from rank 0's answers to what people read, and how often it is told."""
+"""Progress, columns and the run's invariants: from rank 0's answers to the status and events, and their rate."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_silence_before_rank_zero_serves_is_no_news() -> None:
     assert cluster.condition("ProgressAvailable") is None
 
 
-def test_words_about_another_attempt_are_not_believed() -> None:
+def test_an_answer_about_another_attempt_is_ignored() -> None:
     cluster = running()
     said = Progress(phase="train", step=7, total=9, attempt=names.fence(int(START), 2))
     cluster.scrape = Scrape(at=cluster.now, child="job-1", progress=said)
@@ -154,7 +154,7 @@ def test_what_a_trainer_says_is_not_trusted() -> None:
     assert all(len(value) <= 32 for value in summary.model_dump().values() if value)
 
 
-def test_a_failed_jobs_final_values_are_its_last_words() -> None:
+def test_a_failed_jobs_final_values_come_from_its_termination_message() -> None:
     """They are younger than the last answer to a scrape. What is left until the end is nobody's business any more."""
     cluster = running(runPolicy={"maxRestarts": 0})
     cluster.say(step=41, eta_seconds=900, metrics={"train/loss": 0.6, "train/acc": 0.6, "train/rewards_margin": 0.1})
@@ -188,7 +188,7 @@ def test_a_job_that_does_not_run_has_no_time_left() -> None:
 
 
 @pytest.mark.parametrize("outcome", [Outcome.Succeeded, Outcome.Stopped, Outcome.Internal], ids=lambda o: o.name)
-def test_last_words_are_not_trusted_either(outcome: Outcome) -> None:
+def test_termination_messages_are_not_trusted_either(outcome: Outcome) -> None:
     """A status that the API server refuses would be written for ever, and the job never end."""
     schema = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
     cluster = running(runPolicy={"maxRestarts": 0})
@@ -246,7 +246,7 @@ def test_the_first_loss_is_that_of_equal_policy_and_reference(
     cluster.say(step=50, **first, metrics={**FINE, "train/preference_loss": 0.2})
     cluster.settle()
     assert cluster.condition("ReferenceConsistent") == verdict
-    warned = "PolicyDiffersFromReference" in cluster.told()
+    warned = "PolicyDiffersFromReference" in cluster.event_reasons()
     assert warned == (verdict is not None and verdict[0] == "False")
 
 
@@ -274,7 +274,7 @@ def test_the_first_loss_of_another_attempt_is_not_taken_for_this_ones() -> None:
     assert cluster.condition("ReferenceConsistent") == ("False", "PolicyDiffersFromReference")
 
 
-def test_validation_before_the_first_step_tells_it_too_and_later_steps_do_not() -> None:
+def test_validation_before_the_first_step_is_compared_too_and_later_steps_are_not() -> None:
     cluster = running()
     first = {"first_preference_loss": math.log(2), "expected_first_preference_loss": math.log(2)}
     cluster.say(phase="validate", step=0, **first, metrics={"val/preference_loss": math.log(2)})
@@ -306,7 +306,7 @@ def test_learning(step: int, accuracy: float, margin: float, verdict: tuple[str,
     assert cluster.condition("Learning") == verdict
 
 
-def test_learning_is_judged_by_training_until_a_validation_tells_of_it() -> None:
+def test_learning_is_judged_by_training_until_there_is_a_validation() -> None:
     """The validation before step 1 brings losses alone: its rewards would be rounding."""
     cluster = running()
     first = {"val/loss": math.log(2), "val/preference_loss": math.log(2)}
@@ -345,7 +345,7 @@ def stand_still(cluster: SimCluster, seconds: int, **progress: Any) -> None:
         cluster.settle()
 
 
-def test_standing_still_is_a_condition_and_with_a_limit_an_end() -> None:
+def test_a_stall_is_a_condition_and_with_a_limit_ends_the_attempt() -> None:
     cluster = running()
     cluster.say(step=5, metrics=FINE)
     cluster.settle()
@@ -358,7 +358,7 @@ def test_standing_still_is_a_condition_and_with_a_limit_an_end() -> None:
     cluster.say(step=6, metrics=FINE)
     cluster.settle()
     assert cluster.condition("TrainingStalled") == ("False", "StepsAdvance")
-    assert cluster.told().count("NoStep") == 1
+    assert cluster.event_reasons().count("NoStep") == 1
 
 
 def test_a_stall_is_retryable() -> None:
@@ -384,7 +384,7 @@ def test_a_stall_is_retryable() -> None:
 
 
 def stalled(**policy: Any) -> SimCluster:
-    """A job whose trainer answers and stands still, and has been seen to."""
+    """Return a job whose trainer answers but does not advance, with the condition that says so."""
     cluster = running(runPolicy=policy)
     cluster.say(step=5, metrics=FINE)
     cluster.settle()
@@ -424,7 +424,9 @@ def preempt(cluster: SimCluster) -> None:
         (preempt, "Queued"),
     ],
 )
-def test_a_job_without_nodes_neither_stands_still_nor_answers(end: Callable[[SimCluster], None], state: str) -> None:
+def test_a_job_without_nodes_has_no_conditions_about_stall_or_progress(
+    end: Callable[[SimCluster], None], state: str
+) -> None:
     cluster = stalled(queueName="team-a")
     end(cluster)
     cluster.settle()
@@ -433,7 +435,7 @@ def test_a_job_without_nodes_neither_stands_still_nor_answers(end: Callable[[Sim
     assert cluster.state == state
     assert cluster.condition("TrainingStalled") is None
     assert cluster.condition("ProgressAvailable") is None
-    assert cluster.told().count("NoStep") == 1
+    assert cluster.event_reasons().count("NoStep") == 1
 
 
 def test_a_stall_that_ends_the_job_stays_in_its_attempt() -> None:
@@ -448,7 +450,7 @@ def test_a_stall_that_ends_the_job_stays_in_its_attempt() -> None:
     assert cluster.condition("Failed") == ("True", "RestartsExhausted")
     assert cluster.attempts[0]["reason"] == "Stalled"
     assert "no progress for 120 s in phase train, step 5" in cluster.attempts[0]["message"]
-    assert [word for word in cluster.told() if word in ("NoStep", "Stalled")] == ["Stalled", "NoStep"]
+    assert [word for word in cluster.event_reasons() if word in ("NoStep", "Stalled")] == ["Stalled", "NoStep"]
 
 
 def test_a_long_reference_pass_is_no_stall() -> None:
@@ -462,25 +464,25 @@ def test_a_long_reference_pass_is_no_stall() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "progress",
     [
         {"phase": "starting", "message": "loading the model"},
         {"phase": "reference", "done": 1000, "of": 1000},  # then a checkpoint is loaded
         {"phase": "checkpoint", "step": 50},
         {"phase": "export", "step": 100},
     ],
-    ids=lambda told: str(told["phase"]),
+    ids=lambda progress: str(progress["phase"]),
 )
-def test_what_counts_nothing_is_not_judged(told: dict[str, Any]) -> None:
+def test_a_phase_without_units_is_not_judged(progress: dict[str, Any]) -> None:
     cluster = running(runPolicy={"stallTimeoutSeconds": 600})
-    cluster.say(step=told.get("step", 0), metrics=FINE)
+    cluster.say(step=progress.get("step", 0), metrics=FINE)
     cluster.settle()
-    stand_still(cluster, 3600, **told)
+    stand_still(cluster, 3600, **progress)
     assert cluster.state == "Running"
     assert cluster.created == ["job-1"]
     assert cluster.condition("TrainingStalled") != ("True", "NoStep")
-    assert "NoStep" not in cluster.told()
-    stand_still(cluster, 660, step=told.get("step", 0), metrics=FINE)
+    assert "NoStep" not in cluster.event_reasons()
+    stand_still(cluster, 660, step=progress.get("step", 0), metrics=FINE)
     assert cluster.attempts[0]["reason"] == "Stalled", "the step that follows is judged again"
 
 
@@ -492,23 +494,23 @@ def test_a_stall_that_an_export_follows_is_over() -> None:
     assert cluster.condition("TrainingStalled") is None, "nobody can say whether it moves"
 
 
-@pytest.mark.parametrize("told", [{"phase": "index", "done": 7}, {"phase": "validate", "done": 0, "of": 3}])
-def test_units_that_do_not_follow_each_other_are_a_stall(told: dict[str, Any]) -> None:
+@pytest.mark.parametrize("progress", [{"phase": "index", "done": 7}, {"phase": "validate", "done": 0, "of": 3}])
+def test_units_that_do_not_advance_are_a_stall(progress: dict[str, Any]) -> None:
     cluster = running(runPolicy={"stallTimeoutSeconds": 600})
-    stand_still(cluster, 660, **told)
+    stand_still(cluster, 660, **progress)
     assert cluster.attempts[0]["reason"] == "Stalled"
 
 
-def test_every_tenth_checkpoint_is_told() -> None:
+def test_every_tenth_checkpoint_is_reported() -> None:
     cluster = running(checkpoint={"uri": "s3://runs/job/", "everySteps": 10})
     for step in range(0, 351, 10):
         cluster.advance(70)
         cluster.say(step=step, total=1000, metrics=FINE, last_checkpoint_step=step or None)
         cluster.settle()
-    assert cluster.told().count("CheckpointSaved") == 3
+    assert cluster.event_reasons().count("CheckpointSaved") == 3
 
 
-def test_an_event_is_told_once_whatever_is_repeated() -> None:
+def test_an_event_is_created_once_whatever_is_repeated() -> None:
     """Events go before the status that they tell of: a pass that is lost between the two tells them again, by name."""
     cluster = running()
     cluster.end_pod("job-1-worker-0", Outcome.InvalidData)
@@ -522,5 +524,5 @@ def test_an_event_is_told_once_whatever_is_repeated() -> None:
         snapshots.append(len(cluster.events))
     cluster.kill_leaving()
     cluster.settle()
-    told = cluster.told()
-    assert len(told) == len(set(told)), told
+    reasons = cluster.event_reasons()
+    assert len(reasons) == len(set(reasons)), reasons

@@ -90,7 +90,7 @@ class ChaosProxy:
         self._watches: set[socket.socket] = set()
         self._lock = threading.Lock()
         self.mute = threading.Event()
-        """While set, watches bring nothing, though their connections stand: a hung watch."""
+        """While set, watches deliver nothing although their connections are open: a hung watch."""
         self._server = _Server(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 

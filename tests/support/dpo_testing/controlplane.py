@@ -103,7 +103,7 @@ class ControlPlane:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def restart_apiserver(self) -> None:
-        """Kill the API server and start it anew on its port, as an upgrade of a control plane does."""
+        """Kill the API server and restart it on its port, as an upgrade of a control plane does."""
         self._end("kube-apiserver", signal.SIGKILL)
         self._start_apiserver()
 

@@ -165,7 +165,7 @@ def chat_rows(count: int, seed: int = 0) -> list[dict[str, list[dict[str, str]]]
 
 
 def jsonl(rows: Iterable[Row | str]) -> bytes:
-    """One JSON object a line; a string stands as it is (for broken lines)."""
+    """Write one JSON object per line; strings are written unchanged (for broken lines)."""
     lines: Sequence[str] = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     return "".join(line + "\n" for line in lines).encode()
 

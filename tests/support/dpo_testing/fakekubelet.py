@@ -51,7 +51,7 @@ class FakeKubelet:
         self._turn = itertools.count()
         self._addresses = itertools.count(1)
         self.on_running: Callable[[Object], None] | None = None
-        """Called with each pod that has just begun to run."""
+        """Called with each pod that has just started."""
 
     # -- life ---------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class FakeTrainer:
                     self.end_headers()
                     self.wfile.write(trainer.body)
                 except OSError:
-                    pass  # whoever asked has gone
+                    pass  # the client has closed the connection
 
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
                 """Say nothing."""

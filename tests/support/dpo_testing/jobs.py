@@ -63,14 +63,14 @@ class Jobs:
     def pods(self) -> dict[str, Object]:
         return {p["metadata"]["name"]: p for p in self.api.list(("v1", "pods"), self.namespace)}
 
-    def told(self, name: str = "job") -> list[Object]:
+    def events_about(self, name: str = "job") -> list[Object]:
         """Return all events about a DPOJob."""
         selector = f"involvedObject.name={name},involvedObject.kind=DPOJob"
         return self.api.list(EVENTS, self.namespace, fieldSelector=selector)
 
     def events(self, name: str = "job") -> dict[str, Object]:
         """Return the events about a DPOJob by reason."""
-        return {event["reason"]: event for event in self.told(name)}
+        return {event["reason"]: event for event in self.events_about(name)}
 
     def wait_state(self, *states: str, name: str = "job", seconds: float = 40.0) -> Object:
         """Wait until the job is in one of these states; return its status."""

@@ -1,4 +1,4 @@
-"""The real Kueue beside a control plane of ``controlplane``: queues with a quota of GPUs, and what lies in them.
+"""The real Kueue beside a control plane of ``controlplane``: queues with a quota of GPUs, and their workloads.
 
 Kueue runs as a process of this machine with its own webhooks for PyTorchJobs, workloads and queues; those for other
 kinds of job are left out, and the topology, multi-cluster and visibility features are off. Its certificates are ours:

@@ -25,7 +25,7 @@ QUICK = (
     "--backoff-base-seconds=1", "--backoff-max-seconds=4", "--scrape-seconds=1", "--progress-write-seconds=1",
     "--relist-seconds=5", "--dead-watch-seconds=10", "--log-format=json",
 )  # fmt: skip
-"""Flags that make waits short; nothing else differs from what is shipped."""
+"""Flags that make waits short; everything else is as shipped."""
 
 
 class OperatorProcess:

@@ -1,4 +1,4 @@
-"""Stands in for the trainer in tests of the screen: replays recorded progress, then ends as it is told.
+"""Replaces the trainer in tests of the screen: replays recorded progress, then ends as the recording says.
 
 The script is a JSON file named by $DPO_REPLAY: {"events": [Progress, …], "metrics": [line, …], "log": text,
 "lastWords": {…} | null, "code": int, "hang": bool, "ignoreTerm": bool, "claimed": bool (spec.json is written)}.

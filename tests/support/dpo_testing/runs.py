@@ -115,7 +115,7 @@ def start(
 
 
 def finish(child: subprocess.Popen[bytes], scratch: Path, *, code: int = 0, timeout: float = 300) -> dict[str, Any]:
-    """Wait for the launcher, expect its exit code, return its last words."""
+    """Wait for the launcher, expect its exit code, return its termination message."""
     try:
         got = child.wait(timeout)
     except subprocess.TimeoutExpired:

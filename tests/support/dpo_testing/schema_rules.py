@@ -1,4 +1,4 @@
-"""The single rules of a structural schema: where they stand, which of them a document breaks, and the schema without
+"""The single rules of a structural schema: where they are, which of them a document breaks, and the schema without
 some of them. A test of a rule proves something only if the rule's removal lets the document through.
 """
 

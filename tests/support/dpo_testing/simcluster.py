@@ -355,7 +355,7 @@ class SimCluster:
         message: str = "",
         **words: Any,
     ) -> None:
-        """End a running pod's container: with last words of an outcome, or with a bare exit code."""
+        """End a running pod's container: with a termination message, or with only an exit code."""
         pod = self.pods[name]
         said = message
         if outcome is not None:
@@ -426,7 +426,7 @@ class SimCluster:
                 return condition["status"], condition["reason"]
         return None
 
-    def told(self) -> list[str]:
+    def event_reasons(self) -> list[str]:
         """Return the reasons of all events, in order."""
         return [event["reason"] for event in self.events.values()]
 

@@ -136,7 +136,7 @@ _TOO_LONG: dict[str, Any] = {
 NEVER_ALONE = {
     # Above learningRate's own maximum, and so above learningRate.
     SchemaRule(("spec", "training", "schedule", "minLearningRate"), "maximum"),
-    # Four of three formats: one stands twice.
+    # Four of three formats: one appears twice.
     SchemaRule(("spec", "output", "formats"), "maxItems"),
 }
 """Rules that never refuse anything that no other rule does."""
@@ -253,7 +253,7 @@ def _beyond(place: Schema, keyword: str, old: Any, name: str) -> Any:
 
 
 def _nth(item: Any, n: int) -> Any:
-    """Return an item like this one that stands beside others."""
+    """Return an item like this one, to be added to others."""
     if isinstance(item, dict) and "name" in item:
         return {**item, "name": f"n{n}"}
     return n if item == 0 else item

@@ -406,7 +406,7 @@ def test_a_full_disk_is_met_early(tokenizer: Tokenizer, tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path) -> None:
-    """A real refusal by the kernel: a limit on file sizes stands in for the end of the disk."""
+    """A real refusal by the kernel: a limit on file sizes acts as a full disk."""
     sentencepiece_tokenizer(tmp_path / "tokenizer")  # needs no transformers: the child starts quickly
     path = write_jsonl(tmp_path / "a.jsonl", preference_rows(8000))
     (tmp_path / "go").touch()

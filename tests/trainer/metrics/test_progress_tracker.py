@@ -9,7 +9,7 @@ from dpo_trainer.metrics.progress import QUIET_SECONDS, WINDOW_STEPS, ProgressTr
 
 
 class Clock:
-    """Seconds that pass when told."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.seconds = 1000.0

@@ -40,7 +40,7 @@ def test_tensorboard_scalars_and_a_resume(tmp_path: Path) -> None:
         "train/acc": [(step, 0.5) for step in range(1, 6)],
         "val/acc": [(5, 0.25)],
     }
-    time.sleep(1.1)  # event files are told apart, and ordered, by the second in their names
+    time.sleep(1.1)  # event files are distinguished and ordered by the second in their names
     second = TensorBoardWriter(str(tmp_path), open_store(), 3)
     second.write(4, {"train/loss": 40.0})
     second.close()

@@ -1,7 +1,7 @@
-"""A wall clock that a test sets: a process that has this folder on its path sees it, and runs on as it is.
+"""A wall clock that a test sets, for any process with this folder on its path.
 
-Python imports ``sitecustomize`` of that folder before anything else. The monotonic clock goes on by itself, as it does
-on a machine whose wall clock is set.
+Python imports ``sitecustomize`` from that folder before anything else. The monotonic clock is not changed, as on a
+machine whose wall clock is set.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PlayedClock:
         return {VARIABLE: str(self._file)}
 
     def set(self, shift: float) -> None:
-        """Set the clock: so many seconds ahead of this machine's."""
+        """Set the clock to this many seconds ahead of the machine's clock."""
         fresh = self._file.with_suffix(".new")
         fresh.write_text(f"{shift}", encoding="ascii")
         fresh.replace(self._file)  # nobody reads half a number

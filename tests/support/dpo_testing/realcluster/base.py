@@ -1,6 +1,6 @@
 """The base image of the test: Debian and Python 3.12 made of packages, since no image registry is at hand.
 
-It stands in for `python:3.12-slim-bookworm`. What a machine behind a proxy needs (its certificates, pip's settings) is
+It replaces `python:3.12-slim-bookworm`. What a machine behind a proxy needs (its certificates, pip's settings) is
 put in here and nowhere else: the product's Dockerfiles know nothing of it.
 """
 

@@ -64,7 +64,7 @@ def small(layout: Layout) -> None:
 
 
 def python_base(layout: Layout) -> None:
-    """Build the base image that stands in for a registry's."""
+    """Build the base image that replaces a registry's."""
     context = base.build_context(layout)
     if not _built(layout, BASE_IMAGE, base.fingerprint(layout)):
         build(layout, BASE_IMAGE, context)
@@ -74,7 +74,7 @@ def python_base(layout: Layout) -> None:
 def product(
     layout: Layout, name: str, image: str, *, context: Path = REPOSITORY, target: str | None = None, **arguments: str
 ) -> None:
-    """Build one of the two Dockerfiles of a tree. BuildKit's cache decides what is done anew."""
+    """Build one of the two Dockerfiles of a tree. BuildKit's cache decides what is rebuilt."""
     arguments = {
         "BASE_IMAGE": BASE_IMAGE,
         "CPU_BASE_IMAGE": BASE_IMAGE,

@@ -29,7 +29,7 @@ def install_kinds(cluster: Cluster) -> None:
 def config(cluster: Cluster, folder: Path) -> Config:
     """Return Prometheus' configuration for the monitors of the installed release, with the alerts it came with.
 
-    A test has no half hour: the alerts' waits are cut to five seconds; what they ask is unchanged.
+    A test cannot wait half an hour: the alerts' `for` is five seconds here; their expressions are unchanged.
     """
     manifest = cluster.helm("get", "manifest", NAME, "--namespace", NAMESPACE)
     objects: list[dict[str, Any]] = [each for each in yaml.safe_load_all(manifest) if each]

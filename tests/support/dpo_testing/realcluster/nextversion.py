@@ -23,7 +23,7 @@ _ADDED = f'    {FIELD}: str | None = Field(default=None, description="Whatever o
 
 
 def tree(layout: Layout) -> Path:
-    """Return a copy of this tree as a later version of it would be, with everything generated anew."""
+    """Return a copy of this tree as a later version, with all generated files written again."""
     folder = layout.run / "next"
     shutil.rmtree(folder, ignore_errors=True)
     for room in _ROOMS:

@@ -55,7 +55,7 @@ def make_namespace(cluster: Cluster, name: str, **labels: str) -> None:
 
 
 def try_out(cluster: Cluster) -> str:
-    """Run `helm test` and return what its job told; a folder of the node is the volume that it works on."""
+    """Run `helm test` and return the output of its job; its volume is a folder of the node."""
     folder = cluster.layout.run / TRIAL
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

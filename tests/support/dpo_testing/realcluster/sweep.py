@@ -118,7 +118,7 @@ def _network(layout: Layout) -> None:
 
 
 def _drop_rules(tables: str) -> None:
-    """Delete rules and chains of Kubernetes and CNI, and nothing else, table by table."""
+    """Delete only the rules and chains of Kubernetes and CNI, table by table."""
     saved = subprocess.run([f"{tables}-save"], capture_output=True, text=True, check=True).stdout
     table, deletions, chains = "", [], []
     for line in saved.splitlines():

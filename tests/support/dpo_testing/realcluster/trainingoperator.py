@@ -56,7 +56,7 @@ def wait(cluster: Cluster) -> None:
 
 
 def restart(cluster: Cluster) -> None:
-    """Let it read its template anew."""
+    """Make training-operator read its template again."""
     cluster.kubectl("-n", NAMESPACE, "rollout", "restart", "deployment/training-operator")
     wait(cluster)
 
