@@ -58,6 +58,7 @@ class ConditionType(Enum):
     Finite = "Finite", "Losses and gradients are finite."
     Learning = "Learning", "Accuracy and margin have risen above chance."
     TrainingStalled = "TrainingStalled", "There has been no progress for too long."
+    Stalled = "Stalled", "The job has failed or was rejected: it does not go on by itself. Flux and Helm read it."
 
 
 State = Literal[

@@ -50,6 +50,12 @@ def put(
     return tuple(sorted([*others, condition], key=lambda c: (_ORDER.get(c.type, len(_ORDER)), c.type)))
 
 
+def without(conditions: Iterable[Condition], *kinds: ConditionType) -> tuple[Condition, ...]:
+    """Return the conditions that are of none of these types."""
+    dropped = {kind.value for kind in kinds}
+    return tuple(condition for condition in conditions if condition.type not in dropped)
+
+
 def observed_for(conditions: Iterable[Condition], generation: int) -> tuple[Condition, ...]:
     """Return the conditions with this observedGeneration; their transition times are unchanged.
 

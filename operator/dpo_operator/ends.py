@@ -1,10 +1,10 @@
-"""How a job ends: the conditions Finished, Succeeded and Failed, and the results that the status keeps."""
+"""How a job ends: the conditions Finished, Succeeded, Failed and Stalled, and the results that the status keeps."""
 
 from __future__ import annotations
 
 from dpo_api.progress import LastWords
 from dpo_api.status import ConditionType, State, StatusProgress
-from dpo_operator import progress
+from dpo_operator import conditions, progress
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
 
@@ -38,9 +38,9 @@ def succeed(draft: Draft, words: LastWords) -> None:
         words.already_complete and draft.attempt is not None and draft.attempt.number == 1
     ):  # a later attempt finds the export of an earlier one
         text = f"The run directory already held this run, finished after step {words.step}{where}."
-        _end(draft, Reason.AlreadyComplete, text, succeeded=True)
+        _end(draft, Reason.AlreadyComplete, text, "Succeeded")
         return
-    _end(draft, Reason.Succeeded, f"Finished after step {words.step} of {words.total}{where}.", succeeded=True)
+    _end(draft, Reason.Succeeded, f"Finished after step {words.step} of {words.total}{where}.", "Succeeded")
 
 
 def fail(draft: Draft, reason: Reason, message: str) -> None:
@@ -50,13 +50,37 @@ def fail(draft: Draft, reason: Reason, message: str) -> None:
         draft.update(final_metrics=dict(former.metrics))
     if reason is Reason.NonFinite:
         draft.condition(ConditionType.Finite, "False", Reason.LossNotFinite, message)
-    _end(draft, reason, message, succeeded=False)
+    _end(draft, reason, message, "Failed")
 
 
-def _end(draft: Draft, reason: Reason, message: str, *, succeeded: bool) -> None:
-    draft.update(completion_time=draft.moment, next_attempt_time=None, admitted_since=None)
-    state: State = "Succeeded" if succeeded else "Failed"
+def reject(draft: Draft, reason: Reason, message: str) -> None:
+    """End a job that was never accepted. An edit of its spec makes it go on."""
+    _end(draft, reason, message, "Rejected")
+
+
+def reopen(draft: Draft) -> None:
+    """Make an ended job go on: nothing says any more that, how or when it ended.
+
+    Attempts and budgets stay as they are. The time to live starts again at the next end, because it is counted from
+    ``completion_time``.
+    """
+    kept = conditions.without(
+        draft.status.conditions,
+        ConditionType.Finished,
+        ConditionType.Succeeded,
+        ConditionType.Failed,
+        ConditionType.Stalled,
+    )
+    draft.update(conditions=kept, completion_time=None, next_attempt_time=None, final_metrics={})
+
+
+def _end(draft: Draft, reason: Reason, message: str, state: State) -> None:
+    ended = draft.status.completion_time or draft.moment
+    draft.update(completion_time=ended, next_attempt_time=None, admitted_since=None)
     draft.place(state, reason, message, progressing=False)
+    succeeded = state == "Succeeded"
     draft.condition(ConditionType.Finished, "True", reason, message)
     draft.condition(ConditionType.Succeeded, "True" if succeeded else "False", reason, message)
     draft.condition(ConditionType.Failed, "False" if succeeded else "True", reason, message)
+    if not succeeded:  # a condition of its kind is there only while it is True
+        draft.condition(ConditionType.Stalled, "True", reason, message)

@@ -197,7 +197,8 @@ def test_conditions_are_a_list_map_of_metav1_form() -> None:
     assert item["properties"]["status"]["enum"] == ["True", "False", "Unknown"]
     names = {kind.value for kind in ConditionType}
     assert {"Accepted", "Progressing", "Finished", "Succeeded", "Failed", "TrainingStalled"} <= names
-    assert "Stalled" not in names  # kstatus would read it as failed
+    assert "Stalled" in names  # kstatus reads it as failed
+    assert "Ready" not in names  # kstatus would wait for it
 
 
 def structural(annotation: Any, **field: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def stage(cluster: ControlPlane, kubelet: FakeKubelet) -> Iterator[Stage]:
     *(f"{kind} {r.value}" for r in ENDS if r.retry == "permanent" for kind in ("Finished", "Failed", "Succeeded")),
     *(f"{kind} RestartsExhausted" for kind in ("Finished", "Failed", "Succeeded")),
     *("state Failed", "state Restarting", "Progressing Restarting", "event Restarting", "event Failed"),
-    *("Finished=True", "Failed=True", "Succeeded=False", "Progressing=False", "Finite=False"),
+    *("Finished=True", "Failed=True", "Stalled=True", "Succeeded=False", "Progressing=False", "Finite=False"),
 )
 def test_causes_that_a_pod_shows(stage: Stage) -> None:
     memory = {"nodes": 1, "gpusPerNode": 0, "memory": "1Gi"}

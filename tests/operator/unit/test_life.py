@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from dpo_api.errors import Outcome
-from dpo_operator import clock, draft
+from dpo_operator import clock, draft, ends, patches
 from dpo_operator.config import Settings
 from dpo_operator.reconcile import reconcile
 from dpo_operator.restarts import backoff
 from dpo_operator.types import ChildCheck, Observed, Refusal
+from dpo_operator.view import View
 from dpo_testing.simcluster import START, Crash, SimCluster, manifest
 
 DONE: dict[str, Any] = {
@@ -1046,6 +1047,25 @@ def test_every_condition_is_observed_for_the_newest_generation() -> None:
     calls = len(cluster.calls)
     cluster.settle()
     assert len(cluster.calls) == calls
+
+
+def test_a_job_that_is_reopened_has_no_sign_of_its_end() -> None:
+    cluster = running(runPolicy={"ttlSecondsAfterFinished": 100})
+    cluster.say(step=5, metrics={"train/loss": 0.6})
+    cluster.settle()
+    cluster.end_pod("job-1-worker-0", Outcome.InvalidData, message="line 7")
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.condition("Stalled") == cluster.condition("Failed") == ("True", "InvalidData")
+    assert cluster.status["finalMetrics"] == {"train/loss": 0.6}
+    reopened = draft.Draft(View.of(cluster.observed()), cluster.now, cluster.settings)
+    ends.reopen(reopened)
+    status = patches.to_json(reopened.status)
+    assert not {"completionTime", "nextAttemptTime"} & status.keys()
+    assert not {"Finished", "Failed", "Succeeded", "Stalled"} & {c["type"] for c in status["conditions"]}
+    assert status["finalMetrics"] == {}
+    assert status["attempts"] == cluster.attempts
 
 
 def test_no_ttl_by_default() -> None:
