@@ -77,7 +77,7 @@ _METRICS_TABLES: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
     ("The run", "Exported by rank 0.", RUN),
     (
         "Operator",
-        "Exported by the operator. Only the newest `--job-metrics-limit` DPOJobs have `dpo_job_*` series.",
+        "Exported by the operator. `dpo_job_*` is limited to `--job-metrics-limit` DPOJobs, unfinished ones first.",
         OPERATOR,
     ),
 )

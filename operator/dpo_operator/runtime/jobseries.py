@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,18 @@ def of_fleet(jobs: Iterable[Job]) -> Iterator[Metric]:
     yield counted
 
 
+def foremost(jobs: Iterable[Job], limit: int) -> list[Job]:
+    """Return the DPOJobs with series of their own: unfinished ones first, then the newest.
+
+    The longest run is the oldest job: it must keep its alerts, however many jobs have finished since it began.
+    """
+
+    def rank(job: Job) -> tuple[bool, str]:
+        return not _is_over(job), job["metadata"].get("creationTimestamp") or ""
+
+    return heapq.nlargest(limit, jobs, key=rank)
+
+
 def of_jobs(jobs: Iterable[Job], now: float) -> Iterator[Metric]:
     """Yield the series of each DPOJob. ``now``: Unix seconds."""
     families = {row.name: family(row.name) for row in OPERATOR if row.name.startswith("dpo_job_")}
@@ -97,6 +110,10 @@ def family(name: str) -> GaugeMetricFamily | CounterMetricFamily:
 
 def _status(job: Job) -> Mapping[str, Any]:
     return job.get("status") or {}
+
+
+def _is_over(job: Job) -> bool:
+    return bool(_status(job).get("completionTime")) or _state(job) == "Rejected"
 
 
 def _state(job: Job) -> str:

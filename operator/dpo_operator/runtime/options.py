@@ -46,7 +46,7 @@ class Options:
     dead_watch_seconds: float = 60.0
     """How late a watch may deliver a change before it counts as dead."""
     job_metrics_limit: int = 1000
-    """Maximum number of DPOJobs with their own metrics; the newest are exported."""
+    """Maximum number of DPOJobs with their own metrics: unfinished ones first, then the newest."""
     selfcheck: bool = False
     """Report what the cluster is missing, and exit."""
 
@@ -165,7 +165,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag(
         "job-metrics-limit",
         d.job_metrics_limit,
-        "DPOJobs with their own metrics; default %(default)s",
+        "DPOJobs with their own metrics, unfinished ones first; default %(default)s",
         type=int,
     )
     # What follows sets Settings.

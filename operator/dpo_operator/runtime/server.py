@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
@@ -11,7 +11,7 @@ async def serve(
     address: str,
     port: int,
     *,
-    metrics: Callable[[], bytes],
+    metrics: Callable[[], Awaitable[bytes]],
     alive: Callable[[], str],
     ready: Callable[[], str],
 ) -> tuple[web.AppRunner, int]:
@@ -21,7 +21,7 @@ async def serve(
     """
 
     async def answer_metrics(_: web.Request) -> web.Response:
-        return web.Response(body=metrics(), content_type="text/plain", charset="utf-8")
+        return web.Response(body=await metrics(), content_type="text/plain", charset="utf-8")
 
     def probe(ask: Callable[[], str]) -> Callable[[web.Request], object]:
         async def answer(_: web.Request) -> web.Response:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -44,6 +46,10 @@ def values(families: Any) -> dict[tuple[str, ...], float]:
         for sample in family.samples:
             found[(sample.name, *sample.labels.values())] = sample.value
     return found
+
+
+def text(metrics: Metrics) -> str:
+    return asyncio.run(metrics.text()).decode()
 
 
 def of(item: Object) -> dict[tuple[str, ...], float]:
@@ -141,7 +147,7 @@ def test_the_operator_exports_exactly_the_rows_of_the_table() -> None:
     operator._cache.put(JOBS, {**item, "metadata": {**item["metadata"], "uid": "1"}}, watched=False)
     operator.health.checked_at = NOW
     rows = {row.family: row for row in OPERATOR}
-    families = {family.name: family for family in text_string_to_metric_families(operator._metrics.text().decode())}
+    families = {family.name: family for family in text_string_to_metric_families(text(operator._metrics))}
     assert set(families) == set(rows)
     for name, family in families.items():
         row = rows[name]
@@ -155,12 +161,40 @@ def test_the_operator_exports_exactly_the_rows_of_the_table() -> None:
 def test_only_the_newest_jobs_have_series_of_their_own() -> None:
     old, new = job("old"), job("new")
     new["metadata"]["creationTimestamp"] = "2026-01-01T11:00:00Z"
-    text = Metrics(lambda: [old, new], dict, job_limit=1).text().decode()
-    assert 'dpo_job_state{dpojob="new"' in text
-    assert 'dpojob="old"' not in text
-    assert 'dpo_operator_jobs{namespace="a",state="Pending"} 2.0' in text
+    found = text(Metrics(lambda: [old, new], dict, job_limit=1))
+    assert 'dpo_job_state{dpojob="new"' in found
+    assert 'dpojob="old"' not in found
+    assert 'dpo_operator_jobs{namespace="a",state="Pending"} 2.0' in found
+
+
+def test_a_long_run_keeps_its_series_however_many_younger_jobs_have_finished() -> None:
+    """Otherwise the alerts of the longest run would fall silent first."""
+    running = job("three-weeks", state="Running")
+    running["metadata"]["creationTimestamp"] = "2025-12-01T00:00:00Z"
+    finished = [
+        job("done", state="Succeeded", completionTime="2026-01-01T11:00:00Z"),
+        job("failed", state="Failed", completionTime="2026-01-01T11:00:00Z"),
+        job("rejected", state="Rejected"),
+    ]
+    found = text(Metrics(lambda: [*finished, running], dict, job_limit=1))
+    assert 'dpo_job_state{dpojob="three-weeks"' in found
+    assert not [item for item in finished if f'dpojob="{item["metadata"]["name"]}"' in found]
+
+
+def test_the_text_is_made_beside_the_event_loop() -> None:
+    """A thousand jobs take a tenth of a second, in which no pass could run and no probe be answered."""
+    read_in: list[str] = []
+
+    class Watched(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            read_in.append(threading.current_thread().name)
+            return super().__getitem__(name)
+
+    found = text(Metrics(lambda: [Watched(job(state="Running"))], dict, job_limit=1))
+    assert 'dpo_job_state{dpojob="j"' in found
+    assert read_in
+    assert threading.current_thread().name not in read_in
 
 
 def test_failed_passes_are_counted_from_zero() -> None:
-    text = Metrics(list, dict, job_limit=1).text().decode()
-    assert 'dpo_operator_reconcile_errors_total{cause="exception"} 0.0' in text
+    assert 'dpo_operator_reconcile_errors_total{cause="exception"} 0.0' in text(Metrics(list, dict, job_limit=1))
