@@ -207,6 +207,12 @@ class DPOJobStatus(StatusSection):
     charged_restarts: int | None = Field(
         default=None, ge=0, description="Restarts that count against runPolicy.maxRestarts."
     )
+    retried: Annotated[str, StringConstraints(max_length=256)] | None = Field(
+        default=None, description="Value of the annotation `dpo-operator.dev/retry` that was seen last."
+    )
+    retried_attempt: int | None = Field(
+        default=None, ge=0, description="Last attempt before the newest retry. Later failures alone count."
+    )
     nodes: int | None = Field(default=None, ge=0, description="Nodes of an attempt.")
     queue: Annotated[str, StringConstraints(max_length=253)] | None = Field(
         default=None, description="Kueue LocalQueue of the attempts, from `runPolicy.queueName` or the job's label."

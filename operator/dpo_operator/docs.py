@@ -46,11 +46,11 @@ leave no pods, because a PyTorchJob releases its nodes only when it is deleted.
 
 | To | do |
 |---|---|
-| pause | `kubectl patch dpo NAME --type=merge -p '{"spec":{"runPolicy":{"suspend":true}}}'` |
-| resume | the same with `false` |
-| stop for good | `kubectl delete dpo NAME`; the run directory stays |
-| try again after a failure | delete the job, fix the cause, apply it again: it continues from its checkpoint (below) |
-| see an attempt's cause | `kubectl get dpo NAME -o jsonpath='{.status.attempts}'` |
+| pause | `dpo suspend NAME`, or set `runPolicy.suspend` to true |
+| resume | `dpo resume NAME`, or set it to false |
+| stop for good | `dpo delete NAME`, or `kubectl delete dpo NAME`; the run directory stays |
+| try again after a failure | fix the cause, then `dpo retry NAME`, or change the annotation `dpo-operator.dev/retry` |
+| see each attempt and its cause | `dpo status NAME`, or `kubectl get dpo NAME -o yaml` |
 | stop the operator | running jobs continue; restarts and status updates wait until it is back |
 
 Argo CD takes the health of a DPOJob from `hack/argocd/health.lua`: a job that trains is Progressing, one that needs
@@ -60,6 +60,12 @@ With Kueue a job is queued by `runPolicy.queueName` (or the label `kueue.x-k8s.i
 attempt is a new workload: **a restart queues again**, behind others of its priority;
 `runPolicy.restartPriorityClass` can give restarts a higher one. Only admitted time counts against
 `activeDeadlineSeconds` and `startTimeoutSeconds`. Preemption and the rest: `docs/queueing.md`.
+
+A job that failed is retried when its annotation `dpo-operator.dev/retry` gets a new value, which can be any text:
+`dpo retry NAME` writes the time. The next attempt continues from the newest checkpoint; restarts, failures in a row
+and `activeDeadlineSeconds` are counted from zero. A permanent failure can be retried too, once its cause is fixed.
+Each value works once (`status.retried`). A value that was there before the job failed does nothing, so a manifest may
+keep it. A job that succeeded or was rejected is not retried.
 
 A recreated DPOJob with the same run directory continues the earlier run. With other data or another loss, batch size
 or learning rate it is a different run: it is rejected (`IncompatibleCheckpoint`) and needs its own `checkpoint.uri`.

@@ -43,10 +43,13 @@ def transitions(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     yield from _progressing(old, new)
     yield from _run(old, new)
     yield from _suspension(old, new)
+    if old.completion_time is not None and new.completion_time is None and old.retried != new.retried:
+        yield Transition(Reason.Retried, new.message or "", f"{new.retried}")
     before, after = find(old.conditions, ConditionType.Finished), find(new.conditions, ConditionType.Finished)
     if after is not None and before is None:
         succeeded = holds(new.conditions, ConditionType.Succeeded)
-        yield Transition(named(after.reason) if succeeded else Reason.Failed, after.message)
+        # A job that was retried may end again.
+        yield Transition(named(after.reason) if succeeded else Reason.Failed, after.message, old.retried or "")
 
 
 def _acceptance(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
@@ -79,8 +82,9 @@ def _progressing(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     if after is None or (before is not None and before.reason == after.reason):
         return
     reason = named(after.reason)
-    # The condition Suspended reports Suspended; the other topics have events of their own.
-    if reason.topic == "progress" and reason.event is not None and reason is not Reason.Suspended:
+    # Suspended and Retried are reported below; the other topics have events of their own.
+    own = (Reason.Suspended, Reason.Retried)
+    if reason.topic == "progress" and reason.event is not None and reason not in own:
         # A preempted attempt may reach the same reason again, after another admission.
         yield Transition(reason, after.message, f"{new.attempt or 0}/{old.admitted_since}")
 

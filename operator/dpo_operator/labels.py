@@ -7,6 +7,8 @@ from dpo_api.manifest import GROUP
 JOB = f"{GROUP}/job"
 JOB_UID = f"{GROUP}/job-uid"
 ATTEMPT = f"{GROUP}/attempt"
+RETRY = f"{GROUP}/retry"
+"""Annotation of a DPOJob: a new value retries a job that failed."""
 MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGER = "dpo-operator"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.findings import ManifestError
-from dpo_operator import acceptance, attempts, clock, conditions, events, housekeeping, patches
+from dpo_operator import acceptance, attempts, clock, conditions, events, housekeeping, patches, retry
 from dpo_operator.backend import pytorchjob
 from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
@@ -43,10 +43,14 @@ def _decide(draft: Draft) -> None:
             acceptance.unreadable(draft, error)
         return
     if draft.view.status.completion_time is not None:
+        if retry.is_due(draft):
+            retry.start(draft)
+            return
         housekeeping.leave_queue(draft)
         housekeeping.trim_history(draft)
         housekeeping.expire(draft)
         return
+    retry.note(draft)
     if not acceptance.accept(draft):
         return
     attempts.step(draft)

@@ -20,11 +20,13 @@ SILENT_SECONDS = 3600.0
 
 
 def without_progress(draft: Draft) -> int:
-    """Return the number of consecutive failures without a new checkpoint, this one included."""
+    """Return the number of consecutive failures without a new checkpoint, this one included, since a retry."""
     reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
     grace = draft.view.spec.checkpoint.grace_period_seconds
     count = 0
     for attempt in reversed(draft.status.attempts):
+        if attempt.number <= (draft.status.retried_attempt or 0):
+            break
         if attempt.result != "Failed" or (reached or 0) > (attempt.from_step or 0) or _ran_silently(attempt, grace):
             break
         count += 1

@@ -196,6 +196,14 @@ class Reason(Row, Enum):
         remedy="Nothing.",
     )
 
+    Retried = Row(
+        word="Retried",
+        topic="progress",
+        event="Normal",
+        meaning="The job had failed, and its annotation dpo-operator.dev/retry has a new value.",
+        remedy="Nothing. The next attempt continues from the newest checkpoint, with all of runPolicy.maxRestarts.",
+    )
+
     # -- why an attempt ended: what Kubernetes did or saw
 
     MemoryLimitExceeded = cause(
@@ -389,7 +397,8 @@ class Reason(Row, Enum):
         topic="end",
         meaning="Retryable failures happened more often than runPolicy.maxRestarts.",
         remedy=(
-            "Fix the last failure, which the message names, and create the job again: it continues from its checkpoint."
+            "Fix the last failure, which the message names, and retry the job (`dpo retry`): it continues from its"
+            " checkpoint."
         ),
     )
     RestartsWithoutProgress = Row(
@@ -405,7 +414,7 @@ class Reason(Row, Enum):
         retry="permanent",
         ended_by_operator=True,
         meaning="The job was active longer than runPolicy.activeDeadlineSeconds. It wrote a checkpoint.",
-        remedy="Create the job again with a longer deadline: it continues from its checkpoint.",
+        remedy="Set a longer deadline and retry the job (`dpo retry`): it continues from its checkpoint.",
     )
 
     # -- what the run itself shows

@@ -79,6 +79,18 @@ def test_causes_that_a_pod_shows(stage: Stage) -> None:
         stage.jobs.delete(job_of(reason))
 
 
+@sees("event Retried", "Progressing Retried")
+def test_a_failed_job_is_retried(stage: Stage) -> None:
+    stage.kubelet.exit(stage.run("stubborn"), 10, last_words("AccessDenied", message="s3://runs/stubborn/ refused"))
+    stage.jobs.wait_state("Failed", name="stubborn")
+    note = {"metadata": {"annotations": {"dpo-operator.dev/retry": "once"}}}
+    stage.cluster.admin.patch(DPOJOBS, stage.jobs.namespace, "stubborn", note)
+    stage.kubelet.finish(stage.jobs.namespace, "stubborn-2-master-0", DONE)
+    status = stage.jobs.wait_state("Succeeded", name="stubborn")
+    assert (status["retried"], status["retriedAttempt"]) == ("once", 1)
+    stage.jobs.delete("stubborn")
+
+
 @sees("attempt PodDeleted", "event PodDeleted")
 def test_a_pod_that_is_deleted_by_hand(stage: Stage) -> None:
     pod = stage.kubelet.run_one(stage.held.namespace, stage.hold("deleted")["metadata"]["name"])

@@ -1,6 +1,7 @@
 """Random lives of a job: whatever happens to pods, caches and the operator itself, three things hold.
 
-No attempt has two children; nothing is started again after a permanent error; and once the world is kind, the job ends.
+No attempt has two children; nothing is started again after a permanent error, unless the user retries; and once the
+world is kind, the job ends.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Life(RuleBasedStateMachine):
         self.cluster = SimCluster(manifest(runPolicy=policy))
         self.doomed: str | None = None
         """The child in which a permanent error happened before anything else ended its attempt."""
+        self.retries = 0
 
     # -- the operator
 
@@ -121,6 +123,15 @@ class Life(RuleBasedStateMachine):
     def user_suspends(self, suspend: bool) -> None:
         if self.cluster.job is not None:
             self.cluster.edit(suspend=suspend)
+
+    @precondition(lambda self: self.cluster.state == "Failed")
+    @rule()
+    def user_retries(self) -> None:
+        assert self.cluster.job is not None
+        self.retries += 1
+        self.cluster.job["metadata"].setdefault("annotations", {})["dpo-operator.dev/retry"] = str(self.retries)
+        self.cluster.touch()
+        self.doomed = None
 
     # -- what always holds
 
