@@ -206,8 +206,8 @@ class RunPolicy(Section):
         default=1800,
         ge=10,
         le=SECONDS_MAX,
-        description="Seconds that an admitted attempt has until all its pods run; after that it is deleted and"
-        " retried. Default 1800.",
+        description="Seconds from admission until all pods of an attempt run; after that it is deleted and retried."
+        " Attempts that end earlier without having run do not start the time again. Default 1800.",
     )
     stall_timeout_seconds: Int | None = Field(
         default=None,

@@ -236,6 +236,12 @@ class DPOJobStatus(StatusSection):
         ge=0,
         description="Seconds that attempts have been admitted, which count against activeDeadlineSeconds.",
     )
+    starting_seconds: int | None = Field(
+        default=None,
+        ge=0,
+        description="Seconds that earlier attempts have been admitted since all pods of one were running, which count"
+        " against startTimeoutSeconds.",
+    )
     admitted_since: Time | None = Field(
         default=None,
         description="When the current attempt was admitted; not set while it is queued or after it has ended.",

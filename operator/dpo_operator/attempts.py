@@ -59,6 +59,7 @@ def _active(draft: Draft) -> None:
     limits.admit(draft)
     if draft.current.running_time is None and starting.started(draft):
         draft.change_attempt(running_time=draft.moment)
+        draft.update(starting_seconds=None)
         evidence.record(draft)
     progress.apply(draft)
     invariants.apply(draft)

@@ -238,23 +238,34 @@ def _of_exit_code(pod: Object) -> Cause | None:
 
 
 def _of_init_container(pod: Object) -> Cause | None:
+    asked = _asked_to_go(pod)
     for status in (pod.get("status") or {}).get("initContainerStatuses") or ():
         terminated = (status.get("state") or {}).get("terminated")
         if status.get("name") == initcontainer.NAME and terminated and terminated.get("exitCode"):
-            text = f"init container {initcontainer.NAME} of pod {_place(pod)} could not resolve the master's DNS name"
+            ended = moment(terminated.get("finishedAt"))
+            if asked is not None and (ended is None or ended >= asked):
+                return None  # it was stopped with its pod
+            text = (
+                f"init container {initcontainer.NAME} of pod {_place(pod)} did not find the master's DNS name in time"
+            )
             return _cause(Reason.InitContainerFailed, pod, text)
     return None
 
 
 def _of_deletion(pod: Object, over_at: float | None) -> Cause | None:
-    due = moment(pod["metadata"].get("deletionTimestamp"))
-    if due is None:
+    asked = _asked_to_go(pod)
+    if asked is None:
         return None
-    asked = due - float(pod["metadata"].get("deletionGracePeriodSeconds") or 0)
     # Times have whole seconds: a deletion in the same second as the failure counts as clean-up.
     if over_at is not None and asked >= over_at:
         return None
     return _cause(Reason.PodDeleted, pod, f"pod {_place(pod)} was deleted while it was running")
+
+
+def _asked_to_go(pod: Object) -> float | None:
+    """Return when a pod was deleted; its deletionTimestamp is when its grace period ends."""
+    due = moment(pod["metadata"].get("deletionTimestamp"))
+    return None if due is None else due - float(pod["metadata"].get("deletionGracePeriodSeconds") or 0)
 
 
 def record_of(pod: Object, cause: Cause | None) -> PodRecord:

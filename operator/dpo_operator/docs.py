@@ -31,7 +31,7 @@ conditions and events. `kubectl wait --for=condition=Finished --timeout=48h dpo/
 2. **Attempts.** Each attempt is one PyTorchJob: `NAME-1`, `NAME-2`, and so on. One failed pod ends the attempt. The
    class of its reason decides what happens next (see "Why an attempt ended" below):
    *permanent* ends the job, because the next attempt would fail the same way;
-   *retryable* counts against `runPolicy.maxRestarts`;
+   *retryable* counts against `runPolicy.maxRestarts`, `InitContainerFailed` only after `startTimeoutSeconds`;
    *infrastructure* does not, and ends the job only after many failures in a row without a new checkpoint.
    The next attempt continues from the newest complete checkpoint, after a back-off that doubles with consecutive
    failures (10 s to 10 min), and prefers nodes that have not failed. It is created once every pod of the last one has
@@ -78,9 +78,12 @@ the finished run of the same spec, the first attempt ends within a minute, with 
 - training-operator v1 (v1.9.4) with its PyTorchJob. It adds the init container `init-pytorch` to every worker. Its
   default (an old Alpine image, no security context) is refused by restricted Pod Security and cannot be pulled
   without the public registry. Set `--pytorch-init-container-image`, and mount a template as
-  `/etc/config/initContainer.yaml`:
+  `/etc/config/initContainer.yaml`. It also waits for the master without limit, until `runPolicy.startTimeoutSeconds`:
   ```yaml
 @INIT_CONTAINER@  ```
+  training-operator's own template gives up after `--pytorch-init-container-max-tries` tries (100, two seconds apart),
+  while a node may still be pulling the master's image, and the attempt fails (`InitContainerFailed`). If you keep that
+  template, set the flag to 100000; `startTimeoutSeconds` then bounds the wait.
   On OpenShift omit `runAsUser`: each namespace has its own range of user IDs, and others are refused.
 - A gang scheduler in training-operator (`--gang-scheduler-name`) makes `minAvailable` effective. Without one, some
   pods of a job can hold GPUs while the others wait, until `runPolicy.startTimeoutSeconds` ends the attempt.

@@ -76,7 +76,7 @@ def reopen(draft: Draft) -> None:
 
 def _end(draft: Draft, reason: Reason, message: str, state: State) -> None:
     ended = draft.status.completion_time or draft.moment
-    draft.update(completion_time=ended, next_attempt_time=None, admitted_since=None)
+    draft.update(completion_time=ended, next_attempt_time=None, admitted_since=None, starting_seconds=None)
     draft.place(state, reason, message, progressing=False)
     succeeded = state == "Succeeded"
     draft.condition(ConditionType.Finished, "True", reason, message)

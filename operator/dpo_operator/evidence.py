@@ -17,6 +17,8 @@ from dpo_operator.types import Object
 from dpo_operator.view import moment
 
 RECORDS_MAX = 64
+SILENT_KEPT = 16
+"""Of the pods that are recorded, how many may be ones that were not seen to end although others have no room."""
 
 
 def over_at(draft: Draft) -> float | None:
@@ -80,9 +82,20 @@ def record_stuck(draft: Draft) -> None:
     _keep(draft, records.values())
 
 
+def _is_silent(record: PodRecord) -> bool:
+    """Whether a pod was never seen to end."""
+    return record.reason is None and record.exit_code is None
+
+
 def _keep(draft: Draft, records: Iterable[PodRecord]) -> None:
     ordered = sorted(records, key=lambda r: (r.reason is None, r.exit_code in (None, 0)))
-    kept = tuple(ordered[:RECORDS_MAX])
+    if len(ordered) > RECORDS_MAX:
+        # Many pods may report the same loss of contact. The few that do not are what the next attempt has to know.
+        silent = {record.name for record in [r for r in ordered if _is_silent(r)][:SILENT_KEPT]}
+        others = [record.name for record in ordered if record.name not in silent]
+        chosen = {*others[: RECORDS_MAX - len(silent)], *silent}
+        ordered = [record for record in ordered if record.name in chosen]
+    kept = tuple(ordered)
     if kept != draft.current.pods:
         draft.change_attempt(pods=kept)
 
@@ -123,11 +136,18 @@ def last_values(draft: Draft) -> None:
 
 
 def broken_nodes(attempts: Sequence[Attempt], last: int = 3) -> list[str]:
-    """Return the nodes to avoid: those whose pods explain the newest failures, the most recent first."""
+    """Return the nodes to avoid: those that the newest failures speak against, the most recent first."""
     nodes: list[str] = []
     for attempt in attempts[-last:]:
         if attempt.result != "Failed":
             continue
-        if named(attempt.reason).speaks_against_node:
-            nodes += [r.node for r in attempt.pods if r.node is not None and r.reason == attempt.reason]
+        explained = [r.node for r in attempt.pods if r.node is not None and r.reason == attempt.reason]
+        match named(attempt.reason).suspects:
+            case "its node":
+                nodes += explained
+            case "silent nodes" if explained:
+                silent = [r.node for r in attempt.pods if r.node is not None and _is_silent(r)]
+                nodes += [node for node in silent if node not in explained]
+            case _:
+                pass
     return list(dict.fromkeys(reversed(nodes)))

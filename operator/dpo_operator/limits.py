@@ -1,4 +1,4 @@
-"""Limits on a running attempt: the deadline, which counts admitted time, and the stall time-out."""
+"""Limits on attempts: the deadline and the start time-out, which count admitted time, and the stall time-out."""
 
 from __future__ import annotations
 
@@ -17,16 +17,40 @@ def admit(draft: Draft) -> None:
 
 def release(draft: Draft) -> None:
     """Stop counting admitted time: the attempt is queued or over."""
-    since = draft.status.admitted_since
-    if since is not None:
-        draft.update(admitted_since=None, admitted_seconds=int(admitted_seconds(draft)))
+    if draft.status.admitted_since is None:
+        return
+    attempt = draft.attempt
+    if attempt is not None and attempt.running_time is None:
+        # A step shows that all pods ran, although the operator did not see it.
+        draft.update(starting_seconds=None if attempt.last_step else int(starting_seconds(draft)))
+    draft.update(admitted_since=None, admitted_seconds=int(admitted_seconds(draft)))
 
 
 def admitted_seconds(draft: Draft) -> float:
     """Return the total seconds for which the job has been admitted."""
+    return (draft.status.admitted_seconds or 0) + _since_admission(draft)
+
+
+def starting_seconds(draft: Draft) -> float:
+    """Return the seconds for which attempts have been admitted since one last had all its pods running.
+
+    Attempts that end before that do not begin the count again: on cold nodes each would fail the same way. Time in a
+    queue, while suspended and between attempts is not counted.
+    """
+    attempt = draft.attempt
+    if attempt is None or attempt.running_time is not None:
+        return 0.0
+    return (draft.status.starting_seconds or 0) + _since_admission(draft)
+
+
+def start_timed_out(draft: Draft) -> bool:
+    """Whether the attempts of a job that does not start have used up the start time-out."""
+    return starting_seconds(draft) >= draft.view.spec.run_policy.start_timeout_seconds
+
+
+def _since_admission(draft: Draft) -> float:
     since = draft.status.admitted_since
-    current = max(0.0, draft.now - clock.to_moment(since)) if since is not None else 0.0
-    return (draft.status.admitted_seconds or 0) + current
+    return max(0.0, draft.now - clock.to_moment(since)) if since is not None else 0.0
 
 
 def used_up(draft: Draft) -> bool:

@@ -55,10 +55,12 @@ def longest_pause(settings: Settings) -> float:
     return settings.backoff_max_seconds * (1 + JITTER) + 1
 
 
-def is_charged(attempt: Attempt) -> bool:
-    """Whether a failed attempt counts against runPolicy.maxRestarts."""
+def is_charged(draft: Draft) -> bool:
+    """Whether the newest attempt, which failed, counts against runPolicy.maxRestarts."""
+    attempt = draft.current
     if attempt.reason in Reason.__members__:
-        return named(attempt.reason).charged == "always"
+        charged = named(attempt.reason).charged
+        return charged == "always" or (charged == "after start time-out" and limits.start_timed_out(draft))
     return attempt.failure_class == "retryable"  # a newer operator recorded a reason that this one does not know
 
 
@@ -77,13 +79,15 @@ def conclude(draft: Draft) -> None:
         return
     if out_of_time(draft):
         return
-    if is_charged(attempt):
+    if is_charged(draft):
         charged = draft.status.charged_restarts or 0
         if charged >= policy.max_restarts:
             text = f"{said}. The limit of runPolicy.maxRestarts {policy.max_restarts} is reached ({reason.value})."
             ends.fail(draft, Reason.RestartsExhausted, text)
             return
         draft.update(charged_restarts=charged + 1)
+        if limits.start_timed_out(draft):  # it is charged once; the next attempt has all of it again
+            draft.update(starting_seconds=None)
     elif failures > draft.settings.infrastructure_restarts_without_progress:
         text = f"{failures} attempts in a row failed without a new checkpoint. Last failure: {said}."
         ends.fail(draft, Reason.RestartsWithoutProgress, text)

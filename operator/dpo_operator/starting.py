@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_operator import clock
+from dpo_operator import limits
 from dpo_operator.backend import initcontainer, pytorchjob
 from dpo_operator.classification import Cause
 from dpo_operator.draft import Draft
@@ -133,19 +133,19 @@ def _seen(event: Object) -> float:
 
 def overdue(draft: Draft) -> Cause | None:
     """Return the cause StartTimeout if pods have waited too long since admission; else request a pass for then."""
-    admitted = draft.status.admitted_since
-    if draft.current.running_time is not None or admitted is None:
+    if draft.current.running_time is not None or draft.status.admitted_since is None:
         return None
     limit = draft.view.spec.run_policy.start_timeout_seconds
-    due = clock.to_moment(admitted) + limit
-    if draft.now < due:
-        draft.wake_at(due)
+    left = limit - limits.starting_seconds(draft)
+    if left > 0:
+        draft.wake_in(left)
         return None
     hit = obstacle(draft)
     pods, nodes = draft.pods, draft.view.spec.resources.nodes
     running = sum(has_run(pod) for pod in pods)
     why = hit.message if hit is not None else f"{len(pods)} of {nodes} pods exist"
-    text = f"{running} of {nodes} pods were running {limit} s after admission (runPolicy.startTimeoutSeconds): {why}"
+    when = "after admission" if not draft.status.starting_seconds else "after the first of several admissions"
+    text = f"{running} of {nodes} pods were running {limit} s {when} (runPolicy.startTimeoutSeconds): {why}"
     return Cause(Reason.StartTimeout, clean(text, 2000))
 
 

@@ -1,4 +1,7 @@
-"""The init container that training-operator adds to every worker, and a template that every cluster admits."""
+"""The init container that training-operator adds to every worker, and a template that every cluster admits.
+
+It waits until the master's name is in the cluster's DNS, which is once the master runs.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,12 @@ FIX = (
     " and runs as non-root"
 )
 
+# The loop has no end: runPolicy.startTimeoutSeconds bounds it, and an attempt that gave up earlier would have failed
+# only because a node pulls the master's image. training-operator gives the master's name without a domain, and the
+# template knows neither the namespace nor the cluster's domain. The first of both is in the pod's resolv.conf, as the
+# search domain NAMESPACE.svc.DOMAIN. One absolute name makes two DNS queries (A, AAAA); a bare one makes two for each
+# search domain. Without such a search domain (a dnsPolicy of the job's own) the bare name is the best that there is.
+# The shell is process 1, which ignores SIGTERM unless it traps it: the pod would last for its whole grace period.
 TEMPLATE = """\
 - name: init-pytorch
   image: {{.InitContainerImage}}
@@ -24,7 +33,20 @@ TEMPLATE = """\
   command:
   - sh
   - -c
-  - >-
-    for i in $(seq {{.MaxTries}}); do nslookup {{.MasterAddr}} | grep -q ^Name: && exit 0; sleep 1; done; exit 1
+  - |
+    trap 'exit 143' TERM
+    name={{.MasterAddr}}
+    while read -r key domains; do
+      [ "$key" = search ] || continue
+      for domain in $domains; do
+        case $domain in *.svc.*) name={{.MasterAddr}}.$domain.; break ;; esac
+      done
+    done </etc/resolv.conf
+    pause=1
+    until nslookup "$name" | grep -q ^Name:; do
+      echo "waiting for $name"
+      sleep $pause & wait $!
+      [ $pause -ge 10 ] || pause=$((pause + 1))
+    done
 """
 """training-operator's /etc/config/initContainer.yaml, with a security context that restricted Pod Security admits."""

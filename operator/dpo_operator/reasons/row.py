@@ -18,6 +18,13 @@ TOPICS: dict[Topic, str] = {
     "event": "Events only",
 }
 
+Charged = Literal["always", "after start time-out", "never"]
+"""``after start time-out``: only once runPolicy.startTimeoutSeconds is used up."""
+
+Suspects = Literal["no node", "its node", "silent nodes"]
+"""``its node``: the nodes whose pods explain the attempt with this reason. ``silent nodes``: the nodes whose pods
+reported nothing, where other pods did: a process that lost contact says so, and the one that hangs does not."""
+
 WEAK = 10
 """Ranks from here on are weak evidence: any other cause explains an attempt better."""
 
@@ -39,10 +46,10 @@ class Row:
     """Type of the Kubernetes event that reports this reason; None: no event does."""
     retry: Retry = "none"
     """Class of the failure. ``permanent`` is final: it ends the job."""
-    charged: Literal["always", "never"] = "never"
+    charged: Charged = "never"
     """Whether an attempt that ends with it counts against runPolicy.maxRestarts."""
-    speaks_against_node: bool = False
-    """Whether the next attempts avoid the nodes whose pods explain the attempt with it."""
+    suspects: Suspects = "no node"
+    """The nodes that the next attempts avoid."""
     ended_by_operator: bool = False
     """Whether the operator itself ends the attempt, by deleting its PyTorchJob."""
     rank: int = 0
@@ -55,11 +62,15 @@ def cause(
     remedy: str,
     retry: Literal["permanent", "infrastructure", "retryable"],
     *,
-    speaks_against_node: bool = False,
+    charged: Charged | None = None,
+    suspects: Suspects = "no node",
     ended_by_operator: bool = False,
     rank: int | None = None,
 ) -> Row:
-    """Return the row of a cause: it is reported by a warning, and charged where its class is ``retryable``."""
+    """Return the row of a cause: it is reported by a warning.
+
+    ``charged``: None charges it where its class is ``retryable``.
+    """
     return Row(
         word=word,
         topic="cause",
@@ -67,14 +78,14 @@ def cause(
         remedy=remedy,
         event="Warning",
         retry=retry,
-        charged="always" if retry == "retryable" else "never",
-        speaks_against_node=speaks_against_node,
+        charged=charged or ("always" if retry == "retryable" else "never"),
+        suspects=suspects,
         ended_by_operator=ended_by_operator,
         rank=_RANKS[retry] if rank is None else rank,
     )
 
 
-def cause_of(outcome: Outcome, remedy: str, *, speaks_against_node: bool = False, rank: int | None = None) -> Row:
+def cause_of(outcome: Outcome, remedy: str, *, suspects: Suspects = "no node", rank: int | None = None) -> Row:
     """Return the row for an outcome of the trainer; its word, class and meaning come from the outcome."""
     assert outcome.retry != "none", outcome  # noqa: S101 - success is no cause
     return cause(
@@ -82,6 +93,6 @@ def cause_of(outcome: Outcome, remedy: str, *, speaks_against_node: bool = False
         outcome.description,
         remedy,
         outcome.retry,
-        speaks_against_node=speaks_against_node,
+        suspects=suspects,
         rank=rank,
     )

@@ -223,21 +223,21 @@ class Reason(Row, Enum):
         "The node ran out of memory before the container reached a memory limit.",
         "Set spec.resources.memory so that the scheduler reserves it.",
         "infrastructure",
-        speaks_against_node=True,
+        suspects="its node",
     )
     NodeLost = cause(
         "NodeLost",
         "A node stopped responding, was removed, or lost its containers in a reboot.",
         "Nothing. The next attempt prefers other nodes.",
         "infrastructure",
-        speaks_against_node=True,
+        suspects="its node",
     )
     Evicted = cause(
         "Evicted",
         "The kubelet evicted the pod because its node was short of a resource.",
         "Check the node's conditions (memory, disk, processes).",
         "infrastructure",
-        speaks_against_node=True,
+        suspects="its node",
     )
     Preempted = cause(
         "Preempted",
@@ -250,21 +250,21 @@ class Reason(Row, Enum):
         "The pod was evicted through the API, for example by `kubectl drain`.",
         "Nothing. The next attempt prefers other nodes.",
         "infrastructure",
-        speaks_against_node=True,
+        suspects="its node",
     )
     NodeShutdown = cause(
         "NodeShutdown",
         "The node was shut down gracefully.",
         "Nothing. The next attempt prefers other nodes.",
         "infrastructure",
-        speaks_against_node=True,
+        suspects="its node",
     )
     AdmissionFailed = cause(
         "AdmissionFailed",
         "The kubelet rejected a pod that was scheduled to its node, for example because a GPU had just failed.",
         "Check the node's devices if it happens on the same node again.",
         "infrastructure",
-        speaks_against_node=True,
+        suspects="its node",
     )
     PodDeleted = cause(
         "PodDeleted",
@@ -292,21 +292,24 @@ class Reason(Row, Enum):
         "The container could not be started, for example because the image has no Python or a device is broken.",
         "Check spec.image and the node that the message names.",
         "retryable",
-        speaks_against_node=True,
+        suspects="its node",
     )
     InitContainerFailed = cause(
         "InitContainerFailed",
-        "training-operator's init container could not resolve the master's name in the cluster's DNS.",
-        "Check the cluster's DNS. See InitContainerRefused for an init container that suits your cluster.",
+        "training-operator's init container gave up before the master's name was in the cluster's DNS, where it is once"
+        " the master runs.",
+        "Use the chart's template of the init container, which does not give up; with training-operator's own template,"
+        " raise its flag --pytorch-init-container-max-tries. If it happens while the master runs, check the cluster's"
+        " DNS.",
         "retryable",
-        speaks_against_node=True,
+        charged="after start time-out",
     )
     Killed = cause(
         "Killed",
         "The trainer was killed by a signal, and nothing shows who sent it.",
         "Check the pod's log (`kubectl logs`) and the node's kernel log.",
         "retryable",
-        speaks_against_node=True,
+        suspects="its node",
     )
     FinalWordsLost = cause(
         "FinalWordsLost",
@@ -317,10 +320,10 @@ class Reason(Row, Enum):
     )
     StartTimeout = cause(
         "StartTimeout",
-        "Not all pods were running within runPolicy.startTimeoutSeconds after admission; the message says why.",
+        "Not all pods were running within runPolicy.startTimeoutSeconds of admitted time; the message says why.",
         "Fix what the message names. The next attempt prefers other nodes. No GPUs are held meanwhile.",
         "retryable",
-        speaks_against_node=True,
+        suspects="its node",
         ended_by_operator=True,
     )
     Stalled = cause(
@@ -333,7 +336,7 @@ class Reason(Row, Enum):
 
     # -- why an attempt ended: what the trainer reported
 
-    Internal = cause_of(Outcome.Internal, "Read the log and report the error.", speaks_against_node=True)
+    Internal = cause_of(Outcome.Internal, "Read the log and report the error.", suspects="its node")
     InvalidSpec = cause_of(Outcome.InvalidSpec, "Correct the field that the message names and create the job again.")
     InvalidData = cause_of(
         Outcome.InvalidData, "Correct the lines that the message names, or set data.onInvalid to skip."
@@ -360,8 +363,8 @@ class Reason(Row, Enum):
     Communication = cause_of(
         Outcome.Communication,
         "If it happened once: nothing. If it happens often: check the network between nodes, NCCL's settings and the"
-        " GPUs.",
-        speaks_against_node=True,
+        " GPUs. The next attempt prefers other nodes than those whose pods reported nothing.",
+        suspects="silent nodes",
         rank=WEAK + 2,
     )
     Stopped = cause_of(Outcome.Stopped, "Nothing. The next attempt continues from its checkpoint.", rank=WEAK + 3)

@@ -124,7 +124,8 @@ def test_causes_of_pods_that_never_ran(stage: Stage) -> None:
     stage.hold("too-slow", run_policy={"startTimeoutSeconds": 10, "maxRestarts": 0})
     worker = stage.hold("lonely", "worker", nodes=2, run_policy={"maxRestarts": 0})
     stage.kubelet.fail_init(worker)
-    assert stage.held.wait_state("Failed", name="lonely")["attempts"][0]["reason"] == "InitContainerFailed"
+    lonely = stage.held.wait_state("Restarting", name="lonely")
+    assert (lonely["attempts"][0]["reason"], lonely["chargedRestarts"]) == ("InitContainerFailed", 0)
     assert stage.held.wait_state("Failed", name="too-slow")["attempts"][0]["reason"] == "StartTimeout"
 
 
