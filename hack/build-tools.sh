@@ -9,7 +9,7 @@
 #
 # Binaries go to ${DPO_TOOLS_DIR:-~/.cache/dpo-operator/tools}/<hash of hack/tools>/NAME. A changed pin is a new folder.
 # One process builds at a time: the programs share most of their packages, and Go compiles a package again while another
-# process is still busy with it. Whoever needs a program waits for the running `go build`, then takes the result or
+# process is still busy with it. A process that needs a program waits for the running `go build`, then takes the result or
 # builds its own program next. So a background build that failed is repeated, and fails, where its program is needed.
 # KUBEBUILDER_ASSETS: a folder of ready binaries, as for controller-runtime's tests; a name found there is not built.
 # Exit codes: 0 built or already there; 1 a build failed; 2 unknown program; 3 Go is missing.

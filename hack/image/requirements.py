@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pyproject", type=Path, default=Path("pyproject.toml"))
     parser.add_argument("--constraints", type=Path, default=Path("constraints.txt"))
     parser.add_argument("--extra", help="the optional list that is wanted beside the base list")
-    parser.add_argument("--build", action="store_true", help="what building our own wheel takes, and nothing else")
+    parser.add_argument("--build", action="store_true", help="only what building our own wheel takes")
     parser.add_argument(
         "--without", nargs="*", default=[], metavar="NAME", help="leave these out: the image never uses them"
     )

@@ -12,14 +12,14 @@ import pytest
 from dpo_api.errors import Outcome
 from dpo_api.version import VERSION
 from dpo_cli import __main__ as entry
-from dpo_testing.cli import ROOMS, Dpo, World
+from dpo_testing.cli import PACKAGES, Dpo, World
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
 HEAVY = ("torch", "megatron", "transformers", "dpo_trainer", "kopf", "kubernetes")
 
 
 def python(code: str, **environment: str) -> str:
-    environment = {"PYTHONPATH": ":".join(ROOMS), "PATH": "/usr/bin:/bin"} | environment
+    environment = {"PYTHONPATH": ":".join(PACKAGES), "PATH": "/usr/bin:/bin"} | environment
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout
 
@@ -94,7 +94,7 @@ def test_ctrl_c_while_checking(dpo: Dpo, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_reader_that_goes_away_is_no_error(world: World) -> None:
     command = f"{sys.executable} -m dpo_cli validate --offline {world.write()} | true; exit ${{PIPESTATUS[0]}}"
-    environment = {"PYTHONPATH": ":".join(ROOMS), "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": ":".join(PACKAGES), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (entry.PIPE_CLOSED, "")
 
@@ -121,8 +121,8 @@ def test_bash_accepts_its_completion(dpo: Dpo, tmp_path: Path) -> None:
 
 def test_the_documented_exit_codes_are_the_ones_in_use() -> None:
     rows = re.findall(r"^\| (\d+) \| (\w+) \| (.*?) \| (.*?) \|$", DOCS, re.MULTILINE)
-    told = {"none": "–", "permanent": "no", "retryable": "yes", "infrastructure": "yes, not charged"}
-    assert rows == [(str(o.exit_code), o.name, o.description, told[o.retry]) for o in Outcome]
+    helps = {"none": "–", "permanent": "no", "retryable": "yes", "infrastructure": "yes, not charged"}
+    assert rows == [(str(o.exit_code), o.name, o.description, helps[o.retry]) for o in Outcome]
     assert f"{entry.INTERRUPTED} is a command that was killed by Ctrl-C" in DOCS
 
 

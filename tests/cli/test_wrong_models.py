@@ -17,7 +17,7 @@ import pytest
 from dpo_api.errors import DPOError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_api.models import read_config
-from dpo_testing.cli import ROOMS, Dpo, World, make_world
+from dpo_testing.cli import PACKAGES, Dpo, World, make_world
 from dpo_testing.models import edit_config, load_model, single_process
 from dpo_testing.s3server import S3Server
 from dpo_testing.training_world import write_model
@@ -194,7 +194,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def verdicts(jobs: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Case → what one `dpo validate -o json` of all jobs says, in a process that cannot import the trainer."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(ROOMS)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(PACKAGES)}
     command = [sys.executable, "-c", WITHOUT_TORCH, "validate", *jobs.values(), "-o", "json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == Outcome.InvalidModel.exit_code, done.stderr

@@ -12,7 +12,7 @@ from typing import Any
 from dpo_api.manifest import parse_job
 from dpo_operator.backend.pytorchjob import Identity, build_child
 from dpo_operator.config import Settings
-from dpo_testing.runs import ROOMS, kill, with_descendants
+from dpo_testing.runs import PACKAGES, kill, with_descendants
 from dpo_testing.simcluster import manifest
 
 
@@ -58,7 +58,7 @@ def test_the_kernels_variables_reach_the_workers(tmp_path: Path) -> None:
     assert set(here.values()) <= set(command)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("NVTE_", "CUBLAS_"))}
     own = {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
-    variables = {**inherited, **own, "PYTHONPATH": ROOMS, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    variables = {**inherited, **own, "PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     with (tmp_path / "log").open("wb") as log:
         launcher = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo_api.errors import Outcome
-from dpo_testing.runs import ROOMS, job_of
+from dpo_testing.runs import PACKAGES, job_of
 from dpo_trainer.agent import Worker, end
 
 HANGING = """
@@ -53,7 +53,7 @@ def test_a_process_that_hangs_in_a_collective_does_not_wait_for_the_grace_period
     script = tmp_path / "worker.py"
     script.write_text(HANGING)
     command = [sys.executable, "-m", "dpo_trainer", "agent", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
-    keys = {"PYTHONPATH": ROOMS, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
+    keys = {"PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
     child = subprocess.Popen([*command, str(script), "--results", str(tmp_path)], env={**os.environ, **keys})
     try:
         wait_until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)), "the processes never met")
@@ -177,7 +177,7 @@ def test_a_taken_rendezvous_port_is_named(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         nodes = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
         command = [sys.executable, "-m", "dpo_trainer", "launch", f"--spec={spec}", f"--last-words={words}"]
-        keys = {**os.environ, **nodes, "PYTHONPATH": ROOMS}
+        keys = {**os.environ, **nodes, "PYTHONPATH": PACKAGES}
         code = subprocess.run(command, env=keys, stdout=output, stderr=output, timeout=120, check=False).returncode
     assert code == Outcome.PortInUse.exit_code
     assert f"cannot listen on port {port} (PET_MASTER_PORT)" in json.loads(words.read_text())["message"]

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from dpo_testing.runs import ROOMS
+from dpo_testing.runs import PACKAGES
 from dpo_trainer.startup import lazily_compiled
 
 SINKS = {"wandb", "tensorboard", "torch.utils.tensorboard", "mlflow"}
@@ -24,7 +24,7 @@ def imported(code: str) -> set[str]:
     """Return the names of all modules that are loaded after this code has run in a new interpreter."""
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"{code}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"],
-        env={**os.environ, "PYTHONPATH": ROOMS, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": PACKAGES, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         check=True,
         text=True,

@@ -32,7 +32,7 @@ def lines(blocks: Iterator[bytes], name: str, max_line: int = MAX_LINE) -> Itera
     """Yield (line number from 1, line) of a file given as blocks of bytes.
 
     Decompresses by the content's magic number; a name that ends in .gz or .zst must have such content. Lines end with
-    LF or CR LF, which is removed; the last one may lack it; a UTF-8 byte order mark is removed. Raises
+    LF or CR LF, which is removed; the last line may have no line end; a UTF-8 byte order mark is removed. Raises
     InvalidDataError, naming the file, for damaged or truncated compression and for a line longer than ``max_line``.
     """
     for number, line in enumerate(_split(decompress(blocks, name), name, max_line), start=1):

@@ -80,21 +80,21 @@ def causes(error: ApiError) -> list[tuple[str, str]]:
     """Return field and message of everything that an answer calls wrong."""
     if error.reason == "BadRequest":  # strict decoding names unknown fields in one sentence
         return [("", error.message)]
-    told = [(_KEY.sub(r".\1", cause["field"]), cause["message"]) for cause in error.causes]
-    return [(where, words) for where, words in told if "some validation rules were not checked" not in words]
+    found = [(_KEY.sub(r".\1", cause["field"]), cause["message"]) for cause in error.causes]
+    return [(where, words) for where, words in found if "some validation rules were not checked" not in words]
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=names(REFUSED))
 def test_admission_names_the_field_and_the_fix(answers: dict[str, ApiError | None], case: Wrong) -> None:
     error = answers[case.name]
     assert error is not None, "it was admitted"
-    told = causes(error)
-    assert any(case.says in message for _, message in told), told
+    found = causes(error)
+    assert any(case.says in message for _, message in found), found
     # One mistake, one answer: nothing hides it. (A value of the wrong kind is none of the allowed ones either.)
-    assert {where for where, _ in told} in ({case.field}, {""}, {"<nil>"}), told
-    assert len(told) == 1 or "type" in str(case.rule), told
-    if told[0][0] != case.field:
-        assert case.field in told[0][1], told
+    assert {where for where, _ in found} in ({case.field}, {""}, {"<nil>"}), found
+    assert len(found) == 1 or "type" in str(case.rule), found
+    if found[0][0] != case.field:
+        assert case.field in found[0][1], found
 
 
 _SOURCES = [{"uri": f"s3://prefs/{n}", "name": f"source-{n}"} for n in range(64)]

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
-ROOMS = [str(ROOT / room) for room in ("crds", "operator", "trainer")]
+PACKAGES = [str(ROOT / package) for package in ("crds", "operator", "trainer")]
 
 CONFIG = {
     "model_type": "llama",
@@ -81,7 +81,7 @@ class Replay:
         """Return the environment in which the trainer replays the script."""
         path = self.folder / "replay.json"
         path.write_text(json.dumps(script))
-        return {**os.environ, "PYTHONPATH": os.pathsep.join([str(self.folder), *ROOMS]), "DPO_REPLAY": str(path)}
+        return {**os.environ, "PYTHONPATH": os.pathsep.join([str(self.folder), *PACKAGES]), "DPO_REPLAY": str(path)}
 
     def start(self, script: Mapping[str, Any], *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """Start `python -m dpo_cli` with the replaying trainer behind it."""

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dpo_api.errors import Outcome
-from dpo_testing.cli import ROOMS, Said
+from dpo_testing.cli import PACKAGES, Said
 from dpo_testing.preloaded import PreloadedPopen, usable
 from dpo_testing.s3server import no_aws
 
@@ -34,7 +34,7 @@ class Command:
         """What the process sees; nothing of this machine's cloud accounts or terminal."""
         own = {name: value for name, value in os.environ.items() if name not in _UNSET and not name.startswith("AWS_")}
         ours = {
-            "PYTHONPATH": os.pathsep.join(ROOMS),
+            "PYTHONPATH": os.pathsep.join(PACKAGES),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "DPO_CACHE_DIR": str(self.folder / "cache"),

@@ -45,10 +45,10 @@ class OperatorProcess:
         ``clock``: its wall clock, which the test sets.
         """
         self._environment = dict(environment or {})
-        self._rooms = [str(repository / room) for room in ("crds", "operator")]
+        self._packages = [str(repository / package) for package in ("crds", "operator")]
         if clock is not None:
             self._environment |= clock.environment
-            self._rooms.insert(0, str(PLAYED_CLOCK))
+            self._packages.insert(0, str(PLAYED_CLOCK))
         self.port = stable_port()
         self._log = Path(tempfile.mkstemp(prefix="dpo-operator-", suffix=".log")[1])
         self._command = [
@@ -74,7 +74,7 @@ class OperatorProcess:
     def start(self) -> None:
         """Start the process; its log goes on where that of the last one ended."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DPO_OPERATOR_")}
-        environment |= {"PYTHONPATH": os.pathsep.join(self._rooms), **self._environment}
+        environment |= {"PYTHONPATH": os.pathsep.join(self._packages), **self._environment}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=environment, start_new_session=True

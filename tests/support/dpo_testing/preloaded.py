@@ -113,8 +113,8 @@ def _answer(fate: socket.socket) -> int:
 def _server(preload: tuple[str, ...]) -> socket.socket:
     """Start this test process's server with these modules, once; it ends with this process."""
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("crds", "operator", "trainer", "tests/support"))
-    environment = {**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "1"}
+    packages = os.pathsep.join(str(ROOT / package) for package in ("crds", "operator", "trainer", "tests/support"))
+    environment = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
     with its:
         command = [sys.executable, "-m", "dpo_testing.preloaded", str(its.fileno()), *preload]
         server = _Popen(command, env=environment, pass_fds=[its.fileno()], start_new_session=True)

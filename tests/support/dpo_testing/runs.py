@@ -23,7 +23,7 @@ from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parents[3]
-ROOMS = os.pathsep.join(str(ROOT / room) for room in ("crds", "operator", "trainer", "tests/support"))
+PACKAGES = os.pathsep.join(str(ROOT / package) for package in ("crds", "operator", "trainer", "tests/support"))
 
 
 def job_of(spec: Mapping[str, Any], name: str = "test") -> DPOJob:
@@ -107,7 +107,7 @@ def start(
     path.write_text(job_of(spec, name).to_json())
     command = [sys.executable, "-m", "dpo_trainer", "launch", f"--spec={path}", f"--run-dir={folder}"]
     command += [f"--processes={processes}", f"--last-words={scratch / 'last-words.json'}", *more]
-    variables = {**os.environ, "PYTHONPATH": ROOMS, "OMP_NUM_THREADS": "1", **(environment or {})}
+    variables = {**os.environ, "PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1", **(environment or {})}
     variables[NOTES] = str(scratch / "processes")
     popen = PreloadedPopen if preloaded and usable() else subprocess.Popen
     with (scratch / "log").open("ab") as log:

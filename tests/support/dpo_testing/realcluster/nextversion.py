@@ -17,7 +17,7 @@ FIELD = "note"
 OPERATOR_IMAGE = f"localhost/dpo-operator:{VERSION}"
 TRAINER_IMAGE = f"localhost/dpo-trainer:{VERSION}-cpu"
 
-_ROOMS = ("charts", "crds", "operator", "trainer", "hack")
+_PACKAGES = ("charts", "crds", "operator", "trainer", "hack")
 _BEFORE = "    image_pull_policy: "
 _ADDED = f'    {FIELD}: str | None = Field(default=None, description="Whatever one wants to say.", max_length=64)\n'
 
@@ -26,8 +26,8 @@ def tree(layout: Layout) -> Path:
     """Return a copy of this tree as a later version, with all generated files written again."""
     folder = layout.run / "next"
     shutil.rmtree(folder, ignore_errors=True)
-    for room in _ROOMS:
-        shutil.copytree(REPOSITORY / room, folder / room, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for package in _PACKAGES:
+        shutil.copytree(REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for path in REPOSITORY.iterdir():
         if path.is_file():
             shutil.copy(path, folder / path.name)
@@ -56,10 +56,10 @@ def _replace(path: Path, pattern: str, text: str) -> None:
 
 
 def _python(folder: Path, *words: str) -> str:
-    rooms = os.pathsep.join(str(folder / room) for room in ("crds", "operator", "trainer", "charts"))
+    packages = os.pathsep.join(str(folder / package) for package in ("crds", "operator", "trainer", "charts"))
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": rooms, "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONPATH": packages, "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-3000:]}")

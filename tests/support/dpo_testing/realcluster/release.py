@@ -62,9 +62,9 @@ def try_out(cluster: Cluster) -> str:
     folder.chmod(0o1777)
     cluster.kubectl("-n", NAMESPACE, "delete", "pvc", TRIAL, "--ignore-not-found")
     cluster.kubectl("delete", "pv", TRIAL, "--ignore-not-found")
-    room = {"accessModes": ["ReadWriteOnce"], "storageClassName": ""}
-    volume = {**room, "capacity": {"storage": "1Gi"}, "hostPath": {"path": str(folder)}}
-    claim = {**room, "volumeName": TRIAL, "resources": {"requests": {"storage": "1Gi"}}}
+    base = {"accessModes": ["ReadWriteOnce"], "storageClassName": ""}
+    volume = {**base, "capacity": {"storage": "1Gi"}, "hostPath": {"path": str(folder)}}
+    claim = {**base, "volumeName": TRIAL, "resources": {"requests": {"storage": "1Gi"}}}
     objects = [
         {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": TRIAL}, "spec": volume},
         {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": TRIAL}, "spec": claim},
