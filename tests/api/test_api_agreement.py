@@ -123,6 +123,7 @@ garbage = st.recursive(
 
 @given(path=st.sampled_from(PLACES), value=garbage)
 @settings(max_examples=300, deadline=None)
+@pytest.mark.slow
 def test_garbage_is_a_finding_and_never_another_exception(path: tuple[Any, ...], value: Any) -> None:
     findings = []
     try:

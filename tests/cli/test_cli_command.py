@@ -100,6 +100,7 @@ def test_a_reader_that_goes_away_is_no_error(world: World) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.slow
 def test_completion_scripts_complete(dpo: Dpo, shell: str) -> None:
     script = dpo("completion", shell).out
     assert f"_DPO_COMPLETE=complete_{shell}" in script

@@ -76,6 +76,7 @@ def test_a_warning_about_the_data_is_printed_once(world: World, replay: Replay) 
     assert said.out.count("  warning    no response ends\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_was_refused_leaves_the_directory_of_another(world: World, replay: Replay) -> None:
     assert replay.run(SUCCESS, "run", "-f", world.write()).code == 0
     folder = world.folder / "runs" / "tiny"
@@ -87,6 +88,7 @@ def test_a_run_that_was_refused_leaves_the_directory_of_another(world: World, re
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_found_before_anything_starts(world: World, replay: Replay) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -107,6 +109,7 @@ def arguments(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_command_line_reaches_the_trainer(world: World, replay: Replay) -> None:
     world.spec["checkpoint"] = {"uri": "elsewhere", "gracePeriodSeconds": 77}
     port = str(free_port())
@@ -141,6 +144,7 @@ def test_the_command_line_reaches_the_trainer(world: World, replay: Replay) -> N
     assert arguments(world.folder / "elsewhere")["port"] is None
 
 
+@pytest.mark.slow
 def test_cluster_settings_are_ignored_with_one_note(world: World, replay: Replay) -> None:
     world.spec["resources"] = {"nodes": 4, "processesPerNode": 2, "memory": "64Gi"}
     world.spec["runPolicy"] = {"maxRestarts": 3}
@@ -161,6 +165,7 @@ def failing(words: dict[str, Any] | None, code: int, log: str = "a line of the l
     return {"events": EVENTS[:2], "log": log, "lastWords": words, "code": code}
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_one_message_without_the_log(world: World, replay: Replay) -> None:
     words = {"outcome": "InvalidData", "message": "1 of 9 lines cannot be used:\n  train.jsonl:7: not JSON"}
     said = replay.run(failing(words, 3), "run", "-f", world.write())
@@ -170,6 +175,7 @@ def test_a_users_mistake_is_one_message_without_the_log(world: World, replay: Re
     assert "report" not in said.out, "there is nothing to draw before the first step"
 
 
+@pytest.mark.slow
 def test_an_internal_error_shows_the_end_of_this_runs_log(world: World, replay: Replay) -> None:
     log = world.folder / "runs" / "tiny" / "trainer.log"
     log.parent.mkdir(parents=True)
@@ -246,6 +252,7 @@ def test_a_run_that_was_already_finished_says_so(world: World, replay: Replay) -
     assert "  note     this run was already finished: there was nothing to do\nresult " in said.out
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_cannot_be(world: World, replay: Replay) -> None:
     (world.folder / "file").write_text("")
     said = replay.run(SUCCESS, "run", "-f", world.write(), "--output", "file")
@@ -284,6 +291,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.slow
 def test_one_signal_stops_with_a_checkpoint_and_shows_how_to_continue(
     world: World, replay: Replay, number: int
 ) -> None:
@@ -298,6 +306,7 @@ def test_one_signal_stops_with_a_checkpoint_and_shows_how_to_continue(
     assert said.err == ""
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_kills_the_trainer_and_its_children(world: World, replay: Replay) -> None:
     script = HANGING | {"ignoreTerm": True, "childSleeps": 1000}
     said = signalled(world, replay, script, signal.SIGINT, signal.SIGINT)
@@ -397,6 +406,7 @@ def test_kill_tree_reaches_grandchildren_in_other_sessions() -> None:
     wait_for(lambda: not alive(grandchild))
 
 
+@pytest.mark.slow
 def test_the_manifest_may_come_from_standard_input(world: World, replay: Replay) -> None:
     text = Path(world.write()).read_text()
     child = replay.start(SUCCESS, "run", "-f", "-", stdin=subprocess.PIPE)

@@ -85,6 +85,10 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def holding(name: str, content: dict[str, Any]) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(json.dumps(content))
+
+
 ORIGINAL = "copy the model's original config.json"
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
 GPTQ = {"quant_method": "gptq", "bits": 4, "desc_act": False}
@@ -103,6 +107,8 @@ CASES = [
     ),
     key("awq", 'quantization_config is {"quant_method": "awq"', "use the original model", quantization_config=AWQ),
     key("gptq", 'quantization_config is {"quant_method": "gptq"', "use the original model", quantization_config=GPTQ),
+    Case("old awq", holding("quant_config.json", {"w_bit": 4}), ("quant_config.json: quantised weights", "original")),
+    Case("old gptq", holding("quantize_config.json", GPTQ), ("quantize_config.json: quantised", "use the original")),
     key("mlx", 'quantization is {"bits": 4', "use the original model", quantization={"bits": 4}),
     key("gelu", 'hidden_act is "gelu"', "use a model with this activation", hidden_act="gelu"),
     key(

@@ -109,6 +109,7 @@ def test_a_changed_pin_is_another_build(played: Played) -> None:
     assert played.run("--path", "first").stdout != before
 
 
+@pytest.mark.slow
 def test_who_needs_a_program_waits_for_the_build_in_the_background(played: Played) -> None:
     hold = played.folder / "hold"
     hold.touch()
@@ -126,6 +127,7 @@ def test_who_needs_a_program_waits_for_the_build_in_the_background(played: Playe
     eventually(lambda: played.run("--background", "all").stdout, until=lambda said: said == "", what="all is built")
 
 
+@pytest.mark.slow
 def test_a_failed_build_in_the_background_fails_where_its_program_is_needed(
     played: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:

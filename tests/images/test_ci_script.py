@@ -58,6 +58,7 @@ def test_the_story_is_whole_for_an_hour_from_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["test", "e2e"])
+@pytest.mark.slow
 def test_a_target_that_takes_too_long_is_ended_and_named(tmp_path: Path, target: str) -> None:
     done, asked = run(tmp_path, SECONDS="5098", hangs=target)  # two seconds before 85 minutes
     assert done.returncode == 1

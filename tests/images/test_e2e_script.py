@@ -87,6 +87,7 @@ def test_a_story_that_is_skipped_altogether_is_no_success(tmp_path: Path) -> Non
     ("given", "left_out"),
     [({}, False), ({"E2E_SHORT": "1"}, True), ({"E2E_FULL_UNTIL": "1"}, True), ({"E2E_FULL_UNTIL": "9e9"}, False)],
 )
+@pytest.mark.slow
 def test_the_short_form_lists_what_it_leaves_out(tmp_path: Path, given: dict[str, str], left_out: bool) -> None:
     done = story(PATH=str(tmp_path), DPO_E2E_RUN=str(tmp_path / "run"), **given)
     listed = (

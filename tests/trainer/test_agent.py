@@ -102,6 +102,7 @@ def test_a_failure_ends_those_that_hang_and_leaves_time_to_those_that_end(
 
 
 @pytest.mark.parametrize("code", [0, Outcome.Stopped.exit_code])
+@pytest.mark.slow
 def test_one_that_left_by_agreement_hurries_nobody(
     code: int, started: Callable[[Path, str], Worker], tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_signal_is_an_end_too(tmp_path: Path) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_one_that_has_left_its_result_is_not_given_the_time_of_a_checkpoint(
     started: Callable[[Path, str], Worker], tmp_path: Path
 ) -> None:
@@ -146,6 +148,7 @@ def test_one_that_has_left_its_result_is_not_given_the_time_of_a_checkpoint(
     assert hangs.code == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_says_first_where_it_hangs(tmp_path: Path) -> None:
     code = (
         "import faulthandler, signal, sys, threading; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -161,6 +164,7 @@ def test_one_that_is_killed_says_first_where_it_hangs(tmp_path: Path) -> None:
     assert b"in deaf" in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_whoever_outlasts_all_patience_is_killed(started: Callable[[Path, str], Worker], tmp_path: Path) -> None:
     (tmp_path / "ending").write_text("{}")
     workers = [started(tmp_path / name, "time.sleep(3600)") for name in ("saves", "ending")]

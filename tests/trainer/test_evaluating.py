@@ -10,6 +10,8 @@ from dpo_testing.training_world import make
 from dpo_trainer.metrics.sums import means
 from dpo_trainer.run import Run
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_validation_draws_no_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))

@@ -11,6 +11,8 @@ from dpo_testing.runs import merged, run_here
 from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
 from dpo_testing.training_world import make
 
+pytestmark = pytest.mark.slow
+
 LORA = {"rank": 2}
 WHOLE, ADAPTER = {"config.json", "model.safetensors"}, {"adapter"}
 

@@ -11,6 +11,8 @@ from dpo_trainer.engine import Engine
 from dpo_trainer.reporting import Reporter
 from dpo_trainer.rundir import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_step_is_seen_as_training_while_it_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not as what came before it: who watches for stalls does not judge a checkpoint, which may be long."""

@@ -15,6 +15,8 @@ from dpo_testing.training_world import make
 from dpo_trainer.reporting import Reporter
 from dpo_trainer.run import Run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

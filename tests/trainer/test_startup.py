@@ -13,6 +13,8 @@ import torch
 from dpo_testing.runs import PACKAGES
 from dpo_trainer.startup import lazily_compiled
 
+pytestmark = pytest.mark.slow
+
 SINKS = {"wandb", "tensorboard", "torch.utils.tensorboard", "mlflow"}
 STORAGE = {"boto3", "botocore"}
 COMPILER = {"torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd"}

@@ -14,6 +14,8 @@ from dpo_api.models.reader import parse_config
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+QUANTISED = ("quant_config.json", "quantize_config.json")
+"""Files of older AWQ and GPTQ folders, whose config.json does not say that the weights are quantised."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that each make a folder one with a tokenizer."""
 _AT_ONCE = 8
@@ -32,10 +34,17 @@ class Files(Protocol):
 def read_config(files: Files, folder: str) -> ModelConfig:
     """Read the folder's config.json.
 
-    Raises NotFoundError if there is none, InvalidModelError naming the key that is wrong or not supported.
+    Raises NotFoundError if there is none, InvalidModelError naming the key that is wrong or not supported, or the file
+    that says that the weights are quantised.
     """
     uri = file_in(folder, "config.json")
-    return parse_config(read_json(files, uri), uri)
+    config = parse_config(read_json(files, uri), uri)
+    for name in QUANTISED:
+        if exists(files, file_in(folder, name)):
+            raise InvalidModelError(
+                f"{file_in(folder, name)}: quantised weights cannot be trained; use the original model"
+            )
+    return config
 
 
 def read_json(files: Files, uri: str) -> dict[str, Any]:

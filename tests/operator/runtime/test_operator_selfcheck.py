@@ -24,6 +24,7 @@ def selfcheck(kubeconfig: Path) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_an_api_server_that_does_not_answer_is_lacking(tmp_path: Path) -> None:
     config = {
         "apiVersion": "v1",
@@ -41,6 +42,7 @@ def test_an_api_server_that_does_not_answer_is_lacking(tmp_path: Path) -> None:
     assert len(lines) == 2, "the other checks are skipped"
 
 
+@pytest.mark.slow
 def test_no_way_to_a_cluster_is_lacking(tmp_path: Path) -> None:
     code, lines = selfcheck(tmp_path / "none")
     assert (code, len(lines)) == (1, 2)

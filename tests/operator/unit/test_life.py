@@ -719,6 +719,7 @@ def test_a_volume_that_is_missing() -> None:
     assert cluster.condition("Progressing") == ("False", "VolumeNotMounted")
 
 
+@pytest.mark.slow
 def test_a_thousand_pods_that_start_are_not_a_thousand_writes() -> None:
     cluster = SimCluster(manifest(resources={"nodes": 100, "gpusPerNode": 0}))
     cluster.settle()

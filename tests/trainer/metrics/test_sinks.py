@@ -29,6 +29,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, e.value) for e in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_tensorboard_scalars_and_a_resume(tmp_path: Path) -> None:
     first = TensorBoardWriter(str(tmp_path), open_store(), None)
     for step in range(1, 6):
@@ -134,6 +135,7 @@ writer.close()
 """
 
 
+@pytest.mark.slow
 def test_wandb_offline_needs_no_network_and_no_key(tmp_path: Path) -> None:
     """In a process of its own, as in a run, with a proxy that refuses every connection."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}

@@ -16,6 +16,8 @@ from dpo_api.errors import NotFoundError, PortInUseError
 from dpo_store import ObjectChangedError, open_store
 from dpo_store.embedded import embedded_s3, environment
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 DATA = random.Random(1).randbytes(3_000_000)
 

@@ -80,7 +80,7 @@ def save(run: RunDirectory, world: World, sharded: Sharded, marker: Marker) -> S
 def keep_newest(run: RunDirectory, keep: int) -> None:
     """Delete all but the newest ``keep`` complete checkpoints, and the incomplete ones of killed attempts.
 
-    Call it only after completing a checkpoint: then no other process writes, so a folder without a marker is incomplete.
+    Call it only after completing a checkpoint: then no other process writes, so a folder without marker is incomplete.
     """
     kept = {f"{saved.uri.rpartition('/')[2]}/" for saved in run.checkpoints()[-keep:]}
     for name in run.store.children(run.path("checkpoints", "")):

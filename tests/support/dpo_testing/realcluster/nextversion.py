@@ -27,7 +27,9 @@ def tree(layout: Layout) -> Path:
     folder = layout.run / "next"
     shutil.rmtree(folder, ignore_errors=True)
     for package in _PACKAGES:
-        shutil.copytree(REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(
+            REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
     for path in REPOSITORY.iterdir():
         if path.is_file():
             shutil.copy(path, folder / path.name)
