@@ -26,7 +26,7 @@ from dpo_api.status import DPOJobStatus
 Schema = dict[str, Any]
 
 MUTABLE = frozenset({"runPolicy"})
-"""Sections of the spec that may change after creation."""
+"""Sections of the spec that may change after acceptance."""
 
 KEPT = frozenset(
     {
@@ -149,18 +149,32 @@ def _finished(schema: Schema, where: str) -> Schema:
     return schema
 
 
+ACCEPTED = "has(oldSelf.status) && (has(oldSelf.status.acceptedSpecDigest) || has(oldSelf.status.configMap))"
+"""Whether a job is accepted. Version 0.1.0 wrote no digest, but the name of the ConfigMap."""
+
+
 def _immutable(spec: Schema) -> list[Schema]:
-    """Return one rule for each section, so that the message names the section that was changed."""
+    """Return one rule of the whole object for each section, so that the message names the section that was changed.
+
+    Rules of the spec itself could not see whether the job is accepted.
+    """
     rules = []
     for name in spec["properties"]:
         if name in MUTABLE:
             continue
         if name in spec["required"]:
-            rule = f"self.{name} == oldSelf.{name}"
+            kept = f"self.spec.{name} == oldSelf.spec.{name}"
         else:
-            rule = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
-        message = f"{name} cannot be changed after creation (only runPolicy can); create another DPOJob"
-        rules.append({"rule": rule, "message": message, "fieldPath": f".{name}", "reason": "FieldValueForbidden"})
+            both = f"has(self.spec.{name}) == has(oldSelf.spec.{name})"
+            kept = f"{both} && (!has(self.spec.{name}) || self.spec.{name} == oldSelf.spec.{name})"
+        rules.append(
+            {
+                "rule": f"!({ACCEPTED}) || ({kept})",
+                "message": f"{name} cannot be changed after acceptance (only runPolicy can); create another DPOJob",
+                "fieldPath": f".spec.{name}",
+                "reason": "FieldValueForbidden",
+            }
+        )
     return rules
 
 
@@ -211,8 +225,8 @@ COLUMNS: list[Schema] = [
 def custom_resource_definition() -> Schema:
     """Return the whole CustomResourceDefinition."""
     spec = structural(DPOJobSpec)
-    spec["x-kubernetes-validations"] = [*spec.get("x-kubernetes-validations", []), *CLUSTER_RULES, *_immutable(spec)]
-    spec["description"] = "What to train, on what, how and where. Only runPolicy can be changed after creation."
+    spec["x-kubernetes-validations"] = [*spec.get("x-kubernetes-validations", []), *CLUSTER_RULES]
+    spec["description"] = "What to train, on what, how and where. Only runPolicy can be changed after acceptance."
     status = structural(DPOJobStatus)
     status["description"] = "The observed state of the job; written by the operator."
     root = {
@@ -226,7 +240,7 @@ def custom_resource_definition() -> Schema:
             "spec": spec,
             "status": status,
         },
-        "x-kubernetes-validations": [NAME_RULE],
+        "x-kubernetes-validations": [NAME_RULE, *_immutable(spec)],
     }
     version = {
         "name": VERSION,

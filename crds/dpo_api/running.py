@@ -171,7 +171,7 @@ class Output(Section):
 
 
 class RunPolicy(Section):
-    """Life cycle on a cluster. The only section that can be changed after creation."""
+    """Life cycle on a cluster. The only section that can be changed after acceptance."""
 
     max_restarts: Int = Field(
         default=3,

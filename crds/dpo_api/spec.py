@@ -167,7 +167,8 @@ class DPOJobSpec(Section):
     output: Output = Field(default=Output(), description="The aligned model.")
     storage: Storage = Field(default=Storage(), description="How to reach S3, and the local cache.")
     run_policy: RunPolicy = Field(
-        default=RunPolicy(), description="Life cycle on a cluster; the only section that can be changed after creation."
+        default=RunPolicy(),
+        description="Life cycle on a cluster; the only section that can be changed after acceptance.",
     )
     logging: Logging = Field(
         default=Logging(), description="Where metrics are written in addition to metrics.jsonl and Prometheus."

@@ -24,6 +24,7 @@ Time = Annotated[
 
 Message = Annotated[str, StringConstraints(max_length=MESSAGE_MAX)]
 Name = Annotated[str, StringConstraints(max_length=253)]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)]
 Reason = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", min_length=1, max_length=256)
 ]
@@ -47,9 +48,9 @@ class ConditionType(Enum):
     )
     Progressing = "Progressing", "The job is queued, starting, running or restarting."
     Suspended = "Suspended", "The job holds no nodes, because runPolicy.suspend is true."
-    Finished = "Finished", "The job has succeeded or failed. Wait for this condition to see either."
+    Finished = "Finished", "The job has succeeded, failed or was rejected. Wait for this, then test Succeeded."
     Succeeded = "Succeeded", "The run finished and its model was exported."
-    Failed = "Failed", "The job ended without a model; the message gives the cause."
+    Failed = "Failed", "The job ended without a model, or was rejected; the message gives the cause."
     ProgressAvailable = "ProgressAvailable", "The trainer responds to the operator's requests for its progress."
     ReferenceConsistent = (
         "ReferenceConsistent",
@@ -75,8 +76,8 @@ State = Literal[
 ]
 
 STATES: dict[State, str] = {
-    "Pending": "The operator has not processed the job yet.",
-    "Rejected": "The spec cannot run; the condition Accepted says why.",
+    "Pending": "The operator has not processed the job yet, or cannot create its objects yet.",
+    "Rejected": "The spec cannot run; the condition Accepted says why. Correct it by editing the job.",
     "Queued": "The job waits until its queue admits it.",
     "Starting": "Pods are being created or scheduled, or are loading the model.",
     "Running": "The job is training.",
@@ -221,6 +222,10 @@ class DPOJobStatus(StatusSection):
         default=None, description="Trainer image, fixed at acceptance."
     )
     config_map: Name | None = Field(default=None, description="ConfigMap with the accepted spec; it never changes.")
+    accepted_spec_digest: Digest | None = Field(
+        default=None,
+        description="SHA-256 of the accepted spec as the trainer reads it. From then on only runPolicy can be changed.",
+    )
     run_directory: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
         default=None, description="URI of the run directory."
     )

@@ -16,11 +16,11 @@ local function is(kind, value)
   return conditions[kind] ~= nil and conditions[kind].status == value
 end
 
--- A finished job stays what it is, whatever becomes of its runPolicy afterwards.
+-- A finished job stays what it is, whatever becomes of its runPolicy afterwards. A rejected one can be corrected.
 if is("Succeeded", "True") then
   return { status = "Healthy", message = conditions["Succeeded"].message }
 end
-if is("Failed", "True") then
+if is("Failed", "True") and is("Accepted", "True") then
   return { status = "Degraded", message = conditions["Failed"].message }
 end
 if status.observedGeneration ~= nil and obj.metadata.generation ~= nil

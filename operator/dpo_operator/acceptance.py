@@ -1,6 +1,7 @@
 """Whether a job is accepted: all errors are reported at once, and nothing is created until there are none.
 
-At acceptance image and spec are pinned in one immutable ConfigMap that every attempt uses.
+A rejected job has ended, but its spec can still be edited: then it is judged again. At acceptance the status gets the
+digest of the spec, from which point the API server refuses edits; ``pinning`` then makes the ConfigMap.
 """
 
 from __future__ import annotations
@@ -8,14 +9,13 @@ from __future__ import annotations
 from dpo_api.findings import Finding, ManifestError
 from dpo_api.status import ConditionType
 from dpo_api.validation import check
-from dpo_operator import conditions, names
+from dpo_operator import conditions, ends, names, pinning
 from dpo_operator.backend import pytorchjob
 from dpo_operator.creation import RETRY_SECONDS
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
 from dpo_operator.texts import clean
-from dpo_operator.types import CheckChild, CreateConfigMap, Refusal
-from dpo_operator.view import owner_uid
+from dpo_operator.types import CheckChild, Refusal
 
 INVALID = frozenset({400, 422})
 """HTTP status codes of an invalid object. 403 is about permissions, quotas and policies."""
@@ -27,8 +27,21 @@ invalid object stays invalid."""
 
 def is_accepted(draft: Draft) -> bool:
     """Whether the stored status says that the job was accepted."""
-    accepted = conditions.holds(draft.status.conditions, ConditionType.Accepted)
-    return accepted and draft.status.config_map is not None and draft.status.image is not None
+    status = draft.view.status
+    accepted = conditions.holds(status.conditions, ConditionType.Accepted)
+    return accepted and status.config_map is not None and status.image is not None
+
+
+def is_corrected(draft: Draft) -> bool:
+    """Whether a rejected job was edited since: it is judged again."""
+    judged = conditions.find(draft.view.status.conditions, ConditionType.Accepted)
+    return not is_accepted(draft) and (judged is None or judged.observed_generation != draft.view.generation)
+
+
+def reopen(draft: Draft) -> None:
+    """Forget the rejection of a job that was edited."""
+    ends.reopen(draft)
+    draft.update(conditions=conditions.without(draft.status.conditions, ConditionType.Accepted))
 
 
 def unreadable(draft: Draft, error: ManifestError) -> None:
@@ -42,74 +55,82 @@ def unreadable(draft: Draft, error: ManifestError) -> None:
 
 
 def accept(draft: Draft) -> bool:
-    """Accept the job, or report why not; return whether it is accepted."""
+    """Accept the job, or report why not. Return whether the stored status says that it is accepted."""
     if is_accepted(draft):
         return True
-    view = draft.view
-    found = check(view.spec, on_cluster=True)
+    found = check(draft.view.spec, on_cluster=True)
     wrong = [finding for finding in found if finding.level == "error"]
     if wrong:
         _reject(draft, Reason.Rejected, wrong)
-        return False
-    if not view.observed.backend_installed:
+    elif not draft.view.observed.backend_installed:
         text = "The cluster has no PyTorchJob resource: install training-operator v1. The job then continues by itself."
-        draft.place("Pending", Reason.PyTorchJobMissing, text, progressing=False)
-        draft.wake_in(RETRY_SECONDS)
-        return False
-    image = view.spec.image or draft.settings.trainer_image
+        _wait(draft, Reason.PyTorchJobMissing, text)
+    elif (pinned := _to_pin(draft)) is not None:
+        _accept(draft, *pinned, [finding for finding in found if finding.level == "warning"])
+    return False
+
+
+def _to_pin(draft: Draft) -> tuple[str, str] | None:
+    """Return the image and the text of the spec to pin; None if the job cannot be accepted yet."""
+    view = draft.view
     name = names.config_map(view.name, view.uid)
-    pinned = view.observed.config_map
-    if pinned is not None:
-        if owner_uid(pinned) != view.uid:
-            text = f"ConfigMap {name} already exists and belongs to another owner: delete it."
-            draft.place("Pending", Reason.ChildNameTaken, text, progressing=False)
-            draft.wake_in(RETRY_SECONDS)
-            return False
-        image = pytorchjob.pinned_image(pinned) or image
-    elif not _passes(draft, image, name):
-        return False
-    else:
-        draft.act(CreateConfigMap(pytorchjob.build_config_map(view.job, view.identity, image, draft.settings)))
+    if not pinning.is_known(draft, name):
+        return None
+    image = view.spec.image or draft.settings.trainer_image
+    before = view.observed.config_map
+    if before is None:
+        return (image, pytorchjob.spec_json(view.job)) if _passes(draft, image) else None
+    if (taken := pinning.name_taken(draft, before)) is not None:
+        _wait(draft, *taken)
+        return None
+    text = pytorchjob.pinned_spec(before)  # the job was accepted before, and its status was lost
+    if pinning.is_of_this_spec(draft, text):
+        return pytorchjob.pinned_image(before) or image, text
+    lost = f"The job's status was lost, and its ConfigMap {name} holds another spec than the DPOJob."
+    _wait(draft, Reason.PinnedSpecChanged, f"{lost} Delete the ConfigMap to accept this spec.")
+    return None
+
+
+def _accept(draft: Draft, image: str, text: str, warnings: list[Finding]) -> None:
+    view = draft.view
     draft.update(
         image=image,
-        config_map=name,
+        config_map=names.config_map(view.name, view.uid),
+        accepted_spec_digest=pytorchjob.digest(text),
         nodes=view.spec.resources.nodes,
         run_directory=view.spec.checkpoint.uri,
         restarts=draft.status.restarts or 0,
         charged_restarts=draft.status.charged_restarts or 0,
     )
-    doubts = [f"{finding}." for finding in found if finding.level == "warning"]
-    text = " ".join(["The spec is valid. Image and spec are pinned.", *(["Warnings:"] if doubts else []), *doubts])
-    draft.condition(ConditionType.Accepted, "True", Reason.Accepted, text)
-    return True
+    doubts = ["Warnings:", *(f"{finding}." for finding in warnings)] if warnings else []
+    said = " ".join(["The spec is valid. Image and spec are pinned.", *doubts])
+    draft.condition(ConditionType.Accepted, "True", Reason.Accepted, said)
+    draft.place("Pending", Reason.Accepted, said)
+    draft.follow()  # the ConfigMap must not be created for a spec that was edited meanwhile
 
 
-def _passes(draft: Draft, image: str, name: str) -> bool:
+def _wait(draft: Draft, reason: Reason, text: str) -> None:
+    """Report what keeps a job from being accepted; it is tried again."""
+    draft.place("Pending", reason, text, progressing=False)
+    draft.wake_in(RETRY_SECONDS)
+
+
+def _passes(draft: Draft, image: str) -> bool:
     """Whether the API server accepts the PyTorchJob; only it can check open fields such as affinity and volumes."""
     view, answer = draft.view, draft.view.observed.check
-    refusal = view.observed.refusals.get(name)
     if answer is None or answer.generation != view.generation:
-        known = conditions.find(draft.status.conditions, ConditionType.Accepted)
-        if (
-            known is not None
-            and known.reason == Reason.ChildInvalid.value
-            and known.observed_generation == view.generation
-        ):
-            return False
         body = pytorchjob.build_child(view.job, view.identity, 1, image, draft.settings)
         draft.act(CheckChild(body, view.generation))
         return False
-    if answer.refusal is not None and _is_invalid(answer.refusal):
+    if answer.refusal is None:
+        return True
+    if _is_invalid(answer.refusal):
         found = Finding("error", "spec.podTemplate", f"rejected by the API server: {answer.refusal.message}")
         _reject(draft, Reason.ChildInvalid, [found])
-        return False
-    refusal = answer.refusal or refusal
-    if refusal is not None:
-        text = f"The API server refused to create this job's objects: {clean(refusal.message, 2000)}"
-        draft.place("Pending", Reason.ChildRefused, text, progressing=False)
-        draft.wake_in(RETRY_SECONDS)
-        return False
-    return True
+    else:
+        text = f"The API server refused to create this job's objects: {clean(answer.refusal.message, 2000)}"
+        _wait(draft, Reason.ChildRefused, text)
+    return False
 
 
 def _is_invalid(refusal: Refusal) -> bool:
@@ -121,4 +142,5 @@ def _reject(draft: Draft, reason: Reason, findings: list[Finding]) -> None:
     count = "1 error" if len(findings) == 1 else f"{len(findings)} errors"
     text = f"{count}: " + "; ".join(str(finding) for finding in findings)
     draft.condition(ConditionType.Accepted, "False", reason, text)
-    draft.place("Rejected", reason, text, progressing=False)
+    ends.reject(draft, reason, text)
+    draft.wake_in(0)

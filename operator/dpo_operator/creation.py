@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.status import Attempt, ConditionType, State
-from dpo_operator import clock, conditions, evidence, invariants, labels, limits, names, restarts
+from dpo_operator import clock, conditions, evidence, invariants, labels, limits, names, pinning, restarts
 from dpo_operator.backend import pytorchjob
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -61,7 +61,7 @@ def between(draft: Draft) -> None:
         return
     number = 1 if last is None else last.number + 1
     name = names.child(draft.view.name, number)
-    if _blocked(draft, name):
+    if _blocked(draft, name) or not _pinned(draft):
         return
     body = pytorchjob.build_child(
         draft.view.job,
@@ -136,6 +136,18 @@ def _blocked(draft: Draft, name: str) -> bool:
         draft.wake_in(NAMESAKE_SECONDS)
         return True
     return False
+
+
+def _pinned(draft: Draft) -> bool:
+    """Whether the ConfigMap with the accepted spec is there or is created in this pass; if not, report why."""
+    name = str(draft.status.config_map)
+    if not pinning.is_known(draft, name):
+        return False
+    obstacle = pinning.ensure(draft, name)
+    if obstacle is not None:
+        draft.place(_before(draft), *obstacle, progressing=False)
+        draft.wake_in(RETRY_SECONDS)
+    return obstacle is None
 
 
 def _before(draft: Draft) -> State:

@@ -26,6 +26,8 @@ class Draft:
         self.settings = settings
         self.status: DPOJobStatus = view.status
         self.actions: list[Action] = []
+        self.follows = False
+        """Whether the next step only waits for this status to be stored."""
         self._wakes: list[float] = []
 
     def update(self, **changes: Any) -> None:
@@ -43,6 +45,11 @@ class Draft:
     def wake_at(self, moment: float) -> None:
         """Request another pass at this time or earlier."""
         self.wake_in(moment - self.now)
+
+    def follow(self) -> None:
+        """Request the next step as soon as this pass's status is stored."""
+        self.follows = True
+        self.wake_in(0)
 
     @property
     def wake(self) -> float | None:

@@ -43,10 +43,10 @@ def transitions(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     yield from _progressing(old, new)
     yield from _run(old, new)
     yield from _suspension(old, new)
-    if old.completion_time is not None and new.completion_time is None and old.retried != new.retried:
+    if old.state == "Failed" and new.completion_time is None and old.retried != new.retried:
         yield Transition(Reason.Retried, new.message or "", f"{new.retried}")
     before, after = find(old.conditions, ConditionType.Finished), find(new.conditions, ConditionType.Finished)
-    if after is not None and before is None:
+    if after is not None and before is None and named(after.reason).topic != "acceptance":  # that has its own event
         succeeded = holds(new.conditions, ConditionType.Succeeded)
         # A job that was retried may end again.
         yield Transition(named(after.reason) if succeeded else Reason.Failed, after.message, old.retried or "")
@@ -56,7 +56,8 @@ def _acceptance(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     before, after = find(old.conditions, ConditionType.Accepted), find(new.conditions, ConditionType.Accepted)
     if after is None:
         return
-    if before is None or (before.status, before.reason) != (after.status, after.reason):
+    again = before is not None and before.observed_generation != after.observed_generation and after.status == "False"
+    if before is None or again or (before.status, before.reason) != (after.status, after.reason):
         yield Transition(named(after.reason), after.message, f"{after.observed_generation}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dpo_operator import clock
 from dpo_operator.backend import pytorchjob
 from dpo_operator.draft import Draft
@@ -43,7 +45,7 @@ def leave_queue(draft: Draft) -> None:
 
 def expire(draft: Draft) -> None:
     """Delete a finished DPOJob after its time to live; garbage collection deletes the objects that it owns."""
-    limit = draft.view.spec.run_policy.ttl_seconds_after_finished
+    limit = _time_to_live(draft)
     ended = draft.view.status.completion_time
     if limit is None or ended is None:
         return
@@ -52,3 +54,13 @@ def expire(draft: Draft) -> None:
         draft.wake_at(due)
     else:
         draft.act(DeleteJob(draft.view.name, draft.view.uid))
+
+
+def _time_to_live(draft: Draft) -> int | None:
+    if draft.view.is_readable:
+        return draft.view.spec.run_policy.ttl_seconds_after_finished
+    # A spec that was rejected may be wrong elsewhere: this one field still counts.
+    spec = draft.view.observed.job.get("spec")
+    policy = spec.get("runPolicy") if isinstance(spec, Mapping) else None
+    limit = policy.get("ttlSecondsAfterFinished") if isinstance(policy, Mapping) else None
+    return limit if isinstance(limit, int) and limit >= 0 else None

@@ -12,6 +12,7 @@ from dpo_operator.types import (
     Decision,
     DeleteJob,
     LookUpChild,
+    LookUpConfigMap,
     Observed,
     PatchStatus,
     ScrapeTarget,
@@ -36,19 +37,19 @@ def reconcile(observed: Observed, now: float, settings: Settings) -> Decision:
 
 
 def _decide(draft: Draft) -> None:
+    if draft.view.status.completion_time is not None:
+        if acceptance.is_corrected(draft):
+            acceptance.reopen(draft)
+        elif draft.view.is_readable and retry.is_due(draft):
+            retry.start(draft)
+            return
+        else:
+            _clean_up(draft)
+            return
     try:
         _ = draft.view.spec
     except ManifestError as error:
-        if draft.status.completion_time is None:
-            acceptance.unreadable(draft, error)
-        return
-    if draft.view.status.completion_time is not None:
-        if retry.is_due(draft):
-            retry.start(draft)
-            return
-        housekeeping.leave_queue(draft)
-        housekeeping.trim_history(draft)
-        housekeeping.expire(draft)
+        acceptance.unreadable(draft, error)
         return
     retry.note(draft)
     if not acceptance.accept(draft):
@@ -60,6 +61,16 @@ def _decide(draft: Draft) -> None:
         draft.wake_in(0)
     else:
         draft.wake_in(draft.settings.resync_seconds)
+
+
+def _clean_up(draft: Draft) -> None:
+    """What is left to do for a job that has ended."""
+    if draft.view.is_readable:
+        housekeeping.leave_queue(draft)
+        housekeeping.trim_history(draft)
+        housekeeping.expire(draft)
+    elif not acceptance.is_accepted(draft):  # accepted, it is one of a newer operator, which this one does not touch
+        housekeeping.expire(draft)
 
 
 def _queue(draft: Draft) -> str | None:
@@ -77,7 +88,7 @@ def _conclude(draft: Draft) -> Decision:
     """Put actions, events and the status patch in order."""
     view = draft.view
     scrape = _target(draft)
-    asks = any(isinstance(action, CheckChild | LookUpChild) for action in draft.actions)
+    asks = any(isinstance(action, CheckChild | LookUpChild | LookUpConfigMap) for action in draft.actions)
     if asks or _is_progress_alone(draft):  # the answer comes first; what was drafted without it is dropped
         return Decision(tuple(draft.actions), patches.to_json(view.status), draft.wake, scrape)
     emitted = events.emit(draft)
@@ -88,7 +99,8 @@ def _conclude(draft: Draft) -> Decision:
     if patch:
         version = view.metadata.get("resourceVersion")
         written.append(PatchStatus({"metadata": {"resourceVersion": version}, "status": patch}))
-    return Decision((*draft.actions, *emitted, *written), patches.to_json(draft.status), draft.wake, scrape)
+    actions = (*draft.actions, *emitted, *written)
+    return Decision(actions, patches.to_json(draft.status), draft.wake, scrape, follow=draft.follows)
 
 
 def _is_progress_alone(draft: Draft) -> bool:

@@ -11,11 +11,13 @@ How ``runtime`` runs a pass:
    - an action answered 400, 403, 404 or 422: add a ``Refusal`` under the object's name to ``refusals``.
    - ``CheckChild`` (a dry run) answered: put the ``ChildCheck`` into ``check``. 409 counts as accepted: names
      are checked last.
-   - ``LookUpChild`` answered: add the object to ``children``, or its name to ``absent``.
+   - ``LookUpChild`` or ``LookUpConfigMap`` answered: add the object to ``children`` or put it into ``config_map``, or
+     add its name to ``absent``.
    404 for a delete, and 409 for an event, are successes. 429, 5xx and lost connections: drop the decision, back off.
    ``config_map``, ``check``, ``absent`` and ``refusals`` belong to one pass; the next pass starts with them empty.
 4. ``PatchStatus`` is the last action and carries the resourceVersion; on 409 drop it and reconcile the newer object.
-5. Call again after ``Decision.wake`` seconds, or as soon as anything about the job changes.
+5. With ``Decision.follow``, put the stored DPOJob into the ``Observed`` and go to 1 at once.
+6. Call again after ``Decision.wake`` seconds, or as soon as anything about the job changes.
 """
 
 from __future__ import annotations
@@ -87,10 +89,10 @@ class Observed:
     events: Sequence[Object] = ()
     """Core v1 Events about those children and pods, as far as they are known. Only their messages are used."""
     config_map: Object | None = None
-    """Set after CreateConfigMap found one that exists already."""
+    """The job's ConfigMap, of any owner, once a request has found it."""
     check: ChildCheck | None = None
     absent: frozenset[str] = frozenset()
-    """Names of PyTorchJobs that a GET (not a cache) did not find."""
+    """Names of PyTorchJobs, and of the ConfigMap, that a GET (not a cache) did not find."""
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     """By object name: what the API server refused in this pass."""
     scrape: Scrape | None = None
@@ -128,6 +130,13 @@ class LookUpChild:
 
 
 @dataclass(frozen=True)
+class LookUpConfigMap:
+    """GET the job's ConfigMap."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class DeleteChild:
     """DELETE a PyTorchJob in the background, if it still has this UID."""
 
@@ -157,7 +166,17 @@ class PatchStatus:
     body: dict[str, Any]
 
 
-Action = CreateConfigMap | CheckChild | CreateChild | LookUpChild | DeleteChild | DeleteJob | EmitEvent | PatchStatus
+Action = (
+    CreateConfigMap
+    | CheckChild
+    | CreateChild
+    | LookUpChild
+    | LookUpConfigMap
+    | DeleteChild
+    | DeleteJob
+    | EmitEvent
+    | PatchStatus
+)
 
 
 @dataclass(frozen=True)
@@ -172,3 +191,5 @@ class Decision:
     """Seconds until the next pass is due even if nothing changes; None: only a change matters."""
     scrape: ScrapeTarget | None = None
     """The pod to ask for progress; None: no pod."""
+    follow: bool = False
+    """Whether the next step only waits for the status to be stored: another round may run at once."""

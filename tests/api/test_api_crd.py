@@ -151,16 +151,18 @@ def test_no_default_is_written_into_the_schema() -> None:
 
 
 def test_every_section_but_one_is_immutable_and_the_message_names_it() -> None:
-    rules = [rule for rule in at(".spec")["x-kubernetes-validations"] if "oldSelf" in rule["rule"]]
-    names = {rule["fieldPath"].removeprefix(".") for rule in rules}
+    rules = [rule for rule in SCHEMA["x-kubernetes-validations"] if "oldSelf" in rule["rule"]]
+    names = {rule["fieldPath"].removeprefix(".spec.") for rule in rules}
     assert names == set(at(".spec")["properties"]) - {"runPolicy"}
     for rule in rules:
-        name = rule["fieldPath"].removeprefix(".")
+        name = rule["fieldPath"].removeprefix(".spec.")
         assert rule["message"].startswith(f"{name} cannot be changed")
-        assert f"self.{name} == oldSelf.{name}" in rule["rule"]
+        assert f"self.spec.{name} == oldSelf.spec.{name}" in rule["rule"]
+        for field in ("acceptedSpecDigest", "configMap"):  # 0.1.0 wrote only the second
+            assert f"has(oldSelf.status.{field})" in rule["rule"]
         # A transition rule on the field itself would let it be added or removed.
         if name not in at(".spec")["required"]:
-            assert f"has(self.{name}) == has(oldSelf.{name})" in rule["rule"]
+            assert f"has(self.spec.{name}) == has(oldSelf.spec.{name})" in rule["rule"]
 
 
 def test_rules_blame_a_field_that_exists() -> None:

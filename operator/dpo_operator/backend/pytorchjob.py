@@ -6,6 +6,7 @@ watch, and on the permissions that they need.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ def spec_json(job: DPOJob) -> str:
     return json.dumps(pinned, indent=1, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n"
 
 
+def digest(text: str) -> str:
+    """Return the digest of a pinned spec, as the status holds it: of exactly these bytes."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def build_config_map(job: DPOJob, identity: Identity, image: str, settings: Settings) -> dict[str, Any]:
     """Return the immutable ConfigMap that pins what every attempt of a job runs."""
     name = names.config_map(identity.name, identity.uid)
@@ -93,6 +99,12 @@ def pinned_image(config_map: Object) -> str | None:
     """Return the image that a job's ConfigMap pins."""
     image = (config_map.get("data") or {}).get(IMAGE_KEY)
     return image if isinstance(image, str) and image else None
+
+
+def pinned_spec(config_map: Object) -> str:
+    """Return the spec that a job's ConfigMap pins, as it is written there; empty if there is none."""
+    text = (config_map.get("data") or {}).get(SPEC_FILE)
+    return text if isinstance(text, str) else ""
 
 
 def build_child(

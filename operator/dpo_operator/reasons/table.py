@@ -40,8 +40,8 @@ class Reason(Row, Enum):
         event="Warning",
         meaning="The spec is invalid. The message lists every error with its field, its value and the fix.",
         remedy=(
-            "Delete the job, correct the manifest and apply it again. `dpo validate --cluster FILE` finds the same"
-            " errors before you apply it."
+            "Correct the manifest and apply it again, or `kubectl edit` the job: it is checked again."
+            " `dpo validate --cluster FILE` finds the same errors before you apply it."
         ),
     )
     ChildInvalid = Row(
@@ -49,7 +49,7 @@ class Reason(Row, Enum):
         topic="acceptance",
         event="Warning",
         meaning="The API server rejects the PyTorchJob because a field inside podTemplate is invalid.",
-        remedy="Correct the field of podTemplate that the message names and create the job again.",
+        remedy="Correct the field of podTemplate that the message names and apply the job again.",
     )
 
     # -- what a job is doing
@@ -60,6 +60,19 @@ class Reason(Row, Enum):
         event="Warning",
         meaning="A newer operator accepted the job, and this one cannot read its spec.",
         remedy="Upgrade the operator. It does not touch the running attempt.",
+    )
+    PinnedSpecChanged = Row(
+        word="PinnedSpecChanged",
+        topic="progress",
+        event="Warning",
+        meaning=(
+            "The job's ConfigMap does not hold the accepted spec, or it is gone and cannot be made again from the"
+            " DPOJob. No attempt is started, and none is charged."
+        ),
+        remedy=(
+            "Delete the ConfigMap: the operator makes it again if the DPOJob still gives the accepted digest. If the"
+            " message says that it does not, create the DPOJob again: it continues from its checkpoint."
+        ),
     )
     PyTorchJobMissing = Row(
         word="PyTorchJobMissing",

@@ -23,6 +23,7 @@ from dpo_operator.types import (
     DeleteJob,
     EmitEvent,
     LookUpChild,
+    LookUpConfigMap,
     Object,
     Observed,
     PatchStatus,
@@ -68,6 +69,9 @@ class Performer:
             case LookUpChild(name):
                 found = await self._client.find(CHILDREN, namespace, name)
                 return _with_child(observed, found) if found else _without_child(observed, name)
+            case LookUpConfigMap(name):
+                found = await self._client.find(CONFIG_MAPS, namespace, name)
+                return replace(observed, config_map=found) if found else _absent(observed, name)
             case DeleteChild(name, uid):
                 return await self._delete_child(namespace, observed, name, uid)
             case DeleteJob(name, uid):
@@ -174,4 +178,8 @@ def _with_child(observed: Observed, child: Object) -> Observed:
 
 def _without_child(observed: Observed, name: str) -> Observed:
     others = tuple(c for c in observed.children if c["metadata"]["name"] != name)
-    return replace(observed, children=others, absent=observed.absent | {name})
+    return _absent(replace(observed, children=others), name)
+
+
+def _absent(observed: Observed, name: str) -> Observed:
+    return replace(observed, absent=observed.absent | {name})

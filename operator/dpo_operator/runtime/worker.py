@@ -125,6 +125,8 @@ class Worker:
                 observed, certain = await self._look(key, observed), True
                 continue
             news = await self._performer.perform(key, observed, decision.actions)
+            if news is None and decision.follow and (stored := self._cache.job(key)) is not None:
+                news = replace(observed, job=stored, check=None)
             if news is None:
                 self._settle(key, job, decision)
                 self._cache.processed(key, observed.pods)

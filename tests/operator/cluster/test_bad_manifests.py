@@ -28,6 +28,8 @@ from dpo_testing.wrong_manifests import ACCEPTANCE, ADMISSION, CHANGES, COMPLETE
 _CRDS = ("apiextensions.k8s.io/v1", "customresourcedefinitions")
 STORED: Object = copy.deepcopy(MINIMAL) | {"metadata": {"name": "stored"}}
 """The DPOJob that the cases of CHANGES try to change."""
+ACCEPTED: Object = {"acceptedSpecDigest": "sha256:" + "0" * 64}
+"""Its status."""
 REFUSED = (*ADMISSION, *CHANGES)
 
 
@@ -67,6 +69,7 @@ def space(cluster: ControlPlane) -> Iterator[str]:
 def answers(cluster: ControlPlane, space: str) -> dict[str, ApiError | None]:
     """The API server's answer to every case, by name."""
     cluster.admin.create(DPOJOBS, space, STORED)
+    cluster.admin.patch(DPOJOBS, space, "stored", {"status": ACCEPTED}, sub="status")
     given = at_once(lambda case: ask(cluster.admin, DPOJOBS, space, case), REFUSED)
     cluster.admin.delete(DPOJOBS, space, "stored")
     return dict(zip(names(REFUSED), given, strict=True))
@@ -95,6 +98,33 @@ def test_admission_names_the_field_and_the_fix(answers: dict[str, ApiError | Non
     assert len(found) == 1 or "type" in str(case.rule), found
     if found[0][0] != case.field:
         assert case.field in found[0][1], found
+
+
+@pytest.mark.parametrize("status", [None, {"state": "Rejected", "completionTime": "2026-01-01T00:00:00Z"}],
+                         ids=["not judged yet", "rejected"])  # fmt: skip
+@pytest.mark.parametrize("case", CHANGES, ids=names(CHANGES))
+def test_a_job_that_is_not_accepted_can_be_edited(
+    cluster: ControlPlane, space: str, case: Wrong, status: Object | None
+) -> None:
+    name = f"open-{'rejected' if status else 'new'}"
+    if cluster.admin.find(DPOJOBS, space, name) is None:
+        cluster.admin.create(DPOJOBS, space, STORED | {"metadata": {"name": name}})
+        if status is not None:
+            cluster.admin.patch(DPOJOBS, space, name, {"status": status}, sub="status")
+    body = {"spec": case.document}
+    cluster.admin.call(
+        "PATCH", path_of(DPOJOBS, space, name), body, content_type="application/merge-patch+json", dryRun="All"
+    )
+
+
+def test_a_job_that_0_1_0_accepted_cannot_be_edited(cluster: ControlPlane, space: str) -> None:
+    """Its status has no digest."""
+    cluster.admin.create(DPOJOBS, space, STORED | {"metadata": {"name": "former"}})
+    cluster.admin.patch(DPOJOBS, space, "former", {"status": {"configMap": "former-spec-1"}}, sub="status")
+    for change in ({"dpo": {"beta": 0.2}}, {"storage": None}):
+        with pytest.raises(ApiError, match="cannot be changed after acceptance"):
+            cluster.admin.patch(DPOJOBS, space, "former", {"spec": change})
+    cluster.admin.patch(DPOJOBS, space, "former", {"spec": {"runPolicy": {"maxRestarts": 7}}})
 
 
 _SOURCES = [{"uri": f"s3://prefs/{n}", "name": f"source-{n}"} for n in range(64)]
@@ -163,12 +193,13 @@ def test_a_manifest_is_refused_by_its_own_rule_alone(cluster: ControlPlane, spac
     lacks = lacking(rules)
     count = 1 + max(lacks.values())
     schema = bare(SCHEMA)
-    schema["properties"].pop("status")
+    status = schema["properties"]["status"]
+    status["properties"] = {name: status["properties"][name] for name in ("acceptedSpecDigest", "configMap")}
     crd = variants_crd([without(schema, [r for r in rules if lacks[r] == n]) for n in range(count)])
     cluster.admin.create(_CRDS, None, crd)
     try:
         group = crd["spec"]["group"]
-        stored = {**STORED, "apiVersion": f"{group}/v0"}
+        stored = {**STORED, "apiVersion": f"{group}/v0", "status": ACCEPTED}
         eventually(lambda: _made(cluster.admin, space, stored), seconds=60, what="the variants are served")
         tried = [(case, n) for case in REFUSED if case.rule for n in {*range(THIRDS), lacks[case.rule]}]
         admitted: dict[str, set[int]] = {case.name: set() for case in REFUSED}

@@ -25,7 +25,7 @@ from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.faketrainer import FakeTrainer
 from dpo_testing.jobs import Jobs, manifest
-from dpo_testing.kubeapi import DPOJOBS, EVENTS, PODS, PYTORCHJOBS, ApiError, Object, eventually
+from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, EVENTS, PODS, PYTORCHJOBS, ApiError, Object, eventually
 from dpo_testing.operatorprocess import OperatorProcess
 from dpo_testing.playedclock import PlayedClock
 from dpo_testing.podends import ENDS, job_of
@@ -35,6 +35,7 @@ from dpo_testing.witness import Witness, every_word
 pytestmark = pytest.mark.slow
 
 DONE = last_words("Succeeded", step=64, total=64, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
+ENDED = ("Finished", "Failed", "Succeeded", "Stalled")
 FAST = ("--backoff-base-seconds=0.05", "--backoff-max-seconds=0.05", "--stalled-after-seconds=2")
 
 
@@ -56,8 +57,8 @@ def stage(cluster: ControlPlane, kubelet: FakeKubelet) -> Iterator[Stage]:
 
 @sees(
     *(f"{place} {reason.value}" for reason in ENDS for place in ("attempt", "event")),
-    *(f"{kind} {r.value}" for r in ENDS if r.retry == "permanent" for kind in ("Finished", "Failed", "Succeeded")),
-    *(f"{kind} RestartsExhausted" for kind in ("Finished", "Failed", "Succeeded")),
+    *(f"{kind} {r.value}" for r in ENDS if r.retry == "permanent" for kind in ENDED),
+    *(f"{kind} RestartsExhausted" for kind in ENDED),
     *("state Failed", "state Restarting", "Progressing Restarting", "event Restarting", "event Failed"),
     *("Finished=True", "Failed=True", "Stalled=True", "Succeeded=False", "Progressing=False", "Finite=False"),
 )
@@ -129,8 +130,7 @@ def test_causes_of_pods_that_never_ran(stage: Stage) -> None:
     assert stage.held.wait_state("Failed", name="too-slow")["attempts"][0]["reason"] == "StartTimeout"
 
 
-@sees("attempt DeadlineExceeded", "event DeadlineExceeded", "Finished DeadlineExceeded", "Failed DeadlineExceeded",
-      "Succeeded DeadlineExceeded")  # fmt: skip
+@sees("attempt DeadlineExceeded", "event DeadlineExceeded", *(f"{kind} DeadlineExceeded" for kind in ENDED))
 def test_a_deadline(stage: Stage) -> None:
     stage.run("late", run_policy={"activeDeadlineSeconds": 2})
     stage.jobs.wait_state("Failed", name="late")
@@ -153,7 +153,7 @@ def test_a_trainer_that_answers_but_does_not_advance(stage: Stage, tmp_path: Pat
             jobs.wait_state("Failed", name="still")
 
 
-@sees("Finished RestartsWithoutProgress", "Failed RestartsWithoutProgress", "Succeeded RestartsWithoutProgress")
+@sees(*(f"{kind} RestartsWithoutProgress" for kind in ENDED))
 def test_nodes_that_fail_for_ever(stage: Stage) -> None:
     stage.jobs.create(manifest("unlucky", run_policy={"attemptsHistoryLimit": 0}))
     for attempt in range(1, 22):
@@ -166,13 +166,37 @@ def test_nodes_that_fail_for_ever(stage: Stage) -> None:
 
 
 @sees("Accepted=False", "Accepted Rejected", "event Rejected", "state Rejected", "Progressing Rejected",
-      "Accepted ChildInvalid", "event ChildInvalid", "Progressing ChildInvalid")  # fmt: skip
+      "Accepted ChildInvalid", "event ChildInvalid", "Progressing ChildInvalid",
+      *(f"{kind} {word}" for kind in ENDED for word in ("Rejected", "ChildInvalid")))  # fmt: skip
 def test_specs_that_cannot_run(stage: Stage) -> None:
     stage.jobs.create(manifest("impossible", data={"train": [{"uri": "/data/train.jsonl"}]}))
     volume = {"name": "extra", "emptyDir": {"sizelimit": "1Gi"}}
     stage.jobs.create(manifest("misspelt", podTemplate={"volumes": [volume]}))
     for name in ("impossible", "misspelt"):
         stage.jobs.wait_state("Rejected", name=name)
+
+
+@sees("Progressing PinnedSpecChanged", "event PinnedSpecChanged")
+def test_a_config_map_that_is_replaced(stage: Stage) -> None:
+    """No attempt runs from another spec, and none is charged; without the other one, the operator makes its own."""
+    pod, space, api = stage.run("pinned", run_policy={"maxRestarts": 1}), stage.jobs.namespace, stage.cluster.admin
+    name = stage.jobs.status("pinned")["configMap"]
+    mine = api.get(CONFIGMAPS, space, name)
+    metadata = {key: mine["metadata"][key] for key in ("name", "labels", "ownerReferences")}
+    other = json.loads(mine["data"]["spec.json"])
+    other["spec"]["dpo"] = {"beta": 0.3}
+    api.delete(CONFIGMAPS, space, name)
+    api.create(CONFIGMAPS, space, {"metadata": metadata, "data": {**mine["data"], "spec.json": json.dumps(other)}})
+    stage.kubelet.exit(pod, 75, last_words("Communication", message="lost a peer"))
+    stage.expect("Progressing PinnedSpecChanged")
+    assert stage.jobs.status("pinned")["chargedRestarts"] == 1
+    assert "pinned-2" not in stage.jobs.children()
+    api.delete(CONFIGMAPS, space, name)
+    stage.jobs.patch("pinned", {"runPolicy": {"attemptsHistoryLimit": 1}})  # any edit makes it look again at once
+    stage.jobs.wait_child("pinned-2")
+    made = api.get(CONFIGMAPS, space, name)
+    assert (made["data"], made["immutable"]) == (mine["data"], True)
+    stage.jobs.delete("pinned")
 
 
 @sees("Progressing SpecUnreadable", "event SpecUnreadable")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +12,7 @@ from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.faketrainer import FakeTrainer
 from dpo_testing.jobs import Jobs, manifest
-from dpo_testing.kubeapi import PODS, eventually
+from dpo_testing.kubeapi import CONFIGMAPS, PODS, ApiError, eventually
 from dpo_testing.operatorprocess import OperatorProcess
 
 DONE = last_words("Succeeded", step=64, total=64, metrics={"val/acc": 0.75, "train/loss": 0.5},
@@ -155,6 +157,45 @@ def test_an_impossible_spec_is_rejected_with_field_and_fix(jobs: Jobs) -> None:
     assert accepted["status"] == "False"
     assert "spec.data.train[0].uri" in accepted["message"]
     assert not [name for name in jobs.children() if name.startswith("impossible")]
+
+
+def test_a_wrong_manifest_is_edited_and_runs(
+    jobs: Jobs, kubelet: FakeKubelet, cluster: ControlPlane, space: str
+) -> None:
+    """The mistake is one that no rule of the CRD finds: the address is in no volume of the pods."""
+
+    def apply(**sections: object) -> str:
+        text = json.dumps(manifest("typo", run_policy={"ttlSecondsAfterFinished": 600}, **sections))
+        return cluster.kubectl("apply", "-n", space, "-f", "-", stdin=text).stdout
+
+    def conditions() -> dict[str, str]:
+        return {kind: condition["status"] for kind, condition in jobs.conditions("typo").items()}
+
+    assert "created" in apply(data={"train": [{"uri": "/data/train.jsonl"}]})
+    cluster.kubectl("wait", "--for=condition=Finished", "dpo/typo", "-n", space, "--timeout=40s")
+    assert conditions() == {
+        "Accepted": "False", "Progressing": "False", "Finished": "True", "Succeeded": "False", "Failed": "True",
+        "Stalled": "True",
+    }  # fmt: skip
+    assert jobs.status("typo")["completionTime"]
+    assert "configured" in apply(data={"train": [{"uri": "s3://prefs/train.jsonl"}]}, dpo={"beta": 0.3})
+    child = jobs.wait_child("typo-1")
+    kubelet.pod(space, "typo-1-master-0")
+    status = jobs.wait_state("Running", name="typo")
+    assert conditions() == {"Accepted": "True", "Progressing": "True"}
+    assert "completionTime" not in status
+    volumes = child["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["volumes"]
+    assert {"name": status["configMap"]}.items() <= next(v for v in volumes if v["name"] == "spec")["configMap"].items()
+    pinned = cluster.admin.get(CONFIGMAPS, space, status["configMap"])["data"]["spec.json"]
+    assert json.loads(pinned)["spec"]["dpo"] == {"beta": 0.3}
+    assert status["acceptedSpecDigest"] == f"sha256:{hashlib.sha256(pinned.encode()).hexdigest()}"
+    with pytest.raises(ApiError, match="dpo cannot be changed after acceptance"):
+        jobs.patch("typo", {"dpo": {"beta": 0.4}})
+    kubelet.finish(space, "typo-1-master-0", DONE)
+    cluster.kubectl("wait", "--for=condition=Finished", "dpo/typo", "-n", space, "--timeout=40s")
+    assert conditions() == {
+        "Accepted": "True", "Progressing": "False", "Finished": "True", "Succeeded": "True", "Failed": "False",
+    }  # fmt: skip
 
 
 def test_pods_that_wait_are_explained_in_their_own_words(jobs: Jobs, kubelet: FakeKubelet, space: str) -> None:

@@ -72,6 +72,15 @@ def test_rejected() -> None:
     assert "spec.dpo.beta" in message
 
 
+def test_rejected_and_edited() -> None:
+    cluster = SimCluster(manifest(dpo={"beta": -1}))
+    cluster.settle()
+    cluster.edit_spec(dpo={})
+    assert health(cluster.job) == ("Progressing", "The change has not been looked at yet.")
+    cluster.run_to("Running")
+    assert health(cluster.job)[0] == "Progressing"
+
+
 def test_suspended() -> None:
     cluster = SimCluster(manifest(runPolicy={"suspend": True}))
     cluster.settle()

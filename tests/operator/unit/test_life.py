@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from dpo_api.errors import Outcome
-from dpo_operator import clock, draft, ends, patches
+from dpo_operator import clock, draft, ends, names, patches
+from dpo_operator.backend import pytorchjob
 from dpo_operator.config import Settings
 from dpo_operator.reconcile import reconcile
 from dpo_operator.restarts import backoff
-from dpo_operator.types import ChildCheck, Observed, Refusal
+from dpo_operator.types import ChildCheck, Observed, PatchStatus, Refusal
 from dpo_operator.view import View
 from dpo_testing.simcluster import START, Crash, SimCluster, manifest
 
@@ -45,7 +46,10 @@ def running(**spec: Any) -> SimCluster:
 def test_from_apply_to_the_model() -> None:
     cluster = SimCluster()
     cluster.reconcile()
-    assert cluster.calls == ["CreateConfigMap", "CreateChild", "EmitEvent", "EmitEvent", "PatchStatus"]
+    assert cluster.calls == ["EmitEvent", "PatchStatus"], "acceptance is stored before anything is created for it"
+    assert (cluster.state, cluster.decision.follow) == ("Pending", True)
+    cluster.reconcile()
+    assert cluster.calls[2:] == ["CreateConfigMap", "CreateChild", "EmitEvent", "PatchStatus"]
     assert cluster.state == "Starting"
     cluster.run_to("Running")
     assert cluster.decision.scrape is not None
@@ -126,10 +130,78 @@ def test_rejected_with_everything_that_is_wrong_and_no_child() -> None:
         assert field in message
     assert not cluster.children
     assert cluster.event_reasons() == ["Rejected"]
+    for kind in ("Finished", "Failed", "Stalled"):
+        assert cluster.condition(kind) == ("True", "Rejected")
+    assert cluster.condition("Succeeded") == ("False", "Rejected")
+    assert cluster.status["completionTime"] == clock.to_text(START)
+    assert cluster.decision.wake is None, "without a time to live nothing is due"
     calls = len(cluster.calls)
     cluster.advance(10_000)
     cluster.settle()
     assert len(cluster.calls) == calls
+
+
+def test_a_rejected_job_that_is_corrected_runs() -> None:
+    cluster = SimCluster(manifest(training={"packing": {"maxTokens": 100}}))
+    cluster.settle()
+    cluster.advance(60)
+    cluster.edit_spec(training={"packing": {"maxTokens": 200}})
+    cluster.settle()
+    assert cluster.condition("Finished") == ("True", "Rejected")
+    assert "200 cannot hold every pair" in cluster.status["message"]
+    assert cluster.status["completionTime"] == clock.to_text(START + 60), "its time to live starts again"
+    assert cluster.event_reasons() == ["Rejected", "Rejected"]
+    cluster.edit_spec(training={})
+    cluster.run_to("Running")
+    assert "completionTime" not in cluster.status
+    for kind in ("Finished", "Failed", "Succeeded", "Stalled"):
+        assert cluster.condition(kind) is None
+    assert cluster.condition("Accepted") == ("True", "Accepted")
+    (pinned,) = cluster.config_maps.values()
+    assert "maxTokens" not in pinned["data"]["spec.json"]
+    assert cluster.status["acceptedSpecDigest"] == pytorchjob.digest(pinned["data"]["spec.json"])
+    finish(cluster)
+    assert cluster.state == "Succeeded"
+
+
+@pytest.mark.parametrize("wrong", [{"training": {"packing": {"maxTokens": 100}}}, {"dpo": {"beta": -1}}],
+                         ids=["as a whole", "in one field"])  # fmt: skip
+def test_the_time_to_live_of_a_rejected_job(wrong: dict[str, Any]) -> None:
+    cluster = SimCluster(manifest(runPolicy={"ttlSecondsAfterFinished": 100}, **wrong))
+    cluster.settle()
+    assert cluster.decision.wake == 100
+    cluster.sleep()
+    assert cluster.job is None
+    assert cluster.event_reasons() == ["Rejected", "Expired"]
+
+
+def test_a_job_that_0_1_0_rejected_ends() -> None:
+    """Its status has the rejection, but no end."""
+    cluster = SimCluster(manifest(dpo={"beta": -1}))
+    cluster.settle()
+    assert cluster.job is not None
+    status = cluster.job["status"]
+    status["conditions"] = [c for c in status["conditions"] if c["type"] in {"Accepted", "Progressing"}]
+    del status["completionTime"]
+    cluster.settle()
+    assert cluster.condition("Finished") == ("True", "Rejected")
+
+
+def test_nothing_is_created_for_a_spec_that_is_edited_while_it_is_accepted() -> None:
+    """The pass that read the old spec only writes the status, with the version that it read: a conflict refuses it."""
+    cluster = SimCluster()
+    assert cluster.job is not None
+    version = cluster.job["metadata"]["resourceVersion"]
+    absent = frozenset({names.config_map("job", "uid-1")})
+    late = replace(cluster.observed(), check=ChildCheck(1), absent=absent)
+    cluster.edit_spec(dpo={"beta": 0.3})
+    *events, write = reconcile(late, START, cluster.settings).actions
+    assert [type(action).__name__ for action in events] == ["EmitEvent"]
+    assert isinstance(write, PatchStatus)
+    assert write.body["metadata"]["resourceVersion"] == version != cluster.job["metadata"]["resourceVersion"]
+    cluster.settle()
+    (pinned,) = cluster.config_maps.values()
+    assert '"beta": 0.3' in pinned["data"]["spec.json"]
 
 
 def test_unparsable_specs_are_rejected_too() -> None:
@@ -210,11 +282,34 @@ def test_image_is_pinned_for_every_attempt() -> None:
 
 def test_image_pinned_before_a_crash_is_kept() -> None:
     cluster = SimCluster()
+    cluster.reconcile()
     with pytest.raises(Crash):
-        cluster.reconcile(budget=1)
+        cluster.reconcile(budget=0)
+    assert not cluster.config_maps
     cluster.settings = replace(cluster.settings, trainer_image="trainer:newer")
     cluster.settle()
-    assert cluster.status["image"] == "trainer:test"
+    (pinned,) = cluster.config_maps.values()
+    assert cluster.status["image"] == pinned["data"]["image"] == "trainer:test"
+
+
+def test_a_job_whose_status_is_lost_keeps_its_image() -> None:
+    cluster = running()
+    assert cluster.job is not None
+    digest = cluster.status["acceptedSpecDigest"]
+    del cluster.job["status"]
+    cluster.settings = replace(cluster.settings, trainer_image="trainer:newer")
+    cluster.settle()
+    assert (cluster.status["image"], cluster.status["acceptedSpecDigest"]) == ("trainer:test", digest)
+
+
+def test_a_job_whose_status_is_lost_and_whose_spec_is_edited_is_not_mixed_up() -> None:
+    cluster = running()
+    assert cluster.job is not None
+    del cluster.job["status"]
+    cluster.edit_spec(dpo={"beta": 0.3})
+    cluster.settle()
+    assert cluster.condition("Progressing") == ("False", "PinnedSpecChanged")
+    assert cluster.created == ["job-1"]
 
 
 def test_warnings_are_reported_and_do_not_block_a_job() -> None:
@@ -301,10 +396,11 @@ def test_a_pod_on_a_silent_node_is_given_up_after_its_grace_period() -> None:
 
 def test_a_child_created_before_a_crash_is_adopted() -> None:
     cluster = SimCluster()
+    cluster.reconcile()
     with pytest.raises(Crash):
         cluster.reconcile(budget=2)
     assert cluster.created == ["job-1"]
-    assert cluster.status == {}
+    assert cluster.attempts == []
     cluster.settle()
     assert cluster.created == ["job-1"]
     assert [a["number"] for a in cluster.attempts] == [1]
@@ -803,7 +899,8 @@ def test_resumed_and_killed_before_the_status_is_written() -> None:
     cluster.settle()
     cluster.edit(suspend=False)
     with pytest.raises(Crash):
-        cluster.reconcile(budget=1)
+        cluster.reconcile(budget=2)
+    assert cluster.calls[-2:] == ["CreateConfigMap", "CreateChild"]
     assert cluster.created == ["job-1"]
     cluster.settle()
     assert cluster.condition("Suspended") == ("False", "Resumed")
@@ -1135,7 +1232,8 @@ def test_another_operator_does_no_harm() -> None:
     cluster.settle()
     later = Observed(job=blind.job, children=list(cluster.children.values()))
     decision = reconcile(later, START, cluster.settings)
-    assert [type(a).__name__ for a in decision.actions] == ["CheckChild"]
-    second = reconcile(replace(later, check=ChildCheck(1)), START, cluster.settings)
+    assert [type(a).__name__ for a in decision.actions] == ["LookUpConfigMap"]
+    (pinned,) = cluster.config_maps.values()
+    second = reconcile(replace(later, check=ChildCheck(1), config_map=pinned), START, cluster.settings)
     repeated = {type(a).__name__ for a in second.actions} & {"CreateChild", "DeleteChild"}
     assert not repeated, "it adopts what the first has made"

@@ -26,6 +26,7 @@ from dpo_operator.types import (
     DeleteJob,
     EmitEvent,
     LookUpChild,
+    LookUpConfigMap,
     Observed,
     PatchStatus,
     Refusal,
@@ -134,7 +135,7 @@ class SimCluster:
             self._check_order(decision)
             news = observed
             for action in decision.actions:
-                mutating = not isinstance(action, CheckChild | LookUpChild)
+                mutating = not isinstance(action, CheckChild | LookUpChild | LookUpConfigMap)
                 if mutating and budget is not None:
                     if budget == 0:
                         raise Crash
@@ -156,7 +157,7 @@ class SimCluster:
 
     def _perform(self, action: object, observed: Observed) -> Observed:
         assert self.job is not None
-        if not isinstance(action, CheckChild | LookUpChild):
+        if not isinstance(action, CheckChild | LookUpChild | LookUpConfigMap):
             self.calls.append(type(action).__name__)
         match action:
             case CheckChild(_, generation):
@@ -175,6 +176,11 @@ class SimCluster:
                 if found is None:
                     return replace(observed, absent=observed.absent | {name})
                 return replace(observed, children=[*observed.children, copy.deepcopy(found)])
+            case LookUpConfigMap(name):
+                pinned = self.config_maps.get(name)
+                if pinned is None:
+                    return replace(observed, absent=observed.absent | {name})
+                return replace(observed, config_map=copy.deepcopy(pinned))
             case DeleteChild(name, uid):
                 child = self.children.get(name)
                 if child is not None and child["metadata"]["uid"] == uid:
@@ -396,6 +402,13 @@ class SimCluster:
         """Change spec.runPolicy."""
         assert self.job is not None
         self.job["spec"]["runPolicy"] = {**self.job["spec"].get("runPolicy", {}), **run_policy}
+        self.job["metadata"]["generation"] += 1
+        self.touch()
+
+    def edit_spec(self, **sections: Any) -> None:
+        """Change sections of the spec, as an author does who corrects a rejected job."""
+        assert self.job is not None
+        self.job["spec"] |= copy.deepcopy(sections)
         self.job["metadata"]["generation"] += 1
         self.touch()
 

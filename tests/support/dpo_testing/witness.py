@@ -102,8 +102,9 @@ def every_word() -> set[str]:
     conditions |= {f"Progressing {word}" for word in of["progress"] - {"Resumed"}}
     conditions |= {f"Suspended {word}" for word in ("Suspended", "Checkpointing", "Resumed")}
     permanent = {r.value for r in Reason if r.topic == "cause" and r.retry == "permanent"}
-    ends = permanent | _ENDS_OF_JOBS | {"Succeeded", "AlreadyComplete"}
-    conditions |= {f"{kind} {word}" for kind in ("Finished", "Succeeded", "Failed") for word in ends}
+    failed, done = permanent | _ENDS_OF_JOBS | {"Rejected", "ChildInvalid"}, {"Succeeded", "AlreadyComplete"}
+    conditions |= {f"{kind} {word}" for kind in ("Finished", "Succeeded", "Failed") for word in failed | done}
+    conditions |= {f"Stalled {word}" for word in failed}
     for word in of["invariant"]:
         (kind,) = {kind for start, kind in _INVARIANTS.items() if word.startswith(start)}
         conditions.add(f"{kind} {word}")

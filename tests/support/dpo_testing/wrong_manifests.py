@@ -290,7 +290,7 @@ _OTHER_VALUES: Object = {
 def _change_cases() -> Iterator[Wrong]:
     for rule in RULES:
         if "cannot be changed" in rule.what:
-            section = rule.what.partition(":")[0].removeprefix("cel.")
+            section = rule.what.partition(":")[0].removeprefix("cel.spec.")
             change = {section: _OTHER_VALUES[section]}
             yield Wrong(f"change of {section}", change, f"spec.{section}", words(rule), rule)
 

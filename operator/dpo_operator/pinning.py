@@ -1,0 +1,73 @@
+"""The accepted spec: its digest is in the status, and the pods read it from an immutable ConfigMap.
+
+Acceptance writes the digest first. If the spec was edited since it was read, that write is refused, and the new spec is
+judged. Afterwards the API server refuses edits, so the ConfigMap, which is created next, has the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+
+from dpo_api.findings import ManifestError
+from dpo_api.manifest import parse_job
+from dpo_operator.backend import pytorchjob
+from dpo_operator.draft import Draft
+from dpo_operator.reasons import Reason
+from dpo_operator.texts import clean
+from dpo_operator.types import CreateConfigMap, LookUpConfigMap, Object
+from dpo_operator.view import owner_uid
+
+Obstacle = tuple[Reason, str]
+"""Why no attempt can use the ConfigMap, and the sentence about it."""
+
+
+def is_known(draft: Draft, name: str) -> bool:
+    """Whether this pass knows if there is a ConfigMap of this name; if not, ask."""
+    if draft.view.observed.config_map is not None or name in draft.view.observed.absent:
+        return True
+    draft.act(LookUpConfigMap(name))
+    return False
+
+
+def name_taken(draft: Draft, found: Object) -> Obstacle | None:
+    """Return the obstacle that a ConfigMap of another owner is."""
+    if owner_uid(found) == draft.view.uid:
+        return None
+    text = f"ConfigMap {found['metadata']['name']} already exists and belongs to another owner: delete it."
+    return Reason.ChildNameTaken, text
+
+
+def is_of_this_spec(draft: Draft, text: str) -> bool:
+    """Whether a pinned text is the job's spec. Another version may have written it in another form."""
+    try:
+        return pytorchjob.spec_json(parse_job(json.loads(text))) == pytorchjob.spec_json(draft.view.job)
+    except (ValueError, ManifestError):
+        return False
+
+
+def ensure(draft: Draft, name: str) -> Obstacle | None:
+    """Create an accepted job's ConfigMap if there is none. Return what prevents that, or is wrong with the one there.
+
+    Call it once ``is_known``. A job that version 0.1.0 accepted has no digest; its spec could not be edited since.
+    """
+    view, accepted = draft.view, draft.status.accepted_spec_digest
+    found = view.observed.config_map
+    if found is not None:
+        held = pytorchjob.digest(pytorchjob.pinned_spec(found))
+        if (taken := name_taken(draft, found)) is not None:
+            return taken
+        if accepted is not None and held != accepted:
+            text = f"ConfigMap {name} does not hold the accepted spec: its digest is {held}, and {accepted} was"
+            return Reason.PinnedSpecChanged, f"{text} accepted. Delete it: the operator makes it again."
+        return None
+    refusal = view.observed.refusals.get(name)
+    if refusal is not None:
+        text = f"The API server refused to create ConfigMap {name}: {clean(refusal.message, 2000)}"
+        return Reason.ChildRefused, text
+    body = pytorchjob.build_config_map(view.job, view.identity, str(draft.status.image), draft.settings)
+    made = pytorchjob.digest(pytorchjob.pinned_spec(body))
+    if accepted is not None and made != accepted:
+        text = f"ConfigMap {name} is gone, and the DPOJob no longer gives the accepted spec: its digest is {made},"
+        return Reason.PinnedSpecChanged, f"{text} and {accepted} was accepted. Create the DPOJob again."
+    draft.act(CreateConfigMap(body))
+    return None
