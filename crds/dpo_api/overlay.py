@@ -16,6 +16,8 @@ FIELD = "spec.podTemplate"
 
 RESERVED_KEYS = ("dpo-operator.dev/", "training.kubeflow.org/", "kueue.x-k8s.io/")
 """Prefixes of labels and annotations that controllers use to find their pods."""
+TOPOLOGY = ("kueue.x-k8s.io/podset-",)
+"""Prefix of the annotations by which a pod template asks Kueue for nodes that are close to each other."""
 UNCONFINING = ("container.apparmor.security.beta.kubernetes.io/", "seccomp.security.alpha.kubernetes.io/")
 
 RESERVED_ENV = frozenset(
@@ -52,8 +54,8 @@ SIDECAR_SECURITY = frozenset({"runAsUser", "runAsGroup", "readOnlyRootFilesystem
 def check(spec: DPOJobSpec) -> Iterator[Finding]:
     """Yield an error for everything in a podTemplate that the operator refuses to put in a pod."""
     template = spec.pod_template
-    yield from _keys(template.labels, "labels", RESERVED_KEYS)
-    yield from _keys(template.annotations, "annotations", (*RESERVED_KEYS, *UNCONFINING))
+    yield from reserved_keys(template.labels, f"{FIELD}.labels")
+    yield from reserved_keys(template.annotations, f"{FIELD}.annotations", allowed=TOPOLOGY, more=UNCONFINING)
     yield from _environment(spec)
     yield from _volumes(template.volumes)
     own = {volume.get("name") for volume in template.volumes}
@@ -69,13 +71,21 @@ def _error(field: str, message: str) -> Finding:
     return Finding("error", field, message)
 
 
-def _keys(values: Mapping[str, str], name: str, prefixes: tuple[str, ...]) -> Iterator[Finding]:
-    for key in values:
-        if key.startswith(prefixes):
+def reserved_keys(
+    keys: Iterable[str], field: str, *, allowed: tuple[str, ...] = (), more: tuple[str, ...] = ()
+) -> Iterator[Finding]:
+    """Yield an error for each key of labels or annotations that is a controller's.
+
+    ``allowed`` and ``more`` are prefixes of keys that are not refused although a controller reads them, and of further
+    ones that are.
+    """
+    prefixes = (*RESERVED_KEYS, *more)
+    for key in keys:
+        if key.startswith(prefixes) and not key.startswith(allowed):
             prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
             why = "would weaken the pods' security" if prefix in UNCONFINING else "is reserved for a controller"
             hint = "; set runPolicy.queueName or priorityClass" if prefix.startswith("kueue") else "; leave it out"
-            yield _error(f"{FIELD}.{name}", f"{key} {why}{hint}")
+            yield _error(field, f"{key} {why}{hint}")
 
 
 def _environment(spec: DPOJobSpec) -> Iterator[Finding]:

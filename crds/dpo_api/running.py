@@ -189,7 +189,8 @@ class RunPolicy(Section):
         default=None,
         ge=0,
         le=SECONDS_MAX,
-        description="Seconds after the end until the DPOJob is deleted; the run directory is kept. Not set: never.",
+        description="Seconds after the end until the DPOJob is deleted; the run directory is kept. Not set: the"
+        " installation's default (the chart's is 30 days).",
     )
     queue_name: DnsName | None = Field(default=None, description="Kueue LocalQueue. Not set: not queued.")
     priority_class: DnsName | None = Field(

@@ -16,7 +16,7 @@ from dpo_cli.console import print_findings, stderr
 from dpo_cli.jobs import LoadedJob, parse, read_documents
 from dpo_operator.backend.pytorchjob import Identity, build_child, build_config_map
 from dpo_operator.config import Settings
-from dpo_operator.labels import KUEUE_PRIORITY, KUEUE_QUEUE
+from dpo_operator.labels import KUEUE_PRIORITY, KUEUE_QUEUE, copied
 
 
 def render(file: str, values: Sequence[str], *, image: str | None = None, attempt: int = 1) -> str:
@@ -43,6 +43,7 @@ def objects_of(job: DPOJob, settings: Settings, attempt: int = 1) -> list[dict[s
         uid=metadata.uid or "",
         queue=metadata.labels.get(KUEUE_QUEUE),
         priority=metadata.labels.get(KUEUE_PRIORITY),
+        annotations=copied(metadata.annotations),
     )
     image = job.spec.image or settings.trainer_image
     return [

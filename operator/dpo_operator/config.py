@@ -6,8 +6,11 @@ installation; they are fields so that tests can set them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from dpo_api.pods import Toleration
 from dpo_api.version import VERSION
 
 
@@ -36,6 +39,20 @@ class Settings:
     """Environment of every trainer, such as the cluster's NCCL settings; a job's own env takes precedence."""
     trainer_image_pull_secrets: tuple[str, ...] = ()
     """Pull secrets of jobs whose podTemplate names none; each must be in the job's namespace."""
+    trainer_annotations: tuple[tuple[str, str], ...] = ()
+    """Annotations of every trainer pod; a job's own of the same name takes precedence."""
+    trainer_node_selector: tuple[tuple[str, str], ...] = ()
+    """Labels that the node of every trainer pod must have; a job's own of the same name takes precedence."""
+    trainer_tolerations: tuple[Toleration, ...] = ()
+    """Tolerations of every trainer pod, after the job's own."""
+    trainer_runtime_class: str = ""
+    """RuntimeClass of jobs that name none; empty: the cluster's."""
+    trainer_priority_class: str = ""
+    """PriorityClass of jobs that name none; empty: the cluster's."""
+    trainer_pod_patch: Mapping[str, Any] = field(default_factory=dict)
+    """A partial pod template that is merged into every trainer pod (``backend.podpatch``), already checked."""
+    default_ttl_seconds_after_finished: int | None = None
+    """Seconds after the end until a DPOJob that sets no ttlSecondsAfterFinished is deleted; None: never."""
     identity_audience: str = "sts.amazonaws.com"
     """Audience of the projected identity token for jobs with a serviceAccountName; empty: none is mounted, for
     clouds whose own webhook does it (IRSA, workload identity)."""

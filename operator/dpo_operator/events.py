@@ -129,7 +129,7 @@ def emit(draft: Draft) -> list[EmitEvent]:
     if draft.status.attempts and view.is_readable:  # a spec that cannot be read has no interval to count
         found += checkpoint(view.status, draft.status, view.spec.checkpoint.every_steps)
     if any(isinstance(action, DeleteJob) for action in draft.actions):
-        text = "runPolicy.ttlSecondsAfterFinished has passed. The run directory is kept."
+        text = "runPolicy.ttlSecondsAfterFinished or its default has passed. The run directory is kept."
         found.append(Transition(Reason.Expired, text))
     return [build(draft, transition) for transition in found]
 

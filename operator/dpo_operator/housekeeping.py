@@ -46,6 +46,8 @@ def leave_queue(draft: Draft) -> None:
 def expire(draft: Draft) -> None:
     """Delete a finished DPOJob after its time to live; garbage collection deletes the objects that it owns."""
     limit = _time_to_live(draft)
+    if limit is None:
+        limit = draft.settings.default_ttl_seconds_after_finished
     ended = draft.view.status.completion_time
     if limit is None or ended is None:
         return

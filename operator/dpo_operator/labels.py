@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dpo_api.manifest import GROUP
 
 JOB = f"{GROUP}/job"
@@ -14,6 +16,14 @@ MANAGER = "dpo-operator"
 
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
+
+COPIED_ANNOTATIONS = ("provreq.kueue.x-k8s.io/",)
+"""Prefixes of a DPOJob's annotations that its PyTorchJobs get: Kueue passes them to a ProvisioningRequest."""
+
+
+def copied(annotations: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return the annotations of a DPOJob that its PyTorchJobs get."""
+    return tuple((key, annotations[key]) for key in sorted(annotations) if key.startswith(COPIED_ANNOTATIONS))
 
 
 def of_job(name: str, uid: str) -> dict[str, str]:

@@ -101,6 +101,7 @@ class View:
             created=int(moment(self.metadata.get("creationTimestamp")) or 0),
             queue=own.get(labels.KUEUE_QUEUE),
             priority=own.get(labels.KUEUE_PRIORITY),
+            annotations=labels.copied(self.metadata.get("annotations") or {}),
         )
 
     @cached_property

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dpo_api.pods import Toleration
 from dpo_api.version import VERSION
 from dpo_operator import labels, rbac
 from dpo_operator.backend import initcontainer, pod
@@ -52,12 +53,16 @@ def test_the_operator_reads_its_environment_as_it_is_meant(home: Path) -> None:
     options, settings = parse([], environment(pick(render(home=home), "Deployment")))
     assert options == Options()
     image = "ghcr.io/dpo-operator/dpo-trainer:" + VERSION
-    assert settings == Settings(trainer_image=image, labels=(("sidecar.istio.io/inject", "false"),))
+    labels_ = (("sidecar.istio.io/inject", "false"),)
+    month = 30 * 24 * 3600
+    assert settings == Settings(trainer_image=image, labels=labels_, default_ttl_seconds_after_finished=month)
 
 
 def test_every_value_reaches_the_operator(home: Path) -> None:
     values = {**COMBINATIONS["everything"], "watchNamespaces": ["b", "a"]}
-    options, settings = parse([], environment(pick(render(values, home=home), "Deployment")))
+    variables = environment(pick(render(values, home=home), "Deployment"))
+    del variables["DPO_OPERATOR_TRAINER_POD_PATCH"]  # a file of the pod: see the test of it
+    options, settings = parse([], variables)
     assert options.namespaces == ("a", "b")
     assert (options.workers, options.scrape_seconds, options.scrape_by) == (64, 1.5, "pod-ip")
     assert (options.log_format, options.log_level) == ("text", "debug")
@@ -71,6 +76,47 @@ def test_every_value_reaches_the_operator(home: Path) -> None:
         "NCCL_DEBUG": "INFO",
         "NCCL_IB_TIMEOUT": "22",
     }
+    assert dict(settings.trainer_annotations) == {"karpenter.sh/do-not-disrupt": "true", "note": 'a="b", c=d'}
+    assert dict(settings.trainer_node_selector) == {"gpu": "h100"}
+    assert settings.trainer_tolerations == (Toleration(key="gpu", operator="Exists", toleration_seconds=300),)
+    assert (settings.trainer_runtime_class, settings.trainer_priority_class) == ("nvidia", "low")
+    assert settings.default_ttl_seconds_after_finished == 3600
+
+
+def test_the_pod_patch_is_the_file_that_the_operator_reads(home: Path, tmp_path: Path) -> None:
+    """An operator reads it at its start, so another patch must replace the pod."""
+    hashes = set()
+    for user in (0, 1_000_650_000):
+        patch = {"spec": {"securityContext": {"runAsUser": user, "runAsNonRoot": False}}}
+        objects = render({"trainer": {"podPatch": patch}, "podAnnotations": {"a": "b"}}, home=home)
+        template = pick(objects, "Deployment")["spec"]["template"]
+        (container,) = template["spec"]["containers"]
+        source = {v["name"]: v for v in template["spec"]["volumes"]}["pod-patch"]["configMap"]["name"]
+        (folder,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == "pod-patch")
+        ((name, text),) = pick(objects, "ConfigMap", source)["data"].items()
+        variables = environment(pick(objects, "Deployment"))
+        assert variables["DPO_OPERATOR_TRAINER_POD_PATCH"] == f"{folder}/{name}"
+        file = tmp_path / name
+        file.write_text(text)
+        _, settings = parse([], {**variables, "DPO_OPERATOR_TRAINER_POD_PATCH": str(file)})
+        assert settings.trainer_pod_patch == patch
+        assert template["metadata"]["annotations"].pop("a") == "b"
+        hashes.add(*template["metadata"]["annotations"].values())
+    assert len(hashes) == 2
+
+
+def test_the_pod_patches_of_the_examples_pass_through_the_chart(home: Path) -> None:
+    for path in sorted((REPOSITORY / "examples" / "pod-patches").glob("*.yaml")):
+        patch = yaml.safe_load(path.read_text())
+        made = pick(render({"trainer": {"podPatch": patch}}, home=home), "ConfigMap", "-pod-patch")
+        assert yaml.safe_load(made["data"]["pod-patch.yaml"]) == patch, path.name
+
+
+@pytest.mark.parametrize(("value", "seconds"), [(None, None), (0, 0), (31_536_000, 31_536_000)])
+def test_finished_jobs_are_kept_as_long_as_the_chart_says(home: Path, value: int | None, seconds: int | None) -> None:
+    objects = render({"defaults": {"ttlSecondsAfterFinished": value}}, home=home)
+    _, settings = parse([], environment(pick(objects, "Deployment")))
+    assert settings.default_ttl_seconds_after_finished == seconds
 
 
 @pytest.mark.parametrize(

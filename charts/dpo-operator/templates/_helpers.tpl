@@ -73,6 +73,16 @@ app.kubernetes.io/component: operator
 {{- join "," $pairs -}}
 {{- end -}}
 
+{{- /* A list or mapping as the JSON of a flag; nothing if it is empty. */ -}}
+{{- define "dpo.json" -}}
+{{- with . }}{{ toJson . }}{{ end -}}
+{{- end -}}
+
+{{- /* Seconds of a flag; nothing for null. */ -}}
+{{- define "dpo.seconds" -}}
+{{- if not (kindIs "invalid" .) }}{{ int64 . }}{{ end -}}
+{{- end -}}
+
 {{- /* NAME,… from a list of objects with a name, for a flag. */ -}}
 {{- define "dpo.names" -}}
 {{- $names := list -}}

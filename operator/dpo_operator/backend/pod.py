@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from dpo_api.pods import Toleration
 from dpo_api.spec import DPOJobSpec
 from dpo_operator.backend.volumes import SPEC_FILE, SPEC_FOLDER, Mounts, mounts_of
 from dpo_operator.config import Settings
@@ -37,6 +38,11 @@ def processes(spec: DPOJobSpec) -> int:
     return spec.resources.processes()
 
 
+def priority_class(spec: DPOJobSpec, settings: Settings) -> str:
+    """Return the PriorityClass of the pods: the job's own, else the installation's; empty: the cluster's."""
+    return spec.pod_template.priority_class_name or settings.trainer_priority_class
+
+
 def command(spec: DPOJobSpec, fence: int, settings: Settings) -> list[str]:
     """Return the trainer's command line. ``fence`` orders this attempt among all that use the run directory."""
     words = ["python", "-m", "dpo_trainer", "launch", "--spec", f"{SPEC_FOLDER}/{SPEC_FILE}"]
@@ -60,8 +66,8 @@ def pod_template(
     overlay = spec.pod_template
     mounts = mounts_of(spec, config_map, settings)
     metadata: dict[str, Any] = {"labels": {**dict(settings.labels), **overlay.labels, **labels}}
-    if overlay.annotations:
-        metadata["annotations"] = dict(overlay.annotations)
+    if annotations := {**dict(settings.trainer_annotations), **overlay.annotations}:
+        metadata["annotations"] = annotations
     pod: dict[str, Any] = {
         "automountServiceAccountToken": False,
         "containers": [_container(spec, image, mounts, fence, settings, leads=leads)],
@@ -77,9 +83,9 @@ def pod_template(
         "affinity": _affinity(spec, avoid),
         "imagePullSecrets": [{"name": name} for name in own_secrets or settings.trainer_image_pull_secrets],
         "initContainers": [_sidecar(sidecar) for sidecar in overlay.sidecars],
-        "nodeSelector": dict(overlay.node_selector),
-        "priorityClassName": overlay.priority_class_name,
-        "runtimeClassName": overlay.runtime_class_name,
+        "nodeSelector": {**dict(settings.trainer_node_selector), **overlay.node_selector},
+        "priorityClassName": priority_class(spec, settings),
+        "runtimeClassName": overlay.runtime_class_name or settings.trainer_runtime_class,
         "schedulerName": overlay.scheduler_name,
         "serviceAccountName": spec.service_account_name,
         "topologySpreadConstraints": copy.deepcopy(list(overlay.topology_spread_constraints)),
@@ -202,22 +208,13 @@ def _pod_security(spec: DPOJobSpec) -> dict[str, Any]:
 
 
 def _tolerations(spec: DPOJobSpec, settings: Settings) -> list[dict[str, Any]]:
-    """The operator's tolerations of failed nodes, for which Kubernetes' default is 300 s, then the job's own.
+    """The operator's tolerations of failed nodes (Kubernetes' default is 300 s), the job's, then the installation's.
 
-    If several match a taint, the first one decides how long a pod stays. After a job's ``operator: Exists``, which
-    matches all taints without a time limit, the operator's would have no effect.
+    If several match a taint, the first one decides how long a pod stays. After an ``operator: Exists``, which matches
+    all taints without a time limit, the operator's would have no effect.
     """
-    own: list[dict[str, Any]] = []
-    for toleration in spec.pod_template.tolerations:
-        values = {
-            "key": toleration.key,
-            "operator": toleration.operator,
-            "value": toleration.value,
-            "effect": toleration.effect,
-            "tolerationSeconds": toleration.toleration_seconds,
-        }
-        own.append({name: value for name, value in values.items() if value is not None})
-    keys = {toleration.get("key") for toleration in own if toleration.get("effect") in (None, "NoExecute")}
+    more = [_toleration(each) for each in (*spec.pod_template.tolerations, *settings.trainer_tolerations)]
+    keys = {toleration.get("key") for toleration in more if toleration.get("effect") in (None, "NoExecute")}
     ours = [
         {
             "key": taint,
@@ -228,7 +225,18 @@ def _tolerations(spec: DPOJobSpec, settings: Settings) -> list[dict[str, Any]]:
         for taint in NODE_FAILURE_TAINTS
         if taint not in keys
     ]
-    return [*ours, *own]
+    return [*ours, *(each for index, each in enumerate(more) if each not in more[:index])]
+
+
+def _toleration(toleration: Toleration) -> dict[str, Any]:
+    values = {
+        "key": toleration.key,
+        "operator": toleration.operator,
+        "value": toleration.value,
+        "effect": toleration.effect,
+        "tolerationSeconds": toleration.toleration_seconds,
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _affinity(spec: DPOJobSpec, avoid: Sequence[str]) -> dict[str, Any]:

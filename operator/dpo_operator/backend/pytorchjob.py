@@ -14,7 +14,8 @@ from typing import Any
 
 from dpo_api.manifest import API_VERSION, KIND, DPOJob
 from dpo_operator import labels, names
-from dpo_operator.backend.pod import CONTAINER, pod_template, processes
+from dpo_operator.backend import podpatch
+from dpo_operator.backend.pod import CONTAINER, pod_template, priority_class, processes
 from dpo_operator.backend.volumes import IMAGE_KEY, SPEC_FILE
 from dpo_operator.config import Settings
 from dpo_operator.types import Object
@@ -42,6 +43,8 @@ class Identity:
     """The Kueue queue in the DPOJob's own label."""
     priority: str | None = None
     """The Kueue priority class in the DPOJob's own label."""
+    annotations: tuple[tuple[str, str], ...] = ()
+    """The DPOJob's own annotations that its PyTorchJobs get (``labels.copied``)."""
 
 
 def owner_reference(identity: Identity) -> dict[str, Any]:
@@ -125,6 +128,7 @@ def build_child(
             leads=leads,
             avoid=avoid,
         )
+        template = podpatch.applied(template, settings.trainer_pod_patch)
         return {"replicas": count, "restartPolicy": "Never", "template": template}
 
     nodes = spec.resources.nodes
@@ -134,13 +138,16 @@ def build_child(
     policy: dict[str, Any] = {"cleanPodPolicy": "Running"}
     if settings.gang_scheduling:
         policy["schedulingPolicy"] = {"minAvailable": nodes}
-        if spec.pod_template.priority_class_name is not None:
-            policy["schedulingPolicy"]["priorityClass"] = spec.pod_template.priority_class_name
+        if priority := priority_class(spec, settings):
+            policy["schedulingPolicy"]["priorityClass"] = priority
     queueing = _queueing(job, identity, attempt, settings)
+    metadata = _metadata(identity, names.child(identity.name, attempt), {**own, **queueing}, settings)
+    if identity.annotations:
+        metadata["annotations"] = dict(identity.annotations)
     return {
         "apiVersion": CHILD_API_VERSION,
         "kind": CHILD_KIND,
-        "metadata": _metadata(identity, names.child(identity.name, attempt), {**own, **queueing}, settings),
+        "metadata": metadata,
         "spec": {"nprocPerNode": str(processes(spec)), "runPolicy": policy, "pytorchReplicaSpecs": specs},
     }
 

@@ -546,7 +546,10 @@ class Reason(Row, Enum):
         word="Expired",
         topic="event",
         event="Normal",
-        meaning=("runPolicy.ttlSecondsAfterFinished has passed and the DPOJob is deleted. The run directory is kept."),
+        meaning=(
+            "runPolicy.ttlSecondsAfterFinished or its default has passed and the DPOJob is deleted. The run directory"
+            " is kept."
+        ),
         remedy="Nothing.",
     )
 

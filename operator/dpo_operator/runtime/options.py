@@ -11,13 +11,18 @@ from typing import Any, Literal
 
 from dpo_api.version import VERSION
 from dpo_operator.config import Settings
+from dpo_operator.runtime import podflags
 
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SECRET = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 _LABEL = re.compile(rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_WORD}")
 _LABEL_VALUE = re.compile(rf"({_WORD})?")
-_BETWEEN_PAIRS = {"extra_env": re.compile(r",(?=[A-Za-z_][A-Za-z0-9_.-]*=)"), "labels": re.compile(",")}
+_BETWEEN_PAIRS = {
+    "extra_env": re.compile(r",(?=[A-Za-z_][A-Za-z0-9_.-]*=)"),
+    "labels": re.compile(","),
+    "trainer_node_selector": re.compile(","),
+}
 """A comma inside a value, as in NCCL_IB_HCA=mlx5_0,mlx5_1, is not followed by NAME=."""
 
 ScrapeBy = Literal["auto", "pod-ip", "api-proxy", "off"]
@@ -65,14 +70,16 @@ def parse(
     given = {f.name: got.pop(f.name) for f in fields(Settings) if got.get(f.name) is not None}
     for name in [f.name for f in fields(Settings)]:
         got.pop(name, None)
-    for name in ("extra_env", "labels"):
+    for name, between in _BETWEEN_PAIRS.items():
         if name in given:
             flag = f"--{name.replace('_', '-')}"
-            given[name] = tuple(_pair(parser, flag, text) for text in _BETWEEN_PAIRS[name].split(given[name]) if text)
-    for key, value in given.get("labels", ()):
-        if not _LABEL.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
-            parser.error(f"--labels: {key}={value} is not a Kubernetes label; give [PREFIX/]NAME=VALUE")
+            given[name] = tuple(_pair(parser, flag, text) for text in between.split(given[name]) if text)
+    _check_labels(parser, given.get("labels", ()))
     given["trainer_image_pull_secrets"] = _secrets(parser, given["trainer_image_pull_secrets"])
+    try:
+        given |= podflags.read(given)
+    except podflags.FlagError as error:
+        parser.error(str(error))
     settings = replace(settings, **given)
     options = Options(namespaces=namespaces, **got)
     for name in ("scrape_seconds", "relist_seconds", "dead_watch_seconds"):
@@ -83,6 +90,12 @@ def parse(
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_labels(parser: argparse.ArgumentParser, pairs: Sequence[tuple[str, str]]) -> None:
+    for key, value in pairs:
+        if not _LABEL.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
+            parser.error(f"--labels: {key}={value} is not a Kubernetes label; give [PREFIX/]NAME=VALUE")
 
 
 def _secrets(parser: argparse.ArgumentParser, text: str) -> tuple[str, ...]:
@@ -171,6 +184,16 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     # What follows sets Settings.
     flag("trainer-image", s.trainer_image, "trainer image of jobs without spec.image; default %(default)s")
     flag("trainer-image-pull-secrets", "", "comma-separated pull secrets of jobs without their own")
+    flag("trainer-annotations", None, 'annotations of every trainer pod, as JSON: {"NAME": "VALUE"}')
+    flag("trainer-node-selector", None, "labels of the nodes of every trainer pod: comma-separated NAME=VALUE")
+    flag("trainer-tolerations", None, "tolerations of every trainer pod, as JSON: a list as in a pod")
+    flag("trainer-runtime-class", s.trainer_runtime_class, "RuntimeClass of jobs that name none")
+    flag("trainer-priority-class", s.trainer_priority_class, "PriorityClass of jobs that name none")
+    flag("trainer-pod-patch", None, "file with a partial pod template that is merged into every trainer pod")
+    flag(
+        "default-ttl-seconds-after-finished", None,
+        "time after the end until a DPOJob without ttlSecondsAfterFinished is deleted; default: never",
+    )  # fmt: skip
     flag("default-shm", s.default_shm, "size of /dev/shm on CPU; default %(default)s")
     flag("default-gpu-shm", s.default_gpu_shm, "size of /dev/shm with GPUs; default %(default)s")
     flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -122,6 +123,15 @@ def test_children_of_examples_are_admitted(cluster: ControlPlane) -> None:
         for thing, words in ((strange, "unknown field"), (double, "admission webhook"), (bold, "PodSecurity")):
             with pytest.raises(ApiError, match=words):
                 dry_run(thing)
+
+
+@pytest.mark.parametrize("golden", sorted(REPOSITORY.glob("tests/golden/pod-patch/*.yaml")), ids=lambda p: p.stem)
+def test_children_with_a_pod_patch_are_admitted(cluster: ControlPlane, namespace: str, golden: Path) -> None:
+    """By the strict API server, as a PyTorchJob and as pods, in a namespace that is not restricted."""
+    child = yaml.safe_load(golden.read_text(encoding="utf-8"))
+    for thing in (child, *(pod_of(child, role) for role in child["spec"]["pytorchReplicaSpecs"])):
+        path = path_of(RESOURCES[thing["kind"]], namespace)
+        cluster.admin.call("POST", path, thing, dryRun="All", fieldValidation="Strict")
 
 
 def pod_of(child: Object, role: str) -> Object:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from dpo_api.manifest import parse_job
+from dpo_api.pods import Toleration
 from dpo_operator import names
 from dpo_operator.backend.pytorchjob import Identity, build_child, build_config_map
 from dpo_operator.config import Settings
-from dpo_testing.simcluster import manifest
+from dpo_testing.simcluster import SimCluster, manifest
 
 IDENTITY = Identity("job", "team", "uid-1", created=1_800_000_000)
 Object = dict[str, Any]
@@ -284,6 +285,49 @@ def test_collective_settings() -> None:
     assert len(listed) == len(set(listed))
 
 
+TAINTED = Toleration(key="gpu", operator="Exists")
+
+
+def test_the_installations_defaults_are_in_every_pod_and_a_jobs_own_take_precedence() -> None:
+    settings = Settings(
+        trainer_annotations=(("karpenter.sh/do-not-disrupt", "true"), ("a", "installation")),
+        trainer_node_selector=(("gpu", "h100"), ("zone", "a")),
+        trainer_tolerations=(TAINTED,),
+        trainer_runtime_class="nvidia",
+        trainer_priority_class="low",
+    )
+    own = {
+        "annotations": {"a": "job"},
+        "nodeSelector": {"zone": "b"},
+        "tolerations": [{"key": "own", "value": "x"}],
+        "runtimeClassName": "kata",
+        "priorityClassName": "high",
+    }
+    cases = ((own, "job", "b", ("kata", "high")), ({}, None, "a", ("nvidia", "low")))
+    for template, annotation, zone, classes in cases:
+        body = child(resources={"nodes": 2}, podTemplate=template, settings=settings)
+        assert body["spec"]["runPolicy"]["schedulingPolicy"]["priorityClass"] == classes[1]
+        for role in ("Master", "Worker"):
+            made = body["spec"]["pytorchReplicaSpecs"][role]["template"]
+            expected = {"karpenter.sh/do-not-disrupt": "true", "a": annotation or "installation"}
+            assert made["metadata"]["annotations"] == expected
+            assert made["spec"]["nodeSelector"] == {"gpu": "h100", "zone": zone}
+            assert (made["spec"]["runtimeClassName"], made["spec"]["priorityClassName"]) == classes
+            after = [t for t in made["spec"]["tolerations"] if not t["key"].startswith("node.kubernetes.io/")]
+            listed = [{"key": "own", "operator": "Equal", "value": "x"}] if template else []
+            assert after == [*listed, {"key": "gpu", "operator": "Exists"}]
+
+
+def test_a_toleration_that_job_and_installation_name_is_listed_once() -> None:
+    tolerations = pod(
+        child(
+            podTemplate={"tolerations": [{"key": "gpu", "operator": "Exists"}]},
+            settings=Settings(trainer_tolerations=(TAINTED,)),
+        )
+    )["tolerations"]
+    assert [t for t in tolerations if t["key"] == "gpu"] == [{"key": "gpu", "operator": "Exists"}]
+
+
 @pytest.mark.parametrize(
     ("own", "installation", "used"),
     [
@@ -405,3 +449,18 @@ def test_secrets_never_appear_in_the_pinned_spec() -> None:
     assert env(child(logging=job.to_dict()["spec"]["logging"]))["WANDB_API_KEY"] == {
         "secretKeyRef": {"name": "w", "key": "k"}
     }
+
+
+def test_annotations_for_an_autoscaler_and_a_topology_reach_kueue() -> None:
+    """The former on the PyTorchJob, which is what Kueue queues; the latter on each of its pod templates."""
+    topology = {"kueue.x-k8s.io/podset-required-topology": "cloud.provider.com/topology-rack"}
+    body = manifest(podTemplate={"annotations": topology}, resources={"nodes": 2})
+    request = {"provreq.kueue.x-k8s.io/maxRunDurationSeconds": "7200"}
+    body["metadata"]["annotations"] = {**request, "kubectl.kubernetes.io/last-applied-configuration": "{}"}
+    cluster = SimCluster(body)
+    cluster.settle()
+    (made,) = cluster.children.values()
+    assert made["metadata"]["annotations"] == request
+    replicas = made["spec"]["pytorchReplicaSpecs"]
+    assert [replicas[role]["template"]["metadata"]["annotations"] for role in ("Master", "Worker")] == [topology] * 2
+    assert "annotations" not in child()["metadata"]

@@ -1124,6 +1124,20 @@ def test_ttl_deletes_the_job_and_nothing_before() -> None:
     assert cluster.event_reasons()[-1] == "Expired"
 
 
+@pytest.mark.parametrize(("own", "after"), [({}, 500), ({"ttlSecondsAfterFinished": 100}, 100)])
+def test_the_installations_ttl_applies_to_jobs_without_their_own(own: dict[str, int], after: int) -> None:
+    cluster = running(runPolicy=own)
+    cluster.settings = replace(cluster.settings, default_ttl_seconds_after_finished=500)
+    finish(cluster)
+    cluster.advance(after - 1)
+    cluster.settle()
+    assert cluster.job is not None
+    cluster.advance(1)
+    cluster.settle()
+    assert cluster.job is None
+    assert cluster.event_reasons()[-1] == "Expired"
+
+
 def test_every_condition_is_observed_for_the_newest_generation() -> None:
     """kubectl wait takes no notice of one that is older than the last edit."""
     cluster = running()

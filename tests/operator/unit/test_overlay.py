@@ -25,6 +25,8 @@ REFUSED: list[tuple[str, Object, str]] = [
     ("own label", {"labels": {"dpo-operator.dev/job": "x"}}, "labels"),
     ("controller's label", {"labels": {"training.kubeflow.org/job-name": "x"}}, "labels"),
     ("queue's label", {"labels": {"kueue.x-k8s.io/queue-name": "x"}}, "labels"),
+    ("a workload's label", {"labels": {"kueue.x-k8s.io/podset-required-topology": "x"}}, "labels"),
+    ("queue's annotation", {"annotations": {"kueue.x-k8s.io/managed": "x"}}, "annotations"),
     ("own annotation", {"annotations": {"dpo-operator.dev/x": "x"}}, "annotations"),
     (
         "apparmor",
@@ -122,6 +124,7 @@ def test_plain_text_keys_are_refused() -> None:
     [
         {"labels": {"team": "a", "app.kubernetes.io/name": "x"}},
         {"annotations": {"prometheus.io/scrape": "true"}},
+        {"annotations": {"kueue.x-k8s.io/podset-required-topology": "cloud.provider.com/topology-rack"}},
         {"env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "E", "value": ""}]},
         {"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]},
         {"volumes": [VOLUME], "volumeMounts": [{"name": "extra", "mountPath": "/tmp/extra"}]},
