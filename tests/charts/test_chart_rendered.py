@@ -85,7 +85,7 @@ def test_every_value_reaches_the_operator(home: Path) -> None:
 
 def test_the_pod_patch_is_the_file_that_the_operator_reads(home: Path, tmp_path: Path) -> None:
     """An operator reads it at its start, so another patch must replace the pod."""
-    hashes = set()
+    hashes: set[str] = set()
     for user in (0, 1_000_650_000):
         patch = {"spec": {"securityContext": {"runAsUser": user, "runAsNonRoot": False}}}
         objects = render({"trainer": {"podPatch": patch}, "podAnnotations": {"a": "b"}}, home=home)

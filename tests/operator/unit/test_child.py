@@ -303,7 +303,7 @@ def test_the_installations_defaults_are_in_every_pod_and_a_jobs_own_take_precede
         "runtimeClassName": "kata",
         "priorityClassName": "high",
     }
-    cases = ((own, "job", "b", ("kata", "high")), ({}, None, "a", ("nvidia", "low")))
+    cases: tuple[Any, ...] = ((own, "job", "b", ("kata", "high")), ({}, None, "a", ("nvidia", "low")))
     for template, annotation, zone, classes in cases:
         body = child(resources={"nodes": 2}, podTemplate=template, settings=settings)
         assert body["spec"]["runPolicy"]["schedulingPolicy"]["priorityClass"] == classes[1]
@@ -454,9 +454,9 @@ def test_secrets_never_appear_in_the_pinned_spec() -> None:
 def test_annotations_for_an_autoscaler_and_a_topology_reach_kueue() -> None:
     """The former on the PyTorchJob, which is what Kueue queues; the latter on each of its pod templates."""
     topology = {"kueue.x-k8s.io/podset-required-topology": "cloud.provider.com/topology-rack"}
-    body = manifest(podTemplate={"annotations": topology}, resources={"nodes": 2})
+    body = manifest(podTemplate={"annotations": topology}, resources={"nodes": 2, "gpusPerNode": 0})
     request = {"provreq.kueue.x-k8s.io/maxRunDurationSeconds": "7200"}
-    body["metadata"]["annotations"] = {**request, "kubectl.kubernetes.io/last-applied-configuration": "{}"}
+    body["metadata"]["annotations"] = {**request, "example.com/own": "x"}
     cluster = SimCluster(body)
     cluster.settle()
     (made,) = cluster.children.values()
