@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from dpo_api.errors import DPOError, Outcome
 from dpo_api.findings import ManifestError
+from dpo_cli.cluster.errors import ClusterError, program
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C outside a run: what a shell reports for SIGINT."""
@@ -26,16 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
     from dpo_cli.app import app
-    from dpo_cli.console import print_error, print_findings, stderr
 
     try:
         # Not standalone: typer's exit codes for usage errors would collide with ours.
-        code = app(args=list(argv) or ["--help"], prog_name="dpo", standalone_mode=False)
-    except ManifestError as error:
-        print_findings(stderr(), error.findings)
-        return error.exit_code
-    except DPOError as error:
-        print_error(stderr(), error.outcome, str(error))
+        code = app(args=list(argv) or ["--help"], prog_name=program(), standalone_mode=False)
+    except (DPOError, ClusterError) as error:
+        _report(error)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -44,10 +41,24 @@ def run(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except Exception as error:  # noqa: BLE001 - the last resort
+        from dpo_cli.console import print_error, stderr
+
         outcome, message = _unexpected(error, argv)
         print_error(stderr(), outcome, message)
         return outcome.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _report(error: DPOError | ClusterError) -> None:
+    """Print a failure that a user can do something about. Those of the cluster are printed as kubectl has them."""
+    from dpo_cli.console import print_error, print_findings, stderr
+
+    if isinstance(error, ManifestError):
+        print_findings(stderr(), error.findings)
+    elif isinstance(error, DPOError):
+        print_error(stderr(), error.outcome, str(error))
+    else:
+        sys.stderr.write(f"{error}\n")
 
 
 def _unexpected(error: Exception, argv: Sequence[str]) -> tuple[Outcome, str]:

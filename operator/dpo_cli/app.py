@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dpo_api.errors import DPOError
+from dpo_cli.cluster.commands import COMMANDS
 
 app = typer.Typer(
     name="dpo",
@@ -154,6 +155,10 @@ def render(
     from dpo_cli.render import print_rendered
 
     print_rendered(file, settings, image=image, attempt=attempt)
+
+
+for _command in COMMANDS:
+    app.command()(_command)
 
 
 @app.command()

@@ -27,7 +27,7 @@ def python(code: str, **environment: str) -> str:
 def test_every_module_is_light() -> None:
     code = (
         "import importlib, pkgutil, sys, dpo_cli\n"
-        "[importlib.import_module(f'dpo_cli.{m.name}') for m in pkgutil.iter_modules(dpo_cli.__path__)]\n"
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(dpo_cli.__path__, 'dpo_cli.')]\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     assert python(code) == "[]\n"
@@ -125,6 +125,26 @@ def test_the_documented_exit_codes_are_the_ones_in_use() -> None:
     helps = {"none": "–", "permanent": "no", "retryable": "yes", "infrastructure": "yes, not charged"}
     assert rows == [(str(o.exit_code), o.name, o.description, helps[o.retry]) for o in Outcome]
     assert f"{entry.INTERRUPTED} is a command that was killed by Ctrl-C" in DOCS
+
+
+CLUSTER = ("submit", "status", "logs", "suspend", "resume", "retry", "delete", "top")
+
+
+def test_help_of_cluster_commands_loads_no_api() -> None:
+    for command in CLUSTER:
+        code = f"import sys; from dpo_cli.__main__ import run; run(['{command}', '--help']); print(sorted(sys.modules))"
+        loaded = python(code).splitlines()[-1]
+        assert not [name for name in ("'boto3'", "'rich'", "'dpo_api.spec'", "'dpo_operator'") if name in loaded], (
+            command
+        )
+
+
+@pytest.mark.parametrize("command", CLUSTER)
+def test_cluster_commands_are_documented_with_their_options(dpo: Dpo, command: str) -> None:
+    options = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", dpo(command, "--help").out)) - {"--help"}
+    section = DOCS.split("## On a cluster")[1].split("\n## ")[0]
+    assert re.search(f"`dpo {command}[ `]", section)
+    assert {option for option in options if option not in section} == set()
 
 
 @pytest.mark.parametrize("command", ["validate", "run", "render", "report"])

@@ -1,0 +1,1 @@
+"""The commands of `dpo` for jobs on a cluster. They reach it through kubectl, with the user's kubeconfig."""
