@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ class Forked(PreloadedPopen):
 
 
 Kind = type[subprocess.Popen[Any]]
+
+
+@pytest.fixture(autouse=True)
+def heeded_ctrl_c() -> Iterator[None]:
+    """A shell without job control starts background commands with SIGINT ignored, and processes inherit that."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
 
 
 @pytest.fixture(params=[subprocess.Popen, Forked], ids=["interpreter", "forked"])
