@@ -60,6 +60,10 @@ class ConditionType(Enum):
     Learning = "Learning", "Accuracy and margin have risen above chance."
     TrainingStalled = "TrainingStalled", "There has been no progress for too long."
     Stalled = "Stalled", "The job has failed or was rejected: it does not go on by itself. Flux and Helm read it."
+    NetworkRestricted = (
+        "NetworkRestricted",
+        "The job's NetworkPolicy exists. This is shown only if False: that of a running job cannot be created.",
+    )
 
 
 State = Literal[
@@ -225,6 +229,9 @@ class DPOJobStatus(StatusSection):
     accepted_spec_digest: Digest | None = Field(
         default=None,
         description="SHA-256 of the accepted spec as the trainer reads it. From then on only runPolicy can be changed.",
+    )
+    network_policy: Name | None = Field(
+        default=None, description="NetworkPolicy that restricts who reaches the job's pods."
     )
     run_directory: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
         default=None, description="URI of the run directory."

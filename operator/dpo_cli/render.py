@@ -14,13 +14,16 @@ from dpo_api.manifest import DPOJob
 from dpo_api.validation import check, errors
 from dpo_cli.console import print_findings, stderr
 from dpo_cli.jobs import LoadedJob, parse, read_documents
+from dpo_operator.backend.network import build_network_policy
 from dpo_operator.backend.pytorchjob import Identity, build_child, build_config_map
 from dpo_operator.config import Settings
 from dpo_operator.labels import KUEUE_PRIORITY, KUEUE_QUEUE, copied
 
 
 def render(file: str, values: Sequence[str], *, image: str | None = None, attempt: int = 1) -> str:
-    """Return the YAML of every DPOJob's ConfigMap and PyTorchJob. ``image`` is used for jobs without spec.image.
+    """Return the YAML of every DPOJob's ConfigMap, NetworkPolicy and PyTorchJob.
+
+    ``image`` is used for jobs without spec.image.
 
     Warnings go to standard error. Raises ManifestError for a job that the operator would reject, NotFoundError for a
     missing file, and UsageError for wrong values.
@@ -48,6 +51,7 @@ def objects_of(job: DPOJob, settings: Settings, attempt: int = 1) -> list[dict[s
     image = job.spec.image or settings.trainer_image
     return [
         build_config_map(job, identity, image, settings),
+        *([build_network_policy(identity, settings)] if settings.network_policies else []),
         build_child(job, identity, attempt, image, settings),
     ]
 

@@ -7,7 +7,7 @@ that is lost between two calls is repeated with the same result.
 from __future__ import annotations
 
 from dpo_api.status import ConditionType
-from dpo_operator import creation, ends, evidence, invariants, limits, progress, restarts, starting
+from dpo_operator import creation, ends, evidence, invariants, limits, network, progress, restarts, starting
 from dpo_operator.backend import pytorchjob
 from dpo_operator.classification import Cause, decisive, success
 from dpo_operator.draft import Draft
@@ -21,6 +21,7 @@ def step(draft: Draft) -> None:
     """Bring the job's newest attempt one step further, or create the next one."""
     creation.adopt(draft)
     if draft.attempt is not None and draft.current.result is None:
+        network.cover(draft)
         _active(draft)
     if draft.attempt is None or draft.current.end_time is not None:
         creation.between(draft)

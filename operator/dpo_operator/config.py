@@ -72,6 +72,14 @@ class Settings:
     """Steps after which the condition Learning is evaluated."""
     resync_seconds: float = 300.0
     """Maximum time between two passes over an unfinished job."""
+    network_policies: bool = True
+    """Create a NetworkPolicy for each job: its pods accept connections from each other alone, and for metrics."""
+    operator_namespace: str = ""
+    """Namespace of the operator's pod, which may ask trainers for progress; empty: it runs outside the cluster."""
+    operator_labels: tuple[tuple[str, str], ...] = ()
+    """Labels of the operator's pod; empty: any pod of its namespace."""
+    metrics_from: tuple[Mapping[str, Any], ...] = ()
+    """Other clients of the trainers' ``trainer_port``: peers as in ``from`` of a NetworkPolicy."""
     component: str = "dpo-operator"
     labels: tuple[tuple[str, str], ...] = field(default=())
     """Additional labels of every object that the operator creates."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.status import Attempt, ConditionType, State
-from dpo_operator import clock, conditions, evidence, invariants, labels, limits, names, pinning, restarts
+from dpo_operator import clock, conditions, evidence, invariants, labels, limits, names, network, pinning, restarts
 from dpo_operator.backend import pytorchjob
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -71,6 +71,11 @@ def between(draft: Draft) -> None:
         draft.settings,
         evidence.broken_nodes(draft.status.attempts),
     )
+    obstacle = network.create(draft)
+    if obstacle is not None:
+        draft.place(_before(draft), *obstacle, progressing=False)
+        draft.wake_in(RETRY_SECONDS)
+        return
     draft.act(CreateChild(body))
     _begin(draft, number, name, draft.now)
     queue = body["metadata"]["labels"].get(labels.KUEUE_QUEUE)

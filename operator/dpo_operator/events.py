@@ -32,6 +32,7 @@ INVARIANTS: tuple[tuple[ConditionType, Literal["True", "False"]], ...] = (
     (ConditionType.Learning, "False"),
     (ConditionType.TrainingStalled, "True"),
     (ConditionType.ProgressAvailable, "False"),
+    (ConditionType.NetworkRestricted, "False"),
 )
 """Conditions of the run, with the status that causes a warning."""
 

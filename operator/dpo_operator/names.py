@@ -17,6 +17,11 @@ def config_map(job: str, uid: str) -> str:
     return f"{job}-spec-{_digest(uid)[:8]}" if uid else f"{job}-spec"
 
 
+def network_policy(job: str, uid: str, rules: str) -> str:
+    """Return the name of a job's NetworkPolicy. ``rules``: its spec as text; other rules give another name."""
+    return f"{job}-network-{_digest(f'{uid}/{rules}')[:8]}" if uid else f"{job}-network"
+
+
 def event(job: str, uid: str, reason: str, detail: str) -> str:
     """Return the name of an event: the same for the same transition, so that it is created once."""
     return f"{job}.{_digest(f'{uid}/{reason}/{detail}')[:16]}"

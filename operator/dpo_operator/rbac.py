@@ -42,6 +42,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("", "pods", ("list", "watch"), "to see the state of an attempt's pods and how they ended"),
     Rule("", "configmaps", ("get", "create"), "to pin a job's spec and image, and to check it before each attempt"),
+    Rule("networking.k8s.io", "networkpolicies", ("get", "create"), "to restrict who reaches a job's pods"),
     Rule("", "events", ("create",), "to report transitions"),
     Rule("", "events", ("list",), "to report why pods are refused"),
     Rule("", "pods/proxy", ("get",), "to ask trainers for progress through the API server", outside_only=True),

@@ -6,15 +6,17 @@ How ``runtime`` runs a pass:
 2. Perform ``Decision.actions`` in order. All of them are safe to repeat.
 3. If an action returns new information, add it to the ``Observed`` and go to 1 at once (a few rounds at most, then the
    queue's back-off). The rest of the old decision, including its status, is dropped:
-   - ``CreateConfigMap`` or ``CreateChild`` answered 409 AlreadyExists: GET the object; put it into ``config_map`` or
-     ``children``, whatever its owner: reconcile adopts it, waits or refuses it.
+   - ``CreateConfigMap``, ``CreateNetworkPolicy`` or ``CreateChild`` answered 409 AlreadyExists: GET the object; put it
+     into ``config_map``, ``network_policy`` or ``children``, whatever its owner: reconcile adopts it, waits or refuses
+     it.
    - an action answered 400, 403, 404 or 422: add a ``Refusal`` under the object's name to ``refusals``.
    - ``CheckChild`` (a dry run) answered: put the ``ChildCheck`` into ``check``. 409 counts as accepted: names
      are checked last.
    - ``LookUpChild`` or ``LookUpConfigMap`` answered: add the object to ``children`` or put it into ``config_map``, or
      add its name to ``absent``.
    404 for a delete, and 409 for an event, are successes. 429, 5xx and lost connections: drop the decision, back off.
-   ``config_map``, ``check``, ``absent`` and ``refusals`` belong to one pass; the next pass starts with them empty.
+   ``config_map``, ``network_policy``, ``check``, ``absent`` and ``refusals`` belong to one pass; the next pass starts
+   with them empty.
 4. ``PatchStatus`` is the last action and carries the resourceVersion; on 409 drop it and reconcile the newer object.
 5. With ``Decision.follow``, put the stored DPOJob into the ``Observed`` and go to 1 at once.
 6. Call again after ``Decision.wake`` seconds, or as soon as anything about the job changes.
@@ -90,6 +92,8 @@ class Observed:
     """Core v1 Events about those children and pods, as far as they are known. Only their messages are used."""
     config_map: Object | None = None
     """The job's ConfigMap, of any owner, once a request has found it."""
+    network_policy: Object | None = None
+    """Set after CreateNetworkPolicy found one that exists already."""
     check: ChildCheck | None = None
     absent: frozenset[str] = frozenset()
     """Names of PyTorchJobs, and of the ConfigMap, that a GET (not a cache) did not find."""
@@ -103,6 +107,13 @@ class Observed:
 @dataclass(frozen=True)
 class CreateConfigMap:
     """POST the ConfigMap that pins spec and image."""
+
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CreateNetworkPolicy:
+    """POST the NetworkPolicy that restricts who reaches a job's pods."""
 
     body: dict[str, Any]
 
@@ -168,6 +179,7 @@ class PatchStatus:
 
 Action = (
     CreateConfigMap
+    | CreateNetworkPolicy
     | CheckChild
     | CreateChild
     | LookUpChild

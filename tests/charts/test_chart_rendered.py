@@ -14,6 +14,8 @@ from dpo_api.pods import Toleration
 from dpo_api.version import VERSION
 from dpo_operator import labels, rbac
 from dpo_operator.backend import initcontainer, pod
+from dpo_operator.backend.network import build_network_policy
+from dpo_operator.backend.pytorchjob import Identity
 from dpo_operator.config import Settings
 from dpo_operator.runtime.options import Options, parse
 from dpo_testing.chart import (
@@ -29,20 +31,11 @@ from dpo_testing.chart import (
     render,
 )
 from dpo_testing.kubeapi import Object
+from dpo_testing.networkpolicies import Peer, allows, matches
 
 
 def kinds(objects: list[Object], *, tests: bool = False) -> set[str]:
     return {thing["kind"] for thing in objects if is_test(thing) == tests}
-
-
-def matches(selector: Object, own: Object) -> bool:
-    """Whether a label selector selects an object with these labels."""
-    wanted: dict[str, str] = selector.get("matchLabels", {})
-    for expression in selector.get("matchExpressions", []):
-        assert expression["operator"] == "Exists"
-        if expression["key"] not in own:
-            return False
-    return all(own.get(key) == value for key, value in wanted.items())
 
 
 # -- the operator's pod -----------------------------------------------------------------------------------------------
@@ -160,11 +153,7 @@ def test_service_and_policies_select_the_operator_and_not_the_tests(home: Path, 
     operator = pick(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
     own = [o["spec"]["selector"] for o in objects if o["kind"] in {"Deployment", "PodDisruptionBudget"}]
     own += [{"matchLabels": o["spec"]["selector"]} for o in objects if o["kind"] == "Service"]
-    own += [
-        o["spec"]["podSelector"]
-        for o in objects
-        if o["kind"] == "NetworkPolicy" and not o["metadata"]["name"].endswith("-trainers")
-    ]
+    own += [o["spec"]["podSelector"] for o in objects if o["kind"] == "NetworkPolicy"]
     for selector in own:
         assert matches(selector, operator)
         assert not any(matches(selector, thing["metadata"]["labels"]) for thing in pods(objects))
@@ -285,20 +274,32 @@ def test_rules_and_dashboards_are_what_was_generated(home: Path) -> None:
 def test_network_policies_let_through_what_the_code_uses(home: Path) -> None:
     objects = render(COMBINATIONS["everything"], home=home)
     operator = pick(objects, "NetworkPolicy", RELEASE)["spec"]
-    trainers = pick(objects, "NetworkPolicy", "-trainers")["spec"]
     port = Settings().trainer_port
     out = [port_["port"] for rule in operator["egress"] for port_ in rule["ports"]]
     assert sorted(set(out)) == [53, 443, 6443, port]
     assert operator["ingress"][0]["ports"] == [{"port": "http", "protocol": "TCP"}]
-    pod_labels = labels.of_attempt("job", "uid", 1)
-    assert matches(trainers["podSelector"], pod_labels)
-    among, metrics = trainers["ingress"]
-    assert "ports" not in among, "rendezvous and collectives use any port"
-    assert matches(among["from"][0]["podSelector"], pod_labels)
-    assert [p["port"] for p in metrics["ports"]] == [port]
-    caller = metrics["from"][0]
-    assert matches(caller["podSelector"], pick(objects, "Deployment")["spec"]["template"]["metadata"]["labels"])
-    assert caller["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": NAMESPACE}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_the_policy_of_a_job_lets_this_operator_and_prometheus_in(home: Path, name: str) -> None:
+    objects = render(COMBINATIONS[name], home=home)
+    deployment = pick(objects, "Deployment")
+    _, settings = parse([], environment(deployment))
+    job = Identity(name="job", namespace="team-a", uid="uid")
+    policies, pod_labels = [build_network_policy(job, settings)], labels.of_attempt("job", "uid", 1)
+    port = settings.trainer_port
+    operator = deployment["spec"]["template"]["metadata"]["labels"]
+    assert allows(policies, "team-a", pod_labels, Peer(NAMESPACE, operator), port)
+    assert not allows(policies, "team-a", pod_labels, Peer(NAMESPACE, operator), settings.rendezvous_port)
+    assert not allows(policies, "team-a", pod_labels, Peer("default", operator), port)
+    for thing in pods(objects):  # those of helm test
+        assert not allows(policies, "team-a", pod_labels, Peer(NAMESPACE, thing["metadata"]["labels"]), port)
+    assert allows(policies, "team-a", pod_labels, Peer("monitoring", {"app": "prom"}), port)
+
+
+def test_policies_of_jobs_can_be_switched_off(home: Path) -> None:
+    objects = render({"networkPolicy": {"trainer": {"enabled": False}}}, home=home)
+    assert parse([], environment(pick(objects, "Deployment")))[1].network_policies is False
 
 
 # -- what is off, and the rest ----------------------------------------------------------------------------------------

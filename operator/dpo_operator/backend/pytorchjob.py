@@ -59,7 +59,8 @@ def owner_reference(identity: Identity) -> dict[str, Any]:
     }
 
 
-def _metadata(identity: Identity, name: str, own_labels: dict[str, str], settings: Settings) -> dict[str, Any]:
+def object_metadata(identity: Identity, name: str, own_labels: dict[str, str], settings: Settings) -> dict[str, Any]:
+    """Return the metadata of an object of a job: labels, namespace and owner."""
     metadata: dict[str, Any] = {"name": name, "labels": {**dict(settings.labels), **own_labels}}
     if identity.namespace is not None:
         metadata["namespace"] = identity.namespace
@@ -92,7 +93,7 @@ def build_config_map(job: DPOJob, identity: Identity, image: str, settings: Sett
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": _metadata(identity, name, labels.of_job(identity.name, identity.uid), settings),
+        "metadata": object_metadata(identity, name, labels.of_job(identity.name, identity.uid), settings),
         "immutable": True,
         "data": {IMAGE_KEY: image, SPEC_FILE: spec_json(job)},
     }
@@ -141,7 +142,7 @@ def build_child(
         if priority := priority_class(spec, settings):
             policy["schedulingPolicy"]["priorityClass"] = priority
     queueing = _queueing(job, identity, attempt, settings)
-    metadata = _metadata(identity, names.child(identity.name, attempt), {**own, **queueing}, settings)
+    metadata = object_metadata(identity, names.child(identity.name, attempt), {**own, **queueing}, settings)
     if identity.annotations:
         metadata["annotations"] = dict(identity.annotations)
     return {

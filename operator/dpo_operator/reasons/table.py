@@ -92,7 +92,7 @@ class Reason(Row, Enum):
         word="ChildNameTaken",
         topic="progress",
         event="Warning",
-        meaning="An object with the name of the next PyTorchJob or ConfigMap exists and has another owner.",
+        meaning="The name of the next PyTorchJob, ConfigMap or NetworkPolicy is taken by an object of another owner.",
         remedy="Rename or delete that object, or create the job under another name.",
     )
     WaitingForNamesake = Row(

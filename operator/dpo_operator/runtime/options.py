@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from dpo_api.version import VERSION
+from dpo_operator.backend.network import peers
 from dpo_operator.config import Settings
 from dpo_operator.runtime import podflags
 
@@ -22,6 +24,7 @@ _BETWEEN_PAIRS = {
     "extra_env": re.compile(r",(?=[A-Za-z_][A-Za-z0-9_.-]*=)"),
     "labels": re.compile(","),
     "trainer_node_selector": re.compile(","),
+    "operator_labels": re.compile(","),
 }
 """A comma inside a value, as in NCCL_IB_HCA=mlx5_0,mlx5_1, is not followed by NAME=."""
 
@@ -70,11 +73,13 @@ def parse(
     given = {f.name: got.pop(f.name) for f in fields(Settings) if got.get(f.name) is not None}
     for name in [f.name for f in fields(Settings)]:
         got.pop(name, None)
+    given["network_policies"] = given["network_policies"] == "on"
     for name, between in _BETWEEN_PAIRS.items():
         if name in given:
             flag = f"--{name.replace('_', '-')}"
             given[name] = tuple(_pair(parser, flag, text) for text in between.split(given[name]) if text)
-    _check_labels(parser, given.get("labels", ()))
+    _check_labels(parser, given)
+    given["metrics_from"] = _peers(parser, given["metrics_from"])
     given["trainer_image_pull_secrets"] = _secrets(parser, given["trainer_image_pull_secrets"])
     try:
         given |= podflags.read(given)
@@ -92,18 +97,33 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _check_labels(parser: argparse.ArgumentParser, pairs: Sequence[tuple[str, str]]) -> None:
-    for key, value in pairs:
-        if not _LABEL.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
-            parser.error(f"--labels: {key}={value} is not a Kubernetes label; give [PREFIX/]NAME=VALUE")
-
-
 def _secrets(parser: argparse.ArgumentParser, text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(_parts(text)))
     for name in names:
         if not _SECRET.fullmatch(name):
             parser.error(f"--trainer-image-pull-secrets: {name!r} is not a Secret name; give names separated by commas")
     return names
+
+
+def _check_labels(parser: argparse.ArgumentParser, given: Mapping[str, Any]) -> None:
+    for name in ("labels", "operator_labels"):
+        for key, value in given.get(name, ()):
+            if not _LABEL.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
+                written = f"--{name.replace('_', '-')}: {key}={value}"
+                parser.error(f"{written} is not a Kubernetes label; give [PREFIX/]NAME=VALUE")
+    namespace = given["operator_namespace"]
+    if namespace and not _NAMESPACE.fullmatch(namespace):
+        parser.error(f"--operator-namespace: {namespace!r} is not a namespace name")
+
+
+def _peers(parser: argparse.ArgumentParser, text: str) -> tuple[Mapping[str, Any], ...]:
+    try:
+        return peers(json.loads(text or "[]"))
+    except ValueError as error:
+        parser.error(
+            f"--metrics-from: {error}; give a JSON list of peers as in `from` of a NetworkPolicy, such as"
+            ' [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]'
+        )
 
 
 def _pair(parser: argparse.ArgumentParser, flag: str, text: str) -> tuple[str, str]:
@@ -199,6 +219,14 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")
     flag("extra-env", None, "environment of every trainer: comma-separated NAME=VALUE; values may contain commas")
     flag("labels", None, "labels of every object the operator creates: comma-separated NAME=VALUE")
+    flag("network-policies", "on", choices=("on", "off"),
+         text="create a NetworkPolicy for each job; its pods then accept connections only from each other and, for "
+         "metrics, from the operator and --metrics-from; default %(default)s")  # fmt: skip
+    flag("operator-namespace", s.operator_namespace, "namespace of the operator's pod, for these NetworkPolicies")
+    flag(
+        "operator-labels", None, "labels of the operator's pod, likewise: comma-separated NAME=VALUE; default: any pod"
+    )
+    flag("metrics-from", "", "clients of the trainers' metrics: a JSON list of peers, as in `from` of a NetworkPolicy")
     flag("default-queue", s.default_queue, "Kueue LocalQueue of jobs that name none; default: they start immediately")
     flag(
         "backoff-base-seconds",

@@ -12,13 +12,14 @@ from dataclasses import replace
 
 from dpo_operator.runtime.cache import Cache, Key
 from dpo_operator.runtime.client import ApiError, Client
-from dpo_operator.runtime.resources import CHILDREN, CONFIG_MAPS, EVENTS, JOBS
+from dpo_operator.runtime.resources import CHILDREN, CONFIG_MAPS, EVENTS, JOBS, NETWORK_POLICIES
 from dpo_operator.types import (
     Action,
     CheckChild,
     ChildCheck,
     CreateChild,
     CreateConfigMap,
+    CreateNetworkPolicy,
     DeleteChild,
     DeleteJob,
     EmitEvent,
@@ -58,10 +59,12 @@ class Performer:
                 return news
         return None
 
-    async def _one(self, namespace: str, observed: Observed, action: Action) -> Observed | None:  # noqa: PLR0911
+    async def _one(self, namespace: str, observed: Observed, action: Action) -> Observed | None:  # noqa: C901, PLR0911 - one case for each action
         match action:
             case CreateConfigMap(body):
                 return await self._create_config_map(namespace, observed, body)
+            case CreateNetworkPolicy(body):
+                return await self._create_network_policy(namespace, observed, body)
             case CheckChild(body, generation):
                 return await self._check(namespace, observed, body, generation)
             case CreateChild(body):
@@ -92,6 +95,16 @@ class Performer:
                 return _refused(observed, name, error)
             # If it was deleted since, the next pass creates it.
             return replace(observed, config_map=await self._client.get(CONFIG_MAPS, namespace, name))
+        return None
+
+    async def _create_network_policy(self, namespace: str, observed: Observed, body: Object) -> Observed | None:
+        name = body["metadata"]["name"]
+        try:
+            await self._client.create(NETWORK_POLICIES, namespace, body)
+        except ApiError as error:
+            if error.status != 409:
+                return _refused(observed, name, error)
+            return replace(observed, network_policy=await self._client.get(NETWORK_POLICIES, namespace, name))
         return None
 
     async def _check(self, namespace: str, observed: Observed, body: Object, generation: int) -> Observed:

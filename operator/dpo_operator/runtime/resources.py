@@ -34,6 +34,7 @@ JOBS = Resource("dpo-operator.dev", "v1alpha1", "dpojobs")
 CHILDREN = Resource("kubeflow.org", "v1", "pytorchjobs", selector=JOB)
 PODS = Resource("", "v1", "pods", selector=JOB)
 CONFIG_MAPS = Resource("", "v1", "configmaps")
+NETWORK_POLICIES = Resource("networking.k8s.io", "v1", "networkpolicies")
 EVENTS = Resource("", "v1", "events")
 
 WATCHED = (JOBS, CHILDREN, PODS)

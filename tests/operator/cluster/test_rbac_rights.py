@@ -26,6 +26,7 @@ from dpo_operator.types import (
     Action,
     CreateChild,
     CreateConfigMap,
+    CreateNetworkPolicy,
     DeleteChild,
     DeleteJob,
     EmitEvent,
@@ -38,7 +39,7 @@ from dpo_testing.chaosproxy import ChaosProxy, Fault
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
-from dpo_testing.kubeapi import DPOJOBS, PYTORCHJOBS, Object, eventually, path_of
+from dpo_testing.kubeapi import DPOJOBS, NETWORK_POLICIES, PYTORCHJOBS, Object, eventually, path_of
 from dpo_testing.operatorprocess import OperatorProcess
 
 _ACCOUNTS = ("v1", "serviceaccounts")
@@ -194,7 +195,7 @@ class Stage:
 
 
 def _named(kind: str, name: str, **more: Any) -> Object:
-    version = {"PyTorchJob": PYTORCHJOBS[0]}.get(kind, "v1")
+    version = {"PyTorchJob": PYTORCHJOBS[0], "NetworkPolicy": NETWORK_POLICIES[0]}.get(kind, "v1")
     return {
         "apiVersion": version,
         "kind": kind,
@@ -212,6 +213,10 @@ def _child(name: str) -> Object:
 def _event(name: str, namespace: str) -> Object:
     about = {"kind": "DPOJob", "name": "job", "namespace": namespace, "apiVersion": DPOJOBS[0]}
     return _named("Event", name, reason="Accepted", message="x", type="Normal", involvedObject=about)
+
+
+def _network_policy(name: str) -> Object:
+    return _named("NetworkPolicy", name, spec={"podSelector": {}})
 
 
 async def lists(stage: Stage, resource: Resource) -> None:
@@ -284,6 +289,16 @@ async def config_map_get(stage: Stage) -> None:
     await stage.perform(CreateConfigMap(_named("ConfigMap", "pin-1", immutable=True)))
 
 
+async def network_policy_create(stage: Stage) -> None:
+    """The restriction of who reaches a job's pods."""
+    await stage.perform(CreateNetworkPolicy(_network_policy("network-2")))
+
+
+async def network_policy_get(stage: Stage) -> None:
+    """The same before the next attempt: the policy exists."""
+    await stage.perform(CreateNetworkPolicy(_network_policy("network-1")))
+
+
 async def event_create(stage: Stage) -> None:
     """The event of a transition. No job waits for it, so the refusal shows only in the missing event."""
     await stage.perform(EmitEvent(_event("reported", stage.jobs.namespace)))
@@ -325,6 +340,8 @@ SCENARIOS: dict[Right, Callable[[Stage], Awaitable[None]]] = {
     ("", "pods", "watch"): lambda stage: watches(stage, PODS),
     ("", "configmaps", "get"): config_map_get,
     ("", "configmaps", "create"): config_map_create,
+    ("networking.k8s.io", "networkpolicies", "get"): network_policy_get,
+    ("networking.k8s.io", "networkpolicies", "create"): network_policy_create,
     ("", "events", "create"): event_create,
     ("", "events", "list"): event_list,
     ("", "pods/proxy", "get"): proxy_get,
@@ -353,6 +370,7 @@ def test_a_scenario_fails_without_its_right(cluster: ControlPlane, namespace: st
     jobs.create(body)
     cluster.admin.create(PYTORCHJOBS, namespace, _child("job-1"))
     cluster.admin.create(("v1", "configmaps"), namespace, _named("ConfigMap", "pin-1", immutable=True))
+    cluster.admin.create(NETWORK_POLICIES, namespace, _network_policy("network-1"))
     whole = account(cluster, namespace, rbac.role(namespace, name="whole", outside=True), name="whole")
     reduced = account(
         cluster, namespace, rbac.role(namespace, name="reduced", outside=True, rules=lacking(right)), name="reduced"

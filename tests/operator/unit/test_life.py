@@ -49,7 +49,7 @@ def test_from_apply_to_the_model() -> None:
     assert cluster.calls == ["EmitEvent", "PatchStatus"], "acceptance is stored before anything is created for it"
     assert (cluster.state, cluster.decision.follow) == ("Pending", True)
     cluster.reconcile()
-    assert cluster.calls[2:] == ["CreateConfigMap", "CreateChild", "EmitEvent", "PatchStatus"]
+    assert cluster.calls[2:] == ["CreateConfigMap", "CreateNetworkPolicy", "CreateChild", "EmitEvent", "PatchStatus"]
     assert cluster.state == "Starting"
     cluster.run_to("Running")
     assert cluster.decision.scrape is not None

@@ -55,7 +55,7 @@ COMBINATIONS: dict[str, Mapping[str, Any]] = {
         "serviceAccount": {"annotations": {"example.com/role": "x"}},
         "networkPolicy": {
             "operator": {"enabled": True, "from": [{"namespaceSelector": {}}]},
-            "trainer": {"namespaces": ["team-a"]},
+            "trainer": {"metricsFrom": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "prom"}}}]},
         },
         "monitoring": {"enabled": "always", "labels": {"release": "kps"}},
         "dashboards": {"annotations": {"grafana_folder": "DPO"}, "namespace": "monitoring"},

@@ -17,6 +17,7 @@ PYTORCHJOBS = ("kubeflow.org/v1", "pytorchjobs")
 PODS = ("v1", "pods")
 EVENTS = ("v1", "events")
 CONFIGMAPS = ("v1", "configmaps")
+NETWORK_POLICIES = ("networking.k8s.io/v1", "networkpolicies")
 
 
 class ApiError(Exception):

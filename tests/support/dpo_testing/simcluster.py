@@ -21,6 +21,7 @@ from dpo_operator.types import (
     ChildCheck,
     CreateChild,
     CreateConfigMap,
+    CreateNetworkPolicy,
     Decision,
     DeleteChild,
     DeleteJob,
@@ -89,6 +90,7 @@ class SimCluster:
         self.children: dict[str, Object] = {}
         self.pods: dict[str, Object] = {}
         self.config_maps: dict[str, Object] = {}
+        self.network_policies: dict[str, Object] = {}
         self.events: dict[str, Object] = {}
         self.cluster_events: list[Object] = []
         self.scrape: Scrape | None = None
@@ -169,6 +171,13 @@ class SimCluster:
                 if name in self.config_maps:
                     return replace(observed, config_map=self.config_maps[name])
                 self.config_maps[name] = copy.deepcopy(body)
+            case CreateNetworkPolicy(body):
+                name = body["metadata"]["name"]
+                if name in self.refuse:
+                    return replace(observed, refusals={**observed.refusals, name: self.refuse[name]})
+                if name in self.network_policies:
+                    return replace(observed, network_policy=self.network_policies[name])
+                self.network_policies[name] = copy.deepcopy(body)
             case CreateChild(body):
                 return self._create_child(body, observed)
             case LookUpChild(name):
