@@ -43,12 +43,19 @@ def kinds(objects: list[Object], *, tests: bool = False) -> set[str]:
 
 def test_the_operator_reads_its_environment_as_it_is_meant(home: Path) -> None:
     """Defaults are the operator's own, except for what an installation decides."""
-    options, settings = parse([], environment(pick(render(home=home), "Deployment")))
+    deployment = pick(render(home=home), "Deployment")
+    options, settings = parse([], environment(deployment))
     assert options == Options()
-    image = "ghcr.io/dpo-operator/dpo-trainer:" + VERSION
-    labels_ = (("sidecar.istio.io/inject", "false"),)
-    month = 30 * 24 * 3600
-    assert settings == Settings(trainer_image=image, labels=labels_, default_ttl_seconds_after_finished=month)
+    monitoring = ["monitoring", "openshift-user-workload-monitoring", "gmp-system"]
+    named = {"key": "kubernetes.io/metadata.name", "operator": "In", "values": monitoring}
+    assert settings == Settings(
+        trainer_image="ghcr.io/dpo-operator/dpo-trainer:" + VERSION,
+        labels=(("sidecar.istio.io/inject", "false"),),
+        default_ttl_seconds_after_finished=30 * 24 * 3600,
+        operator_namespace=NAMESPACE,
+        operator_labels=tuple(sorted(deployment["spec"]["selector"]["matchLabels"].items())),
+        metrics_from=({"namespaceSelector": {"matchExpressions": [named]}},),
+    )
 
 
 def test_every_value_reaches_the_operator(home: Path) -> None:
