@@ -17,8 +17,8 @@ LORA = str(EXAMPLES / "llama3-8b-lora.yaml")
 def test_prints_the_objects(dpo: Dpo) -> None:
     said = dpo("render", "-f", LORA)
     assert said.code == 0
-    config_map, child = yaml.safe_load_all(said.out)
-    assert (config_map["kind"], child["kind"]) == ("ConfigMap", "PyTorchJob")
+    config_map, policy, child = yaml.safe_load_all(said.out)
+    assert (config_map["kind"], policy["kind"], child["kind"]) == ("ConfigMap", "NetworkPolicy", "PyTorchJob")
     assert child["metadata"]["name"] == "llama3-8b-helpful-1"
     container = child["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
     assert container["image"] == config_map["data"]["image"] == Settings().trainer_image
@@ -39,7 +39,7 @@ def test_values_image_and_attempt(dpo: Dpo) -> None:
         "4",
     )
     said = dpo("render", "-f", LORA, *options)
-    config_map, child = yaml.safe_load_all(said.out)
+    config_map, _, child = yaml.safe_load_all(said.out)
     assert config_map["data"]["image"] == "my/trainer:2"
     assert child["metadata"]["name"] == "llama3-8b-helpful-4"
     assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
@@ -63,7 +63,7 @@ def test_many_jobs_of_one_file(dpo: Dpo, tmp_path: Path) -> None:
     file = tmp_path / "two.yaml"
     file.write_text(Path(LORA).read_text() + "\n---\n" + (EXAMPLES / "sft.yaml").read_text())
     kinds = [thing["kind"] for thing in yaml.safe_load_all(dpo("render", "-f", str(file)).out)]
-    assert kinds == ["ConfigMap", "PyTorchJob"] * 2
+    assert kinds == ["ConfigMap", "NetworkPolicy", "PyTorchJob"] * 2
 
 
 def test_a_label_of_the_job_names_its_queue(dpo: Dpo, tmp_path: Path) -> None:
@@ -71,5 +71,5 @@ def test_a_label_of_the_job_names_its_queue(dpo: Dpo, tmp_path: Path) -> None:
     document = yaml.safe_load(load_manifest(LORA).to_json())
     document["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "team-b"}
     file.write_text(yaml.safe_dump(document))
-    _, child = yaml.safe_load_all(dpo("render", "-f", str(file)).out)
+    _, _, child = yaml.safe_load_all(dpo("render", "-f", str(file)).out)
     assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-b"

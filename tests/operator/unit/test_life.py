@@ -398,7 +398,7 @@ def test_a_child_created_before_a_crash_is_adopted() -> None:
     cluster = SimCluster()
     cluster.reconcile()
     with pytest.raises(Crash):
-        cluster.reconcile(budget=2)
+        cluster.reconcile(budget=3)
     assert cluster.created == ["job-1"]
     assert cluster.attempts == []
     cluster.settle()
@@ -899,8 +899,8 @@ def test_resumed_and_killed_before_the_status_is_written() -> None:
     cluster.settle()
     cluster.edit(suspend=False)
     with pytest.raises(Crash):
-        cluster.reconcile(budget=2)
-    assert cluster.calls[-2:] == ["CreateConfigMap", "CreateChild"]
+        cluster.reconcile(budget=3)
+    assert cluster.calls[-3:] == ["CreateConfigMap", "CreateNetworkPolicy", "CreateChild"]
     assert cluster.created == ["job-1"]
     cluster.settle()
     assert cluster.condition("Suspended") == ("False", "Resumed")
