@@ -80,8 +80,11 @@ def test_the_stock_init_container_is_refused_and_the_status_says_why(
     cluster: Cluster, jobs: Jobs, steps: Steps, stock: None
 ) -> None:
     need_own_node(cluster)
+    run = Run(cluster, jobs, "aligned")
     with steps.step("the stock init container is refused"):
-        jobs.create(quickstart(cluster, "aligned"))
+        assert run.submit(quickstart(cluster, run.name)).startswith(
+            "dpojob.dpo-operator.dev/aligned serverside-applied"
+        )
         refused = eventually(
             lambda: jobs.conditions("aligned"),
             until=lambda found: any(c["reason"] == "InitContainerRefused" for c in found.values()),
@@ -91,17 +94,29 @@ def test_the_stock_init_container_is_refused_and_the_status_says_why(
     message = next(c["message"] for c in refused.values() if c["reason"] == "InitContainerRefused")
     print(f"  status: {message}")
     assert "init-pytorch" in message
+    with steps.step("the start time-out ends the job"):
+        jobs.patch(run.name, {"runPolicy": {"startTimeoutSeconds": 10, "maxRestarts": 0}})
+        assert run.jobs.wait_state("Failed", name=run.name)["attempts"][-1]["reason"] == "StartTimeout"
+    assert "dpo retry aligned" in run.dpo("status")
 
 
 def test_a_job_aligns_the_model_under_a_random_user(
     cluster: Cluster, jobs: Jobs, steps: Steps, installed: None, tmp_path: Path
 ) -> None:
     run = Run(cluster, jobs, "aligned")
-    if cluster.api.find(DPOJOBS, jobs.namespace, run.name) is None:  # else the one whose init container was refused
-        run.create(quickstart(cluster, run.name))
     with steps.step("DPOJob, 2 nodes of 2 processes, from S3 to S3"):
-        status = run.wait_succeeded()
+        if cluster.api.find(DPOJOBS, jobs.namespace, run.name) is not None:  # the one whose init container was refused
+            jobs.patch(run.name, {"runPolicy": {"startTimeoutSeconds": 1800, "maxRestarts": 3}})
+            assert "retried: attempt " in run.dpo("retry")
+            eventually(lambda: jobs.status(run.name)["state"] != "Failed", what="the job is retried")
+        followed = run.submit(quickstart(cluster, run.name), "--follow", seconds=1200)
+    print(*(f"  | {line}" for line in followed.splitlines()), sep="\n")
+    status = jobs.status(run.name)
     assert status["state"] == "Succeeded", status
+    assert status["modelURI"] in followed
+    assert f"model       {status['modelURI']}" in run.dpo("status")
+    words = ("logs", run.pod(status["attempt"]), "-c", "pytorch", "--tail=20")
+    assert run.dpo("logs", "--tail", "20") == cluster.kubectl("-n", jobs.namespace, *words) != ""
     columns = cluster.kubectl("-n", jobs.namespace, "get", "dpo", "aligned", "--no-headers").split()
     print("  " + " ".join(columns))
     assert columns[1] == "Succeeded"
@@ -167,6 +182,21 @@ def test_a_killed_worker(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed
     fault = lambda: run.kill_container(run.pod(1, "worker-0"))  # noqa: E731
     first, _ = survive(run, steps, "worker killed", fault, undisturbed, attempts=2)
     assert (first["result"], first["failureClass"], first["reason"]) == ("Failed", "retryable", "Killed")
+
+
+@pytest.mark.optional
+def test_a_suspended_job(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed: dict[int, float]) -> None:
+    run = Run(cluster, jobs, "paused")
+
+    def fault() -> None:
+        run.dpo("suspend")
+        jobs.wait_state("Suspended", name=run.name, seconds=90)
+        eventually(lambda: not uids(jobs.pods(), run.name), what="its pods are gone")
+        run.dpo("resume")
+
+    first, last = survive(run, steps, "suspended and resumed", fault, undisturbed, attempts=2)
+    assert (first["result"], first["reason"]) == ("Stopped", "Suspended")
+    assert last["fromStep"] >= first.get("lastStep", EVERY), "a step was lost"
 
 
 @pytest.mark.optional

@@ -12,6 +12,7 @@ from dpo_testing.jobs import Jobs, manifest
 from dpo_testing.kubeapi import eventually
 from dpo_testing.realcluster import cluster as real
 from dpo_testing.realcluster import release, story
+from dpo_testing.realcluster.watching import Run
 from dpo_testing.s3server import need, s3_server
 
 NAMESPACES = ("v1", "namespaces")
@@ -60,6 +61,16 @@ def test_a_namespace_of_somebody_else_is_refused_and_stays(
     finally:
         cluster.admin.delete(NAMESPACES, None, name)
         eventually(lambda: cluster.admin.find(NAMESPACES, None, name) is None, what=f"{name} is gone")
+
+
+def test_the_story_uses_dpo_as_a_user_does(given: real.Cluster, jobs: Jobs) -> None:
+    run = Run(given, jobs, "submitted")
+    body = manifest(run.name, run_policy={"suspend": True})
+    assert run.submit(body).startswith("dpojob.dpo-operator.dev/submitted serverside-applied")
+    assert run.dpo("resume") == "dpojob.dpo-operator.dev/submitted resumed\n"
+    assert "Pending" in run.dpo("status")
+    with pytest.raises(RuntimeError, match="is Pending: only a job that failed is retried"):
+        run.dpo("retry")
 
 
 def test_the_storys_own_namespaces_go_and_the_definition_stays_while_others_have_jobs(

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,18 @@ class Cluster:
         if check and done.returncode != 0:
             raise RuntimeError(f"{program} {' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done.stdout + (done.stderr if not check else "")
+
+    def dpo(self, *words: str, seconds: float = 180) -> str:
+        """Run `dpo` as its users do, with kubectl on the PATH; return its standard output."""
+        path = f"{tool('kubectl').parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            [sys.executable, "-m", "dpo_cli", *words, "--kubeconfig", str(self.kubeconfig)],
+            capture_output=True, text=True, check=False, timeout=seconds,
+            env={**os.environ, "HOME": str(self.layout.run / "home"), "PATH": path},
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise RuntimeError(f"dpo {' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout
 
     def kubectl(self, *words: str, stdin: str | None = None, check: bool = True) -> str:
         """Run kubectl."""

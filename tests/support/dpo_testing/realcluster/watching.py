@@ -13,7 +13,7 @@ from urllib3.exceptions import HTTPError
 from dpo_api.progress import Progress
 from dpo_cli.metrics_log import attempt_of, merge, parse_events
 from dpo_testing.jobs import Jobs
-from dpo_testing.kubeapi import ApiError, Object, eventually, path_of
+from dpo_testing.kubeapi import DPOJOBS, ApiError, Object, eventually, path_of
 from dpo_testing.realcluster import objectstore, release
 from dpo_testing.realcluster.cluster import Cluster
 from dpo_testing.realcluster.layout import REPOSITORY
@@ -64,6 +64,18 @@ class Run:
         """Create the job in an empty run directory, also where an earlier story ran it."""
         objectstore.empty(self.cluster.layout, f"runs/{self.name}/")
         self.jobs.create(body)
+
+    def dpo(self, command: str, *words: str, seconds: float = 180) -> str:
+        """Run a command of `dpo` about the job; return what it printed."""
+        return self.cluster.dpo(command, self.name, *words, "-n", self.jobs.namespace, seconds=seconds)
+
+    def submit(self, body: Object, *words: str, seconds: float = 180) -> str:
+        """Run `dpo submit`; return what it printed. A job that is not there yet starts in an empty run directory."""
+        if self.cluster.api.find(DPOJOBS, self.jobs.namespace, self.name) is None:
+            objectstore.empty(self.cluster.layout, f"runs/{self.name}/")
+        path = self.cluster.layout.run / f"{self.name}.yaml"
+        path.write_text(yaml.safe_dump(body))
+        return self.cluster.dpo("submit", str(path), *words, "-n", self.jobs.namespace, seconds=seconds)
 
     def pod(self, attempt: int, role: str = "master-0") -> str:
         """Return the name of an attempt's pod."""
