@@ -12,12 +12,12 @@ from typing import Any, Literal
 from dpo_api.version import VERSION
 from dpo_operator.config import Settings
 from dpo_operator.runtime import login
-from dpo_operator.runtime.cache import Cache, Key, job_of
+from dpo_operator.runtime.cache import Cache, Key
 from dpo_operator.runtime.client import ApiError, Client, Unreachable
 from dpo_operator.runtime.metrics import Metrics
 from dpo_operator.runtime.options import Options
 from dpo_operator.runtime.queue import WorkQueue
-from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS, WATCHED, Resource
+from dpo_operator.runtime.resources import CHILDREN, JOBS, WATCHED, Resource
 from dpo_operator.runtime.scraper import Scraper
 from dpo_operator.runtime.server import serve
 from dpo_operator.runtime.watchdog import Watchdog
@@ -138,12 +138,8 @@ class Operator:
     # -- news ---------------------------------------------------------------------------------------------------------
 
     def _hear(self, resource: Resource, kind: str | None, item: dict[str, Any]) -> None:
-        metadata = item["metadata"]
         if kind == "DELETED":
-            key = self._cache.remove(resource, metadata["namespace"], metadata["name"], metadata["uid"])
-            key = key or job_of(resource, item)
-            if resource == PODS and key is not None:
-                self._cache.depart(key, item)
+            key = self._cache.deleted(resource, item)
         else:
             if kind is None and self.health.synced:
                 self._watchdog.soon()  # a new list: kopf does not report what was deleted meanwhile

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from dpo_api.metrics import ACCURACY, BY_NAME, LOSS, MARGIN, OPERATOR, newest_group
 from dpo_api.status import STATES, ConditionType
 from dpo_operator import clock
+from dpo_operator.runtime.records import Record, Sample
 
 Job = Mapping[str, Any]
 
@@ -34,11 +35,15 @@ _OF_RUN: tuple[tuple[str, str], ...] = (
 )
 
 
-def of_fleet(jobs: Iterable[Job]) -> Iterator[Metric]:
+def of_fleet(jobs: Iterable[Job | Record]) -> Iterator[Metric]:
     """Yield the counts over all DPOJobs, by namespace."""
     states: Tally[tuple[str, str]] = Tally()
     gpus: Tally[str] = Tally()
     for job in jobs:
+        if isinstance(job, Record):  # it holds no GPU
+            states[job.namespace, job.state] += 1
+            gpus[job.namespace] += 0
+            continue
         namespace = job["metadata"]["namespace"]
         states[namespace, _state(job)] += 1
         attempts = _status(job).get("attempts") or ()
@@ -54,30 +59,41 @@ def of_fleet(jobs: Iterable[Job]) -> Iterator[Metric]:
     yield counted
 
 
-def foremost(jobs: Iterable[Job], limit: int) -> list[Job]:
+def foremost(jobs: Iterable[Job | Record], limit: int) -> list[Job | Record]:
     """Return the DPOJobs with series of their own: unfinished ones first, then the newest.
 
     The longest run is the oldest job: it must keep its alerts, however many jobs have finished since it began.
     """
 
-    def rank(job: Job) -> tuple[bool, str]:
+    def rank(job: Job | Record) -> tuple[bool, str]:
+        if isinstance(job, Record):
+            return False, job.created
         return not _is_over(job), job["metadata"].get("creationTimestamp") or ""
 
     return heapq.nlargest(limit, jobs, key=rank)
 
 
-def of_jobs(jobs: Iterable[Job], now: float) -> Iterator[Metric]:
+def of_jobs(jobs: Iterable[Job | Record], now: float) -> Iterator[Metric]:
     """Yield the series of each DPOJob. ``now``: Unix seconds."""
     families = {row.name: family(row.name) for row in OPERATOR if row.name.startswith("dpo_job_")}
     for job in jobs:
-        labels = [job["metadata"]["namespace"], job["metadata"]["name"]]
-        families["dpo_job_state"].add_metric([*labels, _state(job)], 1)
-        for condition in _status(job).get("conditions") or ():
-            if condition["type"] in _WATCHED and condition["status"] in _VALUES:
-                families["dpo_job_condition"].add_metric([*labels, condition["type"]], _VALUES[condition["status"]])
-        for name, value in _values(job, now):
-            families[name].add_metric(labels, value)
+        if isinstance(job, Record):
+            labels, found = [job.namespace, job.name], iter(job.series)
+        else:
+            labels, found = [job["metadata"]["namespace"], job["metadata"]["name"]], samples(job, now)
+        for name, label, value in found:
+            families[name].add_metric([*labels, label] if label else labels, value)
     yield from families.values()
+
+
+def samples(job: Job, now: float) -> Iterator[Sample]:
+    """Yield the samples of one DPOJob. Those of a finished one are the same at any time."""
+    yield "dpo_job_state", _state(job), 1.0
+    for condition in _status(job).get("conditions") or ():
+        if condition["type"] in _WATCHED and condition["status"] in _VALUES:
+            yield "dpo_job_condition", condition["type"], _VALUES[condition["status"]]
+    for name, value in _values(job, now):
+        yield name, "", value
 
 
 def _values(job: Job, now: float) -> Iterator[tuple[str, float]]:

@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector
 from dpo_api.metrics import BY_NAME
 from dpo_api.version import VERSION
 from dpo_operator.runtime import jobseries
+from dpo_operator.runtime.records import Record
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Seconds of a reconcile."""
@@ -35,7 +36,7 @@ class Metrics:
 
     def __init__(
         self,
-        jobs: Callable[[], Iterable[Mapping[str, Any]]],
+        jobs: Callable[[], Iterable[Mapping[str, Any] | Record]],
         gauges: Callable[[], Mapping[str, float]],
         *,
         job_limit: int,
@@ -107,7 +108,7 @@ class _Now(Collector):
     """The registry, and what the cache and the process held at one moment."""
 
     def __init__(
-        self, registry: CollectorRegistry, jobs: list[Mapping[str, Any]], gauges: dict[str, float], limit: int
+        self, registry: CollectorRegistry, jobs: list[Mapping[str, Any] | Record], gauges: dict[str, float], limit: int
     ) -> None:
         self._registry = registry
         self._jobs = jobs

@@ -69,6 +69,7 @@ class Watchdog:
         self._revive = revive
         self._revived = float("-inf")
         self._asked = asyncio.Event()
+        self._took = 0.0
         self._interval = interval
         self._dead_after = dead_after
         self._suspects: dict[_Suspect, float] = {}
@@ -79,6 +80,7 @@ class Watchdog:
     async def run(self) -> None:
         """Compare until cancelled: often until the caches are filled, then rarely."""
         while True:
+            start = time.monotonic()
             try:
                 agrees = await self.compare()
             except (ApiError, Unreachable) as error:
@@ -92,6 +94,7 @@ class Watchdog:
                 _log.info("caches synced: %d DPOJobs", len(self._cache.job_keys()))
                 for key in self._cache.job_keys():
                     self._changed(key)
+            self._took = time.monotonic() - start
             # Requests come in bursts: one comparison serves them all.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._wait()):
@@ -105,7 +108,7 @@ class Watchdog:
 
     def _wait(self) -> float:
         if not self.health.synced:
-            return 0.5
+            return max(0.5, 2 * self._took)  # most of the time is for the lists themselves
         if self._suspects:
             # A second comparison shows whether a watch is dead or was only slower than this list.
             return min(self._interval, self._dead_after / 2)
@@ -117,8 +120,12 @@ class Watchdog:
             return False
         suspects: set[_Suspect] = set()
         for resource in self.resources:
+            gone = self._cache.unkept(resource)
             for scope in self._scopes:
-                suspects |= await self._compare(resource, scope)
+                suspects |= await self._compare(resource, scope, gone)
+            if suspects and not self.health.synced:
+                break
+            self._cache.forget(resource, gone)
         now = time.monotonic()
         self._suspects = {suspect: self._suspects.get(suspect, now) for suspect in suspects}
         dead = {s[0].plural for s, since in self._suspects.items() if now - since >= self._dead_after}
@@ -136,24 +143,26 @@ class Watchdog:
             self._revived = now
             await self._revive(f"changes of {', '.join(sorted(due))} were not delivered")
 
-    async def _compare(self, resource: Resource, scope: str | None) -> set[_Suspect]:
-        before = {k: uid for k, uid in self._cache.known(resource).items() if scope in {None, k[0]}}
+    async def _compare(self, resource: Resource, scope: str | None, gone: set[str]) -> set[_Suspect]:
+        """Compare the objects of a namespace; take the UIDs that it has out of ``gone``."""
+        missing = {k: uid for k, uid in self._cache.known(resource).items() if scope in {None, k[0]}}
         suspects: set[_Suspect] = set()
-        listed: set[Key] = set()
         async for page in self._client.pages(resource, scope, accept=METADATA_ONLY):
             for item in page:
                 metadata = item["metadata"]
-                namespace, name, uid = metadata["namespace"], metadata["name"], metadata["uid"]
-                listed.add((namespace, name))
-                if before.get((namespace, name)) not in {None, uid}:
-                    listed.discard((namespace, name))
-                seen_uid, seen_version = self._cache.seen(resource, namespace, name)
-                if seen_uid == uid and seen_version >= version(item):
+                key, uid = (metadata["namespace"], metadata["name"]), metadata["uid"]
+                gone.discard(uid)
+                if missing.get(key) == uid:
+                    del missing[key]
+                seen = self._cache.seen(resource, uid)
+                if seen >= version(item):
                     continue
-                suspects.add((resource, uid, seen_version if seen_uid == uid else 0))
+                suspects.add((resource, uid, seen))
                 await self._repair(resource, item)
-        for key in before.keys() - listed:
-            suspects |= await self._remove(resource, key, before[key])
+            if suspects and not self.health.synced:
+                return suspects  # the first lists are still on their way: what else is missing does not matter
+        for key, uid in missing.items():
+            suspects |= await self._remove(resource, key, uid)
         return suspects
 
     async def _repair(self, resource: Resource, item: dict[str, Any]) -> None:
@@ -174,7 +183,7 @@ class Watchdog:
 
     async def _remove(self, resource: Resource, key: Key, uid: str) -> set[_Suspect]:
         """Remove what the cluster no longer has from the cache, unless it was created after the list."""
-        if self._cache.known(resource).get(key) != uid:
+        if self._cache.uid(resource, key) != uid:
             return set()
         found = await self._read(resource, key)
         if found is not None and found["metadata"]["uid"] == uid:

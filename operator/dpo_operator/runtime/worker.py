@@ -108,7 +108,18 @@ class Worker:
                 self._queue.done(key, again_in=min(wake, self._resync))
 
     async def _pass(self, key: Key) -> float | None:
-        """Run one pass; return the seconds until the next, or None for a job that is gone."""
+        """Run one pass; return the seconds until the next, or None if only a change matters: the job is gone or over.
+
+        Of a job that is over only a record is kept. The pass reads its objects again if there is something to do.
+        """
+        record = self._cache.record(key)
+        if record is not None and not self._cache.is_woken(key):
+            left = float("inf") if record.expires is None else record.expires - self._clock()
+            if left > 0:
+                return None if record.expires is None else left
+        certain = self._cache.is_partial(key) and (record is not None or self._cache.job(key) is not None)
+        if certain:
+            await self._read(key)
         job = self._cache.job(key)
         if job is None:
             self._scraper.aim(key, None)
@@ -116,7 +127,6 @@ class Worker:
             self._cache.processed(key, self._cache.departed(key))
             return None
         observed = await self._observe(key, job)
-        certain = False
         for _ in range(_ROUNDS):
             decision = reconcile(observed, self._clock(), self._settings)
             if not certain and _is_weighty(decision, observed.job):
@@ -130,10 +140,28 @@ class Worker:
             if news is None:
                 self._settle(key, job, decision)
                 self._cache.processed(key, observed.pods)
+                if decision.status.get("completionTime") and not decision.actions:
+                    expires = None if decision.wake is None else self._clock() + decision.wake
+                    if self._cache.settle(key, observed.job, observed.children, expires):
+                        self._events.pop(key, None)
+                        return decision.wake
                 wake = self._resync if decision.wake is None else decision.wake
                 return min(wake, self._events_due(key))
             observed = news
         raise Unsettled
+
+    async def _read(self, key: Key) -> Object | None:
+        """Read the DPOJob, its children and its pods into the cache; return the DPOJob, None if it is gone."""
+        job = await self._client.find(JOBS, *key)
+        if job is None:
+            self._cache.remove(JOBS, *key, self._cache.uid(JOBS, key) or "")
+            return None
+        self._cache.open(key, job)
+        # PyTorchJobs before pods: then the pods show whatever the PyTorchJob's status reports.
+        for resource in (CHILDREN, PODS):
+            await relist(self._client, self._cache, resource, key)
+        self._cache.complete(key)
+        return trimmed(JOBS, job)
 
     def _settle(self, key: Key, job: Object, decision: Decision) -> None:
         known = any(attempt.get("lastStep") for attempt in decision.status.get("attempts", [])[-1:])
@@ -152,17 +180,12 @@ class Worker:
 
     async def _look(self, key: Key, observed: Observed) -> Observed:
         """Read the DPOJob, its children and its pods from the API server, into the cache too."""
-        job = await self._client.find(JOBS, *key)
+        job = await self._read(key)
         if job is None:
-            self._cache.remove(JOBS, *key, observed.job["metadata"]["uid"])
             raise Outdated
-        self._cache.put(JOBS, job, watched=False)
-        # PyTorchJobs before pods: then the pods show whatever the PyTorchJob's status reports.
-        for resource in (CHILDREN, PODS):
-            await relist(self._client, self._cache, resource, key)
         return replace(
             observed,
-            job=trimmed(JOBS, job),
+            job=job,
             children=tuple(self._cache.of_job(CHILDREN, key)),
             pods=self._pods(key, job),
         )

@@ -62,9 +62,9 @@ def test_objects_are_found_by_their_job_and_follow_its_label() -> None:
 def test_only_watches_count_as_seen() -> None:
     cache = Cache()
     cache.put(JOBS, item("job", 7), watched=False)
-    assert cache.seen(JOBS, "ns", "job") == ("", 0)
+    assert cache.seen(JOBS, "u1") == 0
     cache.put(JOBS, item("job", 7), watched=True)
-    assert cache.seen(JOBS, "ns", "job") == ("u1", 7)
+    assert cache.seen(JOBS, "u1") == 7
 
 
 def test_pods_and_children_are_kept_without_what_nobody_reads() -> None:
