@@ -75,7 +75,7 @@ class ControlPlane:
         ).write(self._pki, "apiserver")
         self._sa_key, self._sa_pub = service_account_keys(self._pki)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._etcd_port, self._port = stable_port(), stable_port()
+        self.etcd_port, self._port = stable_port(), stable_port()
         self.url = f"https://127.0.0.1:{self._port}"
         self.kubeconfig = self.identity("admin", ["system:masters"])
         certificate, key = self._ca.client("admin", ["system:masters"]).write(self._pki, "admin")
@@ -111,6 +111,10 @@ class ControlPlane:
         """Return the process id of a program that runs."""
         return self._processes[name].pid
 
+    def end(self, name: str) -> None:
+        """End one program for good."""
+        self._end(name, signal.SIGKILL)
+
     def log(self, name: str) -> str:
         """Return what a program has written."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
@@ -137,7 +141,7 @@ class ControlPlane:
             raise RuntimeError(f"{name} ended with {self._processes[name].returncode}:\n{self.log(name)[-4000:]}")
 
     def _etcd_arguments(self) -> list[str]:
-        client, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{stable_port()}"
+        client, peer = f"http://127.0.0.1:{self.etcd_port}", f"http://127.0.0.1:{stable_port()}"
         return [
             "--name=t", f"--data-dir={self.folder}/etcd", "--unsafe-no-fsync", "--log-level=error",
             f"--listen-client-urls={client}", f"--advertise-client-urls={client}", f"--listen-peer-urls={peer}",
@@ -147,7 +151,7 @@ class ControlPlane:
     def _start_apiserver(self) -> None:
         p = self._pki
         arguments = [
-            f"--etcd-servers=http://127.0.0.1:{self._etcd_port}", "--bind-address=127.0.0.1",
+            f"--etcd-servers=http://127.0.0.1:{self.etcd_port}", "--bind-address=127.0.0.1",
             f"--secure-port={self._port}", "--endpoint-reconciler-type=none",
             f"--tls-cert-file={p}/apiserver.crt", f"--tls-private-key-file={p}/apiserver.key",
             f"--client-ca-file={p}/ca.crt", f"--service-account-key-file={self._sa_pub}",
