@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from dpo_operator import clock
 from dpo_operator.backend import pytorchjob
+from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
-from dpo_operator.types import DeleteChild, DeleteJob
+from dpo_operator.types import DeleteChild, DeleteJob, Object
 from dpo_operator.view import attempt_of
 
 
@@ -45,24 +46,24 @@ def leave_queue(draft: Draft) -> None:
 
 def expire(draft: Draft) -> None:
     """Delete a finished DPOJob after its time to live; garbage collection deletes the objects that it owns."""
-    limit = _time_to_live(draft)
-    if limit is None:
-        limit = draft.settings.default_ttl_seconds_after_finished
-    ended = draft.view.status.completion_time
-    if limit is None or ended is None:
+    due = expiry(draft.view.observed.job, draft.settings)
+    if due is None:
         return
-    due = clock.to_moment(ended) + limit
     if draft.now < due:
         draft.wake_at(due)
     else:
         draft.act(DeleteJob(draft.view.name, draft.view.uid))
 
 
-def _time_to_live(draft: Draft) -> int | None:
-    if draft.view.is_readable:
-        return draft.view.spec.run_policy.ttl_seconds_after_finished
-    # A spec that was rejected may be wrong elsewhere: this one field still counts.
-    spec = draft.view.observed.job.get("spec")
+def expiry(job: Object, settings: Settings) -> float | None:
+    """Return when the time to live of a finished DPOJob is over, Unix seconds; None: never.
+
+    A spec that was rejected may be wrong elsewhere: this one field still counts.
+    """
+    ended = (job.get("status") or {}).get("completionTime")
+    spec = job.get("spec")
     policy = spec.get("runPolicy") if isinstance(spec, Mapping) else None
     limit = policy.get("ttlSecondsAfterFinished") if isinstance(policy, Mapping) else None
-    return limit if isinstance(limit, int) and limit >= 0 else None
+    if not isinstance(limit, int) or limit < 0:
+        limit = settings.default_ttl_seconds_after_finished
+    return clock.to_moment(ended) + limit if ended and limit is not None else None

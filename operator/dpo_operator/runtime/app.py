@@ -44,7 +44,7 @@ class Operator:
         self._options = options
         login.use(options.kubeconfig)
         self._client = Client(login.connection, user_agent=f"dpo-operator/{VERSION}")
-        self._cache = Cache()
+        self._cache = Cache(settings)
         self._queue: WorkQueue[Key] = WorkQueue(clock=time.monotonic)
         self._watches = Watches(login.connection, options.namespaces, self._hear)
         self._watchdog = Watchdog(

@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_operator import housekeeping
+from dpo_operator.config import Settings
 from dpo_operator.labels import ATTEMPT, JOB, JOB_UID
 from dpo_operator.runtime import jobseries, records
 from dpo_operator.runtime.records import Record, Sample
@@ -64,8 +66,9 @@ class _ObjectsOfKind:
 class Cache:
     """The newest known version of every object, by kind and by DPOJob."""
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, settings: Settings | None = None) -> None:
+        """Start empty. ``settings``: the operator's, which may give jobs a time to live."""
+        self._settings = settings or Settings()
         self._kinds = {resource: _ObjectsOfKind() for resource in (JOBS, CHILDREN, PODS)}
         self._gone: OrderedDict[str, None] = OrderedDict()
         self._departed: dict[Key, dict[str, dict[str, Any]]] = {}
@@ -114,7 +117,7 @@ class Cache:
             if known_uid != uid:
                 self._mark_partial(key)  # the pods of the older job's attempts may still be there
         elif watched and records.is_at_rest(item):
-            self._record(key, item, records.expiry(item))
+            self._record(key, item, housekeeping.expiry(item, self._settings))
             return key
         self._drop_record(key)
         objects[key] = trimmed(JOBS, item)
@@ -287,7 +290,7 @@ class Cache:
 
     def is_partial(self, key: Key) -> bool:
         """Whether a DPOJob may have PyTorchJobs and pods that are not kept: a pass has to read them first."""
-        return key in self._records or key in self._partial
+        return key in self._records or (key in self._partial and key in self._kinds[JOBS].objects)
 
     def open(self, key: Key, job: Mapping[str, Any]) -> None:
         """Keep a DPOJob whole again. Then its PyTorchJobs and pods are read, and ``complete`` is called."""

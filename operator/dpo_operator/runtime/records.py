@@ -13,7 +13,6 @@ from typing import Any
 
 from dpo_api.manifest import GROUP
 from dpo_api.running import RunPolicy
-from dpo_operator import clock
 from dpo_operator.backend import pytorchjob
 
 Sample = tuple[str, str, float]
@@ -62,7 +61,7 @@ def is_at_rest(job: Mapping[str, Any]) -> bool:
     """Whether the status of a DPOJob shows that it is over and that a pass has seen it as it is now.
 
     An annotation of this group may be a request, such as that of a retry: only a pass can tell whether it was served.
-    And what another version of the operator rejected, this one may accept.
+    And what another version of the operator rejected may be valid for this version.
     """
     metadata, status = job["metadata"], job.get("status") or {}
     if not status.get("completionTime") or metadata.get("deletionTimestamp"):
@@ -73,16 +72,6 @@ def is_at_rest(job: Mapping[str, Any]) -> bool:
     if attempts and not attempts[-1].get("endTime"):
         return False
     return not any(name.partition("/")[0] == GROUP for name in metadata.get("annotations") or ())
-
-
-def expiry(job: Mapping[str, Any]) -> float | None:
-    """Return when the time to live of a finished DPOJob is over, Unix seconds; None: never.
-
-    It only says when to look: the pass then decides.
-    """
-    limit = _policy(job).get("ttlSecondsAfterFinished")
-    ended = job["status"]["completionTime"]
-    return clock.to_moment(ended) + limit if isinstance(limit, int) else None
 
 
 def needs_pass(child: Mapping[str, Any]) -> bool:

@@ -33,6 +33,8 @@ _EVENTS_SECONDS = 15.0
 _PODS_ASKED = 4
 """Number of pods, of those that have a node but do not start, whose events are read: most share one cause."""
 
+_FOREVER = float("inf")
+
 _log = logging.getLogger(__name__)
 
 
@@ -112,12 +114,10 @@ class Worker:
 
         Of a job that is over only a record is kept. The pass reads its objects again if there is something to do.
         """
-        record = self._cache.record(key)
-        if record is not None and not self._cache.is_woken(key):
-            left = float("inf") if record.expires is None else record.expires - self._clock()
-            if left > 0:
-                return None if record.expires is None else left
-        certain = self._cache.is_partial(key) and (record is not None or self._cache.job(key) is not None)
+        rest = self._rest(key)
+        if rest > 0:
+            return None if rest == _FOREVER else rest
+        certain = self._cache.is_partial(key)
         if certain:
             await self._read(key)
         job = self._cache.job(key)
@@ -140,15 +140,26 @@ class Worker:
             if news is None:
                 self._settle(key, job, decision)
                 self._cache.processed(key, observed.pods)
-                if decision.status.get("completionTime") and not decision.actions:
-                    expires = None if decision.wake is None else self._clock() + decision.wake
-                    if self._cache.settle(key, observed.job, observed.children, expires):
-                        self._events.pop(key, None)
-                        return decision.wake
-                wake = self._resync if decision.wake is None else decision.wake
-                return min(wake, self._events_due(key))
+                return self._next(key, observed, decision)
             observed = news
         raise Unsettled
+
+    def _rest(self, key: Key) -> float:
+        """Return the seconds for which nothing is to do about a DPOJob that is over; 0 for any other."""
+        record = self._cache.record(key)
+        if record is None or self._cache.is_woken(key):
+            return 0.0
+        return _FOREVER if record.expires is None else max(0.0, record.expires - self._clock())
+
+    def _next(self, key: Key, observed: Observed, decision: Decision) -> float | None:
+        """Return the seconds until the next pass; forget what is not needed before."""
+        if decision.status.get("completionTime") and not decision.actions:
+            expires = None if decision.wake is None else self._clock() + decision.wake
+            if self._cache.settle(key, observed.job, observed.children, expires):
+                self._events.pop(key, None)
+                return decision.wake
+        wake = self._resync if decision.wake is None else decision.wake
+        return min(wake, self._events_due(key))
 
     async def _read(self, key: Key) -> Object | None:
         """Read the DPOJob, its children and its pods into the cache; return the DPOJob, None if it is gone."""

@@ -12,6 +12,7 @@ import pytest
 
 from dpo_api.errors import Outcome
 from dpo_operator import clock
+from dpo_operator.config import Settings
 from dpo_operator.runtime import jobseries
 from dpo_operator.runtime.cache import Cache, Key
 from dpo_operator.runtime.records import Record
@@ -218,7 +219,14 @@ def test_its_time_to_live_is_known_from_the_list() -> None:
     cache, job, _, _ = recorded(ttlSecondsAfterFinished=60)
     record = cache.record(KEY)
     assert record is not None
-    assert record.expires == clock.to_moment(job["status"]["completionTime"]) + 60
+    ended = clock.to_moment(job["status"]["completionTime"])
+    assert record.expires == ended + 60
+    cache = Cache(Settings(default_ttl_seconds_after_finished=30))
+    del job["spec"]["runPolicy"]["ttlSecondsAfterFinished"]
+    cache.put(JOBS, job, watched=True)
+    record = cache.record(KEY)
+    assert record is not None
+    assert record.expires == ended + 30
 
 
 def test_pods_of_an_ended_attempt_are_not_kept_and_those_of_the_next_are() -> None:

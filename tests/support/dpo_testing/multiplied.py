@@ -24,7 +24,7 @@ class Template:
     """A job as the API server returned it, and all that belongs to it."""
 
     def __init__(self, name: str, objects: Iterable[Mapping[str, Any]]) -> None:
-        """``name``: that of the DPOJob, which nothing else in the objects may contain by chance."""
+        """``name``: that of the DPOJob; a text that occurs nowhere as a part of another word."""
         self._name = name
         self._texts: list[tuple[str, str, str]] = []
         self._uids: list[str] = []
