@@ -201,6 +201,8 @@ class Writes:
         self.progress = self.others = 0
         self.ended = False
         """Whether it counts no more, so that what it has counted is too little."""
+        self.enough = False
+        """Set when the figures are taken: what follows is not counted."""
         listed = plane.admin.call("GET", JOBS.path(NAMESPACE))
         self._known = {job["metadata"]["name"]: self._of(job) for job in listed["items"]}
         self._url = f"{plane.url}{JOBS.path(NAMESPACE)}?watch=true&timeoutSeconds=3000&resourceVersion="
@@ -217,6 +219,8 @@ class Writes:
             try:
                 for line in self._plane.admin.stream(self._url):
                     event = json.loads(line)
+                    if self.enough:
+                        return
                     if event["type"] != "MODIFIED":
                         raise RuntimeError(line.decode())
                     name, status = event["object"]["metadata"]["name"], self._of(event["object"])
@@ -434,6 +438,7 @@ async def bench(options: argparse.Namespace, plane: ControlPlane) -> dict[str, f
         await asyncio.sleep(round_seconds)
         if writes.ended:
             raise RuntimeError("the watch of DPOJobs ended: not all writes were seen")
+        writes.enough = True
         results["restart_status_writes"] = writes.others
         results["restart_progress_writes"] = writes.progress
         results["restart_children_made"] = len(world.seen) - options.jobs
