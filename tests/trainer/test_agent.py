@@ -15,6 +15,7 @@ import pytest
 from dpo_api.errors import Outcome
 from dpo_testing.runs import PACKAGES, job_of
 from dpo_trainer.agent import Worker, end
+from dpo_trainer.launch import _rendezvous
 
 HANGING = """
 import os, signal, sys, time
@@ -52,7 +53,7 @@ def test_a_process_that_hangs_in_a_collective_does_not_wait_for_the_grace_period
     """The peer fails while all are asked to stop: an hour is there for checkpoints, and nobody left to write one."""
     script = tmp_path / "worker.py"
     script.write_text(HANGING)
-    command = [sys.executable, "-m", "dpo_trainer", "agent", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
+    command = [sys.executable, "-m", "dpo_trainer", "agent", *_rendezvous({}), "--nproc-per-node=2", "--max-restarts=0"]
     keys = {"PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
     child = subprocess.Popen([*command, str(script), "--results", str(tmp_path)], env={**os.environ, **keys})
     try:

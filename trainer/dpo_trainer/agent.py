@@ -30,6 +30,9 @@ REAP_SECONDS = 30.0
 STACKS_SECONDS = 1.0
 """How long a process that is about to be killed may print the stacks of its threads."""
 
+LOCAL_RENDEZVOUS = "local"
+"""Name by which torchrun knows dpo_trainer.rendezvous.LocalRendezvous."""
+
 _GOOD_ENDS = (0, Outcome.Stopped.exit_code)
 
 
@@ -125,7 +128,12 @@ def agent(argv: Sequence[str]) -> int:
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.run import main as torchrun
+
+    from dpo_trainer.rendezvous import LocalRendezvous
+
+    rendezvous_handler_registry.register(LOCAL_RENDEZVOUS, LocalRendezvous)
 
     results = Path(argv[argv.index("--results") + 1])
 

@@ -1,5 +1,6 @@
 """The process group of a run: its members, and the few things that all ranks decide together."""
 
+import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_api.errors import InvalidSpecError
-from dpo_trainer import bridge
+from dpo_trainer import bridge, peers
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL error", "Broken pipe")
 """Texts of the plain RuntimeErrors that Gloo and NCCL raise when another process has exited."""
@@ -41,6 +42,9 @@ LONGEST_WAIT_SECONDS = 6 * 3600
 Rank 0 may be writing a model of hundreds of gigabytes. The operator detects runs that hang for other reasons
 (``runPolicy.stallTimeoutSeconds``).
 """
+
+_LARGEST_MESSAGE = 1 << 26
+"""Most bytes that ``World.from_main`` accepts. The largest message holds the spec of a finished run."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class World:
             torch.cuda.set_device(local_rank)
         else:
             bridge.install()
+        peers.restrict()
         if not dist.is_initialized():
             timeout = timedelta(seconds=timeout_seconds)
             if size == 1:
@@ -129,11 +134,19 @@ class World:
         return bool(value.item())
 
     def from_main[T](self, value: T | None) -> T:
-        """Return rank 0's value on every rank. It must be small and picklable; only the run's processes see it."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
-        result = box[0]
-        assert result is not None  # noqa: S101 - rank 0 always passes one
+        """Return rank 0's value on every rank. It travels as JSON: it must be of JSON's types, and no tuple.
+
+        Raises InternalError if what arrives cannot come from a rank 0 of this run.
+        """
+        text = json.dumps(value).encode() if self.is_main else b""
+        size = int(self.broadcast(torch.tensor([len(text)], dtype=torch.int64)).item())
+        if not 0 < size <= _LARGEST_MESSAGE:
+            raise peers.not_of_this_run(f"as rank 0 a message of {size:,} bytes; the limit is {_LARGEST_MESSAGE:,}")
+        own = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.is_main else torch.empty(size).byte()
+        try:
+            result: T = json.loads(self.broadcast(own).numpy().tobytes())
+        except (ValueError, RecursionError) as error:
+            raise peers.not_of_this_run(f"as rank 0 a message that is not JSON ({error})") from error
         return result
 
     def barrier(self) -> None:

@@ -21,6 +21,7 @@ from dpo_api.manifest import load_manifest
 from dpo_api.progress import LastWords
 from dpo_api.spec import DPOJobSpec, Resources
 from dpo_api.validation import refuse_errors
+from dpo_trainer.agent import LOCAL_RENDEZVOUS
 from dpo_trainer.parent import follow_parent
 from dpo_trainer.results import read_results, summarise
 
@@ -127,7 +128,8 @@ def processes_here(environment: Mapping[str, str], resources: Resources) -> int:
 
 
 def _rendezvous(environment: Mapping[str, str]) -> list[str]:
-    """Return torchrun's rendezvous arguments; none for several nodes, where PyTorchJob's PET_* variables say all."""
+    """Return torchrun's rendezvous arguments. It must not be the dynamic one, which unpickles what its store holds."""
     if int(environment.get("PET_NNODES", "1") or 1) > 1:
-        return []  # torchrun reads PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT itself
-    return ["--standalone"]
+        # torchrun reads PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT itself. PyTorchJob sets them.
+        return ["--rdzv-backend=static"]
+    return [f"--rdzv-backend={LOCAL_RENDEZVOUS}", "--rdzv-endpoint=localhost"]

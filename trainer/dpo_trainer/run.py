@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +32,7 @@ from dpo_trainer.model.lora import adapters_disabled, attach_lora
 from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable, complete, reference_key
 from dpo_trainer.reporting import Reporter
 from dpo_trainer.results import RankResult
-from dpo_trainer.rundir import RunDirectory, SavedCheckpoint
+from dpo_trainer.rundir import Finished, RunDirectory, SavedCheckpoint
 from dpo_trainer.sources import model_source, open_tokenizer, store_for
 from dpo_trainer.stopping import StopRequest
 from dpo_trainer.training import Inputs, Training
@@ -128,13 +128,16 @@ class Run:
         self.reporter.close()
 
     def _on_main[T](self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 only and return its value on every rank. A failure ends rank 0 and so the run."""
-        box = (action(),) if self.world.is_main else None
-        return self.world.from_main(box)[0]
+        """Run ``action`` on rank 0 only and return its value on every rank. A failure ends rank 0 and so the run.
+
+        The value travels as JSON.
+        """
+        return self.world.from_main(action() if self.world.is_main else None)
 
     def _finished_before(self) -> bool:
         """Return whether the directory holds the finished run of the same spec, so that there is nothing to do."""
-        done = self._on_main(self.directory.finished)
+        found = self._on_main(lambda: _fields(self.directory.finished()))
+        done = None if found is None else Finished(**found)
         if done is None or not self.spec.checkpoint.resume or done.spec != _spec_of(self.job):
             return False
         if not self._on_main(lambda: is_there(self.spec, self._output(done.model))):
@@ -280,7 +283,8 @@ class Run:
         self.reporter.begin(self.directory)
 
     def _newest_checkpoint(self) -> SavedCheckpoint | None:
-        newest = self._on_main(lambda: next(reversed(self.directory.checkpoints()), None))
+        found = self._on_main(lambda: _fields(next(reversed(self.directory.checkpoints()), None)))
+        newest = None if found is None else SavedCheckpoint(**found)
         if newest is not None and not self.spec.checkpoint.resume:
             raise IncompatibleCheckpointError(
                 f"{self.directory.uri} holds a checkpoint of step {newest.step} and spec.checkpoint.resume is false: "
@@ -325,6 +329,10 @@ class Run:
             }
             self.directory.write_json("export.json", done)
         self.world.barrier()
+
+
+def _fields(value: Finished | SavedCheckpoint | None) -> dict[str, Any] | None:
+    return None if value is None else asdict(value)
 
 
 def _spec_of(job: DPOJob) -> Any:

@@ -5,10 +5,10 @@ restrictions. A crafted file could run code. So it is first read by an unpickler
 valid file needs. If this succeeds, the file refers to no other class and torch can load it safely.
 """
 
-import pickle
 from pathlib import Path
 
 from dpo_api.errors import IncompatibleCheckpointError
+from dpo_trainer.pickles import AllowListUnpickler, Globals
 
 _PLANNER = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 _METADATA = (
@@ -23,7 +23,7 @@ _METADATA = (
 )
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
-ALLOWED = frozenset(
+ALLOWED: Globals = frozenset(
     {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set")}
     | {("torch", name) for name in _DTYPES}
     | {("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")}
@@ -34,11 +34,8 @@ ALLOWED = frozenset(
 """(module, name) of each global in a checkpoint written by torch 2.x or Megatron-Core."""
 
 
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
+class _Reader(AllowListUnpickler):
+    allowed = ALLOWED
 
 
 def check_metadata(path: Path, uri: str) -> None:

@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dpo_api.errors import IncompatibleCheckpointError
+from dpo_api.errors import DPOError, IncompatibleCheckpointError
 from dpo_store import local_path_of
 from dpo_store.errors import from_os_error
 from dpo_trainer import bridge
@@ -122,6 +122,8 @@ def load(run: RunDirectory, world: World, sharded: Sharded, saved: SavedCheckpoi
         try:
             with bridge.construction(), _no_pickled_code():
                 loaded: Sharded = dist_checkpointing.load(sharded, str(folder))
+        except DPOError:
+            raise  # it says more than that the checkpoint cannot be read
         except (Exception, CheckpointException) as error:
             if lost_contact(error):
                 raise
