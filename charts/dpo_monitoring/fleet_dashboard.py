@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dpo_monitoring.panels import Dashboard, Panel, Query, Row, Variable
-from dpo_monitoring.queries import fleet, metric, of_fleet, own
+from dpo_monitoring.panels import Annotation, Dashboard, Panel, Query, Row, Variable, clusters
+from dpo_monitoring.queries import fleet, of_fleet, of_operator, own
 
 WAITING = "Pending|Queued|Starting|Restarting"
 
@@ -39,7 +39,7 @@ NOW = Row(
             "none",
             (
                 Query(
-                    f"{own('dpo_operator_synced')} * on () ({own('dpo_operator_watches_dead')} == bool 0)",
+                    f"{own('dpo_operator_synced')} * on (cluster) ({own('dpo_operator_watches_dead')} == bool 0)",
                     "ready",
                 ),
             ),
@@ -110,7 +110,15 @@ JOBS = Row(
             "Attempts of all namespaces that ended in failure in the last hour. infrastructure: nodes were lost or"
             " drained; retryable: charged to maxRestarts; permanent: the job failed.",
             "none",
-            (Query(f"sum by (class) (increase({metric('dpo_operator_restarts_total').name}[1h]))", "{{class}}"),),
+            (Query(f"sum by (class) (increase({of_operator('dpo_operator_restarts_total')}[1h]))", "{{class}}"),),
+            form="stacked",
+            lowest=0,
+        ),
+        Panel(
+            "Failed attempts by cause",
+            "The same attempts by the reason that ended them. Every reason and its remedy: docs/operations.md.",
+            "none",
+            (Query(f"sum by (reason) (increase({of_operator('dpo_operator_restarts_total')}[1h])) > 0", "{{reason}}"),),
             form="stacked",
             lowest=0,
         ),
@@ -172,7 +180,7 @@ JOBS = Row(
     ),
 )
 
-_PASSES = metric("dpo_operator_reconcile_duration_seconds_bucket").name + "_bucket"
+_PASSES = of_operator("dpo_operator_reconcile_duration_seconds_bucket")
 
 OPERATOR = Row(
     "Operator",
@@ -197,7 +205,7 @@ OPERATOR = Row(
             "none",
             (
                 Query(
-                    f"sum by (cause) (rate({metric('dpo_operator_reconcile_errors_total').name}[$__rate_interval]))",
+                    f"sum by (cause) (rate({of_operator('dpo_operator_reconcile_errors_total')}[$__rate_interval]))",
                     "{{cause}}",
                 ),
             ),
@@ -248,7 +256,7 @@ OPERATOR = Row(
             "Operator's CPU",
             "CPU cores that the operator uses.",
             "short",
-            (Query(f"sum(rate({metric('dpo_operator_process_cpu_seconds_total').name}[$__rate_interval]))", "cores"),),
+            (Query(f"sum(rate({of_operator('dpo_operator_process_cpu_seconds_total')}[$__rate_interval]))", "cores"),),
             lowest=0,
         ),
         Panel(
@@ -267,8 +275,24 @@ FLEET = Dashboard(
     title="DPO fleet",
     description="What runs, what waits, what restarts, and the state of the operator.",
     variables=(
-        Variable("namespace", "Namespace", "Namespaces of the jobs.", "label_values(dpo_operator_jobs, namespace)"),
+        clusters("dpo_operator_info"),
+        Variable(
+            "namespace",
+            "Namespace",
+            "Namespaces of the jobs.",
+            'label_values(dpo_operator_jobs{cluster=~"$cluster"}, namespace)',
+        ),
     ),
     rows=(NOW, JOBS, OPERATOR),
+    annotations=(
+        Annotation(
+            "New attempts",
+            "Marks the start of each attempt after the first.",
+            f"changes({of_fleet('dpo_job_attempt')}[2m]) > 0",
+            "new attempt of {{dpojob}}",
+            "red",
+            shown=False,
+        ),
+    ),
     start="now-24h",
 )

@@ -13,7 +13,7 @@ from grafana_foundation_sdk.models import common as words
 from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from dpo_monitoring.panels import Dashboard, Form, Panel, Row, Variable
+from dpo_monitoring.panels import Annotation, Dashboard, Form, Panel, Row, Variable
 
 TAG = "dpo-operator"
 _SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -44,6 +44,8 @@ def _dashboard(dashboard: Dashboard) -> builders.Dashboard:
     )
     for variable in dashboard.variables:
         built.with_variable(_variable(variable))
+    for annotation in dashboard.annotations:
+        built.annotation(_Marks(annotation))
     for row in dashboard.rows:
         built.with_row(_row(row, numbers))
         if not row.folded:
@@ -69,9 +71,28 @@ def _variable(variable: Variable) -> builders.QueryVariable:
         .sort(models.VariableSort.ALPHABETICAL_ASC)
         .multi(multi=True)
         .include_all(include_all=True)
-        .all_value(".+")
+        .all_value(variable.everything)
         .current(models.VariableOption(selected=True, text=["All"], value=["$__all"]))
     )
+
+
+class _Marks(builders.AnnotationQuery):
+    """An annotation with the texts that only the Prometheus data source reads."""
+
+    def __init__(self, annotation: Annotation) -> None:
+        super().__init__()
+        self._internal = _AnnotationModel(annotation.text)
+        self.name(annotation.name).datasource(_SOURCE).enable(annotation.shown).icon_color(annotation.color)
+        self.expr(annotation.expr)
+
+
+class _AnnotationModel(models.AnnotationQuery):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def to_json(self) -> dict[str, object]:
+        return super().to_json() | {"titleFormat": self._text, "textFormat": "{{namespace}}", "tagKeys": "dpojob"}
 
 
 def _row(row: Row, numbers: Iterator[int]) -> builders.Row:
@@ -127,7 +148,7 @@ def _stat(_: Panel) -> stat.Panel:
 
 def _table(panel: Panel) -> table.Panel:
     """One row per job: the results of the queries side by side, without Prometheus' own columns."""
-    names: dict[str, str] = {"namespace": "Namespace", "dpojob": "Job", "state": "State"}
+    names: dict[str, str] = {"cluster": "Cluster", "namespace": "Namespace", "dpojob": "Job", "state": "State"}
     hidden = {"Time": True}
     for letter, query in zip(_LETTERS, panel.queries, strict=False):
         names[f"Value #{letter}"] = query.legend
@@ -144,7 +165,8 @@ def _table(panel: Panel) -> table.Panel:
 
 _TO_TRAINING = {
     "title": "DPO training",
-    "url": "/d/dpo-training?var-namespace=${__data.fields.Namespace}&var-dpojob=${__value.text}&${__url_time_range}",
+    "url": "/d/dpo-training?var-namespace=${__data.fields.Namespace}&var-dpojob=${__value.text}"
+    "&${cluster:queryparam}&${__url_time_range}",
 }
 
 _FORMS: dict[Form, Callable[[Panel], _Built]] = {"lines": _lines, "stacked": _lines, "stat": _stat, "table": _table}

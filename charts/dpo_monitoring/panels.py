@@ -59,6 +59,27 @@ class Variable:
     label: str
     description: str
     query: str
+    everything: str = ".+"
+    """The pattern for All."""
+
+
+def clusters(series: str) -> Variable:
+    """Return the choice of clusters. Where no series has the label, only All can be chosen, which fits every series."""
+    text = "Clusters, where Prometheus gives series the label cluster."
+    return Variable("cluster", "Cluster", text, f"label_values({series}, cluster)", ".*")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Marks on the time axis of every panel, at each time at which a query has a value."""
+
+    name: str
+    description: str
+    expr: str
+    text: str
+    color: str
+    shown: bool = True
+    """Whether it is on when the dashboard opens."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,7 @@ class Dashboard:
     rows: tuple[Row, ...]
     start: str
     """The initial time range, such as now-6h."""
+    annotations: tuple[Annotation, ...] = ()
 
     @property
     def panels(self) -> tuple[Panel, ...]:

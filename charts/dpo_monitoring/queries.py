@@ -6,7 +6,9 @@ import re
 
 from dpo_api.metrics import BY_NAME, OPERATOR, Metric
 
-JOB = ("namespace", "dpojob")
+CLUSTER = "cluster"
+"""The label by which a Prometheus of several clusters tells them apart; without it, a query by it is the same."""
+JOB = (CLUSTER, "namespace", "dpojob")
 ATTEMPT = (*JOB, "attempt")
 
 GPU: dict[str, str] = {
@@ -20,6 +22,7 @@ GPU: dict[str, str] = {
 }
 """The only series that are not ours: those of NVIDIA's dcgm-exporter, by their documented names."""
 
+_CLUSTERS = f'{CLUSTER}=~"${CLUSTER}"'
 _HISTOGRAM = ("_bucket", "_sum", "_count")
 
 
@@ -61,17 +64,23 @@ def run_rate(name: str) -> str:
 def of_fleet(name: str, more: str = "") -> str:
     """Select the operator's series about the chosen namespaces."""
     metric(name)
-    return f'{name}{{namespace=~"$namespace"{more}}}'
+    return f'{name}{{namespace=~"$namespace", {_CLUSTERS}{more}}}'
 
 
 def fleet(name: str, *by: str, more: str = "") -> str:
     """Return the operator's series about the chosen namespaces; two operators during an upgrade count once."""
-    return f"max by ({', '.join(by)}) ({of_fleet(name, more)})"
+    return f"max by ({', '.join((CLUSTER, *by))}) ({of_fleet(name, more)})"
 
 
 def own(name: str) -> str:
-    """Return a series of the operator about itself."""
-    return f"max({metric(name).name})"
+    """Return a series of the operator about itself, by cluster."""
+    return f"max by ({CLUSTER}) ({of_operator(name)})"
+
+
+def of_operator(name: str) -> str:
+    """Select a series of the operator about itself."""
+    metric(name)
+    return f"{name}{{{_CLUSTERS}}}"
 
 
 def gpu(name: str) -> str:
@@ -85,7 +94,7 @@ def gpu(name: str) -> str:
     role = "-[0-9]+-(?:master|worker)-[0-9]+"
     ways = []
     for prefix in ("exported_", ""):
-        chosen = f'{name}{{{prefix}namespace=~"$namespace", {prefix}pod=~"(?:$dpojob){role}"}}'
+        chosen = f'{name}{{{prefix}namespace=~"$namespace", {_CLUSTERS}, {prefix}pod=~"(?:$dpojob){role}"}}'
         # If both forms match, the labels of the pod that uses the GPU take precedence.
         missing = "" if prefix else ', exported_pod=""'
         chosen = chosen.replace("}", f"{missing}}}")
@@ -94,10 +103,10 @@ def gpu(name: str) -> str:
             named = f'label_replace({named}, "namespace", "$1", "{prefix}namespace", "(.+)")'
             named = f'label_replace({named}, "pod", "$1", "{prefix}pod", "(.+)")'
         ways.append(named)
-    return f"max by (namespace, dpojob, pod, gpu) ({' or '.join(ways)})"
+    return f"max by ({', '.join((*JOB, 'pod', 'gpu'))}) ({' or '.join(ways)})"
 
 
 def _chosen(name: str, label: str) -> str:
     if metric(name) in OPERATOR:
         raise KeyError(f"{name} is exported by the operator: it has no label {label}")
-    return 'namespace=~"$namespace", dpojob=~"$dpojob"'
+    return f'namespace=~"$namespace", {_CLUSTERS}, dpojob=~"$dpojob"'

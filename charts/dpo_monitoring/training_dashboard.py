@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dpo_monitoring.panels import Dashboard, Panel, Query, Row, Variable
-from dpo_monitoring.queries import gpu, of_run, run, run_rate
+from dpo_monitoring.panels import Annotation, Dashboard, Panel, Query, Row, Variable, clusters
+from dpo_monitoring.queries import ATTEMPT, JOB, gpu, of_fleet, of_run, run, run_rate
 
 WHO = "{{dpojob}} #{{attempt}}"
+CHOSEN = ', dpojob=~"$dpojob"'
+_BY_JOB = f"max by ({', '.join(JOB)})"
 
 
 def _both(name: str) -> tuple[Query, ...]:
@@ -18,10 +20,10 @@ def _both(name: str) -> tuple[Query, ...]:
 
 def _newest(name: str, legend: str = "{{dpojob}}") -> Query:
     """Return the newest value of a series for each job, from any attempt."""
-    return Query(f"max by (namespace, dpojob) ({of_run(name)})", legend)
+    return Query(f"{_BY_JOB} ({of_run(name)})", legend)
 
 
-_STEPS = "max by (namespace, dpojob) ({})"
+_STEPS = f"{_BY_JOB} ({{}})"
 
 NOW = Row(
     "Now",
@@ -276,7 +278,7 @@ SPEED = Row(
             "none",
             (
                 Query(
-                    f"max by (namespace, dpojob, attempt, version) ({of_run('dpo_trainer_info')})",
+                    f"max by ({', '.join((*ATTEMPT, 'version'))}) ({of_run('dpo_trainer_info')})",
                     WHO + " {{version}}",
                 ),
             ),
@@ -309,7 +311,7 @@ DATA = Row(
             (
                 Query(run("dpo_data_pairs"), "{{dpojob}} usable"),
                 Query(
-                    f"max by (namespace, dpojob, reason) ({of_run('dpo_data_dropped_pairs')}) > 0",
+                    f"max by ({', '.join((*JOB, 'reason'))}) ({of_run('dpo_data_dropped_pairs')}) > 0",
                     "{{dpojob}} left out: {{reason}}",
                 ),
             ),
@@ -322,7 +324,7 @@ DATA = Row(
 def _gpus(name: str, scale: str = "") -> tuple[Query, ...]:
     """Return mean and extremes over the GPUs of a job."""
     return tuple(
-        Query(f"{how} by (namespace, dpojob) ({gpu(name)}){scale}", f"{{{{dpojob}}}} {word}")
+        Query(f"{how} by ({', '.join(JOB)}) ({gpu(name)}){scale}", f"{{{{dpojob}}}} {word}")
         for how, word in (("avg", "mean"), ("min", "lowest"), ("max", "highest"))
     )
 
@@ -352,7 +354,7 @@ GPUS = Row(
             "percentunit",
             (
                 Query(
-                    f"max by (namespace, dpojob) ({gpu('DCGM_FI_DEV_FB_USED')} / "
+                    f"{_BY_JOB} ({gpu('DCGM_FI_DEV_FB_USED')} / "
                     f"({gpu('DCGM_FI_DEV_FB_USED')} + {gpu('DCGM_FI_DEV_FB_FREE')}))",
                     "{{dpojob}} highest",
                 ),
@@ -364,7 +366,7 @@ GPUS = Row(
             "GPU power",
             "Power drawn by all GPUs of a job. If it drops to idle during training, the job has stalled.",
             "watt",
-            (Query(f"sum by (namespace, dpojob) ({gpu('DCGM_FI_DEV_POWER_USAGE')})", "{{dpojob}}"),),
+            (Query(f"sum by ({', '.join(JOB)}) ({gpu('DCGM_FI_DEV_POWER_USAGE')})", "{{dpojob}}"),),
             lowest=0,
         ),
         Panel(
@@ -390,14 +392,37 @@ TRAINING = Dashboard(
     title="DPO training",
     description="Whether a DPO run learns, and how fast it is. Choose several jobs to compare them.",
     variables=(
-        Variable("namespace", "Namespace", "Namespaces of the jobs.", "label_values(dpo_trainer_info, namespace)"),
+        clusters("dpo_trainer_info"),
+        Variable(
+            "namespace",
+            "Namespace",
+            "Namespaces of the jobs.",
+            'label_values(dpo_trainer_info{cluster=~"$cluster"}, namespace)',
+        ),
         Variable(
             "dpojob",
             "Job",
             "DPOJobs to show; several are compared.",
-            'label_values(dpo_trainer_info{namespace=~"$namespace"}, dpojob)',
+            'label_values(dpo_trainer_info{namespace=~"$namespace", cluster=~"$cluster"}, dpojob)',
         ),
     ),
     rows=(NOW, LEARNING, OPTIMIZER, SPEED, DATA, GPUS),
+    annotations=(
+        Annotation(
+            "New attempts",
+            "Marks the start of each attempt after the first.",
+            f"changes({of_fleet('dpo_job_attempt', CHOSEN)}[2m]) > 0",
+            "new attempt of {{dpojob}}",
+            "red",
+        ),
+        Annotation(
+            "Checkpoints",
+            "Marks each complete checkpoint. Off at first, because there may be many.",
+            f"changes({of_run('dpo_checkpoint_last_step')}[2m]) > 0",
+            "checkpoint of {{dpojob}}",
+            "blue",
+            shown=False,
+        ),
+    ),
     start="now-6h",
 )

@@ -170,8 +170,8 @@ OPERATOR: tuple[Metric, ...] = (
     Metric(
         "dpo_operator_restarts_total",
         "counter",
-        "Attempts that failed, by class: infrastructure, retryable or permanent.",
-        labels=("class",),
+        "Attempts that failed, by class (infrastructure, retryable or permanent) and reason.",
+        labels=("class", "reason"),
     ),
     Metric(
         "dpo_operator_reconcile_duration_seconds",

@@ -275,6 +275,35 @@ def test_rules_and_dashboards_are_what_was_generated(home: Path) -> None:
     assert {name: json.loads(text) for o in found for name, text in o["data"].items()} == boards
 
 
+def _rules(home: Path, alerts: Object) -> dict[str, Object]:
+    rendered = pick(render({"monitoring": {"rules": {"alerts": alerts}}}, home=home), "PrometheusRule")
+    (group,) = rendered["spec"]["groups"]
+    return {rule["alert"]: rule for rule in group["rules"]}
+
+
+def test_alerts_can_be_switched_off_and_their_thresholds_set(home: Path) -> None:
+    before = _rules(home, {})
+    changed = _rules(
+        home,
+        {
+            "DPOJobRejected": {"enabled": False},
+            "DPOTrainingStalled": {"severity": "warning", "for": "15m", "seconds": 1_000_000},
+            "DPOAccuracyNotRising": {"accuracy": 0.6},
+            "DPOJobRestartLoop": {"attempts": 5},
+        },
+    )
+    assert set(before) - set(changed) == {"DPOJobRejected"}
+    stalled = changed["DPOTrainingStalled"]
+    assert (stalled["labels"], stalled["for"]) == ({"severity": "warning"}, "15m")
+    assert stalled["expr"] == before["DPOTrainingStalled"]["expr"].replace("> 1800", "> 1000000")
+    assert " <= 0.6\n" in changed["DPOAccuracyNotRising"]["expr"]
+    assert ">= 100" in changed["DPOAccuracyNotRising"]["expr"], "a threshold that is not set keeps its default"
+    assert "at most 0.6" in changed["DPOAccuracyNotRising"]["annotations"]["description"]
+    assert changed["DPOJobRestartLoop"]["expr"].endswith(">= 5")
+    for name in set(before) - {"DPOJobRejected", "DPOTrainingStalled", "DPOAccuracyNotRising", "DPOJobRestartLoop"}:
+        assert changed[name] == before[name]
+
+
 # -- networks ---------------------------------------------------------------------------------------------------------
 
 

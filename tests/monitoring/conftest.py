@@ -18,9 +18,9 @@ from dpo_monitoring.alerts import rules
 from dpo_testing import runs
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.dcgm import DcgmExporter
-from dpo_testing.fakekubelet import PORT, FakeKubelet
+from dpo_testing.fakekubelet import PORT, FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
-from dpo_testing.kubeapi import Object
+from dpo_testing.kubeapi import PYTORCHJOBS, Object
 from dpo_testing.operatorprocess import OperatorProcess
 from dpo_testing.prometheusserver import Config, PrometheusServer, pin_operator, rendered, scrape_config
 from dpo_testing.s3server import need
@@ -93,6 +93,14 @@ def _config(plane: ControlPlane, operator: OperatorProcess, gpus: list[DcgmExpor
     return config
 
 
+def _queue(plane: ControlPlane, jobs: Jobs) -> None:
+    """Make the job ``queues`` wait as Kueue does: by suspending its PyTorchJob."""
+    jobs.create(manifest("queues", run_policy={"queueName": "all"}))
+    jobs.wait_child("queues-1")
+    plane.admin.patch(PYTORCHJOBS, jobs.namespace, "queues-1", {"spec": {"runPolicy": {"suspend": True}}})
+    jobs.wait_state("Queued", name="queues")
+
+
 @pytest.fixture(scope="module")
 def world(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
@@ -110,7 +118,12 @@ def world(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wor
             OperatorProcess(plane.kubeconfig, "--scrape-by=pod-ip", namespaces=f"{training},{waiting}")
         )
         Jobs(plane.admin, waiting).create(manifest("waits"))
-        Jobs(plane.admin, training).create(manifest("curve", resources={"nodes": 1, "gpusPerNode": 2}))
+        of_training = Jobs(plane.admin, training)
+        of_training.create(manifest("curve", resources={"nodes": 1, "gpusPerNode": 2}))
+        of_training.create(manifest("fails"))
+        of_training.create(manifest("wrong", podTemplate={"env": [{"name": "LD_PRELOAD", "value": "x"}]}))
+        of_training.wait_state("Rejected", name="wrong")
+        _queue(plane, Jobs(plane.admin, waiting))
         pod = kubelet.pod(training, "curve-1-master-0")
         scratch = folder / "scratch"
         trainer = runs.start(
@@ -126,4 +139,6 @@ def world(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wor
         alerts.write_text(json.dumps(quick))
         prometheus = stack.enter_context(PrometheusServer({**config, "rule_files": [str(alerts)]}))
         runs.wait_for_step(folder / "run", 25)
+        kubelet.finish(training, "fails-1-master-0", last_words("InvalidData"), code=3)
+        of_training.wait_state("Failed", name="fails")
         yield World(prometheus, operator, training, waiting)

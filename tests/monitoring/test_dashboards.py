@@ -60,7 +60,7 @@ def test_data_source_and_jobs_can_be_chosen(dashboard: dict[str, Any]) -> None:
     variables = {item["name"]: item for item in dashboard["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
     assert variables["datasource"]["query"] == "prometheus"
-    wanted = ["namespace", "dpojob"] if dashboard["uid"] == "dpo-training" else ["namespace"]
+    wanted = ["cluster", "namespace", *(["dpojob"] if dashboard["uid"] == "dpo-training" else [])]
     assert list(variables) == ["datasource", *wanted]
     for name in wanted:
         variable = variables[name]
@@ -70,6 +70,27 @@ def test_data_source_and_jobs_can_be_chosen(dashboard: dict[str, Any]) -> None:
         assert variable["includeAll"]
         assert variable["description"]
         assert variable["label"]
+        # A Prometheus of one cluster gives no series the label: All must fit those too.
+        assert re.fullmatch(variable["allValue"], "") or name != "cluster"
+
+
+def test_every_query_keeps_clusters_apart(dashboard: dict[str, Any]) -> None:
+    """What is selected is of the chosen clusters, and what is aggregated by job is aggregated by cluster too."""
+    for expr in (*expressions(dashboard), *(mark["expr"] for mark in dashboard["annotations"]["list"])):
+        selectors = re.findall(r"(?:dpo|DCGM)_\w+(\{[^}]*\}|)", expr)
+        assert selectors
+        assert all('cluster=~"$cluster"' in selector for selector in selectors), expr
+        for by in re.findall(r"by \(([^)]*dpojob[^)]*)\)", expr):
+            assert by.startswith("cluster, namespace, dpojob"), expr
+
+
+def test_marks_on_the_time_axis_say_what_they_mark() -> None:
+    marks = {mark["name"]: mark for mark in json.loads(FILES[0].read_text())["annotations"]["list"]}
+    assert set(marks) == {"New attempts", "Checkpoints"}
+    for mark in marks.values():
+        assert mark["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        assert "{{dpojob}}" in mark["titleFormat"]
+    assert (marks["New attempts"]["enable"], marks["Checkpoints"]["enable"]) == (True, False)
 
 
 def test_every_panel_asks_the_chosen_prometheus(dashboard: dict[str, Any]) -> None:
@@ -147,7 +168,7 @@ def test_a_series_of_the_operator_is_not_taken_for_a_run_s() -> None:
 
 
 def test_an_alert_compares_exactly_its_parts() -> None:
-    assert len({alert.name for alert in ALERTS}) == len(ALERTS) == 8
+    assert len({alert.name for alert in ALERTS}) == len(ALERTS) == 11
     for alert in ALERTS:
         rest = alert.expr
         for part in sorted(alert.parts, key=len, reverse=True):
@@ -156,6 +177,18 @@ def test_an_alert_compares_exactly_its_parts() -> None:
         assert not NAME.findall(rest.replace("offset", "")) or alert.name == "DPOCheckpointTooOld", rest
         for name in NAME.findall(alert.expr):
             metric(name)
+
+
+def test_every_threshold_of_an_alert_is_a_value_of_the_chart() -> None:
+    schema = json.loads((REPOSITORY / "charts/dpo-operator/values.schema.json").read_text())
+    of_alerts = schema["properties"]["monitoring"]["properties"]["rules"]["properties"]["alerts"]["patternProperties"]
+    common = {"enabled", "severity", "for"}
+    found = {name.strip("^$"): set(each["properties"]) - common for name, each in of_alerts.items()}
+    assert found == {alert.name: set(alert.thresholds) for alert in ALERTS}
+    for alert in ALERTS:
+        named = set(re.findall(r"@(\w+)@", json.dumps(alert.template)))
+        assert named == set(alert.thresholds), alert.name
+        assert "@" not in json.dumps(alert.rule), alert.name
 
 
 def test_an_alert_has_its_job_a_severity_and_a_link_to_its_page() -> None:

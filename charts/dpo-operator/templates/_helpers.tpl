@@ -78,6 +78,11 @@ app.kubernetes.io/component: operator
 {{- with . }}{{ toJson . }}{{ end -}}
 {{- end -}}
 
+{{- /* A number as text, a whole one without an exponent. */ -}}
+{{- define "dpo.number" -}}
+{{- if eq (floor .) (float64 .) }}{{ int64 . }}{{ else }}{{ . }}{{ end -}}
+{{- end -}}
+
 {{- /* Seconds of a flag; nothing for null. */ -}}
 {{- define "dpo.seconds" -}}
 {{- if not (kindIs "invalid" .) }}{{ int64 . }}{{ end -}}

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from dpo_api.metrics import BY_NAME
 from dpo_api.version import VERSION
+from dpo_operator.reasons import Reason
 from dpo_operator.runtime import jobseries
 from dpo_operator.runtime.records import Record
 
@@ -50,8 +51,9 @@ class Metrics:
         for cause in ("unreachable", "unsettled", "exception"):
             self._errors.labels(cause)  # from 0, so that the first one counts
         self._restarts = self._counter("dpo_operator_restarts_total")
-        for name in ("infrastructure", "retryable", "permanent"):
-            self._restarts.labels(name)
+        for reason in Reason:
+            if reason.topic == "cause":
+                self._restarts.labels(reason.retry, reason.value)
         self.registry.register(_Process())
         self._jobs = jobs
         self._gauges = gauges
@@ -88,7 +90,7 @@ class Metrics:
         known = {a["number"] for a in before.get("attempts") or () if a.get("failureClass")}
         for attempt in after.get("attempts") or ():
             if attempt.get("failureClass") and attempt["number"] not in known:
-                self._restarts.labels(attempt["failureClass"]).inc()
+                self._restarts.labels(attempt["failureClass"], attempt.get("reason") or Reason.Internal.value).inc()
 
 
 class _Process(Collector):

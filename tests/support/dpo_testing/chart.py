@@ -57,7 +57,11 @@ COMBINATIONS: dict[str, Mapping[str, Any]] = {
             "operator": {"enabled": True, "from": [{"namespaceSelector": {}}]},
             "trainer": {"metricsFrom": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "prom"}}}]},
         },
-        "monitoring": {"enabled": "always", "labels": {"release": "kps"}},
+        "monitoring": {
+            "enabled": "always",
+            "labels": {"release": "kps"},
+            "rules": {"alerts": {"DPOJobFailed": {"enabled": False}, "DPOCheckpointTooOld": {"hours": 4}}},
+        },
         "dashboards": {"annotations": {"grafana_folder": "DPO"}, "namespace": "monitoring"},
         "trainingOperator": {"initContainer": {"create": True}},
         "test": {"storage": {"storageClass": "fast"}, "spec": {"podTemplate": {"nodeSelector": {"a": "b"}}}},
