@@ -34,7 +34,6 @@ def heeded_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, former)
 
 
-
 @pytest.fixture(params=[subprocess.Popen, Forked], ids=["interpreter", "forked"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     found: Kind = request.param
