@@ -48,7 +48,7 @@ from dpo_testing.operatorprocess import OperatorProcess
 from dpo_testing.simcluster import SimCluster
 from dpo_testing.simcluster import manifest as simulated
 
-NAMESPACE = "scale"
+NAMESPACE, GROWN = "scale", "grown"
 GOALS = {
     "create_to_child_p99_s": 5.0, "idle_cores": 0.05, "memory_mib": 200.0, "grown_memory_mib": 400.0,
     "grown_peak_mib": 512.0, "loaded_create_to_child_p99_s": 5.0,
@@ -96,6 +96,8 @@ class World:
         while not self._stop.is_set():
             # Right after its definition a kind's storage may not be ready; then, and at a watch's end: again.
             for line in self._lines(path):
+                if self._stop.is_set():
+                    return
                 event = json.loads(line)
                 child = event.get("object")
                 if event.get("type") == "ADDED" and child["metadata"]["name"] not in self.seen:
@@ -316,9 +318,17 @@ async def template_of(client: Client, name: str) -> Template:
 
 
 async def grow(
-    options: argparse.Namespace, plane: ControlPlane, client: Client, operator: OperatorProcess, world: World
+    options: argparse.Namespace,
+    plane: ControlPlane,
+    client: Client,
+    world: World,
+    first: OperatorProcess,
+    operator: OperatorProcess,
 ) -> dict[str, float]:
-    """Multiply a running and a finished job of 8 pods; return the figures of an operator that finds them."""
+    """Multiply a running and a finished job of 8 pods; return the figures of an operator that finds them.
+
+    ``first``: the operator that runs; it is ended. ``operator``: one of the copies' namespace, which is started.
+    """
     names = ("livetemplate", "donetemplate")
     seen = len(world.seen)
     for name in names:
@@ -332,18 +342,22 @@ async def grow(
     await until(all_run)
     await finish(client, ["donetemplate"])
     await asyncio.sleep(10.0)
-    operator.kill()
+    first.kill()
+    world.stop()
+    plane.admin.create(("v1", "namespaces"), None, {"metadata": {"name": GROWN}})
     plane.end("kube-controller-manager")  # the garbage collector needs more memory than all that is measured
     live, done = [await template_of(client, name) for name in names]
     address = (await client.request("GET", PODS.path(NAMESPACE, "livetemplate-1-master-0")))["status"]["podIP"]
 
     def copies() -> Iterator[tuple[str, str, str]]:
+        moved = {f'"namespace":"{NAMESPACE}"': f'"namespace":"{GROWN}"'}
         for index in range(options.jobs):
-            yield from live.copy(f"grown-{index:05}", index + 1, {f'"{address}"': f'"{loopback(100_000 + index)}"'})
+            own = {f'"{address}"': f'"{loopback(100_000 + index)}"'}
+            yield from live.copy(f"live-{index:05}", index + 1, moved | own)
         for index in range(options.finished):
-            yield from done.copy(f"done-{index:05}", index + 1, {})
+            yield from done.copy(f"done-{index:05}", index + 1, moved)
 
-    await asyncio.to_thread(write, plane.etcd_port, NAMESPACE, copies())
+    await asyncio.to_thread(write, plane.etcd_port, GROWN, copies())
     results: dict[str, float] = {}
     begin = time.monotonic()
     operator.start()
@@ -351,10 +365,8 @@ async def grow(
     results["grown_ready_s"] = time.monotonic() - begin
     await until(lambda: operator.metric("dpo_operator_queue_depth") == 0, 900.0)
     await asyncio.sleep(options.idle)
-    results["grown_jobs"] = sum(
-        operator.metric(f'dpo_operator_jobs{{namespace="{NAMESPACE}",state="{state}"}}')
-        for state in ("Running", "Succeeded")
-    )
+    for state in ("Running", "Succeeded"):
+        results[f"grown_{state.lower()}"] = operator.metric(f'dpo_operator_jobs{{namespace="{GROWN}",state="{state}"}}')
     results["grown_memory_mib"] = resident_mib(operator.pid)
     results["grown_peak_mib"] = resident_mib(operator.pid, "VmHWM")
     cpu, begin = cpu_seconds(operator.pid), time.monotonic()
@@ -389,6 +401,7 @@ async def bench(options: argparse.Namespace, plane: ControlPlane) -> dict[str, f
         f"--progress-write-seconds={Settings().progress_write_seconds}", "--scrape-by=pod-ip",
     )  # fmt: skip
     operator = OperatorProcess(plane.kubeconfig, *shipped)
+    grown = OperatorProcess(plane.kubeconfig, *shipped, namespaces=GROWN)
     results: dict[str, float] = {}
     try:
         operator.start()
@@ -447,12 +460,14 @@ async def bench(options: argparse.Namespace, plane: ControlPlane) -> dict[str, f
             waits = await arrive(client, world, max(1, options.jobs // 5), options.rate, "loaded")
         results["loaded_create_to_child_p50_s"] = statistics.median(waits)
         results["loaded_create_to_child_p99_s"] = percentile(waits, 0.99)
-        if options.finished:
-            results |= await grow(options, plane, client, operator, world)
         results["exceptions"] = len(operator.exceptions())
+        if options.finished:
+            results |= await grow(options, plane, client, world, operator, grown)
+            results["exceptions"] += len(grown.exceptions())
     finally:
-        print(operator.log()[-1500:], file=sys.stderr)
+        print(operator.log()[-1500:], grown.log()[-1500:], file=sys.stderr)
         operator.kill()
+        grown.kill()
         world.stop()
         player.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -301,7 +301,7 @@ class Watches:
         settings.networking.error_backoffs = _Backoffs()
         settings.networking.request_timeout = 60.0
         settings.networking.connect_timeout = 5.0
-        settings.watching.chunk_size = 500
+        settings.watching.chunk_size = 250
         settings.watching.server_timeout = 300  # the API server accepts only whole seconds
         settings.watching.reconnect_backoff = 0.5
         settings.queueing.worker_limit = self._limit
