@@ -93,7 +93,8 @@ class View:
     @cached_property
     def identity(self) -> Identity:
         """What links PyTorchJobs to the job."""
-        own: Mapping[str, str] = self.observed.job["metadata"].get("labels") or {}
+        metadata = self.observed.job["metadata"]
+        own: Mapping[str, str] = metadata.get("labels") or {}
         return Identity(
             name=self.name,
             namespace=str(self.metadata["namespace"]) if self.metadata.get("namespace") else None,
@@ -101,7 +102,7 @@ class View:
             created=int(moment(self.metadata.get("creationTimestamp")) or 0),
             queue=own.get(labels.KUEUE_QUEUE),
             priority=own.get(labels.KUEUE_PRIORITY),
-            annotations=labels.copied(self.metadata.get("annotations") or {}),
+            annotations=labels.copied(metadata.get("annotations") or {}),
         )
 
     @cached_property
