@@ -15,6 +15,7 @@ there within a minute. Its goal is 400 MiB. The last line is JSON.
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -42,6 +43,7 @@ from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS
 from dpo_operator.runtime.scraper import pace
 from dpo_testing.controlplane import ControlPlane, pytorchjob_crd
 from dpo_testing.fakekubelet import PORT, last_words, now
+from dpo_testing.faketrainer import fence_of
 from dpo_testing.jobs import manifest
 from dpo_testing.multiplied import Template, write
 from dpo_testing.operatorprocess import OperatorProcess
@@ -54,6 +56,9 @@ GOALS = {
     "grown_peak_mib": 512.0, "loaded_create_to_child_p99_s": 5.0,
 }  # fmt: skip
 GROWN_NODES = 8
+ATTEMPTS: dict[str, int] = {}
+"""By address: the number that its trainer answers with."""
+INDEXES = itertools.count(1000)
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -123,7 +128,7 @@ class World:
         await asyncio.gather(*(one() for _ in range(8)))
 
     async def _run(self, child: dict[str, Any]) -> None:
-        name, index = child["metadata"]["name"], len(self.seen) + 1000
+        name, index = child["metadata"]["name"], next(INDEXES)
         replicas = child["spec"]["pytorchReplicaSpecs"]
         roles = [("master", 0)] + [("worker", n) for n in range(replicas.get("Worker", {}).get("replicas", 0))]
         template = replicas["Master"]["template"]
@@ -147,6 +152,7 @@ class World:
                 "state": {"running": {"startedAt": now()}},
             }  # fmt: skip
             address = loopback(index if role == "master" else 900_000)
+            ATTEMPTS[address] = fence_of({"spec": spec})
             status = {"phase": "Running", "podIP": address, "startTime": now(), "containerStatuses": [container]}
             await self.client.patch_status(PODS, NAMESPACE, pod, {"status": status})
         running = {"type": "Running", "status": "True", "reason": "JobRunning", "message": "",
@@ -159,11 +165,13 @@ async def trainers() -> web.AppRunner:
     """Answer GET /status at every loopback address."""
     start = time.time()
 
-    async def status(_: web.Request) -> web.Response:
+    async def status(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        attempt = ATTEMPTS.get(request.transport.get_extra_info("sockname")[0], 1)
         done = int(time.time() - start)
         metrics = {"train/loss": 0.5, "train/acc": 0.7, "train/rewards_margin": 0.4}
         said = {"phase": "train", "step": done, "total": 100_000, "epoch": 0.1, "etaSeconds": 1e4, "metrics": metrics,
-                "observedAt": time.time(), "attempt": 1}  # fmt: skip
+                "observedAt": time.time(), "attempt": attempt}  # fmt: skip
         return web.json_response(said)
 
     application = web.Application()

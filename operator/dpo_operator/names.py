@@ -36,10 +36,5 @@ def fence(created: int, attempt: int) -> int:
     return created * ATTEMPT_LIMIT + attempt
 
 
-def attempt_of_fence(number: int) -> int:
-    """Return the attempt of a fence number."""
-    return number % ATTEMPT_LIMIT
-
-
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()

@@ -67,7 +67,9 @@ def said_now(draft: Draft) -> Progress | None:
     attempt, scrape = draft.attempt, draft.view.observed.scrape
     if attempt is None or scrape is None or scrape.child != attempt.child or scrape.progress is None:
         return None
-    return scrape.progress if names.attempt_of_fence(scrape.progress.attempt) == attempt.number else None
+    # The whole number, which has the DPOJob's creation time: a pod's address may be another job's by now.
+    fence = names.fence(draft.view.identity.created, attempt.number)
+    return scrape.progress if scrape.progress.attempt == fence else None
 
 
 def apply(draft: Draft) -> None:
@@ -77,7 +79,7 @@ def apply(draft: Draft) -> None:
         return
     said = said_now(draft)
     if said is None:
-        _silence(draft, scrape.error or "the answer belongs to another attempt")
+        _silence(draft, scrape.error or "the answer belongs to another attempt or job")
         return
     former = draft.status.progress
     current = status_of(said, scrape.at, former)

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet
-from dpo_testing.faketrainer import FakeTrainer
+from dpo_testing.faketrainer import FakeTrainer, fence_of
 from dpo_testing.jobs import Jobs, manifest
 from dpo_testing.kubeapi import PODS, Object, eventually
 from dpo_testing.operatorprocess import OperatorProcess
@@ -45,8 +45,8 @@ def test_progress_comes_through_the_api_server(
 ) -> None:
     jobs.create(manifest("far"))
     pod = kubelet.pod(namespace, "far-1-master-0")
-    with FakeTrainer(address) as trainer:
-        trainer.say(step=21, total=80, attempt=1, metrics={"train/loss": 0.5})
+    with FakeTrainer(address, attempt=fence_of(pod)) as trainer:
+        trainer.say(step=21, total=80, metrics={"train/loss": 0.5})
         move(cluster, pod, address)
         status = eventually(
             lambda: jobs.status("far"), until=lambda s: (s.get("progress") or {}).get("step") == 21, what="step 21"

@@ -55,10 +55,10 @@ def test_a_jump_of_the_clock_repeats_nothing_and_loses_nothing(
         with OperatorProcess(kubeconfig, *flags, namespaces=namespace, clock=clock) as operator:
             jobs.create(manifest("tossed", run_policy=policy))
             first = kubelet.pod(namespace, "tossed-1-master-0")
-            with FakeTrainer(first["status"]["podIP"]) as trainer:
+            with FakeTrainer.of(first) as trainer:
                 for step, shift in enumerate((0.0, jump, 0.0, jump), start=1):
                     clock.set(shift)
-                    trainer.say(step=step, total=9, attempt=1, metrics={"train/loss": 0.6})
+                    trainer.say(step=step, total=9, metrics={"train/loss": 0.6})
                     seen = eventually(
                         lambda: jobs.status("tossed"),
                         until=lambda status, n=step: (status.get("progress") or {}).get("step") == n,  # type: ignore[misc]
@@ -181,9 +181,9 @@ def test_a_zombie_of_attempt_1_changes_nothing_of_attempt_2(
         ghost = jobs.pods()["undead-1-master-0"]
         assert (ghost["metadata"]["uid"], ghost["status"]["phase"]) == (old["metadata"]["uid"], "Running")
 
-        with FakeTrainer(old["status"]["podIP"]) as zombie, FakeTrainer(new["status"]["podIP"]) as trainer:
-            zombie.say(phase="done", step=99, total=99, attempt=1, lastCheckpointStep=99)
-            trainer.say(step=2, total=9, attempt=2)
+        with FakeTrainer.of(old) as zombie, FakeTrainer.of(new) as trainer:
+            zombie.say(phase="done", step=99, total=99, lastCheckpointStep=99)
+            trainer.say(step=2, total=9)
 
             def progress() -> int:
                 return int((jobs.status("undead").get("progress") or {}).get("step") or 0)
@@ -197,13 +197,13 @@ def test_a_zombie_of_attempt_1_changes_nothing_of_attempt_2(
             eventually(lambda: operator.passes() >= passes + LOOKS, what="the operator looks on")
             untouched(jobs, before)
             # It even answers in its successor's place.
-            trainer.say(phase="done", step=99, total=99, attempt=1, lastCheckpointStep=99)
+            trainer.say(phase="done", step=99, total=99, attempt=zombie.attempt, lastCheckpointStep=99)
             eventually(
                 lambda: "False" in jobs.conditions("undead")["ProgressAvailable"]["status"], what="it is noticed"
             )
             untouched(jobs, before)
             assert progress() == 2
-            trainer.say(step=3, total=9, attempt=2)
+            trainer.say(step=3, total=9)
             eventually(lambda: progress() == 3, what="attempt 2 is heard again")
             assert zombie.asked == 0
         kubelet.add_node(node)

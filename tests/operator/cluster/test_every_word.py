@@ -146,7 +146,7 @@ def test_a_trainer_that_answers_but_does_not_advance(stage: Stage, tmp_path: Pat
         jobs = Jobs(stage.cluster.admin, space)
         jobs.create(manifest("still", run_policy={"stallTimeoutSeconds": 60, "maxRestarts": 0}))
         pod = stage.kubelet.pod(space, "still-1-master-0")
-        with FakeTrainer(pod["status"]["podIP"]) as trainer:
+        with FakeTrainer.of(pod) as trainer:
             trainer.say(step=1, total=64)
             eventually(lambda: (jobs.status("still").get("progress") or {}).get("step"), what="it answers")
             clock.set(90)
@@ -366,7 +366,7 @@ def test_a_run_directory_that_held_the_finished_run(stage: Stage) -> None:
 def test_what_trainers_say(stage: Stage) -> None:
     with ExitStack() as stack:
         pods = {name: stage.run(name, nodes=1) for name in ("well", "wrong", "chance")}
-        trainers = {n: stack.enter_context(FakeTrainer(pod["status"]["podIP"])) for n, pod in pods.items()}
+        trainers = {n: stack.enter_context(FakeTrainer.of(pod)) for n, pod in pods.items()}
 
         first = {"well": math.log(2), "wrong": 2.0}
 
@@ -399,8 +399,8 @@ def test_every_column_is_printed(stage: Stage) -> None:
     first = stage.kubelet.pod(stage.jobs.namespace, "shown-1-master-0")
     stage.kubelet.exit(first, 75, last_words("Communication", message="lost a peer"))
     rank0 = stage.kubelet.pod(stage.jobs.namespace, "shown-2-master-0")
-    with FakeTrainer(rank0["status"]["podIP"]) as trainer:
-        trainer.say(step=12, total=64, etaSeconds=90, attempt=2,
+    with FakeTrainer.of(rank0) as trainer:
+        trainer.say(step=12, total=64, etaSeconds=90,
                     metrics={"train/acc": 0.75, "train/loss": 0.61, "train/rewards_margin": 0.25})  # fmt: skip
         row = eventually(
             lambda: columns(stage, "shown"),

@@ -44,8 +44,8 @@ def test_a_job_runs_to_its_end(jobs: Jobs, kubelet: FakeKubelet, cluster: Contro
     kubelet.pod(space, "whole-1-worker-0")
     jobs.wait_state("Running", name="whole")
 
-    with FakeTrainer(rank0["status"]["podIP"]) as trainer:
-        trainer.say(step=12, total=64, epoch=0.2, etaSeconds=90, attempt=1,
+    with FakeTrainer.of(rank0) as trainer:
+        trainer.say(step=12, total=64, epoch=0.2, etaSeconds=90,
                     metrics={"train/acc": 0.625, "train/loss": 0.61, "train/rewards_margin": 0.25})  # fmt: skip
         status = eventually(
             lambda: jobs.status("whole"), until=lambda s: (s.get("progress") or {}).get("step") == 12, what="step 12"
@@ -232,7 +232,7 @@ def test_a_trainer_that_does_not_answer_restarts_nothing(
 ) -> None:
     jobs.create(manifest("silent"))
     rank0 = kubelet.pod(space, "silent-1-master-0")
-    with FakeTrainer(rank0["status"]["podIP"]) as trainer:
+    with FakeTrainer.of(rank0) as trainer:
         trainer.say(step=1, total=2)
         eventually(lambda: jobs.conditions("silent").get("ProgressAvailable"), what="it answers")
         for status, body, headers in (

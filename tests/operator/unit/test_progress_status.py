@@ -134,6 +134,23 @@ def test_an_answer_about_another_attempt_is_ignored() -> None:
     assert "progress" not in cluster.status
 
 
+def test_an_answer_of_another_job_is_ignored() -> None:
+    """Its pod has the address that this job's rank 0 had, and its attempt has the same number."""
+    cluster = running()
+    fence = names.fence(int(START) - 500_000, 1)
+    said = Progress(phase="train", step=9000, total=10_000, last_checkpoint_step=9000, attempt=fence)
+    cluster.advance(3600)
+    cluster.scrape = Scrape(at=cluster.now, child="job-1", progress=said)
+    cluster.settle()
+    assert "progress" not in cluster.status
+    assert cluster.condition("ProgressAvailable") == ("False", "ScrapeFailed")
+    cluster.advance(60)
+    cluster.say(step=5)
+    cluster.settle()
+    assert cluster.status["progress"]["step"] == 5
+    assert "lastCheckpointStep" not in cluster.status["progress"]
+
+
 def test_what_a_trainer_says_is_not_trusted() -> None:
     hostile = Progress(
         phase="train",

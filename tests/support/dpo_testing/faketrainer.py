@@ -9,13 +9,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 from dpo_testing.fakekubelet import PORT
+from dpo_testing.kubeapi import Object
+
+
+def fence_of(pod: Object) -> int:
+    """Return the number that a pod's trainer is started with."""
+    (command,) = (c["command"] for c in pod["spec"]["containers"] if c["name"] == "pytorch")
+    return int(command[command.index("--attempt") + 1])
 
 
 class FakeTrainer:
     """A context manager that serves at one loopback address. ``say`` changes the answer."""
 
-    def __init__(self, address: str, port: int = PORT) -> None:
-        """Bind ``address``:``port``."""
+    def __init__(self, address: str, port: int = PORT, *, attempt: int = 1) -> None:
+        """Bind ``address``:``port``. ``attempt``: the number that it answers with."""
+        self.attempt = attempt
         self.status = 200
         self.body = b"{}"
         self.headers: dict[str, str] = {}
@@ -42,6 +50,11 @@ class FakeTrainer:
         self._server = ThreadingHTTPServer((address, port), Handler)
         self._server.daemon_threads = True
 
+    @classmethod
+    def of(cls, pod: Object) -> Self:
+        """Return the trainer of a running pod."""
+        return cls(pod["status"]["podIP"], attempt=fence_of(pod))
+
     def __enter__(self) -> Self:
         """Start serving."""
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -54,4 +67,6 @@ class FakeTrainer:
 
     def say(self, **progress: Any) -> None:
         """Answer with this progress from now on, camelCase as the trainer writes it."""
-        self.body = json.dumps({"phase": "train", "observedAt": time.time(), **progress}).encode()
+        self.body = json.dumps(
+            {"phase": "train", "observedAt": time.time(), "attempt": self.attempt, **progress}
+        ).encode()
