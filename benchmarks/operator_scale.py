@@ -360,6 +360,7 @@ async def grow(
     def copies() -> Iterator[tuple[str, str, str]]:
         moved = {f'"namespace":"{NAMESPACE}"': f'"namespace":"{GROWN}"'}
         for index in range(options.jobs):
+            ATTEMPTS[loopback(100_000 + index)] = ATTEMPTS[address]
             own = {f'"{address}"': f'"{loopback(100_000 + index)}"'}
             yield from live.copy(f"live-{index:05}", index + 1, moved | own)
         for index in range(options.finished):

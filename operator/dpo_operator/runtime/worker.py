@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from dpo_operator.config import Settings
 from dpo_operator.labels import ATTEMPT, JOB, JOB_UID
@@ -17,21 +16,13 @@ from dpo_operator.runtime.client import ApiError, Client, Unreachable
 from dpo_operator.runtime.metrics import Metrics
 from dpo_operator.runtime.performer import Outdated, Performer
 from dpo_operator.runtime.queue import WorkQueue
-from dpo_operator.runtime.resources import CHILDREN, EVENTS, JOBS, PODS, Resource
+from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS, Resource
 from dpo_operator.runtime.scraper import Scraper
+from dpo_operator.runtime.words import Words
 from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, Object, Observed
 
 _ROUNDS = 8
 """Most rounds of one pass; more mean that the job changes as fast as it is read."""
-
-_PODS_SECONDS = 3.0
-"""Seconds without pods after which the events of a PyTorchJob are read."""
-
-_EVENTS_SECONDS = 15.0
-"""Seconds between two reads of the events."""
-
-_PODS_ASKED = 4
-"""Number of pods, of those that have a node but do not start, whose events are read: most share one cause."""
 
 _FOREVER = float("inf")
 
@@ -70,7 +61,7 @@ class Worker:
         self._backend_installed = backend_installed
         self._clock = clock
         self._performer = Performer(client, cache)
-        self._events: dict[Key, tuple[float, tuple[Object, ...]]] = {}
+        self._words = Words(client)
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -123,7 +114,7 @@ class Worker:
         job = self._cache.job(key)
         if job is None:
             self._scraper.aim(key, None)
-            self._events.pop(key, None)
+            self._words.forget(key)
             self._cache.processed(key, self._cache.departed(key))
             return None
         observed = await self._observe(key, job)
@@ -156,10 +147,11 @@ class Worker:
         if decision.status.get("completionTime") and not decision.actions:
             expires = None if decision.wake is None else self._clock() + decision.wake
             if self._cache.settle(key, observed.job, observed.children, expires):
-                self._events.pop(key, None)
+                self._words.forget(key)
                 return decision.wake
         wake = self._resync if decision.wake is None else decision.wake
-        return min(wake, self._events_due(key))
+        children, pods = self._cache.of_job(CHILDREN, key), self._cache.of_job(PODS, key)
+        return min(wake, self._words.due(key, children, pods))
 
     async def _read(self, key: Key) -> Object | None:
         """Read the DPOJob, its children and its pods into the cache; return the DPOJob, None if it is gone."""
@@ -187,7 +179,7 @@ class Worker:
             scrape=self._scraper.newest(key),
             backend_installed=self._backend_installed(),
         )
-        return replace(observed, events=await self._words(key, observed))
+        return replace(observed, events=await self._words.about(key, observed))
 
     async def _look(self, key: Key, observed: Observed) -> Observed:
         """Read the DPOJob, its children and its pods from the API server, into the cache too."""
@@ -212,40 +204,6 @@ class Worker:
             elif metadata["uid"] not in there:
                 pods.append(pod)
         return tuple(pods)
-
-    def _events_due(self, key: Key) -> float:
-        """Return the seconds until events are read, since there may be no other reason for a pass."""
-        if key not in self._events:
-            # If this pass created the PyTorchJob, its watch delivers nothing new, and refused pods never exist.
-            pods = self._cache.of_job(PODS, key)
-            if not any(_lacks_pods(child, pods) for child in self._cache.of_job(CHILDREN, key)):
-                return float("inf")
-            self._events[key] = (time.monotonic() + _PODS_SECONDS, ())
-        return max(0.1, self._events[key][0] - time.monotonic())
-
-    async def _words(self, key: Key, observed: Observed) -> tuple[Object, ...]:
-        """Return the warnings about pods that are not created or do not start: some problems show only there."""
-        selectors = [
-            f"involvedObject.uid={child['metadata']['uid']},type=Warning"
-            for child in observed.children
-            if _lacks_pods(child, observed.pods)
-        ]
-        waiting = [pod["metadata"]["uid"] for pod in observed.pods if _waits_on_its_node(pod)]
-        selectors += [f"involvedObject.uid={uid},type=Warning" for uid in waiting[:_PODS_ASKED]]
-        if not selectors:
-            self._events.pop(key, None)
-            return ()
-        now = time.monotonic()
-        due, words = self._events.setdefault(key, (now + _PODS_SECONDS, ()))
-        if now >= due:
-            found: list[Object] = []
-            for selector in selectors:
-                params = {"fieldSelector": selector, "limit": "100"}
-                page: Any = await self._client.request("GET", EVENTS.path(key[0]), params=params)
-                found.extend(page.get("items") or ())
-            words = tuple(found)
-            self._events[key] = (now + _EVENTS_SECONDS, words)
-        return words
 
 
 async def relist(client: Client, cache: Cache, resource: Resource, key: Key) -> None:
@@ -272,29 +230,3 @@ def _is_weighty(decision: Decision, job: Object) -> bool:
 
 def _results(status: Object) -> dict[int, str | None]:
     return {a["number"]: a.get("result") for a in status.get("attempts") or () if a.get("result")}
-
-
-def _lacks_pods(child: Object, pods: Sequence[Object]) -> bool:
-    """Whether a PyTorchJob that is not over has fewer pods than it should, a while after its creation."""
-    status = child.get("status") or {}
-    if child["metadata"].get("deletionTimestamp") or status.get("completionTime"):
-        return False
-    if child["spec"].get("runPolicy", {}).get("suspend"):
-        return False
-    over = {c["type"] for c in status.get("conditions") or () if c["status"] == "True"}
-    if over & {"Succeeded", "Failed"}:
-        return False
-    wanted = sum(int(replica.get("replicas", 1)) for replica in child["spec"]["pytorchReplicaSpecs"].values())
-    name = child["metadata"]["name"]
-    there = sum((p["metadata"].get("labels") or {}).get("training.kubeflow.org/job-name") == name for p in pods)
-    return bool(there < wanted)
-
-
-def _waits_on_its_node(pod: Object) -> bool:
-    """Whether a pod has a node, but no container has started or reports why not: a volume may be missing."""
-    status = pod.get("status") or {}
-    if status.get("phase") != "Pending" or not (pod.get("spec") or {}).get("nodeName"):
-        return False
-    states = [c.get("state") or {} for c in status.get("initContainerStatuses") or ()]
-    states += [c.get("state") or {} for c in status.get("containerStatuses") or ()]
-    return all((s.get("waiting") or {}).get("reason") in {"ContainerCreating", "PodInitializing"} for s in states)

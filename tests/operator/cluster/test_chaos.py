@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,42 @@ def serving(cluster: ControlPlane, proxy: ChaosProxy, namespace: str, *flags: st
     with OperatorProcess(kubeconfig, "--scrape-by=off", *flags, namespaces=namespace) as process:
         yield process
         assert process.exceptions() == []
+
+
+@pytest.mark.parametrize("fault", ["refused", "throttled", "slow"])
+def test_events_that_cannot_be_read_cost_nothing_but_words(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str, fault: str
+) -> None:
+    """A pod waits on its node, so that its events are due. The job still does what its user says."""
+    jobs, over, asked = Jobs(cluster.admin, namespace), threading.Event(), threading.Event()
+    faults = {
+        "refused": Fault(403),
+        "throttled": Fault(429, {"Retry-After": "1"}),
+        "slow": Fault(before=lambda: over.wait(60) and None),
+    }
+
+    def rule(call: Call) -> Fault | None:
+        if call.method != "GET" or not call.path.endswith("/events"):
+            return None
+        asked.set()
+        return faults[fault]
+
+    proxy.rules.append(rule)
+    kubelet.hold(namespace)
+    try:
+        with serving(cluster, proxy, namespace):
+            jobs.create(manifest("mute"))
+            for number in (1, 2):
+                jobs.wait_child(f"mute-{number}")
+                eventually(lambda number=number: f"mute-{number}-master-0" in jobs.pods(), what="a pod")  # type: ignore[misc]
+                kubelet.creating(namespace, f"mute-{number}-master-0")
+                assert asked.wait(60), "its events are due"
+                jobs.patch("mute", {"runPolicy": {"suspend": True}})
+                jobs.wait_state("Suspended", name="mute")
+                jobs.patch("mute", {"runPolicy": {"suspend": False}})
+            jobs.wait_child("mute-3")
+    finally:
+        over.set()
 
 
 def live(jobs: Jobs, kubelet: FakeKubelet, name: str, step: Callable[[Callable[[], object]], object]) -> None:
