@@ -135,7 +135,7 @@ class LastWords(_Message):
     @property
     def known_outcome(self) -> Outcome:
         """The outcome, or Internal if this version does not know its name."""
-        return next((outcome for outcome in Outcome if outcome.name == self.outcome), Outcome.Internal)
+        return Outcome.__members__.get(self.outcome, Outcome.Internal)
 
     def to_json(self) -> str:
         """Return strict JSON of at most LAST_WORDS_MAX_BYTES: if too long, cut the message, then drop the metrics."""

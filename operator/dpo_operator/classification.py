@@ -63,6 +63,9 @@ LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
 see, as after a reboot of its node."""
 
 
+_COUNTS = ("step", "total", "attempt", "last_checkpoint_step")
+
+
 @dataclass(frozen=True)
 class Cause:
     """Why a pod, or an attempt, ended."""
@@ -107,8 +110,11 @@ def last_words(pod: Object) -> LastWords | None:
         words = LastWords.from_json(text)
     except ValidationError:
         return None
-    counts = {name: min(value, INT_MAX) for name, value in words if isinstance(value, int)}
-    return words.model_copy(update={**counts, "metrics": bounded(words.metrics)})
+    changes: dict[str, Any] = {name: INT_MAX for name in _COUNTS if (getattr(words, name) or 0) > INT_MAX}
+    metrics = bounded(words.metrics)
+    if metrics != words.metrics:
+        changes["metrics"] = metrics
+    return words.model_copy(update=changes) if changes else words
 
 
 def success(pods: Iterable[Object]) -> LastWords | None:
@@ -128,9 +134,10 @@ def cause_of_pod(pod: Object, *, memory_limit: str | None, over_at: float | None
     succeeded; deletions after that are clean-up.
     """
     words = last_words(pod)
-    if words is not None and words.known_outcome is Outcome.Succeeded:
+    outcome = words.known_outcome if words is not None else None
+    if outcome is Outcome.Succeeded:
         return None
-    specific = words is not None and words.known_outcome not in UNSPECIFIC_OUTCOMES
+    specific = outcome not in UNSPECIFIC_OUTCOMES
     return (
         (_of_words(pod, words) if specific else None)
         or _of_container(pod, memory_limit)

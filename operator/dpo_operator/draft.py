@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dpo_api.status import Attempt, ConditionType, DPOJobStatus, State
@@ -28,6 +29,8 @@ class Draft:
         self.actions: list[Action] = []
         self.follows = False
         """Whether the next step only waits for this status to be stored."""
+        self.shown: tuple[object, Sequence[Any]] | None = None
+        """What ``evidence`` found in the newest attempt's pods, and for what."""
         self._wakes: list[float] = []
 
     def update(self, **changes: Any) -> None:
@@ -98,7 +101,7 @@ class Draft:
         return self.view.children.get(self.current.child)
 
     @property
-    def pods(self) -> list[Object]:
+    def pods(self) -> Sequence[Object]:
         """The newest attempt's pods, rank 0's first."""
         return self.view.pods(self.current)
 

@@ -31,11 +31,19 @@ def over_at(draft: Draft) -> float | None:
     return None
 
 
+def _shown(draft: Draft) -> Sequence[Cause | None]:
+    """Return what each of the newest attempt's pods shows: once a pass, since a job may have a thousand pods."""
+    stamp = over_at(draft)
+    key = (draft.current.number, stamp)
+    if draft.shown is None or draft.shown[0] != key:
+        limit = draft.view.spec.resources.memory
+        draft.shown = key, [cause_of_pod(pod, memory_limit=limit, over_at=stamp) for pod in draft.pods]
+    return draft.shown[1]
+
+
 def causes(draft: Draft) -> list[Cause]:
     """Return the causes that pods show now, and the recorded ones of pods that no longer show them."""
-    limit = draft.view.spec.resources.memory
-    stamp = over_at(draft)
-    found = [cause_of_pod(pod, memory_limit=limit, over_at=stamp) for pod in draft.pods]
+    found = _shown(draft)
     seen = {cause.pod for cause in found if cause is not None}
     recorded = [cause_of_record(record) for record in draft.current.pods if record.name not in seen]
     return [cause for cause in (*found, *recorded) if cause is not None]
@@ -53,12 +61,9 @@ def explain(draft: Draft) -> Cause:
 
 def record(draft: Draft) -> None:
     """Record how pods ended: one record per pod, those with a cause first, at most RECORDS_MAX."""
-    limit = draft.view.spec.resources.memory
-    stamp = over_at(draft)
     records = {record.name: record for record in draft.current.pods}
     all_run = draft.current.running_time is not None
-    for pod in draft.pods:
-        cause = cause_of_pod(pod, memory_limit=limit, over_at=stamp)
+    for pod, cause in zip(draft.pods, _shown(draft), strict=True):
         fresh = record_of(pod, cause)
         known = records.get(fresh.name)
         # Running pods are recorded once all of them run: one status write for all.

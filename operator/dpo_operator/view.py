@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,15 +119,21 @@ class View:
         """Whether a request, not only the cache, has shown that one of the job's PyTorchJobs no longer exists."""
         return child in self.observed.absent or child in self.strangers
 
-    def pods(self, attempt: Attempt) -> list[Object]:
+    def pods(self, attempt: Attempt) -> Sequence[Object]:
         """Return an attempt's pods, rank 0's first."""
-        mine = [
-            pod
-            for pod in self.observed.pods
-            if (pod["metadata"].get("labels") or {}).get(labels.JOB_UID) == self.uid
-            and attempt_of(pod) == attempt.number
-        ]
-        return sorted(mine, key=lambda pod: (not pytorchjob.is_rank_zero(pod), str(pod["metadata"]["name"])))
+        return self._pods.get(attempt.number, ())
+
+    @cached_property
+    def _pods(self) -> dict[int, list[Object]]:
+        """The job's own pods by attempt. A pass asks for them often, and a job may have a thousand."""
+        found: dict[int, list[Object]] = {}
+        for pod in self.observed.pods:
+            number = attempt_of(pod)
+            if number is not None and (pod["metadata"].get("labels") or {}).get(labels.JOB_UID) == self.uid:
+                found.setdefault(number, []).append(pod)
+        for pods in found.values():
+            pods.sort(key=lambda pod: (not pytorchjob.is_rank_zero(pod), str(pod["metadata"]["name"])))
+        return found
 
     @cached_property
     def namesake_pods(self) -> list[Object]:

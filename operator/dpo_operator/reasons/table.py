@@ -556,7 +556,7 @@ class Reason(Row, Enum):
 
 def named(word: str | None, otherwise: Reason = Reason.Internal) -> Reason:
     """Return the reason of this name; ``otherwise`` for one that this version does not know."""
-    return next((reason for reason in Reason if reason.value == word), otherwise)
+    return Reason.__members__.get(word or "", otherwise)
 
 
 def of_outcome(outcome: Outcome) -> Reason:

@@ -45,10 +45,14 @@ def test_events_that_cannot_be_read_cost_nothing_but_words(
 ) -> None:
     """A pod waits on its node, so that its events are due. The job still does what its user says."""
     jobs, over, asked = Jobs(cluster.admin, namespace), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        over.wait(60)
+
     faults = {
         "refused": Fault(403),
         "throttled": Fault(429, {"Retry-After": "1"}),
-        "slow": Fault(before=lambda: over.wait(60) and None),
+        "slow": Fault(before=hang),
     }
 
     def rule(call: Call) -> Fault | None:
