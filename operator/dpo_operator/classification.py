@@ -102,7 +102,10 @@ class Cause:
 
 def last_words(pod: Object) -> LastWords | None:
     """Return the trainer's termination message, bounded to what the status can hold; None if there is none."""
-    terminated = _terminated(pod)
+    return _words_in(_terminated(pod))
+
+
+def _words_in(terminated: Mapping[str, Any] | None) -> LastWords | None:
     text = (terminated or {}).get("message")
     if not isinstance(text, str) or len(text.encode()) > LAST_WORDS_MAX_BYTES:
         return None
@@ -133,17 +136,18 @@ def cause_of_pod(pod: Object, *, memory_limit: str | None, over_at: float | None
     ``memory_limit``: the job's own (spec.resources.memory). ``over_at``: when the PyTorchJob was marked failed or
     succeeded; deletions after that are clean-up.
     """
-    words = last_words(pod)
+    terminated = _terminated(pod)
+    words = _words_in(terminated)
     outcome = words.known_outcome if words is not None else None
     if outcome is Outcome.Succeeded:
         return None
     specific = outcome not in UNSPECIFIC_OUTCOMES
     return (
         (_of_words(pod, words) if specific else None)
-        or _of_container(pod, memory_limit)
+        or (_of_container(pod, terminated, memory_limit) if terminated is not None else None)
         or _of_disruption(pod)
         or (_of_words(pod, words) if words is not None else None)
-        or _of_exit_code(pod)
+        or (_of_exit_code(pod, terminated) if terminated is not None else None)
         or _of_init_container(pod)
         or _of_deletion(pod, over_at)
     )
@@ -173,8 +177,7 @@ def _of_words(pod: Object, words: LastWords | None) -> Cause | None:
     return _cause(of_outcome(outcome), pod, words.message or outcome.description)
 
 
-def _of_container(pod: Object, memory_limit: str | None) -> Cause | None:
-    terminated = _terminated(pod) or {}
+def _of_container(pod: Object, terminated: Mapping[str, Any], memory_limit: str | None) -> Cause | None:
     reason = str(terminated.get("reason") or "")
     if reason == "OOMKilled":
         if memory_limit is not None:
@@ -223,10 +226,9 @@ def _of_disruption(pod: Object) -> Cause | None:
     return _cause(reason, pod, f"{text}: {clean(detail, 500)}" if detail else text)
 
 
-def _of_exit_code(pod: Object) -> Cause | None:
-    terminated = _terminated(pod)
-    code = (terminated or {}).get("exitCode")
-    if terminated is None or not isinstance(code, int):
+def _of_exit_code(pod: Object, terminated: Mapping[str, Any]) -> Cause | None:
+    code = terminated.get("exitCode")
+    if not isinstance(code, int):
         return None
     if terminated.get("reason") in LOST_CONTAINERS:
         text = f"the container of pod {_place(pod)} was lost, as in a reboot of the node"
@@ -275,14 +277,19 @@ def _asked_to_go(pod: Object) -> float | None:
     return None if due is None else due - float(pod["metadata"].get("deletionGracePeriodSeconds") or 0)
 
 
+def exit_code(pod: Object) -> int | None:
+    """Return the exit code of a pod's trainer; None while there is none."""
+    code = (_terminated(pod) or {}).get("exitCode")
+    return code if isinstance(code, int) and 0 <= code <= 255 else None
+
+
 def record_of(pod: Object, cause: Cause | None) -> PodRecord:
     """Return what the status keeps of a pod."""
-    code = (_terminated(pod) or {}).get("exitCode")
     node = (pod.get("spec") or {}).get("nodeName")
     return PodRecord(
         name=str(pod["metadata"]["name"]),
         node=str(node) if node else None,
-        exit_code=code if isinstance(code, int) and 0 <= code <= 255 else None,
+        exit_code=exit_code(pod),
         reason=cause.reason.value if cause is not None else None,
     )
 

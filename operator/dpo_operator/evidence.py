@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from dpo_api.progress import LastWords
 from dpo_api.status import Attempt, PodRecord, StatusProgress
 from dpo_operator.backend import pytorchjob
-from dpo_operator.classification import Cause, cause_of_pod, cause_of_record, decisive, last_words, record_of
+from dpo_operator.classification import (
+    Cause,
+    cause_of_pod,
+    cause_of_record,
+    decisive,
+    exit_code,
+    last_words,
+    record_of,
+)
 from dpo_operator.draft import Draft
 from dpo_operator.progress import bounded, summarise
 from dpo_operator.reasons import Reason, named
@@ -61,48 +70,70 @@ def explain(draft: Draft) -> Cause:
 
 def record(draft: Draft) -> None:
     """Record how pods ended: one record per pod, those with a cause first, at most RECORDS_MAX."""
-    records = {record.name: record for record in draft.current.pods}
+    known = {record.name: record for record in draft.current.pods}
     all_run = draft.current.running_time is not None
+    fresh = {}
     for pod, cause in zip(draft.pods, _shown(draft), strict=True):
-        fresh = record_of(pod, cause)
-        known = records.get(fresh.name)
+        name = str(pod["metadata"]["name"])
+        former = known.get(name)
         # Running pods are recorded once all of them run: one status write for all.
-        if known is None and cause is None and not all_run and fresh.exit_code is None:
+        if former is None and cause is None and not all_run and exit_code(pod) is None:
             continue
-        recorded = known.reason if known is not None else None
+        recorded = former.reason if former is not None else None
         # A pod that is being deleted no longer shows that it did not start in time.
         if recorded is not None and (cause is None or recorded == Reason.StartTimeout.value):
             continue
-        records[fresh.name] = fresh
-    _keep(draft, records.values())
+        fresh[name] = pod, cause
+    _keep(draft, known, fresh)
 
 
 def record_stuck(draft: Draft) -> None:
     """Record which pods, and so which nodes, did not start in time: later they only show the operator's deletion."""
-    records = {record.name: record for record in draft.current.pods}
-    for pod in draft.pods:
-        if is_stuck(pod):
-            fresh = record_of(pod, Cause(Reason.StartTimeout, ""))
-            records[fresh.name] = fresh
-    _keep(draft, records.values())
+    known = {record.name: record for record in draft.current.pods}
+    late = Cause(Reason.StartTimeout, "")
+    _keep(draft, known, {str(pod["metadata"]["name"]): (pod, late) for pod in draft.pods if is_stuck(pod)})
 
 
-def _is_silent(record: PodRecord) -> bool:
-    """Whether a pod was never seen to end."""
-    return record.reason is None and record.exit_code is None
-
-
-def _keep(draft: Draft, records: Iterable[PodRecord]) -> None:
-    ordered = sorted(records, key=lambda r: (r.reason is None, r.exit_code in (None, 0)))
-    if len(ordered) > RECORDS_MAX:
-        # Many pods may report the same loss of contact. The few that do not are what the next attempt has to know.
-        silent = {record.name for record in [r for r in ordered if _is_silent(r)][:SILENT_KEPT]}
-        others = [record.name for record in ordered if record.name not in silent]
-        chosen = {*others[: RECORDS_MAX - len(silent)], *silent}
-        ordered = [record for record in ordered if record.name in chosen]
-    kept = tuple(ordered)
+def _keep(draft: Draft, known: Mapping[str, PodRecord], fresh: Mapping[str, tuple[Object, Cause | None]]) -> None:
+    """Keep records: the known ones and, in their place or after them, those of the fresh pods."""
+    ends = {name: _End(record.reason, record.exit_code) for name, record in known.items()}
+    for name, (pod, cause) in fresh.items():
+        ends[name] = _End(cause.reason.value if cause is not None else None, exit_code(pod))
+    kept = tuple(record_of(*fresh[name]) if name in fresh else known[name] for name in _chosen(ends))
     if kept != draft.current.pods:
         draft.change_attempt(pods=kept)
+
+
+class _End(NamedTuple):
+    """How a pod ended, as far as it was seen."""
+
+    reason: str | None
+    exit_code: int | None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the pod was never seen to end."""
+        return self.reason is None and self.exit_code is None
+
+    @property
+    def importance(self) -> tuple[bool, bool]:
+        """Smallest first: pods with a cause, then those with an exit code other than 0."""
+        return self.reason is None, self.exit_code in (None, 0)
+
+
+def _chosen(ends: Mapping[str, _End]) -> list[str]:
+    """Return the names of the pods whose records are kept, in the order of their records."""
+    ordered = sorted(ends, key=lambda name: ends[name].importance)
+    if len(ordered) <= RECORDS_MAX:
+        return ordered
+    # Many pods may report the same loss of contact. The few that do not are what the next attempt has to know, and so
+    # is the one that explains it.
+    silent = [name for name in ordered if ends[name].is_silent][:SILENT_KEPT]
+    apart = set(silent)
+    others = [name for name in ordered if name not in apart]
+    others.sort(key=lambda name: (*ends[name].importance, named(ends[name].reason).rank))
+    chosen = {*others[: RECORDS_MAX - len(silent)], *silent}
+    return [name for name in ordered if name in chosen]
 
 
 def words_of(pods: Sequence[Object]) -> list[LastWords]:
@@ -151,7 +182,7 @@ def broken_nodes(attempts: Sequence[Attempt], last: int = 3) -> list[str]:
             case "its node":
                 nodes += explained
             case "silent nodes" if explained:
-                silent = [r.node for r in attempt.pods if r.node is not None and _is_silent(r)]
+                silent = [r.node for r in attempt.pods if r.node is not None and _End(r.reason, r.exit_code).is_silent]
                 nodes += [node for node in silent if node not in explained]
             case _:
                 pass
