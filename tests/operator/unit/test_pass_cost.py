@@ -19,7 +19,7 @@ def calls_per_pod(cluster: SimCluster) -> float:
     observed = cluster.observed()
     profile = cProfile.Profile()
     profile.runcall(reconcile, observed, cluster.now, cluster.settings)
-    return pstats.Stats(profile).total_calls / PODS  # type: ignore[attr-defined]  # typeshed lacks it
+    return float(pstats.Stats(profile).total_calls) / PODS  # type: ignore[attr-defined]  # typeshed lacks it
 
 
 @pytest.fixture(scope="module")
