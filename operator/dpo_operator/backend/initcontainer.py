@@ -18,6 +18,7 @@ FIX = (
 # template knows neither the namespace nor the cluster's domain. The first of both is in the pod's resolv.conf, as the
 # search domain NAMESPACE.svc.DOMAIN. One absolute name makes two DNS queries (A, AAAA); a bare one makes two for each
 # search domain. Without such a search domain (a dnsPolicy of the job's own) the bare name is the best that there is.
+# training-operator renders it as HTML (html/template): a "<" would begin a tag, and rendering would fail.
 # The shell is process 1, which ignores SIGTERM unless it traps it: the pod would last for its whole grace period.
 TEMPLATE = """\
 - name: init-pytorch
@@ -36,12 +37,9 @@ TEMPLATE = """\
   - |
     trap 'exit 143' TERM
     name={{.MasterAddr}}
-    while read -r key domains; do
-      [ "$key" = search ] || continue
-      for domain in $domains; do
-        case $domain in *.svc.*) name={{.MasterAddr}}.$domain.; break ;; esac
-      done
-    done </etc/resolv.conf
+    for domain in $(sed -n 's/^search //p' /etc/resolv.conf); do
+      case $domain in *.svc.*) name={{.MasterAddr}}.$domain.; break ;; esac
+    done
     pause=1
     until nslookup "$name" | grep -q ^Name:; do
       echo "waiting for $name"

@@ -126,3 +126,8 @@ def test_it_does_not_give_up_and_ends_when_it_is_stopped(tmp_path: Path) -> None
     waited = [int(pause) for pause in pauses.read_text().split()]
     assert waited[:12] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 10]
     assert set(waited[12:]) == {10}
+
+
+def test_training_operator_can_render_it() -> None:
+    """It uses html/template: after a "<" the rest is an HTML tag, in which most of a script is an error."""
+    assert "<" not in initcontainer.TEMPLATE
