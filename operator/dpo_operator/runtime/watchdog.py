@@ -158,16 +158,17 @@ class Watchdog:
                 if seen >= version(item):
                     continue
                 suspects.add((resource, uid, seen))
+                if not self.health.synced:
+                    # The first lists are on their way, in this order. A watch is dead if it does not get past this one.
+                    return suspects
                 await self._repair(resource, item)
-            if suspects and not self.health.synced:
-                return suspects  # the first lists are still on their way: what else is missing does not matter
         for key, uid in missing.items():
             suspects |= await self._remove(resource, key, uid)
         return suspects
 
     async def _repair(self, resource: Resource, item: dict[str, Any]) -> None:
         """Read an object that no watch delivered: the list has only its metadata."""
-        if not self.health.synced or job_of(resource, item) is None:
+        if job_of(resource, item) is None:
             return
         found = await self._read(resource, (item["metadata"]["namespace"], item["metadata"]["name"]))
         if found is not None:
