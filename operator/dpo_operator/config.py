@@ -22,6 +22,9 @@ class Settings:
     """Trainer image of jobs without spec.image; pinned at acceptance."""
     trainer_port: int = 9400
     """Port of rank 0's /metrics, /status and /healthz."""
+    trainer_metrics_secret: str = ""
+    """Secret in each namespace of jobs with tls.crt, tls.key and token: rank 0 then serves HTTPS and needs the token.
+    Empty: plain HTTP, open to all that reach the pod."""
     rendezvous_port: int = 23456
     """Port of torchrun's rendezvous on rank 0."""
     default_shm: str = "2Gi"

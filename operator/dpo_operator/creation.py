@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dpo_api.status import Attempt, ConditionType, State
 from dpo_operator import clock, conditions, evidence, invariants, labels, limits, names, network, pinning, restarts
 from dpo_operator.backend import pytorchjob
+from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
 from dpo_operator.texts import clean
@@ -33,6 +36,16 @@ def adopt(draft: Draft) -> None:
                 )
             _begin(draft, number, str(child["metadata"]["name"]), created)
             known = number
+
+
+def _settings(draft: Draft) -> Settings:
+    """Return the settings that the job's image understands.
+
+    A job that version 0.1.0 accepted has no digest, and its image serves plain HTTP only: a probe by HTTPS would fail.
+    """
+    if draft.status.accepted_spec_digest is not None:
+        return draft.settings
+    return replace(draft.settings, trainer_metrics_secret="")
 
 
 def _begin(draft: Draft, number: int, child: str, created: float) -> None:
@@ -68,7 +81,7 @@ def between(draft: Draft) -> None:
         draft.view.identity,
         number,
         str(draft.status.image),
-        draft.settings,
+        _settings(draft),
         evidence.broken_nodes(draft.status.attempts),
     )
     obstacle = network.create(draft)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.findings import ManifestError
-from dpo_operator import acceptance, attempts, clock, conditions, events, housekeeping, patches, retry
+from dpo_operator import acceptance, attempts, clock, conditions, events, housekeeping, labels, patches, retry
 from dpo_operator.backend import pytorchjob
 from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
@@ -129,5 +129,6 @@ def _target(draft: Draft) -> ScrapeTarget | None:
                 pod=str(pod["metadata"]["name"]),
                 ip=str(status["podIP"]),
                 port=draft.settings.trainer_port,
+                https=(pod["metadata"].get("labels") or {}).get(labels.METRICS) == labels.HTTPS,
             )
     return None

@@ -76,6 +76,8 @@ class ScrapeTarget:
     pod: str
     ip: str
     port: int
+    https: bool = False
+    """Whether the pod was created with a certificate and a token."""
 
 
 @dataclass(frozen=True)

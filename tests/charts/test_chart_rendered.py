@@ -18,6 +18,7 @@ from dpo_operator.backend.network import build_network_policy
 from dpo_operator.backend.pytorchjob import Identity
 from dpo_operator.config import Settings
 from dpo_operator.runtime.options import Options, parse
+from dpo_operator.runtime.trust import CA, TOKEN
 from dpo_testing.chart import (
     CHART,
     COMBINATIONS,
@@ -252,6 +253,35 @@ def test_trainers_are_scraped_where_they_serve_and_named_by_their_labels(home: P
     }
     assert {r["sourceLabels"][0]: r["targetLabel"] for r in endpoint["relabelings"]} == discovered
     assert "honorLabels" not in endpoint, "what a trainer says of itself is its user's code speaking"
+
+
+def test_trainers_with_a_certificate_are_scraped_with_the_token_and_the_others_without(home: Path) -> None:
+    values = {"trainer": {"metrics": {"secret": "tm", "serverName": "trainer.example"}}}
+    objects = render(values, home=home)
+    plain, secured = pick(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    (usual,) = pick(render(home=home), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    choice = {"sourceLabels": ["__meta_kubernetes_pod_label_dpo_operator_dev_metrics"], "regex": labels.HTTPS}
+    assert labels.METRICS == "dpo-operator.dev/metrics"
+    assert plain == usual | {"relabelings": [{"action": "drop", **choice}, *usual["relabelings"]]}
+    assert secured == usual | {
+        "scheme": "https",
+        "tlsConfig": {"serverName": "trainer.example", "ca": {"secret": {"name": "tm", "key": "ca.crt"}}},
+        "authorization": {"credentials": {"name": "tm", "key": "token"}},
+        "relabelings": [{"action": "keep", **choice}, *usual["relabelings"]],
+    }
+
+
+def test_the_operator_gets_its_own_part_of_the_trainers_secret(home: Path) -> None:
+    values = {"trainer": {"metrics": {"secret": "tm", "serverName": "trainer.example"}}}
+    deployment = pick(render(values, home=home), "Deployment")
+    options, settings = parse([], environment(deployment))
+    assert (settings.trainer_metrics_secret, options.trainer_metrics_server_name) == ("tm", "trainer.example")
+    spec = deployment["spec"]["template"]["spec"]
+    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "trainer-metrics"]
+    keys = [{"key": key, "path": key} for key in (CA, TOKEN)]
+    assert volume["secret"] == {"secretName": "tm", "items": keys}, "not the private key"
+    (mount,) = [mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == "trainer-metrics"]
+    assert (mount["mountPath"], mount["readOnly"]) == (options.trainer_metrics_folder, True)
 
 
 def test_the_operators_series_keep_their_namespace(home: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from dpo_api.pods import Toleration
 from dpo_api.spec import DPOJobSpec
-from dpo_operator.backend.volumes import SPEC_FILE, SPEC_FOLDER, Mounts, mounts_of
+from dpo_operator.backend.volumes import SPEC_FILE, SPEC_FOLDER, Mounts, metrics_credentials, mounts_of
 from dpo_operator.config import Settings
+from dpo_operator.labels import HTTPS, METRICS
 
 CONTAINER = "pytorch"
 """Name of the trainer's container; PyTorchJob requires this name."""
@@ -65,6 +66,10 @@ def pod_template(
     """Return a pod template. ``leads``: for rank 0's pod, which serves HTTP. ``avoid``: nodes to avoid if possible."""
     overlay = spec.pod_template
     mounts = mounts_of(spec, config_map, settings)
+    if leads:
+        metrics_credentials(settings, mounts)
+        if settings.trainer_metrics_secret:
+            labels = {**labels, METRICS: HTTPS}
     metadata: dict[str, Any] = {"labels": {**dict(settings.labels), **overlay.labels, **labels}}
     if annotations := {**dict(settings.trainer_annotations), **overlay.annotations}:
         metadata["annotations"] = annotations
@@ -120,11 +125,11 @@ def _container(
         container["imagePullPolicy"] = spec.image_pull_policy
     if leads:
         container["ports"].append({"name": METRICS_PORT, "containerPort": settings.trainer_port})
-        container |= _probes(spec)
+        container |= _probes(spec, settings)
     return container
 
 
-def _probes(spec: DPOJobSpec) -> dict[str, Any]:
+def _probes(spec: DPOJobSpec, settings: Settings) -> dict[str, Any]:
     """Only rank 0 serves HTTP, after the rendezvous of all processes. It has neither a readiness nor a startup probe.
 
     Workers resolve the master's name before they start, and its Service publishes only ready pods. A pod is not ready
@@ -133,8 +138,10 @@ def _probes(spec: DPOJobSpec) -> dict[str, Any]:
     meeting = (
         spec.run_policy.start_timeout_seconds + 1800
     )  # the imports and the rendezvous follow the start of the last pod
+    # The kubelet does not check the certificate, and /healthz needs no token.
+    scheme = {"scheme": "HTTPS"} if settings.trainer_metrics_secret else {}
     probe = {
-        "httpGet": {"path": "/healthz", "port": METRICS_PORT},
+        "httpGet": {"path": "/healthz", "port": METRICS_PORT, **scheme},
         "initialDelaySeconds": meeting,
         "periodSeconds": LIVENESS_PERIOD,
         "timeoutSeconds": 10,

@@ -18,6 +18,8 @@ CACHE = "/cache"
 CLAIMS = "/mnt/claims"
 CREDENTIALS = "/etc/dpo/credentials"
 CERTIFICATES = "/etc/dpo/ca"
+METRICS = "/etc/dpo/metrics"
+METRICS_KEYS = ("tls.crt", "tls.key", "token")
 IDENTITY = "/var/run/secrets/dpo-operator/identity"
 
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -69,6 +71,14 @@ def mounts_of(spec: DPOJobSpec, config_map: str, settings: Settings) -> Mounts:
     _certificates(spec, found)
     _identity(spec, settings, found)
     return found
+
+
+def metrics_credentials(settings: Settings, found: Mounts) -> None:
+    """Mount certificate, key and token of rank 0's HTTP server, if the installation has them."""
+    if settings.trainer_metrics_secret:
+        items = [{"key": key, "path": key} for key in METRICS_KEYS]
+        found.add("metrics", METRICS, {"secret": {"secretName": settings.trainer_metrics_secret, "items": items}})
+        found.set("DPO_METRICS_CREDENTIALS", METRICS)
 
 
 def _cache(spec: DPOJobSpec, found: Mounts) -> None:

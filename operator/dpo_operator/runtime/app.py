@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 from dpo_api.version import VERSION
@@ -20,6 +21,7 @@ from dpo_operator.runtime.queue import WorkQueue
 from dpo_operator.runtime.resources import CHILDREN, JOBS, WATCHED, Resource
 from dpo_operator.runtime.scraper import Scraper
 from dpo_operator.runtime.server import serve
+from dpo_operator.runtime.trust import Trust
 from dpo_operator.runtime.watchdog import Watchdog
 from dpo_operator.runtime.watches import Watches
 from dpo_operator.runtime.worker import Worker
@@ -55,6 +57,7 @@ class Operator:
         self._scraper = Scraper(
             self._client, way_to_trainers(options), self._queue.add,
             interval=options.scrape_seconds, write_interval=settings.progress_write_seconds,
+            trust=Trust(Path(options.trainer_metrics_folder), options.trainer_metrics_server_name),
         )  # fmt: skip
         self._metrics = Metrics(self._cache.jobs, self._gauges, job_limit=options.job_metrics_limit)
         self._worker = Worker(

@@ -49,6 +49,10 @@ class Options:
     scrape_seconds: float = 30.0
     """Interval between two requests to a trainer. With more than 240 running jobs it is their number / 8 (1,000 jobs:
     125 s). Progress alone is written to the status at most once a minute."""
+    trainer_metrics_folder: str = "/etc/dpo-trainer-metrics"
+    """With ``trainer_metrics_secret``: the folder of ca.crt and token, by which a trainer is known and asked."""
+    trainer_metrics_server_name: str = "dpo-trainer"
+    """Name that a trainer's certificate must have: pods are asked by IP address."""
     relist_seconds: float = 300.0
     """Interval between two comparisons of the caches with the cluster."""
     dead_watch_seconds: float = 60.0
@@ -87,6 +91,7 @@ def parse(
         parser.error(str(error))
     settings = replace(settings, **given)
     options = Options(namespaces=namespaces, **got)
+    _check_metrics_secret(parser, settings.trainer_metrics_secret, options)
     for name in ("scrape_seconds", "relist_seconds", "dead_watch_seconds"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')}: must be above 0")
@@ -123,6 +128,16 @@ def _peers(parser: argparse.ArgumentParser, text: str) -> tuple[Mapping[str, Any
         parser.error(
             f"--metrics-from: {error}; give a JSON list of peers as in `from` of a NetworkPolicy, such as"
             ' [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]'
+        )
+
+
+def _check_metrics_secret(parser: argparse.ArgumentParser, secret: str, options: Options) -> None:
+    if secret and not _SECRET.fullmatch(secret):
+        parser.error(f"--trainer-metrics-secret: {secret!r} is not a Secret name")
+    if secret and options.scrape_by == "api-proxy":
+        parser.error(
+            "--scrape-by: api-proxy cannot pass on the token of --trainer-metrics-secret; give pod-ip or off, "
+            "or no --trainer-metrics-secret"
         )
 
 
@@ -182,6 +197,16 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "interval between requests to a trainer, at least running jobs / 8; default %(default)s",
         type=float,
     )
+    flag(
+        "trainer-metrics-folder",
+        d.trainer_metrics_folder,
+        "with --trainer-metrics-secret: folder with ca.crt and token for requests to trainers; default %(default)s",
+    )
+    flag(
+        "trainer-metrics-server-name",
+        d.trainer_metrics_server_name,
+        "name that the certificates of trainers must have; default %(default)s",
+    )
     flag("relist-seconds", d.relist_seconds, "interval between checks of the watches; default %(default)s", type=float)
     flag(
         "dead-watch-seconds",
@@ -214,6 +239,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "default-ttl-seconds-after-finished", None,
         "time after the end until a DPOJob without ttlSecondsAfterFinished is deleted; default: never",
     )  # fmt: skip
+    flag(
+        "trainer-metrics-secret",
+        s.trainer_metrics_secret,
+        "Secret in each namespace of jobs with tls.crt, tls.key and token, with which a trainer serves its metrics; "
+        "default: plain HTTP without a token",
+    )
     flag("default-shm", s.default_shm, "size of /dev/shm on CPU; default %(default)s")
     flag("default-gpu-shm", s.default_gpu_shm, "size of /dev/shm with GPUs; default %(default)s")
     flag("identity-audience", s.identity_audience, "audience of pod-identity tokens; default %(default)s")

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from dpo_api.progress import Progress
 from dpo_operator.runtime.cache import Key
 from dpo_operator.runtime.client import ApiError, Client, Unreachable
+from dpo_operator.runtime.trust import Trust
 from dpo_operator.types import Scrape, ScrapeTarget
 
 MAX_BYTES = 64 * 1024
@@ -59,14 +60,19 @@ class Scraper:
         *,
         interval: float,
         write_interval: float,
+        trust: Trust | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``interval``: seconds between two requests (``pace``). ``write_interval``: between two reports."""
+        """``interval``: seconds between two requests (``pace``). ``write_interval``: between two reports.
+
+        ``trust``: what is needed to ask trainers that serve HTTPS.
+        """
         self._client = client
         self._way = way
         self._news = news
         self._interval = interval
         self._write_interval = write_interval
+        self._trust = trust
         self._clock = clock
         self._targets: dict[Key, ScrapeTarget] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
@@ -142,12 +148,14 @@ class Scraper:
         return Scrape(at=at, child=target.child, progress=progress)
 
     async def _get(self, target: ScrapeTarget) -> bytes:
+        if target.https and (self._way == "api-proxy" or self._trust is None):
+            raise HTTPException("the pod asks for a token, which the API server's proxy does not pass on")
         if self._way == "api-proxy":
             path = f"/api/v1/namespaces/{target.namespace}/pods/{target.pod}:{target.port}/proxy/status"
             return await self._client.raw(path, MAX_BYTES)
         if not target.ip:
             raise HTTPException("the pod has no IP address")
-        return await fetch(target.ip, target.port)
+        return await fetch(target.ip, target.port, self._trust if target.https else None)
 
 
 class _Received:
@@ -160,17 +168,23 @@ class _Received:
         return io.BytesIO(self._data)
 
 
-async def fetch(ip: str, port: int) -> bytes:
+async def fetch(ip: str, port: int, trust: Trust | None = None) -> bytes:
     """GET /status at an address and return the body. Raises OSError and HTTPException; the caller sets a time limit.
 
+    trust: ask by HTTPS with the token, which is sent only after the certificate has been checked.
     Each request opens a new connection, since a thousand idle ones would cost more than they save. Proxies, cookies,
     redirects and compression are not supported, so a request takes a third of the CPU time of a general client.
     """
     host = f"[{ip}]" if ":" in ip else ip
-    reader, writer = await asyncio.open_connection(ip, port)
+    if trust is None:
+        authorization = ""
+        reader, writer = await asyncio.open_connection(ip, port)
+    else:
+        authorization = f"Authorization: Bearer {trust.token()}\r\n"
+        reader, writer = await asyncio.open_connection(ip, port, ssl=trust.context(), server_hostname=trust.server_name)
     try:
         writer.write(
-            f"GET /status HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: application/json\r\n"
+            f"GET /status HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: application/json\r\n{authorization}"
             "Accept-Encoding: identity\r\nConnection: close\r\n\r\n".encode("ascii")
         )
         received = bytearray()

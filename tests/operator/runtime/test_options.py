@@ -99,6 +99,8 @@ def test_a_wrong_pod_patch_is_named_at_the_start(
         (["--default-ttl-seconds-after-finished=1d"], {}, "--default-ttl-seconds-after-finished: '1d' is not a whole"),
         (["--default-ttl-seconds-after-finished=-1"], {}, "--default-ttl-seconds-after-finished: '-1' is not a whole"),
         (["--trainer-pod-patch=/no/such.yaml"], {}, "--trainer-pod-patch: /no/such.yaml: no such file"),
+        (["--trainer-metrics-secret=B_c"], {}, "--trainer-metrics-secret: 'B_c' is not a Secret name"),
+        (["--trainer-metrics-secret=a", "--scrape-by=api-proxy"], {}, "api-proxy cannot pass on the token"),
         (["--log-format=xml"], {}, "invalid choice"),
         ([], {"DPO_OPERATOR_PORT": "eighty"}, "invalid int value: 'eighty'"),
         ([], {"DPO_OPERATOR_LOG_LEVEL": "verbose"}, "invalid choice: 'verbose'; give debug, info, warning or error"),

@@ -4,14 +4,21 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from dpo_api.progress import Progress
 from dpo_operator.runtime import scraper
 from dpo_operator.runtime.client import Client
 from dpo_operator.runtime.scraper import MAX_BYTES, Scraper, pace, together
+from dpo_operator.runtime.trust import Trust
 from dpo_operator.types import Scrape, ScrapeTarget
 from dpo_testing.faketrainer import FakeTrainer
+from dpo_testing.pki import Authority
+from dpo_trainer.metrics.credentials import Credentials
+from dpo_trainer.metrics.prometheus import PrometheusMetrics
+from dpo_trainer.metrics.server import StatusServer
 
 KEY = ("team", "job")
 
@@ -34,12 +41,12 @@ def no_login() -> None:
     raise AssertionError("a pod is asked at its own address, past the API server")
 
 
-async def ask(port: int, ip: str = "127.0.0.1") -> Scrape:
+async def ask(port: int, ip: str = "127.0.0.1", trust: Trust | None = None, *, https: bool = False) -> Scrape:
     """Return the first answer of a scraper."""
     told = asyncio.Event()
     client = Client(no_login, user_agent="test")  # type: ignore[arg-type]
-    asker = Scraper(client, "pod-ip", lambda _: told.set(), interval=60, write_interval=60)
-    asker.aim(KEY, ScrapeTarget(child="job-1", namespace="team", pod="job-1-master-0", ip=ip, port=port))
+    asker = Scraper(client, "pod-ip", lambda _: told.set(), interval=60, write_interval=60, trust=trust)
+    asker.aim(KEY, ScrapeTarget(child="job-1", namespace="team", pod="job-1-master-0", ip=ip, port=port, https=https))
     async with asyncio.timeout(30):
         await told.wait()
     answer = asker.newest(KEY)
@@ -179,3 +186,98 @@ def test_trainers_are_asked_at_shared_moments() -> None:
     ends = [now + together(now, 24 + step / 10) for step in range(120)]
     assert {round(end, 6) for end in ends} == {1258, 1260, 1262, 1264, 1266, 1268, 1270}
     assert all(abs(together(now, wait) - wait) <= wait / 20 for wait in (0.05, 1, 6, 30))
+
+
+# -- trainers that serve HTTPS ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Secret as the installer makes it: the trainer mounts three of its keys, the operator two."""
+    folder = tmp_path_factory.mktemp("secret")
+    authority = Authority("metrics")
+    pair = authority.server("dpo-trainer", ["dpo-trainer"])
+    files = {
+        "tls.crt": pair.certificate,
+        "tls.key": pair.key,
+        "ca.crt": authority.pair.certificate,
+        "token": b"t0ken\n",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secured(secrets: Path) -> Iterator[StatusServer]:
+    server = StatusServer(PrometheusMetrics().registry, 0, "127.0.0.1", Credentials(secrets))
+    server.publish(Progress(phase="train", step=3, total=9))
+    yield server
+    server.close()
+
+
+def test_a_trainer_with_a_certificate_is_asked_with_the_token(secured: StatusServer, secrets: Path) -> None:
+    answer = asyncio.run(ask(secured.port, trust=Trust(secrets, "dpo-trainer"), https=True))
+    assert answer.error == ""
+    assert answer.progress is not None
+    assert (answer.progress.step, answer.progress.total) == (3, 9)
+
+
+def test_a_wrong_token_is_refused(secured: StatusServer, secrets: Path, tmp_path: Path) -> None:
+    (tmp_path / "ca.crt").write_bytes((secrets / "ca.crt").read_bytes())
+    (tmp_path / "token").write_text("wrong")
+    answer = asyncio.run(ask(secured.port, trust=Trust(tmp_path, "dpo-trainer"), https=True))
+    assert (answer.progress, answer.error) == (None, "job-1-master-0: no /status response: HTTP 401")
+
+
+def test_another_name_or_another_authority_is_not_asked(secured: StatusServer, secrets: Path, tmp_path: Path) -> None:
+    assert (
+        "CERTIFICATE_VERIFY_FAILED" in asyncio.run(ask(secured.port, trust=Trust(secrets, "other"), https=True)).error
+    )
+    (tmp_path / "ca.crt").write_bytes(Authority("another").pair.certificate)
+    (tmp_path / "token").write_text("t0ken")
+    answer = asyncio.run(ask(secured.port, trust=Trust(tmp_path, "dpo-trainer"), https=True))
+    assert "CERTIFICATE_VERIFY_FAILED" in answer.error
+
+
+@pytest.mark.parametrize(
+    ("token", "word"), [(None, "token"), ("", "one word of printable ASCII"), ("a\r\nX: y", "one word of printable")]
+)
+def test_a_token_that_cannot_be_sent_is_named(
+    secured: StatusServer, secrets: Path, tmp_path: Path, token: str | None, word: str
+) -> None:
+    (tmp_path / "ca.crt").write_bytes((secrets / "ca.crt").read_bytes())
+    if token is not None:
+        (tmp_path / "token").write_text(token)
+    error = asyncio.run(ask(secured.port, trust=Trust(tmp_path, "dpo-trainer"), https=True)).error
+    assert word in error
+    assert str(tmp_path / "token") in error
+
+
+def test_a_pod_from_before_the_certificate_is_asked_without_the_token(
+    trainer: FakeTrainer, port: int, secrets: Path
+) -> None:
+    answer = asyncio.run(ask(port, trust=Trust(secrets, "dpo-trainer")))
+    assert answer.progress is not None
+    assert "Authorization" not in trainer.heard
+
+
+def test_a_plain_server_in_place_of_a_trainer_does_not_get_the_token(
+    trainer: FakeTrainer, port: int, secrets: Path
+) -> None:
+    assert asyncio.run(ask(port, trust=Trust(secrets, "dpo-trainer"), https=True)).progress is None
+    assert trainer.asked == 0
+
+
+def test_the_proxy_of_the_api_server_cannot_pass_on_the_token(secrets: Path) -> None:
+    async def scenario() -> str:
+        client = Client(no_login, user_agent="test")  # type: ignore[arg-type]
+        asker = Scraper(client, "api-proxy", lambda _: None, interval=60, write_interval=60, trust=Trust(secrets, "x"))
+        target = ScrapeTarget(child="job-1", namespace="team", pod="p", ip="127.0.0.1", port=1, https=True)
+        asker.aim(KEY, target)
+        await _until(lambda: asker.newest(KEY) is not None)
+        answer = asker.newest(KEY)
+        await asker.close()
+        return answer.error if answer is not None else ""
+
+    assert "token, which the API server's proxy does not pass on" in asyncio.run(scenario())

@@ -13,6 +13,7 @@ from dpo_operator import names
 from dpo_operator.backend.pytorchjob import Identity, build_child, build_config_map
 from dpo_operator.config import Settings
 from dpo_testing.simcluster import SimCluster, manifest
+from dpo_trainer.metrics.credentials import CERTIFICATE, KEY, TOKEN, VARIABLE
 
 IDENTITY = Identity("job", "team", "uid-1", created=1_800_000_000)
 Object = dict[str, Any]
@@ -144,6 +145,24 @@ def test_only_rank_zero_serves_and_nothing_waits_for_readiness() -> None:
     assert {"name": "metrics", "containerPort": 9400} in master["ports"]
     assert not {"livenessProbe", "startupProbe", "readinessProbe"} & set(worker)
     assert [port["name"] for port in worker["ports"]] == ["pytorchjob-port"]
+
+
+def test_a_certificate_and_a_token_for_rank_zero_alone() -> None:
+    settings = Settings(trainer_metrics_secret="trainer-metrics")
+    body = child(settings=settings, resources={"nodes": 2, "gpusPerNode": 0})
+    mount = {"name": "metrics", "mountPath": "/etc/dpo/metrics", "readOnly": True}
+    assert mount in trainer(body)["volumeMounts"]
+    (volume,) = [volume for volume in pod(body)["volumes"] if volume["name"] == "metrics"]
+    keys = [{"key": key, "path": key} for key in (CERTIFICATE, KEY, TOKEN)]
+    assert volume["secret"] == {"secretName": "trainer-metrics", "items": keys}, "a missing key must stop the pod"
+    assert env(body)[VARIABLE] == "/etc/dpo/metrics"
+    probe = trainer(body)["livenessProbe"]["httpGet"]
+    assert probe == {"path": "/healthz", "port": "metrics", "scheme": "HTTPS"}
+    replicas = body["spec"]["pytorchReplicaSpecs"]
+    assert replicas["Master"]["template"]["metadata"]["labels"]["dpo-operator.dev/metrics"] == "https"
+    assert "dpo-operator.dev/metrics" not in replicas["Worker"]["template"]["metadata"]["labels"]
+    assert not {volume["name"] for volume in pod(body, "Worker")["volumes"]} & {"metrics"}
+    assert VARIABLE not in env(body, "Worker")
 
 
 def test_termination_message_and_grace_period() -> None:

@@ -43,6 +43,35 @@ def running(**spec: Any) -> SimCluster:
 # -- from apply to the model
 
 
+def test_a_pod_is_asked_as_it_was_created() -> None:
+    """A certificate that an installation gets later does not change the pods that are there."""
+    cluster = running()
+    cluster.settings = replace(cluster.settings, trainer_metrics_secret="trainer-metrics")
+    cluster.advance(600)
+    cluster.reconcile()
+    assert cluster.decision.scrape is not None
+    assert not cluster.decision.scrape.https
+    cluster = SimCluster(settings=cluster.settings)
+    cluster.run_to("Running")
+    assert cluster.decision.scrape is not None
+    assert cluster.decision.scrape.https
+
+
+def test_the_image_of_an_older_version_gets_no_certificate() -> None:
+    """Version 0.1.0 wrote no digest, and its trainer knows plain HTTP only: a probe by HTTPS would kill its pod."""
+    cluster = running()
+    assert cluster.job is not None
+    del cluster.job["status"]["acceptedSpecDigest"]
+    cluster.settings = replace(cluster.settings, trainer_metrics_secret="trainer-metrics")
+    for role in ("worker", "master"):
+        cluster.end_pod(f"job-1-{role}-0", Outcome.Communication)
+    cluster.settle()
+    cluster.advance(60)
+    cluster.run_to("Running")
+    assert cluster.decision.scrape is not None
+    assert (cluster.decision.scrape.child, cluster.decision.scrape.https) == ("job-2", False)
+
+
 def test_from_apply_to_the_model() -> None:
     cluster = SimCluster()
     cluster.reconcile()
@@ -54,6 +83,7 @@ def test_from_apply_to_the_model() -> None:
     cluster.run_to("Running")
     assert cluster.decision.scrape is not None
     assert cluster.decision.scrape.pod == "job-1-master-0"
+    assert not cluster.decision.scrape.https
     cluster.advance(3600)
     finish(cluster)
     status = cluster.status

@@ -29,11 +29,13 @@ class FakeTrainer:
         self.headers: dict[str, str] = {}
         self.delay = 0.0
         self.asked = 0
+        self.heard: dict[str, str] = {}  #: headers of the newest request
         trainer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 trainer.asked += 1
+                trainer.heard = dict(self.headers)
                 time.sleep(trainer.delay)
                 try:
                     self.send_response(trainer.status)

@@ -1,6 +1,7 @@
 """Rank 0's outputs, opened from the spec: the metrics record, Prometheus, TensorBoard, W&B and progress."""
 
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from dpo_api.manifest import DPOJob
 from dpo_api.version import VERSION
 from dpo_store import Store, join_uri, local_path_of
 from dpo_trainer.metrics import tensorboard, wandb
+from dpo_trainer.metrics.credentials import Credentials
 from dpo_trainer.metrics.jsonl import LocalLog, ObjectLog
 from dpo_trainer.metrics.progress import ProgressTracker
 from dpo_trainer.metrics.prometheus import PrometheusMetrics
@@ -31,8 +33,8 @@ class Hub:
         """Start the server and check what the spec's sinks need.
 
         port: of /metrics, /status and /healthz on ``host`` (empty: all addresses); None: no server; 0: a free port.
-        events: file that `dpo run` follows. Raises PortInUseError; InvalidSpecError and AccessDeniedError for a sink
-        that cannot work with its settings.
+        events: file that `dpo run` follows. Raises PortInUseError; AccessDeniedError for credentials that cannot be
+        used; InvalidSpecError and AccessDeniedError for a sink that cannot work with its settings.
         """
         self._job = job
         logging_spec = job.spec.logging
@@ -41,7 +43,9 @@ class Hub:
         if logging_spec.wandb is not None:
             wandb.check(logging_spec.wandb)
         self.prometheus = PrometheusMetrics()
-        self._server = None if port is None else StatusServer(self.prometheus.registry, port, host)
+        self._server = (
+            None if port is None else StatusServer(self.prometheus.registry, port, host, Credentials.of(os.environ))
+        )
         self.progress = ProgressTracker(events, self._server)
         self._writers = Writers([self.prometheus])
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
