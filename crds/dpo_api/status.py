@@ -145,6 +145,9 @@ class Attempt(StatusSection):
     pods: tuple[PodRecord, ...] = Field(
         default=(), max_length=64, description="Pods of the attempt, those that failed first; at most 64."
     )
+    pods_omitted: int | None = Field(
+        default=None, ge=0, description="Records of pods that were dropped: only the newest attempts keep them."
+    )
 
 
 class StatusProgress(StatusSection):

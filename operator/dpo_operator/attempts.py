@@ -117,7 +117,7 @@ def _queue(draft: Draft, child: Object) -> None:
     """Handle a PyTorchJob that its queue holds, from the start or after a preemption: no limit runs."""
     _release(draft)
     if draft.current.running_time is not None or draft.current.pods:
-        draft.change_attempt(running_time=None, pods=())
+        draft.change_attempt(running_time=None, pods=(), pods_omitted=None)
     queue = pytorchjob.queue_of_child(child)
     where = f"queue {queue}" if queue else "its queue"
     draft.place("Queued", Reason.Queued, f"Waiting for {where} (attempt {draft.current.number}).")

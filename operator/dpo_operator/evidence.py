@@ -101,7 +101,7 @@ def _keep(draft: Draft, known: Mapping[str, PodRecord], fresh: Mapping[str, tupl
         ends[name] = _End(cause.reason.value if cause is not None else None, exit_code(pod))
     kept = tuple(record_of(*fresh[name]) if name in fresh else known[name] for name in _chosen(ends))
     if kept != draft.current.pods:
-        draft.change_attempt(pods=kept)
+        draft.change_attempt(pods=kept, pods_omitted=None)  # of the newest attempt ``size`` counts them again
 
 
 class _End(NamedTuple):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_api.status import Condition, DPOJobStatus
+from dpo_api.status import Condition, DPOJobStatus, StatusSection
 
 
-def to_json(status: DPOJobStatus) -> dict[str, Any]:
-    """Return a status as a JSON object without unset fields."""
+def to_json(status: StatusSection) -> dict[str, Any]:
+    """Return a status, or a part of one, as a JSON object without unset fields."""
     values: dict[str, Any] = status.model_dump(mode="json", by_alias=True, exclude_none=True)
     return values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.findings import ManifestError
-from dpo_operator import acceptance, attempts, clock, conditions, events, housekeeping, labels, patches, retry
+from dpo_operator import acceptance, attempts, clock, conditions, events, housekeeping, labels, patches, retry, size
 from dpo_operator.backend import pytorchjob
 from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
@@ -94,6 +94,8 @@ def _conclude(draft: Draft) -> Decision:
     emitted = events.emit(draft)
     if any(isinstance(action, DeleteJob) for action in draft.actions):
         return Decision((*emitted, *draft.actions), patches.to_json(view.status), draft.wake, scrape)
+    if view.status.completion_time is None:  # the status of an ended job no longer grows
+        draft.status = size.fit(draft.status, view.observed.status_limit)
     patch = patches.difference(patches.to_json(view.status), patches.to_json(draft.status))
     written = []
     if patch:

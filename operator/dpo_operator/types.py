@@ -18,6 +18,7 @@ How ``runtime`` runs a pass:
    ``config_map``, ``network_policy``, ``check``, ``absent`` and ``refusals`` belong to one pass; the next pass starts
    with them empty.
 4. ``PatchStatus`` is the last action and carries the resourceVersion; on 409 drop it and reconcile the newer object.
+   If it is refused because the object is too large, set ``status_limit`` to ``size.smaller`` of it and go to 1 at once.
 5. With ``Decision.follow``, put the stored DPOJob into the ``Observed`` and go to 1 at once.
 6. Call again after ``Decision.wake`` seconds, or as soon as anything about the job changes.
 """
@@ -101,6 +102,8 @@ class Observed:
     """Names of PyTorchJobs, and of the ConfigMap, that a GET (not a cache) did not find."""
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     """By object name: what the API server refused in this pass."""
+    status_limit: int | None = None
+    """Bytes that the status may have, once the API server has refused a larger one in this pass."""
     scrape: Scrape | None = None
     backend_installed: bool = True
     """Whether the cluster serves PyTorchJob."""

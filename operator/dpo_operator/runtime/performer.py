@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
+from dpo_operator import size
 from dpo_operator.runtime.cache import Cache, Key
 from dpo_operator.runtime.client import ApiError, Client
 from dpo_operator.runtime.resources import CHILDREN, CONFIG_MAPS, EVENTS, JOBS, NETWORK_POLICIES
@@ -30,6 +31,9 @@ from dpo_operator.types import (
     PatchStatus,
     Refusal,
 )
+
+_TOO_LARGE = ("request is too large", "send message larger than max")
+"""etcd's words for an object that is too large. The API server answers them with 400 or 500."""
 
 _REFUSALS = frozenset({400, 403, 404, 413, 422})
 
@@ -159,6 +163,10 @@ class Performer:
         try:
             done = await self._client.patch_status(JOBS, namespace, name, body)
         except ApiError as error:
+            limit = size.smaller(observed.status_limit)
+            if is_too_large(error) and limit is not None:
+                _log.warning("the status of %s/%s is too large: %s", namespace, name, error)
+                return replace(observed, status_limit=limit)
             if error.status not in {404, 409}:
                 raise
             # The watch may deliver it late; without it the next pass would repeat this one.
@@ -171,6 +179,11 @@ class Performer:
             raise Outdated from error
         self._cache.put(JOBS, done, watched=False)
         return None
+
+
+def is_too_large(error: ApiError) -> bool:
+    """Whether an object is refused for its size: by the API server (413), by etcd, or by the connection to it."""
+    return error.status == 413 or any(words in error.message for words in _TOO_LARGE)
 
 
 def _refusal(error: ApiError) -> Refusal:

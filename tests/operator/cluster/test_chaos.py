@@ -12,11 +12,13 @@ from contextlib import contextmanager
 
 import pytest
 
+from dpo_operator.runtime.client import ApiError as ClientError
+from dpo_operator.runtime.performer import is_too_large
 from dpo_testing.chaosproxy import Call, ChaosProxy, Fault, nth, once
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
-from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, eventually
+from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, ApiError, eventually
 from dpo_testing.operatorprocess import OperatorProcess
 
 DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
@@ -77,6 +79,46 @@ def test_events_that_cannot_be_read_cost_nothing_but_words(
             jobs.wait_child("mute-3")
     finally:
         over.set()
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(413, "Request entity too large: limit is 3145728"), (500, "etcdserver: request is too large")],
+)
+def test_a_status_that_is_refused_for_its_size_is_written_smaller(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str, status: int, message: str
+) -> None:
+    jobs, refused = Jobs(cluster.admin, namespace), threading.Event()
+
+    def rule(call: Call) -> Fault | None:
+        if call.kind != "PATCH dpojobs/status" or len(call.body) < 4000:
+            return None
+        refused.set()
+        return Fault(status, message=message)
+
+    proxy.rules.append(rule)
+    with serving(cluster, proxy, namespace):
+        jobs.create(manifest("large"))
+        kubelet.finish(namespace, "large-1-master-0", last_words("Communication", message="lost a peer " * 120), 75)
+        jobs.wait_child("large-2")
+        assert refused.is_set()
+        kubelet.finish(namespace, "large-2-master-0", DONE)
+        done = jobs.wait_state("Succeeded", name="large")
+    assert [(a["number"], a["result"]) for a in done["attempts"]] == [(1, "Failed"), (2, "Succeeded")]
+
+
+def test_etcd_refuses_a_large_object_in_the_words_that_the_operator_knows(
+    cluster: ControlPlane, namespace: str
+) -> None:
+    """No operator serves this namespace."""
+    jobs = Jobs(cluster.admin, namespace)
+    jobs.create(manifest("huge"))
+    pods = [{"name": f"pod-{i}", "node": "n" * 250, "reason": "R" * 250} for i in range(64)]
+    wide = [{"number": n + 1, "child": f"huge-{n}", "message": "m" * 4000, "pods": pods} for n in range(128)]
+    cluster.admin.patch(DPOJOBS, namespace, "huge", {"status": {"attempts": wide[:20]}}, sub="status")
+    with pytest.raises(ApiError) as refused:
+        cluster.admin.patch(DPOJOBS, namespace, "huge", {"status": {"attempts": wide}}, sub="status")
+    assert is_too_large(ClientError(refused.value.status, refused.value.reason, refused.value.message)), refused
 
 
 def live(jobs: Jobs, kubelet: FakeKubelet, name: str, step: Callable[[Callable[[], object]], object]) -> None:

@@ -57,6 +57,8 @@ class Fault:
     status: int | None = None
     """Answer with this status; the API server never sees the request."""
     headers: dict[str, str] = field(default_factory=dict)
+    message: str = "injected"
+    """Of that answer."""
     before: Callable[[], None] | None = None
     """Run this instead of passing the request on, and close the connection without an answer."""
     after: Callable[[], None] | None = None
@@ -154,7 +156,7 @@ class ChaosProxy:
             handler.close_connection = True
             return
         if fault is not None and fault.status is not None:
-            self._answer(handler, fault.status, _status(fault.status), fault.headers)
+            self._answer(handler, fault.status, _status(fault.status, fault.message), fault.headers)
             return
         try:
             self._pass_on(handler, call, fault)
@@ -215,10 +217,10 @@ class ChaosProxy:
         handler.close_connection = True
 
 
-def _status(code: int) -> bytes:
+def _status(code: int, message: str) -> bytes:
     reasons = {409: "Conflict", 410: "Expired", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable"}
     return json.dumps(
-        {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": "injected",
+        {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": message,
          "reason": reasons.get(code, "Unknown")}
     ).encode()  # fmt: skip
 

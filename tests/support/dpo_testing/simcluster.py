@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_api.errors import Outcome
 from dpo_api.progress import LastWords, Progress
-from dpo_operator import clock, labels, names
+from dpo_operator import clock, labels, names, size
 from dpo_operator.config import Settings
 from dpo_operator.reconcile import reconcile
 from dpo_operator.types import (
@@ -98,6 +98,8 @@ class SimCluster:
         """By object name: what the API server refuses."""
         self.invalid: Refusal | None = None
         """What a dry run of the child answers."""
+        self.object_limit: int | None = None
+        """Bytes of the DPOJob above which a status write is refused."""
         self.queue_holds = False
         self.backend_installed = True
         self.created: list[str] = []
@@ -202,7 +204,12 @@ class SimCluster:
                 self.events.setdefault(body["metadata"]["name"], copy.deepcopy(body))
             case PatchStatus(body):
                 assert body["metadata"]["resourceVersion"] == self.job["metadata"]["resourceVersion"]
-                self.job["status"] = json.loads(json.dumps(merged(self.job.get("status", {}), body["status"])))
+                status = json.loads(json.dumps(merged(self.job.get("status", {}), body["status"])))
+                if self.object_limit is not None and len(json.dumps(status)) > self.object_limit:
+                    limit = size.smaller(observed.status_limit)
+                    assert limit is not None, "the API server refuses the smallest status"
+                    return replace(observed, status_limit=limit)
+                self.job["status"] = status
                 self.touch()
         return observed
 
