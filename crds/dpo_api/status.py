@@ -14,6 +14,7 @@ from pydantic.alias_generators import to_camel
 from dpo_api.progress import Phase
 
 MESSAGE_MAX = 4096
+IMAGE_IDS_MAX = 4
 
 Time = Annotated[
     str,
@@ -142,6 +143,12 @@ class Attempt(StatusSection):
     )
     reason: Reason | None = Field(default=None, description="Cause in one word, such as NodeLost or InvalidData.")
     message: Message | None = Field(default=None, description="Cause in one sentence.")
+    image_ids: tuple[Annotated[str, StringConstraints(max_length=512)], ...] = Field(
+        default=(),
+        alias="imageIDs",
+        max_length=IMAGE_IDS_MAX,
+        description="IDs of the image that its pods ran, rank 0's first; more than one means that its tag has moved.",
+    )
     pods: tuple[PodRecord, ...] = Field(
         default=(), max_length=64, description="Pods of the attempt, those that failed first; at most 64."
     )
@@ -235,6 +242,12 @@ class DPOJobStatus(StatusSection):
     )
     network_policy: Name | None = Field(
         default=None, description="NetworkPolicy that restricts who reaches the job's pods."
+    )
+    launch_contract: int | None = Field(
+        default=None,
+        ge=1,
+        le=999,
+        description="Version of the trainer's command line, fixed at acceptance. Not set: 1, of version 0.1.0.",
     )
     run_directory: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
         default=None, description="URI of the run directory."

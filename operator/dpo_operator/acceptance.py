@@ -11,6 +11,7 @@ from dpo_api.status import ConditionType
 from dpo_api.validation import check
 from dpo_operator import conditions, ends, names, pinning
 from dpo_operator.backend import pytorchjob
+from dpo_operator.backend.launch import CONTRACTS, FIRST, NEWEST
 from dpo_operator.creation import RETRY_SECONDS
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -44,12 +45,25 @@ def reopen(draft: Draft) -> None:
     draft.update(conditions=conditions.without(draft.status.conditions, ConditionType.Accepted))
 
 
+def is_newer(draft: Draft) -> bool:
+    """Report a job that a newer operator accepted, whose command line this one cannot write; return whether it is."""
+    contract = draft.view.status.launch_contract or FIRST
+    if not is_accepted(draft) or contract in CONTRACTS:
+        return False
+    text = f"A newer operator accepted the job with launch contract {contract}, which this one does not know."
+    _leave(draft, f"{text} It does not touch the job.")
+    return True
+
+
+def _leave(draft: Draft, text: str) -> None:
+    draft.update(message=clean(text, 4000))
+    draft.condition(ConditionType.Progressing, "False", Reason.SpecUnreadable, text)
+
+
 def unreadable(draft: Draft, error: ManifestError) -> None:
     """Report a spec that cannot be parsed: a mistake in it or, after acceptance, an operator that is too old."""
     if is_accepted(draft):
-        text = f"This operator cannot read the accepted spec and does not touch the job: {error}"
-        draft.update(message=clean(text, 4000))
-        draft.condition(ConditionType.Progressing, "False", Reason.SpecUnreadable, text)
+        _leave(draft, f"This operator cannot read the accepted spec and does not touch the job: {error}")
     else:
         _reject(draft, Reason.Rejected, list(error.findings))
 
@@ -70,8 +84,8 @@ def accept(draft: Draft) -> bool:
     return False
 
 
-def _to_pin(draft: Draft) -> tuple[str, str] | None:
-    """Return the image and the text of the spec to pin; None if the job cannot be accepted yet."""
+def _to_pin(draft: Draft) -> tuple[str, str, int] | None:
+    """Return the image, the text of the spec and the launch contract to pin; None if the job cannot be accepted yet."""
     view = draft.view
     name = names.config_map(view.name, view.uid)
     if not pinning.is_known(draft, name):
@@ -79,24 +93,25 @@ def _to_pin(draft: Draft) -> tuple[str, str] | None:
     image = view.spec.image or draft.settings.trainer_image
     before = view.observed.config_map
     if before is None:
-        return (image, pytorchjob.spec_json(view.job)) if _passes(draft, image) else None
+        return (image, pytorchjob.spec_json(view.job), NEWEST) if _passes(draft, image) else None
     if (taken := pinning.name_taken(draft, before)) is not None:
         _wait(draft, *taken)
         return None
     text = pytorchjob.pinned_spec(before)  # the job was accepted before, and its status was lost
     if pinning.is_of_this_spec(draft, text):
-        return pytorchjob.pinned_image(before) or image, text
+        return pytorchjob.pinned_image(before) or image, text, pytorchjob.pinned_contract(before)
     lost = f"The job's status was lost, and its ConfigMap {name} holds another spec than the DPOJob."
     _wait(draft, Reason.PinnedSpecChanged, f"{lost} Delete the ConfigMap to accept this spec.")
     return None
 
 
-def _accept(draft: Draft, image: str, text: str, warnings: list[Finding]) -> None:
+def _accept(draft: Draft, image: str, text: str, contract: int, warnings: list[Finding]) -> None:
     view = draft.view
     draft.update(
         image=image,
         config_map=names.config_map(view.name, view.uid),
         accepted_spec_digest=pytorchjob.digest(text),
+        launch_contract=contract,
         nodes=view.spec.resources.nodes,
         run_directory=view.spec.checkpoint.uri,
         restarts=draft.status.restarts or 0,

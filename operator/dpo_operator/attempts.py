@@ -7,7 +7,18 @@ that is lost between two calls is repeated with the same result.
 from __future__ import annotations
 
 from dpo_api.status import ConditionType
-from dpo_operator import creation, ends, evidence, invariants, limits, network, progress, restarts, starting
+from dpo_operator import (
+    creation,
+    ends,
+    evidence,
+    imageids,
+    invariants,
+    limits,
+    network,
+    progress,
+    restarts,
+    starting,
+)
 from dpo_operator.backend import pytorchjob
 from dpo_operator.classification import Cause, decisive, success
 from dpo_operator.draft import Draft
@@ -59,7 +70,7 @@ def _active(draft: Draft) -> None:
         return
     limits.admit(draft)
     if draft.current.running_time is None and starting.started(draft):
-        draft.change_attempt(running_time=draft.moment)
+        draft.change_attempt(running_time=draft.moment, image_ids=imageids.of_pods(draft.pods))
         draft.update(starting_seconds=None)
         evidence.record(draft)
     progress.apply(draft)
@@ -75,7 +86,8 @@ def _watch(draft: Draft) -> None:
             evidence.record_stuck(draft)
         _fail(draft, cause)
     elif draft.current.running_time is None:
-        starting.say(draft)
+        if not creation.lacks_spec(draft):
+            starting.say(draft)
     else:
         seen = draft.status.progress
         fresh = seen is not None and (seen.observed_at or "") >= draft.current.running_time
@@ -131,6 +143,8 @@ def _release(draft: Draft) -> None:
 
 def _ending(draft: Draft) -> None:
     """Wait until an attempt holds nothing any more, refining its cause meanwhile; then decide what follows."""
+    if not draft.current.image_ids:  # not all of its pods have run, but some may have
+        draft.change_attempt(image_ids=imageids.of_pods(draft.pods))
     if draft.current.result != "Succeeded":
         evidence.record(draft)
         evidence.steps(draft)

@@ -83,6 +83,7 @@ def between(draft: Draft) -> None:
         str(draft.status.image),
         _settings(draft),
         evidence.broken_nodes(draft.status.attempts),
+        pinning.launch(draft),
     )
     obstacle = network.create(draft)
     if obstacle is not None:
@@ -154,6 +155,16 @@ def _blocked(draft: Draft, name: str) -> bool:
         draft.wake_in(NAMESAKE_SECONDS)
         return True
     return False
+
+
+def lacks_spec(draft: Draft) -> bool:
+    """Whether the pods of a starting attempt wait for a ConfigMap that cannot be made again; if so, report why.
+
+    One that was deleted is made again, and the pods start.
+    """
+    name = str(draft.status.config_map)
+    waits = (event for event in draft.view.observed.events if event.get("reason") == "FailedMount")
+    return any(name in str(event.get("message") or "") for event in waits) and not _pinned(draft)
 
 
 def _pinned(draft: Draft) -> bool:

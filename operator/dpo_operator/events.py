@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_api.manifest import API_VERSION, KIND
 from dpo_api.status import Condition, ConditionType, DPOJobStatus
-from dpo_operator import clock, names
+from dpo_operator import clock, imageids, names
 from dpo_operator.conditions import find, holds
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason, named
@@ -64,7 +64,7 @@ def _acceptance(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
 
 def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     former = {attempt.number: attempt for attempt in old.attempts}
-    for attempt in new.attempts:
+    for index, attempt in enumerate(new.attempts):
         before = former.get(attempt.number)
         if before is None:
             yield Transition(Reason.PyTorchJobCreated, f"Created PyTorchJob {attempt.child}.", f"{attempt.number}")
@@ -72,6 +72,10 @@ def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
             text = f"All pods of attempt {attempt.number} are running."
             # An event's name may depend only on the stored status: after a lost write the pass runs again later.
             yield Transition(Reason.TrainingStarted, text, f"{attempt.number}/{old.admitted_since}")
+        if attempt.image_ids and (before is None or before.image_ids != attempt.image_ids):
+            odd = imageids.difference(attempt, new.attempts[:index])
+            if odd is not None:
+                yield Transition(Reason.ImagesDiffer, odd, f"{attempt.number}/{old.admitted_since}")
         news = before is None or (before.result, before.reason) != (attempt.result, attempt.reason)
         if attempt.result == "Failed" and news:
             reason = named(attempt.reason)

@@ -11,6 +11,7 @@ import json
 from dpo_api.findings import ManifestError
 from dpo_api.manifest import parse_job
 from dpo_operator.backend import pytorchjob
+from dpo_operator.backend.launch import FIRST, Launch
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
 from dpo_operator.texts import clean
@@ -45,6 +46,11 @@ def is_of_this_spec(draft: Draft, text: str) -> bool:
         return False
 
 
+def launch(draft: Draft) -> Launch:
+    """Return what an accepted job has pinned of its command line."""
+    return Launch(draft.status.launch_contract or FIRST, draft.status.accepted_spec_digest)
+
+
 def ensure(draft: Draft, name: str) -> Obstacle | None:
     """Create an accepted job's ConfigMap if there is none. Return what prevents that, or is wrong with the one there.
 
@@ -64,7 +70,8 @@ def ensure(draft: Draft, name: str) -> Obstacle | None:
     if refusal is not None:
         text = f"The API server refused to create ConfigMap {name}: {clean(refusal.message, 2000)}"
         return Reason.ChildRefused, text
-    body = pytorchjob.build_config_map(view.job, view.identity, str(draft.status.image), draft.settings)
+    image, contract = str(draft.status.image), launch(draft).contract
+    body = pytorchjob.build_config_map(view.job, view.identity, image, draft.settings, contract)
     made = pytorchjob.digest(pytorchjob.pinned_spec(body))
     if accepted is not None and made != accepted:
         text = f"ConfigMap {name} is gone, and the DPOJob no longer gives the accepted spec: its digest is {made},"

@@ -52,7 +52,7 @@ def _decide(draft: Draft) -> None:
         acceptance.unreadable(draft, error)
         return
     retry.note(draft)
-    if not acceptance.accept(draft):
+    if acceptance.is_newer(draft) or not acceptance.accept(draft):
         return
     attempts.step(draft)
     draft.update(queue=_queue(draft))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_api.manifest import parse_job
-from dpo_operator.backend.pytorchjob import Identity, build_child
+from dpo_operator.backend.pytorchjob import Identity, build_child, spec_json
 from dpo_operator.config import Settings
 from dpo_testing.runs import PACKAGES, kill, with_descendants
 from dpo_testing.simcluster import manifest
@@ -46,7 +46,7 @@ def test_the_kernels_variables_reach_the_workers(tmp_path: Path) -> None:
     template = body["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     container: dict[str, Any] = template["containers"][0]
     spec = tmp_path / "spec.json"
-    spec.write_text(job.to_json())
+    spec.write_text(spec_json(job), encoding="utf-8")
     here = {
         "python": sys.executable,
         "/etc/dpo/spec/spec.json": str(spec),

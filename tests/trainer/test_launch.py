@@ -1,7 +1,6 @@
 """What launch derives before any process starts, and how it sums up what they leave."""
 
 import json
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,10 @@ from typing import Any
 import pytest
 
 from dpo_api.errors import InvalidSpecError, Outcome
+from dpo_operator.backend.pytorchjob import digest
 from dpo_testing.runs import job_of
 from dpo_trainer.distributed import check_device
+from dpo_trainer.entry import command_line
 from dpo_trainer.launch import launch, processes_here, switches
 from dpo_trainer.results import RankResult, read_results, summarise
 
@@ -52,10 +53,38 @@ def test_a_field_that_is_not_implemented_is_refused_by_name(tmp_path: Path, caps
     spec = tmp_path / "spec.json"
     spec.write_text(job_of({**SPEC, "parallelism": {"tensor": 2}}).to_json())
     words = tmp_path / "words"
-    arguments = Namespace(spec=spec, run_dir=str(tmp_path), processes=1, last_words=words, grace_seconds=1)
+    arguments = command_line().parse_args(["launch", f"--spec={spec}", f"--last-words={words}"])
     assert launch(arguments) == Outcome.InvalidSpec.exit_code
     assert "spec.parallelism.tensor" in json.loads(words.read_text())["message"]
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{}", None], ids=["another spec", "no file"])
+def test_a_spec_that_was_not_accepted_is_refused_before_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    spec, words, accepted = tmp_path / "spec.json", tmp_path / "words", digest(job_of(SPEC).to_json())
+    if content is not None:
+        spec.write_text(content)
+    asked = ["launch", f"--spec={spec}", f"--spec-digest={accepted}", f"--last-words={words}"]
+    code = launch(command_line().parse_args(asked))
+    said = json.loads(words.read_text())
+    assert (said["outcome"], code) == (("InvalidSpec", 2) if content is not None else ("NotFound", 11))
+    assert Outcome[said["outcome"]].retry == "permanent"
+    assert str(spec) in said["message"]
+    if content is not None:
+        assert f"its digest is {digest(content)}, not {accepted}" in said["message"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_accepted_spec_is_read(tmp_path: Path) -> None:
+    """The next check is the first that this spec does not pass."""
+    spec, words = tmp_path / "spec.json", tmp_path / "words"
+    text = job_of({**SPEC, "parallelism": {"tensor": 2}}).to_json()
+    spec.write_text(text)
+    asked = ["launch", f"--spec={spec}", f"--spec-digest={digest(text)}", f"--last-words={words}"]
+    assert launch(command_line().parse_args(asked)) == Outcome.InvalidSpec.exit_code
+    assert "spec.parallelism.tensor" in json.loads(words.read_text())["message"]
 
 
 def result(rank: int, outcome: Outcome, at: float, message: str = "") -> RankResult:

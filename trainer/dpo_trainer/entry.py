@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of all commands but `agent`."""
     parser = argparse.ArgumentParser(prog="python -m dpo_trainer", description="Train one DPOJob.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="processes on this node (default: PET_NPROC_PER_NODE, the spec's, one per GPU, 1)",
     )
+    launch.add_argument("--spec-digest", help="sha256:… of the spec's file; with another one nothing is started")
     launch.add_argument("--last-words", type=Path, help="file to write the outcome to (a pod's termination message)")
     launch.add_argument(
         "--grace-seconds", type=float, default=600.0, help="time to write a checkpoint when asked to stop"
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dpo_trainer.agent import agent
 
         return agent(words[1:])
-    parser = _parser()
+    parser = command_line()
     arguments = parser.parse_args(words)
     if arguments.version:
         from dpo_api.version import VERSION

@@ -6,6 +6,7 @@ Megatron-Core.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from dpo_api.errors import DPOError, Outcome
+from dpo_api.errors import DPOError, InvalidSpecError, NotFoundError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_api.progress import LastWords
 from dpo_api.spec import DPOJobSpec, Resources
@@ -46,6 +47,8 @@ def launch(arguments: argparse.Namespace) -> int:
 
 def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
     try:
+        if arguments.spec_digest is not None:
+            check_digest(arguments.spec, arguments.spec_digest)
         job = load_manifest(arguments.spec)
         refuse_errors(job.spec)
     except DPOError as error:
@@ -70,6 +73,19 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
             stop.to(child)
             code = child.wait()
     return summarise(read_results(results), code, asked=stop.asked)
+
+
+def check_digest(spec: Path, accepted: str) -> None:
+    """Raise InvalidSpecError if the file of the spec does not have the digest (sha256:…) that was accepted."""
+    try:
+        found = f"sha256:{hashlib.sha256(spec.read_bytes()).hexdigest()}"
+    except OSError as error:
+        raise NotFoundError(f"{spec}: {error.strerror}") from None
+    if found != accepted:
+        text = f"{spec} is not the accepted spec: its digest is {found}, not {accepted}. Somebody replaced the job's"
+        raise InvalidSpecError(
+            f"{text} ConfigMap. Delete the ConfigMap, then retry the job: the operator makes it again"
+        )
 
 
 class _Forwarding:

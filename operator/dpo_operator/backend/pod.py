@@ -8,13 +8,13 @@ from typing import Any
 
 from dpo_api.pods import Toleration
 from dpo_api.spec import DPOJobSpec
-from dpo_operator.backend.volumes import SPEC_FILE, SPEC_FOLDER, Mounts, metrics_credentials, mounts_of
+from dpo_operator.backend.launch import TERMINATION_LOG, Launch, command
+from dpo_operator.backend.volumes import Mounts, metrics_credentials, mounts_of
 from dpo_operator.config import Settings
 from dpo_operator.labels import HTTPS, METRICS
 
 CONTAINER = "pytorch"
 """Name of the trainer's container; PyTorchJob requires this name."""
-TERMINATION_LOG = "/dev/termination-log"
 METRICS_PORT = "metrics"
 
 LIVENESS_PERIOD = 30
@@ -44,14 +44,6 @@ def priority_class(spec: DPOJobSpec, settings: Settings) -> str:
     return spec.pod_template.priority_class_name or settings.trainer_priority_class
 
 
-def command(spec: DPOJobSpec, fence: int, settings: Settings) -> list[str]:
-    """Return the trainer's command line. ``fence`` orders this attempt among all that use the run directory."""
-    words = ["python", "-m", "dpo_trainer", "launch", "--spec", f"{SPEC_FOLDER}/{SPEC_FILE}"]
-    words += ["--run-dir", str(spec.checkpoint.uri), "--attempt", str(fence), "--last-words", TERMINATION_LOG]
-    words += ["--processes", str(processes(spec)), "--port", str(settings.trainer_port)]
-    return [*words, "--grace-seconds", str(spec.checkpoint.grace_period_seconds)]
-
-
 def pod_template(
     spec: DPOJobSpec,
     *,
@@ -59,6 +51,7 @@ def pod_template(
     config_map: str,
     labels: dict[str, str],
     fence: int,
+    launch: Launch,
     settings: Settings,
     leads: bool,
     avoid: Sequence[str] = (),
@@ -75,7 +68,7 @@ def pod_template(
         metadata["annotations"] = annotations
     pod: dict[str, Any] = {
         "automountServiceAccountToken": False,
-        "containers": [_container(spec, image, mounts, fence, settings, leads=leads)],
+        "containers": [_container(spec, image, mounts, command(spec, fence, settings, launch), settings, leads=leads)],
         "enableServiceLinks": False,
         "restartPolicy": "Never",
         "securityContext": _pod_security(spec),
@@ -100,7 +93,7 @@ def pod_template(
 
 
 def _container(
-    spec: DPOJobSpec, image: str, mounts: Mounts, fence: int, settings: Settings, *, leads: bool
+    spec: DPOJobSpec, image: str, mounts: Mounts, words: list[str], settings: Settings, *, leads: bool
 ) -> dict[str, Any]:
     overlay = spec.pod_template
     user_mounts = [
@@ -112,7 +105,7 @@ def _container(
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": image,
-        "command": command(spec, fence, settings),
+        "command": words,
         "env": _environment(spec, mounts, settings),
         "ports": [{"name": "pytorchjob-port", "containerPort": settings.rendezvous_port}],
         "resources": _resources(spec),

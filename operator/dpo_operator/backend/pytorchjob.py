@@ -15,8 +15,9 @@ from typing import Any
 from dpo_api.manifest import API_VERSION, KIND, DPOJob
 from dpo_operator import labels, names
 from dpo_operator.backend import podpatch
+from dpo_operator.backend.launch import FIRST, NEWEST, Launch
 from dpo_operator.backend.pod import CONTAINER, pod_template, priority_class, processes
-from dpo_operator.backend.volumes import IMAGE_KEY, SPEC_FILE
+from dpo_operator.backend.volumes import CONTRACT_KEY, IMAGE_KEY, SPEC_FILE
 from dpo_operator.config import Settings
 from dpo_operator.types import Object
 
@@ -87,15 +88,25 @@ def digest(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def build_config_map(job: DPOJob, identity: Identity, image: str, settings: Settings) -> dict[str, Any]:
+def newest_launch(job: DPOJob) -> Launch:
+    """Return what a job that this version accepts pins of its command line."""
+    return Launch(NEWEST, digest(spec_json(job)))
+
+
+def build_config_map(
+    job: DPOJob, identity: Identity, image: str, settings: Settings, contract: int = NEWEST
+) -> dict[str, Any]:
     """Return the immutable ConfigMap that pins what every attempt of a job runs."""
     name = names.config_map(identity.name, identity.uid)
+    data = {IMAGE_KEY: image, SPEC_FILE: spec_json(job)}
+    if contract != FIRST:  # version 0.1.0 wrote none
+        data[CONTRACT_KEY] = str(contract)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": object_metadata(identity, name, labels.of_job(identity.name, identity.uid), settings),
         "immutable": True,
-        "data": {IMAGE_KEY: image, SPEC_FILE: spec_json(job)},
+        "data": data,
     }
 
 
@@ -111,11 +122,27 @@ def pinned_spec(config_map: Object) -> str:
     return text if isinstance(text, str) else ""
 
 
+def pinned_contract(config_map: Object) -> int:
+    """Return the contract of the command line that a job's ConfigMap pins."""
+    number = str((config_map.get("data") or {}).get(CONTRACT_KEY) or FIRST)
+    return int(number) if number.isascii() and number.isdigit() and len(number) < 4 else FIRST
+
+
 def build_child(
-    job: DPOJob, identity: Identity, attempt: int, image: str, settings: Settings, avoid: Sequence[str] = ()
+    job: DPOJob,
+    identity: Identity,
+    attempt: int,
+    image: str,
+    settings: Settings,
+    avoid: Sequence[str] = (),
+    launch: Launch | None = None,
 ) -> dict[str, Any]:
-    """Return the PyTorchJob of one attempt: one Master and, for more than one node, the rest as Workers."""
+    """Return the PyTorchJob of one attempt: one Master and, for more than one node, the rest as Workers.
+
+    ``launch``: what was pinned of the command line; None for a job that is accepted now.
+    """
     spec = job.spec
+    launch = launch or newest_launch(job)
     own = labels.of_attempt(identity.name, identity.uid, attempt)
 
     def replicas(count: int, *, leads: bool) -> dict[str, Any]:
@@ -125,6 +152,7 @@ def build_child(
             config_map=names.config_map(identity.name, identity.uid),
             labels=own,
             fence=names.fence(identity.created, attempt),
+            launch=launch,
             settings=settings,
             leads=leads,
             avoid=avoid,

@@ -12,6 +12,7 @@ from dpo_operator.config import Settings
 SPEC_FOLDER = "/etc/dpo/spec"
 SPEC_FILE = "spec.json"
 IMAGE_KEY = "image"
+CONTRACT_KEY = "launchContract"
 SCRATCH = "/tmp"  # noqa: S108 - an emptyDir of the pod
 """HOME, TMPDIR and cache: the one writable place under a read-only root."""
 CACHE = "/cache"

@@ -535,6 +535,13 @@ class Reason(Row, Enum):
         meaning="All pods of an attempt are running.",
         remedy="Nothing.",
     )
+    ImagesDiffer = Row(
+        word="ImagesDiffer",
+        topic="event",
+        event="Warning",
+        meaning="Pods of an attempt, or an attempt and the one before it, run different images: its tag has moved.",
+        remedy="Name the image by its digest (spec.image: REPOSITORY@sha256:…), so that every pod runs the same code.",
+    )
     CheckpointSaved = Row(
         word="CheckpointSaved",
         topic="event",

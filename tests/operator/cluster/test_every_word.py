@@ -199,6 +199,21 @@ def test_a_config_map_that_is_replaced(stage: Stage) -> None:
     stage.jobs.delete("pinned")
 
 
+@sees("event ImagesDiffer")
+def test_pods_of_different_images(stage: Stage) -> None:
+    space = stage.held.namespace
+    names = [stage.hold("mixed", nodes=2)["metadata"]["name"], "mixed-1-worker-0"]
+    eventually(lambda: names[1] in stage.held.pods(), what="the worker is there")
+    for name, digest in zip(names, "ab", strict=True):
+        pod = stage.kubelet.run_one(space, name)
+        (container,) = pod["status"]["containerStatuses"]
+        container["imageID"] = f"localhost/trainer@sha256:{digest * 64}"
+        stage.cluster.admin.patch(PODS, space, name, {"status": {"containerStatuses": [container]}}, sub="status")
+    eventually(lambda: "ImagesDiffer" in stage.held.events("mixed"), what="the event")
+    assert len(stage.held.status("mixed")["attempts"][0]["imageIDs"]) == 2
+    stage.held.delete("mixed")
+
+
 @sees("Progressing SpecUnreadable", "event SpecUnreadable")
 def test_a_spec_of_a_later_version(stage: Stage) -> None:
     """The CRD is newer than the operator: it admits a field that the operator does not know."""

@@ -10,7 +10,7 @@ import pytest
 from dpo_api.manifest import parse_job
 from dpo_api.pods import Toleration
 from dpo_operator import names
-from dpo_operator.backend.pytorchjob import Identity, build_child, build_config_map
+from dpo_operator.backend.pytorchjob import Identity, build_child, build_config_map, digest, spec_json
 from dpo_operator.config import Settings
 from dpo_testing.simcluster import SimCluster, manifest
 from dpo_trainer.metrics.credentials import CERTIFICATE, KEY, TOKEN, VARIABLE
@@ -61,12 +61,13 @@ def test_processes_per_node(resources: Object, processes: int) -> None:
 
 
 def test_command() -> None:
-    body = child(attempt=3, resources={"nodes": 2, "gpusPerNode": 0})
+    resources = {"nodes": 2, "gpusPerNode": 0}
+    body, job = child(attempt=3, resources=resources), parse_job(manifest(resources=resources))
     for role in ("Master", "Worker"):
         assert trainer(body, role)["command"] == [
             *("python", "-m", "dpo_trainer", "launch", "--spec", "/etc/dpo/spec/spec.json"),
             *("--run-dir", "s3://runs/job/", "--attempt", "1800000000000003", "--last-words", "/dev/termination-log"),
-            *("--processes", "1", "--port", "9400", "--grace-seconds", "30"),
+            *("--processes", "1", "--port", "9400", "--grace-seconds", "30", "--spec-digest", digest(spec_json(job))),
         ]
         assert "args" not in trainer(body, role)
 

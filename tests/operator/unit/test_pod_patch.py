@@ -73,8 +73,10 @@ def test_every_golden_has_its_patch() -> None:
 
 
 def test_lists_are_merged_by_their_keys() -> None:
+    # The command has the digest of the spec, so both jobs have the same one.
+    own = {"env": [{"name": "NCCL_DEBUG", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]}
     (before, _), (master, worker) = (
-        templates({}),
+        templates({}, podTemplate=own),
         templates(
             {
                 "metadata": {"labels": {"fabric": "x"}, "annotations": {"a": "b"}},
@@ -99,7 +101,7 @@ def test_lists_are_merged_by_their_keys() -> None:
                     ],
                 },
             },
-            podTemplate={"env": [{"name": "NCCL_DEBUG", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]},
+            podTemplate=own,
         ),
     )
     for template, old in ((master, before), (worker, None)):
