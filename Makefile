@@ -104,7 +104,7 @@ sbom: setup ## list what each image installs, as CycloneDX, in build/sbom
 	@$(BIN)/python hack/sbom.py
 
 .PHONY: lock
-lock: setup ## rewrite constraints.txt
+lock: setup ## rewrite constraints.txt and hack/image/hashes.txt
 	@mkdir -p build && PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock.sh
 
 .PHONY: format

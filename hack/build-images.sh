@@ -3,6 +3,7 @@
 #   REPOSITORY   prefix of the names (default: none: dpo-operator:<version>)
 #   BASE_IMAGE   in place of the Dockerfile's own base image
 #   CPU_BASE_IMAGE   for trainer, beside BASE_IMAGE: the plain Python on which our wheel is built
+#   HASHES       set and empty: packages without a check of their hashes, for an index with builds of its own
 #   PIP_CONF     pip configuration file for a private package index; it is a build secret and stays in no layer
 #   BUILDKIT_HOST, BUILDCTL_OUTPUT   for buildctl: the daemon's address; where to (default: name and push=false)
 set -euo pipefail
@@ -22,6 +23,7 @@ builder() {
 arguments() { # key=value a line
   echo "VERSION=$version"; echo "REVISION=$revision"; echo "CREATED=$created"
   if [[ -n ${BASE_IMAGE:-} ]]; then echo "$1=$BASE_IMAGE"; fi
+  if [[ -n ${HASHES+set} ]]; then echo "HASHES=$HASHES"; fi
   if [[ $2 == gpu && -n ${CPU_BASE_IMAGE:-} ]]; then echo "CPU_BASE_IMAGE=$CPU_BASE_IMAGE"; fi
 }
 

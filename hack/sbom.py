@@ -1,5 +1,8 @@
 """Writes build/sbom/<image>.cdx.json: what each image installs on its base, as CycloneDX, from this environment.
 
+With ``--inventory FILE`` it lists all that an image holds, as built, from what hack/image/inventory.py printed in it.
+The list has the name of ``FILE`` with the ending ``.cdx.json``. It is the one to publish with an image.
+
 The images are built with the same constraints.txt as this environment, so the versions agree; what an image leaves out,
 its list leaves out. What the base image brings is its maker's to list: for the GPU image that is torch, too, and what
 belongs to it (``--keep`` in Dockerfile.trainer).
@@ -7,6 +10,7 @@ belongs to it (``--keep`` in Dockerfile.trainer).
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -104,8 +108,67 @@ def validate(text: str) -> None:
         raise ValueError(f"not CycloneDX 1.6: {wrong}")
 
 
+def as_built(inventory: dict[str, Any], image: str) -> str:
+    """Return the bill of materials of an image from its own inventory."""
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.output import make_outputter
+    from cyclonedx.schema import OutputFormat, SchemaVersion
+    from packageurl import PackageURL
+
+    bom = Bom()
+    root = Component(name=image, type=ComponentType.CONTAINER, bom_ref=image)
+    bom.metadata.component = root
+    parts = [
+        Component(
+            name=each["name"],
+            version=each["version"],
+            purl=(purl := PackageURL("pypi", None, each["name"], each["version"])),
+            bom_ref=str(purl),
+        )
+        for each in inventory["python"]
+    ]
+    parts += [
+        Component(
+            name=each["package"],
+            version=each["version"],
+            purl=(
+                purl := PackageURL(
+                    "deb",
+                    inventory["distribution"],
+                    each["package"],
+                    each["version"],
+                    qualifiers={"arch": each["architecture"]},
+                )
+            ),
+            bom_ref=str(purl),
+        )
+        for each in inventory["system"]
+    ]
+    for part in parts:
+        bom.components.add(part)
+    bom.register_dependency(root, parts)
+    text: str = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string(indent=2)
+    return text + "\n"
+
+
+def write_as_built(file: Path) -> int:
+    """Write the list of an image beside its inventory; return the exit code."""
+    text = as_built(json.loads(file.read_text()), file.stem)
+    validate(text)
+    path = file.with_suffix(".cdx.json")
+    path.write_text(text)
+    print(f"{path}: {len(json.loads(text)['components'])} components")
+    return 0
+
+
 def main() -> int:
     """Write a file an image; return the exit code."""
+    parser = argparse.ArgumentParser(description="Write the bills of materials of the images.")
+    parser.add_argument("--inventory", type=Path, help="what hack/image/inventory.py printed in an image")
+    inventory = parser.parse_args().inventory
+    if inventory is not None:
+        return write_as_built(inventory)
     folder = Path(os.environ.get("SBOM_DIR", ROOT / "build" / "sbom"))
     folder.mkdir(parents=True, exist_ok=True)
     whole = environment()

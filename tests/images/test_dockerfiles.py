@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import sysconfig
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,11 +62,62 @@ def test_every_base_is_an_argument(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_install_from_an_index_is_constrained(name: str) -> None:
-    installs = [rest for word, rest in instructions(name) if word == "RUN" and " install" in rest]
-    assert installs
-    for rest in installs:
-        assert ("--no-deps --no-index" in rest) or re.search(r"-c /[a-z-]+/constraints\.txt", rest), rest
+def test_every_install_from_an_index_is_complete_and_checked_by_hashes(name: str) -> None:
+    """pip resolves nothing: what is installed is what the file lists, at its version and with its hash."""
+    for stage, steps in stages(name).items():
+        installs = [rest for word, rest in steps if word == "RUN" and " install" in rest]
+        for rest in installs:
+            if "--no-deps --no-index" not in rest:
+                assert re.search(r"\$\{HASHES\} --no-deps -r /[a-z-]*requirements[a-z-]*/requirements\.txt", rest), rest
+        if any("${HASHES}" in rest for rest in installs) or any("requirements.py" in rest for _, rest in steps):
+            arguments = " ".join(rest for word, rest in steps if word == "ARG")
+            assert "HASHES=--require-hashes" in arguments.split(), f"{stage} would check nothing"
+
+
+def test_every_package_of_an_image_has_hashes_and_the_pinned_version() -> None:
+    text = (ROOT / "hack/image/hashes.txt").read_text()
+    assert "://" not in text, "an address"
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    build = {"hatchling", "pathspec", "pluggy", "packaging", "trove-classifiers"}
+    found = requirements_module().read_pins(text.splitlines())
+    assert len(found) > 100
+    for name, pin in found.items():
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in pin.hashes), name
+        assert pin.hashes, name
+        version = pin.version.partition("==")[2].partition(" ")[0]
+        assert version == pins.get(name, version if name in build else None), name
+
+
+@pytest.mark.parametrize("image", ["operator", "trainer", "trainer-cpu"])
+def test_the_lists_hold_everything_that_an_image_s_packages_need(image: str, tmp_path: Path) -> None:
+    """Compared with what this environment's packages say of each other."""
+    sbom = module("hack/sbom.py")
+    wanted = sbom.requirements_of(sbom.IMAGES[image])
+    extras = sbom.IMAGES[image].extras
+    words = ["--without", *sbom.IMAGES[image].words("--without")] if image == "operator" else []
+    listed = {line.partition("==")[0] for line in requirements(tmp_path, "--extra", *extras, *words)}
+    assert {str(name) for name in sbom.closure(wanted)} <= listed
+
+
+def test_hashes_can_be_left_out_for_an_index_with_its_own_builds(tmp_path: Path) -> None:
+    lines = requirements(tmp_path, "--extra", "operator", hashes="")
+    assert lines
+    assert all("==" in line and "--hash" not in line for line in lines)
+
+
+def module(path: str) -> Any:
+    """Import a script of hack."""
+    found = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert found is not None
+    assert found.loader is not None
+    made = importlib.util.module_from_spec(found)
+    sys.modules[Path(path).stem] = made
+    found.loader.exec_module(made)
+    return made
+
+
+def requirements_module() -> Any:
+    return module("hack/image/requirements.py")
 
 
 @pytest.mark.parametrize(("name", "stage"), FINAL_STAGES)
@@ -138,27 +191,28 @@ def test_one_version_everywhere() -> None:
         assert found.group(1) == VERSION
 
 
-def requirements(tmp_path: Path, *words: str) -> tuple[list[str], list[str]]:
+def requirements(tmp_path: Path, *words: str, hashes: str = "--require-hashes") -> list[str]:
+    """Return the lines of requirements.txt, each joined with its hashes."""
     run = [sys.executable, str(SCRIPT), "--out", str(tmp_path), *words]
-    subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
-    return tuple((tmp_path / f"{name}.txt").read_text().split() for name in ("requirements", "constraints"))  # type: ignore[return-value]
+    subprocess.run(run, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "HASHES": hashes})
+    return (tmp_path / "requirements.txt").read_text().replace("\\\n", " ").splitlines()
 
 
 def test_the_operators_list_holds_no_torch(tmp_path: Path) -> None:
-    wanted, pins = requirements(tmp_path, "--extra", "operator", "--without", "boto3", "typer")
-    names = {re.split(r"[<>=]", line)[0] for line in wanted}
-    assert {"kopf", "kubernetes", "pydantic"} <= names
-    assert not names & {"torch", "megatron-core", "boto3", "typer"}
-    assert all("==" in pin for pin in pins)
+    lines = requirements(tmp_path, "--extra", "operator", "--without", "boto3", "typer")
+    names = {re.split(r"[<>=]", line)[0] for line in lines}
+    assert {"kopf", "kubernetes", "pydantic", "pydantic-core"} <= names
+    assert not names & {"torch", "megatron-core", "boto3", "botocore", "typer"}
+    assert all("==" in line and "--hash=sha256:" in line for line in lines)
 
 
-def test_what_the_base_brings_is_held_at_its_version(tmp_path: Path) -> None:
-    from importlib.metadata import version
-
-    wanted, pins = requirements(tmp_path, "--extra", "trainer", "--keep", "numpy", "absent-*")
-    assert not any(line.startswith("numpy") for line in wanted)
-    assert [pin for pin in pins if pin.startswith("numpy==")] == [f"numpy=={version('numpy')}"]
-    assert any(line.startswith("torch") for line in wanted)
+def test_what_the_base_brings_is_not_touched(tmp_path: Path) -> None:
+    """It is not in the list, and pip installs what is listed only; what needs it is still there."""
+    lines = requirements(tmp_path, "--extra", "trainer", "--keep", "numpy", "absent-*")
+    assert not any(line.startswith("numpy") for line in lines)
+    assert any(line.startswith("torch==") for line in lines)
+    every = requirements(tmp_path, "--extra", "trainer")
+    assert set(every) - set(lines) == {line for line in every if line.startswith("numpy==")} != set()
 
 
 @pytest.mark.parametrize("stage", ["cpu", "gpu"])

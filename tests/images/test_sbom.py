@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,34 @@ def test_the_graph_is_whole_and_tells_no_path(folder: Path, image: str) -> None:
     assert {ref for below in edges.values() for ref in below} <= refs
     assert found["metadata"]["component"]["name"] == f"dpo-{image}"
     assert str(ROOT) not in json.dumps(found)
+
+
+def test_an_image_as_built_is_listed_from_its_own_inventory(tmp_path: Path) -> None:
+    """Here this machine is the image: its Python packages and, on Debian, its system's."""
+    script = (ROOT / "hack/image/inventory.py").read_text()
+    run = [sys.executable, "-"]
+    inventory = subprocess.run(run, input=script, check=True, capture_output=True, text=True).stdout
+    (tmp_path / "dpo-operator.json").write_text(inventory)
+    run = [sys.executable, str(ROOT / "hack/sbom.py"), "--inventory", str(tmp_path / "dpo-operator.json")]
+    subprocess.run(run, check=True, capture_output=True)
+    found = json.loads((tmp_path / "dpo-operator.cdx.json").read_text())
+    assert found["metadata"]["component"]["name"] == "dpo-operator"
+    parts = {part["purl"]: part["version"] for part in found["components"]}
+    assert parts[f"pkg:pypi/pyyaml@{metadata.version('pyyaml')}"] == metadata.version("pyyaml")
+    assert sum(purl.startswith("pkg:deb/") for purl in parts) == len(json.loads(inventory)["system"])
+    (edge,) = [edge for edge in found["dependencies"] if edge["ref"] == found["metadata"]["component"]["bom-ref"]]
+    assert set(edge["dependsOn"]) == {part["bom-ref"] for part in found["components"]}
+
+
+def test_packages_of_the_system_are_read_as_dpkg_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "status").write_text(
+        "Package: zlib1g\nStatus: install ok installed\nArchitecture: amd64\nVersion: 1:1.3\n\n"
+        "Package: gone\nStatus: deinstall ok config-files\nArchitecture: amd64\nVersion: 1\n"
+    )
+    found = importlib.util.spec_from_file_location("inventory", ROOT / "hack/image/inventory.py")
+    assert found is not None
+    assert found.loader is not None
+    inventory = importlib.util.module_from_spec(found)
+    found.loader.exec_module(inventory)
+    assert inventory.system_packages(tmp_path) == [{"package": "zlib1g", "version": "1:1.3", "architecture": "amd64"}]
+    assert inventory.system_packages(tmp_path / "none") == []

@@ -109,7 +109,7 @@ def make_room(layout: Layout, image: str) -> None:
     Only where the layer of dependencies will be another one: a change of code needs no room.
     """
     digest = hashlib.sha256(base.fingerprint(layout).encode())
-    for name in ("constraints.txt", "pyproject.toml", "hack/image/requirements.py", "Dockerfile.trainer"):
+    for name in ("hack/image/hashes.txt", "pyproject.toml", "hack/image/requirements.py", "Dockerfile.trainer"):
         digest.update((REPOSITORY / name).read_bytes())
     if _built(layout, image, digest.hexdigest()):
         return
