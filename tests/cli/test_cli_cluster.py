@@ -200,6 +200,10 @@ def test_only_the_servers_own_answers_are_final() -> None:
     assert not failure("The connection to the server 10.0.0.1 was refused - did you specify", 1).is_final
     assert not failure("Unable to connect to the server: net/http: TLS handshake timeout", 1).is_final
     assert not failure("Error from server (ServiceUnavailable): the server is currently unable", 1).is_final
+    assert not failure("Error from server (Timeout): the server was unable to return a response in time", 1).is_final
+    assert not failure("Error from server (TooManyRequests): the server has asked for the client to wait", 1).is_final
+    assert not failure("Error from server: etcdserver: leader changed", 1).is_final
+    assert failure('Error from server (Forbidden): dpojobs.dpo-operator.dev "x" is forbidden', 1).is_final
     assert failure("", 7).exit_code == 7
     assert "is dpo-operator installed" in str(failure('error: the server doesn\'t have a resource type "dpojobs"', 1))
 

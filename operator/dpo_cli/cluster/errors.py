@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 NO_RESOURCE = 'the server doesn\'t have a resource type "dpojobs"'
+
+
+_FINAL = re.compile(r"error: |Error from server \((NotFound|Forbidden|Unauthorized|BadRequest|Invalid|NotAcceptable)\)")
+"""How errors start that waiting does not change."""
 
 
 class ClusterError(Exception):
@@ -18,9 +23,8 @@ class ClusterError(Exception):
 
     @property
     def is_final(self) -> bool:
-        """Whether the same request would fail again; without an answer of the API server it may succeed later."""
-        text = str(self)
-        return text.startswith(("Error from server", "error: ")) and "(ServiceUnavailable)" not in text
+        """Whether the same request would fail again. A server that is away, restarting or busy may answer later."""
+        return _FINAL.match(str(self)) is not None
 
 
 def failure(message: str, code: int) -> ClusterError:

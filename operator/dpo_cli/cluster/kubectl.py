@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ SINGULAR = f"dpojob.{GROUP}"
 MANAGER = "dpo"
 """The field manager of everything that `dpo` writes."""
 
+READ_TIMEOUT = "--request-timeout=30s"
 NO_KUBECTL = "kubectl is not on the PATH; dpo reaches the cluster through it: https://kubernetes.io/docs/tasks/tools/"
 
 
@@ -141,13 +143,20 @@ class Kubectl:
 
     def job(self, name: str) -> Job:
         """Read one DPOJob. Raises ClusterError."""
-        return Job.of(json.loads(self.run("get", RESOURCE, name, "-o", "json")))
+        return Job.of(self._read(name))
 
     def jobs(self, *, everywhere: bool = False) -> list[Job]:
         """Read all DPOJobs of the namespace, or of all namespaces. Raises ClusterError."""
         scope = ["--all-namespaces"] if everywhere else []
-        found = json.loads(self.run("get", RESOURCE, *scope, "-o", "json"))
-        return [Job.of(each) for each in found["items"]]
+        return [Job.of(each) for each in self._read(*scope)["items"]]
+
+    def _read(self, *words: str) -> dict[str, Any]:
+        """Read DPOJobs. Warnings are dropped: they would be repeated while a job is followed."""
+        done = self.attempt("get", RESOURCE, *words, "-o", "json", READ_TIMEOUT)
+        if done.returncode != 0:
+            raise failure(done.stderr, done.returncode)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
 
     def patch(self, name: str, body: dict[str, Any]) -> None:
         """Merge-patch one DPOJob. Raises ClusterError."""
@@ -156,7 +165,7 @@ class Kubectl:
 
 def suggestion(kubectl: Kubectl, *words: str) -> str:
     """Return a command to run next, for the same cluster and namespace."""
-    return " ".join([program(), *words, *kubectl.options])
+    return f"{program()} {shlex.join([*words, *kubectl.options])}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -47,17 +47,19 @@ def logs(kubectl: Kubectl, name: str, options: LogOptions, *, sleep: Callable[[f
         if not job.status.attempt:
             raise ClusterError(f"error: {job.reference} has no attempt yet: {job.status.message or 'it is Pending'}")
         return _print(kubectl, job, job.status.attempt, node, options)
-    shown, code = 0, 0
+    shown, code = max(0, (job.status.attempt or 0) - 1), 0
     while True:
-        current = job.status.attempt or 0
-        if current > shown and _has_started(job):
-            if shown:
-                stderr().print(f"attempt {current}:")
-            shown, code = current, _print(kubectl, job, current, node, options)
-        elif job.is_finished:
+        newest = job.status.attempt or 0
+        # A newest attempt that has not started yet is waited for; of earlier ones there is no more to come.
+        ready = newest if _has_started(job) else newest - 1
+        while shown < ready:
+            shown += 1
+            if shown > 1:
+                stderr().print(f"attempt {shown}:")
+            code = _print(kubectl, job, shown, node, options)
+        if job.is_finished and shown >= newest:
             return code
-        else:
-            sleep(POLL_SECONDS)
+        sleep(POLL_SECONDS)
         job = kubectl.job(name)
 
 
@@ -82,8 +84,8 @@ def processes(resources: Mapping[str, Any]) -> int:
 
 def _has_started(job: Job) -> bool:
     """Whether all pods of the newest attempt have run, so that there is a log, or none will come."""
-    attempt = job.status.attempts[-1]
-    return attempt.running_time is not None or attempt.end_time is not None
+    attempt = job.status.attempts[-1] if job.status.attempts else None
+    return attempt is not None and (attempt.running_time is not None or attempt.end_time is not None)
 
 
 def _require(job: Job, attempt: int) -> None:
@@ -105,11 +107,10 @@ def _print(kubectl: Kubectl, job: Job, attempt: int, node: int, options: LogOpti
         sys.stderr.write(done.stderr)
         return 0
     error = failure(done.stderr, done.returncode)
-    if "(NotFound)" not in str(error):
-        raise error
     sys.stderr.write(f"{error}\n")
-    stderr().print(
-        f"The pods of attempt {attempt} are gone. Those of failed attempts are kept up to"
-        " runPolicy.attemptsHistoryLimit; an attempt that the operator ended, such as a suspended one, leaves none."
-    )
+    if "(NotFound)" in str(error):
+        stderr().print(
+            f"The pods of attempt {attempt} are gone. Those of failed attempts are kept up to"
+            " runPolicy.attemptsHistoryLimit; an attempt that the operator ended, such as a suspended one, leaves none."
+        )
     return error.exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 
 from dpo_api.metrics import Group, newest_group
@@ -128,7 +129,7 @@ def next_step(job: Job, kubectl: Kubectl) -> str:
         case "Suspended":
             text = suggestion(kubectl, "resume", name)
         case "Queued":
-            text = " ".join(["kubectl get workloads", *kubectl.options])
+            text = shlex.join(["kubectl", "get", "workloads", *kubectl.options])
         case "Succeeded":
             text = f"dpo report {status.run_directory}" if status.run_directory else ""
         case "Failed":

@@ -192,6 +192,27 @@ def test_submit_follows_a_job_through_a_restart_to_its_model(
     assert "model       s3://runs/job/model/" in said.out
 
 
+def test_logs_are_followed_through_a_restart(
+    dpo: Dpo, jobs: Jobs, kubelet: FakeKubelet, podlogs: PodLogs, space: str
+) -> None:
+    podlogs.texts |= {"logged-1-master-0": "S3 is away\n", "logged-2-master-0": "done\n"}
+
+    def world() -> None:
+        kubelet.finish(space, "logged-1-master-0", last_words("StorageUnavailable", message="S3 is away"), 74)
+        kubelet.finish(space, "logged-2-master-0", DONE)
+
+    jobs.create(manifest("logged"))
+    thread = threading.Thread(target=world)
+    thread.start()
+    said = dpo("logs", "logged", "-f")
+    thread.join()
+    assert (said.code, said.out) == (0, "S3 is away\ndone\n")
+    assert said.err.endswith("attempt 2:\n")
+    only = dpo("logs", "logged", "--attempt", "3")
+    assert (only.code, only.out) == (1, "")
+    assert only.err == "error: --attempt 3: dpojob.dpo-operator.dev/logged has the attempts 1 to 2\n"
+
+
 def test_following_ends_with_the_exit_code_of_the_cause(dpo: Dpo, jobs: Jobs, kubelet: FakeKubelet, space: str) -> None:
     thread = threading.Thread(target=lambda: kubelet.finish(space, "refused-1-master-0", REFUSED, 10))
     thread.start()
