@@ -131,6 +131,21 @@ def test_the_deadline_starts_again() -> None:
     assert cluster.state == "Running"
 
 
+def test_the_start_time_out_starts_again() -> None:
+    cluster = SimCluster(manifest(runPolicy={"startTimeoutSeconds": 600, "maxRestarts": 0}))
+    cluster.settle()
+    cluster.advance(601)
+    cluster.settle()
+    assert cluster.attempts[0]["reason"] == "StartTimeout"
+    assert cluster.state == "Failed"
+    annotate(cluster, "now")
+    cluster.settle()
+    cluster.advance(599)
+    cluster.settle()
+    assert cluster.state == "Starting"
+    assert cluster.created == ["job-1", "job-2"]
+
+
 def test_a_loss_that_was_not_finite_is_no_finding_about_the_next_attempt() -> None:
     cluster = failed(Outcome.NonFinite)
     assert cluster.condition("Finite") == ("False", "LossNotFinite")
