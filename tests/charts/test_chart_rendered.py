@@ -370,6 +370,82 @@ def test_policies_of_jobs_can_be_switched_off(home: Path) -> None:
     assert parse([], environment(pick(objects, "Deployment")))[1].network_policies is False
 
 
+# -- what limits the operator, and who may read its metrics ------------------------------------------------------------
+
+ADMISSION = "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy"
+
+
+@pytest.mark.parametrize(
+    ("way", "apis", "made"),
+    [("auto", (ADMISSION,), True), ("auto", (), False), ("always", (), True), ("never", (ADMISSION,), False)],
+)
+def test_admission_policies_where_the_cluster_knows_them(
+    home: Path, way: str, apis: tuple[str, ...], made: bool
+) -> None:
+    objects = render({"admissionPolicy": {"enabled": way}}, home=home, apis=apis)
+    policies = {thing["metadata"]["name"] for thing in objects if thing["kind"] == "ValidatingAdmissionPolicy"}
+    bound = {t["spec"]["policyName"] for t in objects if t["kind"] == "ValidatingAdmissionPolicyBinding"}
+    assert policies == bound
+    assert bool(policies) is made
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_admission_policies_are_about_the_operators_account(home: Path, name: str) -> None:
+    objects = render({**COMBINATIONS[name], "admissionPolicy": {"enabled": "always"}}, home=home)
+    account = pick(objects, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"]
+    user = f"system:serviceaccount:{NAMESPACE}:{account}"
+    policies = [thing for thing in objects if thing["kind"] == "ValidatingAdmissionPolicy"]
+    assert len(policies) == 2
+    for policy in policies:
+        assert policy["metadata"]["name"].endswith((f".{NAMESPACE}-owners", f".{NAMESPACE}-pods")), "one per release"
+        (condition,) = policy["spec"]["matchConditions"]
+        assert condition["expression"] == f'request.userInfo.username == "{user}"'
+
+
+def test_the_metrics_are_open_unless_asked_otherwise(home: Path) -> None:
+    objects = render(home=home)
+    assert not [thing for thing in objects if "authentication" in thing["metadata"]["name"]]
+    (endpoint,) = pick(objects, "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint.keys() == {"port", "path", "interval", "honorLabels"}
+
+
+def test_metrics_with_tls_and_tokens(home: Path) -> None:
+    objects = render({"metrics": {"tls": {"secretName": "tls"}, "authentication": {"enabled": True}}}, home=home)
+    deployment = pick(objects, "Deployment")
+    options, _ = parse([], environment(deployment))
+    assert options.metrics_auth == "token"
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == "tls"]
+    assert {options.tls_cert_file, options.tls_key_file} == {
+        f"{mount['mountPath']}/tls.{end}" for end in ("crt", "key")
+    }
+    volumes = {volume["name"]: volume for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["tls"]["secret"] == {"secretName": "tls"}
+    probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("readiness", "liveness", "startup")]
+    assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3
+    (endpoint,) = pick(objects, "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["scheme"] == "https"
+    service = pick(objects, "Service")["metadata"]
+    assert endpoint["tlsConfig"] == {
+        "serverName": f"{service['name']}.{service['namespace']}.svc",
+        "ca": {"secret": {"name": "tls", "key": "ca.crt"}},
+    }
+    assert endpoint["bearerTokenFile"] == "/var/run/secrets/kubernetes.io/serviceaccount/token"
+    role = pick(objects, "ClusterRole", f"-authentication.{NAMESPACE}")
+    assert role["rules"] == rbac.policy_rules(rules=rbac.AUTHENTICATION)
+    reader = pick(objects, "ClusterRole", f"-metrics.{NAMESPACE}")
+    assert reader["rules"] == [{"nonResourceURLs": ["/metrics"], "verbs": ["get"]}]
+
+
+def test_prometheus_token_may_come_from_a_secret(home: Path) -> None:
+    token = {"name": "prometheus", "key": "token"}
+    metrics = {"tls": {"secretName": "tls", "caKey": ""}, "authentication": {"enabled": True, "tokenSecret": token}}
+    (endpoint,) = pick(render({"metrics": metrics}, home=home), "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["authorization"] == {"type": "Bearer", "credentials": token}
+    assert "bearerTokenFile" not in endpoint
+    assert "ca" not in endpoint["tlsConfig"]
+
+
 # -- what is off, and the rest ----------------------------------------------------------------------------------------
 
 ALWAYS = {"ConfigMap", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Deployment", "Service"}

@@ -135,6 +135,9 @@ def test_combinations_are_rendered(home: Path, name: str) -> None:
         ({"trainer": {"runtimeClassName": "A_b"}}, "/trainer/runtimeClassName"),
         ({"defaults": {"ttlSecondsAfterFinished": "30d"}}, "/defaults/ttlSecondsAfterFinished"),
         ({"runAsUser": 0}, "/runAsUser"),
+        ({"admissionPolicy": {"enabled": True}}, "must be one of 'auto', 'always', 'never'"),
+        ({"networkPolicy": {"trainer": {"namespaces": []}}}, "additional properties 'namespaces' not allowed"),
+        ({"metrics": {"authentication": {"enabled": True}}}, "metrics.authentication.enabled: needs metrics.tls"),
         ({"defaults": {"s3": {"endpoint": "https://user:key@s3"}}}, "/defaults/s3/endpoint"),
     ],
 )

@@ -104,6 +104,14 @@ true
 {{- end -}}
 {{- end -}}
 
+{{- /* Whether to create the ValidatingAdmissionPolicies: "true" or nothing. */ -}}
+{{- define "dpo.admission" -}}
+{{- $way := .Values.admissionPolicy.enabled -}}
+{{- if or (eq $way "always") (and (eq $way "auto") (.Capabilities.APIVersions.Has "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy")) -}}
+true
+{{- end -}}
+{{- end -}}
+
 {{- define "dpo.restricted" -}}
 allowPrivilegeEscalation: false
 capabilities:

@@ -57,6 +57,8 @@ COMBINATIONS: dict[str, Mapping[str, Any]] = {
             "operator": {"enabled": True, "from": [{"namespaceSelector": {}}]},
             "trainer": {"metricsFrom": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "prom"}}}]},
         },
+        "admissionPolicy": {"enabled": "always"},
+        "metrics": {"tls": {"secretName": "tls"}, "authentication": {"enabled": True}},
         "monitoring": {
             "enabled": "always",
             "labels": {"release": "kps"},

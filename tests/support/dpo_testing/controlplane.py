@@ -302,6 +302,11 @@ class ControlPlane:
         context.load_cert_chain(self._pki / "admin.crt", self._pki / "admin.key")
         return context
 
+    def api(self, user: str, groups: list[str]) -> Api:
+        """Return a client that acts as a user of these groups."""
+        certificate, key = self._ca.client(user, groups).write(self._pki, f"{user}-{uuid.uuid4().hex[:6]}")
+        return Api(self.url, str(self.ca_file), str(certificate), str(key))
+
     def identity(self, user: str, groups: list[str] | None = None, *, server: str | None = None) -> Path:
         """Return a kubeconfig for a user of these groups, at ``server`` (a proxy) or the API server itself."""
         name = f"{user.replace(':', '-')}-{uuid.uuid4().hex[:6]}"
