@@ -19,7 +19,7 @@ import yaml
 
 from dpo_api.version import VERSION
 from dpo_operator.backend import initcontainer
-from dpo_operator.rbac import policy_rules
+from dpo_operator.rbac import AUTHENTICATION, policy_rules
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "charts" / "dpo-operator"
@@ -48,6 +48,8 @@ def outputs() -> dict[Path, str]:
         CHART / "README.md": head.rstrip() + "\n\n" + values_table((CHART / "values.yaml").read_text(encoding="utf-8")),
         CHART / "files" / "dpojobs.yaml": (ROOT / "crds" / "dpojobs.yaml").read_text(encoding="utf-8"),
         CHART / "files" / "initContainer.yaml": initcontainer.TEMPLATE,
+        CHART / "files" / "authentication.yaml": GENERATED
+        + yaml.safe_dump(policy_rules(rules=AUTHENTICATION), sort_keys=False),
         CHART / "files" / "rules.yaml": GENERATED + yaml.safe_dump(policy_rules(), sort_keys=False),
     }
 

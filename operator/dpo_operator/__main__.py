@@ -4,7 +4,7 @@ import asyncio
 import sys
 
 from dpo_operator.runtime import logs, options
-from dpo_operator.runtime.app import Operator
+from dpo_operator.runtime.app import ConfigurationError, Operator
 from dpo_operator.runtime.login import LoginError, connection
 from dpo_operator.runtime.selfcheck import selfcheck
 
@@ -15,10 +15,10 @@ def main() -> int:
     if flags.selfcheck:
         return asyncio.run(selfcheck(flags))
     logs.configure(flags.log_format, flags.log_level)
-    operator = Operator(flags, settings)
     try:
+        operator = Operator(flags, settings)
         connection()
-    except LoginError as error:
+    except (ConfigurationError, LoginError) as error:
         print(f"dpo-operator: {error}", file=sys.stderr)
         return 2
     asyncio.run(operator.run())

@@ -49,6 +49,13 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+AUTHENTICATION: tuple[Rule, ...] = (
+    Rule("authentication.k8s.io", "tokenreviews", ("create",), "to check the tokens of those who read /metrics"),
+    Rule("authorization.k8s.io", "subjectaccessreviews", ("create",), "to check that they may"),
+)
+"""What ``--metrics-auth=token`` needs besides, in a ClusterRole: these kinds have no namespaces."""
+
+
 def policy_rules(*, outside: bool = False, rules: Iterable[Rule] = RULES) -> list[dict[str, Any]]:
     """Return the table as RBAC rules, one for each group and resource. ``outside``: those needed outside too."""
     verbs: dict[tuple[str, str], list[str]] = {}

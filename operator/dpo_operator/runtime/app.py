@@ -13,6 +13,7 @@ from typing import Any, Literal
 from dpo_api.version import VERSION
 from dpo_operator.config import Settings
 from dpo_operator.runtime import login
+from dpo_operator.runtime.authentication import Gate
 from dpo_operator.runtime.cache import Cache, Key
 from dpo_operator.runtime.client import ApiError, Client, Unreachable
 from dpo_operator.runtime.metrics import Metrics
@@ -20,7 +21,7 @@ from dpo_operator.runtime.options import Options
 from dpo_operator.runtime.queue import WorkQueue
 from dpo_operator.runtime.resources import CHILDREN, JOBS, WATCHED, Resource
 from dpo_operator.runtime.scraper import Scraper
-from dpo_operator.runtime.server import serve
+from dpo_operator.runtime.server import Certificate, serve
 from dpo_operator.runtime.trust import Trust
 from dpo_operator.runtime.watchdog import Watchdog
 from dpo_operator.runtime.watches import Watches
@@ -38,12 +39,29 @@ def way_to_trainers(options: Options) -> Literal["pod-ip", "api-proxy", "off"]:
     return options.scrape_by
 
 
+def _certificate(options: Options) -> Certificate | None:
+    """Raises ConfigurationError for files that cannot be used."""
+    if not options.tls_cert_file:
+        return None
+    try:
+        return Certificate(Path(options.tls_cert_file), Path(options.tls_key_file))
+    except OSError as error:
+        files = f"--tls-cert-file={options.tls_cert_file}, --tls-key-file={options.tls_key_file}"
+        raise ConfigurationError(f"{files}: {error}; give a certificate and its key in PEM") from error
+
+
+class ConfigurationError(Exception):
+    """The operator cannot start with these flags."""
+
+
 class Operator:
     """The operator's process. ``run`` returns after SIGTERM or SIGINT."""
 
     def __init__(self, options: Options, settings: Settings) -> None:
         """Create and connect all parts; nothing is started yet."""
         self._options = options
+        # Before anything is started: a wrong file ends the process with one line.
+        self._certificate = _certificate(options)
         login.use(options.kubeconfig)
         self._client = Client(login.connection, user_agent=f"dpo-operator/{VERSION}")
         self._cache = Cache(settings)
@@ -74,11 +92,14 @@ class Operator:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         runner, port = await serve(
-            self._options.address, self._options.port, metrics=self._metrics.text, alive=self.alive, ready=self.ready
-        )
+            self._options.address, self._options.port, metrics=self._metrics.text, alive=self.alive, ready=self.ready,
+            certificate=self._certificate, gate=Gate(self._client) if self._options.metrics_auth == "token" else None,
+        )  # fmt: skip
         where = ", ".join(self._options.namespaces) or "all namespaces"
         _log.info("dpo-operator %s watches %s; metrics and probes on port %d", VERSION, where, port)
         tasks = [asyncio.create_task(self._discover(), name="discovery")]
+        if self._certificate is not None:
+            tasks += [asyncio.create_task(self._certificate.watch(), name="certificate")]
         tasks += [asyncio.create_task(self._watchdog.run(), name="watchdog")]
         tasks += [asyncio.create_task(self._worker.run(), name=f"worker {n}") for n in range(self._options.workers)]
         stopped = asyncio.create_task(stop.wait(), name="stop")

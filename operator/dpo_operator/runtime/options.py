@@ -43,6 +43,11 @@ class Options:
     address: str = "0.0.0.0"  # noqa: S104 - probes and Prometheus come from outside the pod
     port: int = 8080
     """Port of /metrics, /healthz and /readyz; 0: any free port; the log names it."""
+    tls_cert_file: str = ""
+    """Certificate of the port, in PEM; empty: plain HTTP. It is read again when it changes."""
+    tls_key_file: str = ""
+    metrics_auth: Literal["off", "token"] = "off"
+    """Who may read /metrics: anyone, or clients whose token has the right to ``get`` this nonResourceURL."""
     workers: int = 32
     """DPOJobs reconciled concurrently; they mostly wait for the API server."""
     scrape_by: ScrapeBy = "auto"
@@ -95,7 +100,18 @@ def parse(
     for name in ("scrape_seconds", "relist_seconds", "dead_watch_seconds"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')}: must be above 0")
+    _check_server(parser, options)
     return options, settings
+
+
+def _check_server(parser: argparse.ArgumentParser, options: Options) -> None:
+    if bool(options.tls_cert_file) != bool(options.tls_key_file):
+        missing = "--tls-key-file" if options.tls_cert_file else "--tls-cert-file"
+        parser.error(f"{missing}: not set; HTTPS needs a certificate and its key")
+    if options.metrics_auth == "token" and not options.tls_cert_file:
+        parser.error(
+            "--metrics-auth=token: needs --tls-cert-file, since tokens must not cross the network in clear text"
+        )
 
 
 def _parts(text: str) -> list[str]:
@@ -186,6 +202,10 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     flag("address", d.address, "address of metrics and probes; default %(default)s")
     flag("port", d.port, "port of /metrics, /healthz and /readyz, 0: any; default %(default)s", type=int)
+    flag("tls-cert-file", d.tls_cert_file, "certificate of --port in PEM, for HTTPS; default: HTTP")
+    flag("tls-key-file", d.tls_key_file, "its key in PEM")
+    flag("metrics-auth", d.metrics_auth, choices=("off", "token"),
+         text="token: /metrics needs a bearer token that may get this nonResourceURL; default %(default)s")  # fmt: skip
     flag("workers", d.workers, "DPOJobs reconciled concurrently; default %(default)s", type=int)
     flag(
         "scrape-by", d.scrape_by, choices=("auto", "pod-ip", "api-proxy", "off"),

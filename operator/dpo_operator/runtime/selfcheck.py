@@ -6,12 +6,12 @@ It changes nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_api.version import VERSION
-from dpo_operator.rbac import RULES, Rule
+from dpo_operator.rbac import AUTHENTICATION, RULES, Rule
 from dpo_operator.runtime import login
 from dpo_operator.runtime.app import way_to_trainers
 from dpo_operator.runtime.client import ApiError, Client, Unreachable
@@ -89,7 +89,9 @@ def _checks(client: Client, server: str, options: Options) -> Iterator[tuple[str
         yield "kind", _kind(client, resource)
     proxied = way_to_trainers(options) == "api-proxy"
     for namespace in options.namespaces or ("",):
-        yield "rights", _rights(client, namespace, proxied=proxied)
+        yield "rights", _rights(client, namespace, [rule for rule in RULES if proxied or not rule.outside_only])
+    if options.metrics_auth == "token":
+        yield "rights", _rights(client, "", AUTHENTICATION)
 
 
 async def _version(client: Client, server: str) -> list[Finding]:
@@ -127,10 +129,10 @@ async def _found(client: Client, path: str) -> dict[str, Any]:
     return answer
 
 
-async def _rights(client: Client, namespace: str, *, proxied: bool) -> list[Finding]:
-    """Check each permission of the table; ``namespace`` empty: in all namespaces. One line for each missing one."""
+async def _rights(client: Client, namespace: str, rules: Iterable[Rule]) -> list[Finding]:
+    """Check each permission of a table; ``namespace`` empty: in all namespaces. One line for each missing one."""
     where = namespace or "all namespaces"
-    wanted = [(rule, verb) for rule in RULES if proxied or not rule.outside_only for verb in rule.verbs]
+    wanted = [(rule, verb) for rule in rules for verb in rule.verbs]
     lacking = [
         Finding("lacks", "rights", f"{where}: cannot {verb} {rule.resource} ({rule.why}); {_fix(rule)}")
         for rule, verb in wanted

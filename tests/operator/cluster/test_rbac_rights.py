@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,65 +34,15 @@ from dpo_operator.types import (
     PatchStatus,
     ScrapeTarget,
 )
+from dpo_testing.accounts import ACCOUNT, RBAC, Account, account, may
 from dpo_testing.chaosproxy import ChaosProxy, Fault
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
-from dpo_testing.kubeapi import DPOJOBS, NETWORK_POLICIES, PYTORCHJOBS, Object, eventually, path_of
+from dpo_testing.kubeapi import DPOJOBS, NETWORK_POLICIES, PYTORCHJOBS, Object, eventually
 from dpo_testing.operatorprocess import OperatorProcess
 
-_ACCOUNTS = ("v1", "serviceaccounts")
-_RBAC = "rbac.authorization.k8s.io/v1"
-ACCOUNT = "dpo-operator"
 DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
-
-
-@dataclass(frozen=True)
-class Account:
-    """A service account with a token, which holds some of the table's rules."""
-
-    name: str
-    namespace: str
-    token: str
-
-    def kubeconfig(self, cluster: ControlPlane) -> Path:
-        """Return a kubeconfig with the token."""
-        config = json.loads(cluster.kubeconfig.read_text())
-        config["users"][0]["user"] = {"token": self.token}
-        path = cluster.folder / f"{self.namespace}-{self.name}.kubeconfig"
-        path.write_text(json.dumps(config))
-        return path
-
-
-def account(
-    cluster: ControlPlane, namespace: str, role: Object, *, name: str = ACCOUNT, everywhere: bool = False
-) -> Account:
-    """Make a service account and bind a Role, or with ``everywhere`` a ClusterRole, to it as shipped."""
-    api = cluster.admin
-    api.create(_ACCOUNTS, namespace, {"metadata": {"name": name}})
-    bound = rbac.binding(None if everywhere else namespace, account=name, account_namespace=namespace, name=name)
-    where, kinds = (
-        (None, ("clusterroles", "clusterrolebindings")) if everywhere else (namespace, ("roles", "rolebindings"))
-    )
-    for kind, body in zip(kinds, (role, bound), strict=True):
-        api.apply((_RBAC, kind), where, body)
-    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
-    answer = api.call("POST", path_of(_ACCOUNTS, namespace, name, "token"), request)
-    return Account(name, namespace, answer["status"]["token"])
-
-
-def may(cluster: ControlPlane, who: Account, group: str, resource: str, verb: str, namespace: str = "") -> bool:
-    """Ask the API server's authorizer."""
-    resource, _, sub = resource.partition("/")
-    attributes = {"group": group, "resource": resource, "subresource": sub, "verb": verb}
-    attributes["namespace"] = namespace or who.namespace
-    review = {
-        "apiVersion": "authorization.k8s.io/v1",
-        "kind": "SubjectAccessReview",
-        "spec": {"user": f"system:serviceaccount:{who.namespace}:{who.name}", "resourceAttributes": attributes},
-    }
-    answer = cluster.admin.call("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
-    return bool(answer["status"]["allowed"])
 
 
 # --- enough ----------------------------------------------------------------------------------------------------------
@@ -112,7 +61,7 @@ def limited(request: pytest.FixtureRequest, cluster: ControlPlane, namespace: st
         assert process.exceptions() == []
     if everywhere:
         for kind in ("clusterrolebindings", "clusterroles"):
-            cluster.admin.delete((_RBAC, kind), None, ACCOUNT)
+            cluster.admin.delete((RBAC, kind), None, ACCOUNT)
 
 
 def test_a_whole_life_passes_under_the_shipped_role(

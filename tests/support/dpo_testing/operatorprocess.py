@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -39,16 +40,18 @@ class OperatorProcess:
         environment: Mapping[str, str] | None = None,
         repository: Path = _REPOSITORY,
         clock: PlayedClock | None = None,
+        ca: Path | None = None,
     ) -> None:
         """Prepare; ``start`` runs it. ``namespaces``: one or several by comma; empty: all. ``repository``: its code.
 
-        ``clock``: its wall clock, which the test sets.
+        ``clock``: its wall clock, which the test sets. ``ca``: the CA of its certificate, if the flags give it one.
         """
         self._environment = dict(environment or {})
         self._packages = [str(repository / package) for package in ("crds", "operator")]
         if clock is not None:
             self._environment |= clock.environment
             self._packages.insert(0, str(PLAYED_CLOCK))
+        self._tls = None if ca is None else ssl.create_default_context(cafile=str(ca))
         self.port = stable_port()
         self._log = Path(tempfile.mkstemp(prefix="dpo-operator-", suffix=".log")[1])
         self._command = [
@@ -105,10 +108,13 @@ class OperatorProcess:
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(30)
 
-    def get(self, path: str) -> tuple[int, str]:
+    def get(self, path: str, *, token: str = "") -> tuple[int, str]:
         """Return status and text of /metrics, /healthz or /readyz; status 0 when nobody answers."""
+        scheme = "http" if self._tls is None else "https"
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        request = urllib.request.Request(f"{scheme}://127.0.0.1:{self.port}{path}", headers=headers)
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5.0) as answer:
+            with urllib.request.urlopen(request, timeout=5.0, context=self._tls) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
