@@ -174,7 +174,7 @@ def _one_of(variable: str, choices: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
-def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:  # noqa: PLR0915 - one statement for each flag
     parser = argparse.ArgumentParser(
         prog="dpo-operator",
         description="Runs DPOJobs on Kubernetes through training-operator's PyTorchJob.",
