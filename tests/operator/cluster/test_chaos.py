@@ -73,6 +73,7 @@ def test_events_that_cannot_be_read_cost_nothing_but_words(
                 eventually(lambda number=number: f"mute-{number}-master-0" in jobs.pods(), what="a pod")  # type: ignore[misc]
                 kubelet.creating(namespace, f"mute-{number}-master-0")
                 assert asked.wait(60), "its events are due"
+                jobs.wait_state("Starting", name="mute")  # until then it may still be Suspended from before
                 jobs.patch("mute", {"runPolicy": {"suspend": True}})
                 jobs.wait_state("Suspended", name="mute")
                 jobs.patch("mute", {"runPolicy": {"suspend": False}})
