@@ -110,6 +110,7 @@ class _Nested:
         (b"\x80\x04\x95", "EOFError|truncated"),
         (b"N", "Ran out of input"),
     ],
+    ids=["call", "nested call", "getattr", "tensor", "path through a class", "cut", "no end"],
 )
 def test_anything_else_is_refused_by_name(
     data: bytes, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
