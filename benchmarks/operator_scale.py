@@ -417,8 +417,8 @@ async def bench(options: argparse.Namespace, plane: ControlPlane) -> dict[str, f
         f"--scrape-seconds={Options().scrape_seconds}", f"--relist-seconds={Options().relist_seconds}",
         f"--progress-write-seconds={Settings().progress_write_seconds}", "--scrape-by=pod-ip",
     )  # fmt: skip
-    operator = OperatorProcess(plane.kubeconfig, *shipped)
-    grown = OperatorProcess(plane.kubeconfig, *shipped, namespaces=GROWN)
+    operator = OperatorProcess(plane.kubeconfig, *shipped, preloaded=False)
+    grown = OperatorProcess(plane.kubeconfig, *shipped, namespaces=GROWN, preloaded=False)
     results = Figures()
     try:
         operator.start()

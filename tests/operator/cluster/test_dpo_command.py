@@ -105,8 +105,8 @@ def test_a_jobs_life_from_submit_to_delete(
     rank0 = kubelet.pod(space, "whole-1-master-0")
     kubelet.pod(space, "whole-1-worker-0")
     jobs.wait_state("Running", name="whole")
-    with FakeTrainer(rank0["status"]["podIP"]) as trainer:
-        trainer.say(step=12, total=64, etaSeconds=26, attempt=1, tokensPerSecond=1234, lastCheckpointStep=10,
+    with FakeTrainer.of(rank0) as trainer:
+        trainer.say(step=12, total=64, etaSeconds=26, tokensPerSecond=1234, lastCheckpointStep=10,
                     metrics={"train/acc": 0.625, "train/loss": 0.61, "train/rewards_margin": 0.25})  # fmt: skip
         eventually(lambda: (jobs.status("whole").get("progress") or {}).get("step") == 12, what="step 12")
         shown = dpo("status", "whole").out
@@ -175,8 +175,8 @@ def test_submit_follows_a_job_through_a_restart_to_its_model(
     def world() -> None:
         kubelet.finish(space, "followed-1-master-0", last_words("StorageUnavailable", message="S3 is away"), 74)
         rank0 = kubelet.pod(space, "followed-2-master-0")
-        with FakeTrainer(rank0["status"]["podIP"]) as trainer:
-            trainer.say(step=32, total=64, attempt=2, metrics={"train/loss": 0.5, "train/acc": 0.75})
+        with FakeTrainer.of(rank0) as trainer:
+            trainer.say(step=32, total=64, metrics={"train/loss": 0.5, "train/acc": 0.75})
             eventually(lambda: (jobs.status("followed").get("progress") or {}).get("step") == 32, what="step 32")
         kubelet.finish(space, "followed-2-master-0", DONE)
 

@@ -12,9 +12,9 @@ import yaml
 
 from dpo_testing.controlplane import REPOSITORY, ControlPlane
 from dpo_testing.jobs import manifest
-from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, PODS, PYTORCHJOBS, ApiError, Object, path_of
+from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, NETWORK_POLICIES, PODS, PYTORCHJOBS, ApiError, Object, path_of
 
-RESOURCES = {"ConfigMap": CONFIGMAPS, "PyTorchJob": PYTORCHJOBS, "Pod": PODS}
+RESOURCES = {"ConfigMap": CONFIGMAPS, "NetworkPolicy": NETWORK_POLICIES, "PyTorchJob": PYTORCHJOBS, "Pod": PODS}
 
 
 def fields(schema: Object, prefix: str) -> Iterator[tuple[str, str]]:
@@ -103,13 +103,13 @@ def test_children_of_examples_are_admitted(cluster: ControlPlane) -> None:
             cluster.admin.call("POST", path, thing, dryRun="All", fieldValidation="Strict")
 
         for path in goldens:
-            config_map, child = yaml.safe_load_all(path.read_text(encoding="utf-8"))
-            assert (config_map["kind"], child["kind"]) == ("ConfigMap", "PyTorchJob"), path.name
+            config_map, policy, child = things = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+            assert [thing["kind"] for thing in things] == ["ConfigMap", "NetworkPolicy", "PyTorchJob"], path.name
             pods = [pod_of(child, role) for role in child["spec"]["pytorchReplicaSpecs"]]
             for account in {pod["spec"].get("serviceAccountName", "default") for pod in pods} - accounts:
                 cluster.admin.create(("v1", "serviceaccounts"), namespace, {"metadata": {"name": account}})
                 accounts.add(account)
-            for thing in (config_map, child, *pods):
+            for thing in (config_map, policy, child, *pods):
                 try:
                     dry_run(thing)
                 except ApiError as error:

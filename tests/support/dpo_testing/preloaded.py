@@ -257,7 +257,7 @@ def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
     if folder := request["env"].get(NOTES):
         _leave_note(Path(folder), words)
     module, *arguments = words[words.index("-m") + 1 :]
-    if arguments[:1] != ["worker"]:  # which starts nobody
+    if arguments[:1] != ["worker"] and module != "dpo_operator":  # which start nobody
         _keep_helper()
     sys.argv = [module, *arguments]
     code = _run(module)

@@ -109,7 +109,7 @@ def every_word() -> set[str]:
         (kind,) = {kind for start, kind in _INVARIANTS.items() if word.startswith(start)}
         conditions.add(f"{kind} {word}")
     truths = {f"{kind.value}={truth}" for kind in ConditionType for truth in ("True", "False")}
-    truths -= {"Finished=False", "Stalled=False"}
+    truths -= {"Finished=False", "Stalled=False", "NetworkRestricted=True"}
     attempts = {f"attempt {word}" for word in of["cause"] | {"DeadlineExceeded", "Suspended", "Succeeded"}}
     # An attempt that an operator finds ended when it finds the next one makes no event.
     events = {r.value for r in Reason if r.event is not None} - {"PodVanished"}
