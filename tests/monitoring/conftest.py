@@ -20,7 +20,7 @@ from dpo_testing.controlplane import ControlPlane
 from dpo_testing.dcgm import DcgmExporter
 from dpo_testing.fakekubelet import PORT, FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
-from dpo_testing.kubeapi import PYTORCHJOBS, Object
+from dpo_testing.kubeapi import PYTORCHJOBS, Object, eventually
 from dpo_testing.operatorprocess import OperatorProcess
 from dpo_testing.prometheusserver import Config, PrometheusServer, pin_operator, rendered, scrape_config
 from dpo_testing.s3server import need
@@ -139,6 +139,8 @@ def world(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wor
         alerts.write_text(json.dumps(quick))
         prometheus = stack.enter_context(PrometheusServer({**config, "rule_files": [str(alerts)]}))
         runs.wait_for_step(folder / "run", 25)
+        # An increase shows only where the value before it was scraped.
+        eventually(lambda: prometheus.query("dpo_operator_restarts_total"), seconds=60, what="the operator is scraped")
         kubelet.finish(training, "fails-1-master-0", last_words("InvalidData"), code=3)
         of_training.wait_state("Failed", name="fails")
         yield World(prometheus, operator, training, waiting)
