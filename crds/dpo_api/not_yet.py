@@ -1,6 +1,6 @@
 """Fields of the API that are not implemented yet. Setting one is an error; none is ignored.
 
-To implement one, delete its row.
+The API server refuses them too, by a CEL rule of each field. To implement one, delete its row.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ class NotYet:
     """Returns whether a spec asks for it; for a list, the items that do."""
     instead: str
     """What to write instead."""
+    allows: str | None = "false"
+    """CEL rule of the field: the values of ``self`` that are implemented. None where another rule already refuses all
+    others."""
+
+    @property
+    def message(self) -> str:
+        """What an error about the field says."""
+        return f"is not implemented in this version; {self.instead}"
 
 
 def _weighted(sources: Sequence[DataSource]) -> list[int]:
@@ -39,20 +47,26 @@ NOT_YET: tuple[NotYet, ...] = (
         lambda s: s.model.megatron is not None,
         "export the checkpoint to a Hugging Face folder and use model.huggingFace",
     ),
-    NotYet("spec.parallelism.tensor", lambda s: s.parallelism.tensor > 1, "use 1"),
-    NotYet("spec.parallelism.pipeline", lambda s: s.parallelism.pipeline > 1, "use 1"),
-    NotYet("spec.parallelism.context", lambda s: s.parallelism.context > 1, "use 1"),
-    NotYet("spec.parallelism.sequence", lambda s: s.parallelism.sequence, "use false"),
+    NotYet("spec.parallelism.tensor", lambda s: s.parallelism.tensor > 1, "use 1", "self == 1"),
+    NotYet("spec.parallelism.pipeline", lambda s: s.parallelism.pipeline > 1, "use 1", "self == 1"),
+    NotYet("spec.parallelism.context", lambda s: s.parallelism.context > 1, "use 1", "self == 1"),
+    NotYet("spec.parallelism.sequence", lambda s: s.parallelism.sequence, "use false", None),
     NotYet(
         "spec.training.activationRecomputation",
         lambda s: s.training.activation_recomputation != "none",
         "use none, and a smaller training.packing.maxTokens to save memory",
+        "self == 'none'",
     ),
-    NotYet("spec.data.train[].weight", lambda s: _weighted(s.data.train), "leave it out"),
-    NotYet("spec.data.validation[].weight", lambda s: _weighted(s.data.validation), "leave it out"),
-    NotYet("spec.checkpoint.async", lambda s: s.checkpoint.async_save, "use false"),
+    NotYet("spec.data.train[].weight", lambda s: _weighted(s.data.train), "leave it out", "self == 1.0"),
+    NotYet("spec.data.validation[].weight", lambda s: _weighted(s.data.validation), "leave it out", "self == 1.0"),
+    NotYet("spec.checkpoint.async", lambda s: s.checkpoint.async_save, "use false", "!self"),
     NotYet("spec.checkpoint.monitor", lambda s: s.checkpoint.monitor is not None, "leave it out"),
-    NotYet("spec.output.formats", lambda s: "megatron" in s.output.formats, "leave megatron out and use huggingFace"),
+    NotYet(
+        "spec.output.formats",
+        lambda s: "megatron" in s.output.formats,
+        "leave megatron out and use huggingFace",
+        "!('megatron' in self)",
+    ),
     NotYet("spec.logging.mlflow", lambda s: s.logging.mlflow is not None, "use logging.wandb or logging.tensorboard"),
     NotYet(
         "spec.storage.cache.size",
@@ -60,7 +74,7 @@ NOT_YET: tuple[NotYet, ...] = (
         "leave it out; resources.scratch, or the claim's own size, bounds the cache",
     ),
     NotYet("spec.transformerEngine.fp8", lambda s: s.transformer_engine.fp8 is not None, "leave it out"),
-    NotYet("spec.transformerEngine.attention", lambda s: s.transformer_engine.attention, "use false"),
+    NotYet("spec.transformerEngine.attention", lambda s: s.transformer_engine.attention, "use false", "!self"),
 )
 
 
@@ -70,4 +84,4 @@ def refused(spec: DPOJobSpec) -> Iterator[Finding]:
         asked = entry.asks(spec)
         fields = [entry.field] if asked is True else [entry.field.replace("[]", f"[{index}]") for index in asked or ()]
         for field in fields:
-            yield Finding("error", field, f"is not implemented in this version; {entry.instead}")
+            yield Finding("error", field, entry.message)

@@ -92,7 +92,8 @@ def test_the_short_form_lists_what_it_leaves_out(tmp_path: Path, given: dict[str
     done = story(PATH=str(tmp_path), DPO_E2E_RUN=str(tmp_path / "run"), **given)
     listed = (
         "e2e: short form, for lack of time or with E2E_SHORT; left out: test_a_suspended_job, test_a_deleted_master, "
-        "test_a_drained_node, test_a_stopped_object_store, test_a_deleted_operator, test_two_alerts_fire_for_their_causes"
+        "test_a_drained_node, test_a_stopped_object_store, test_a_deleted_operator, "
+        "test_two_alerts_fire_for_their_causes"
     )
     assert (listed in done.stdout) is left_out
 

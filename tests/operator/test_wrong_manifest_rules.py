@@ -31,11 +31,12 @@ from dpo_testing.wrong_manifests import (
     NEVER_ALONE,
     RULES,
     SCHEMA,
+    UNIMPLEMENTED,
     Wrong,
     is_repeated,
 )
 
-EVERY = (*ADMISSION, *CHANGES, *ACCEPTANCE, *DRY_RUN)
+EVERY = (*ADMISSION, *CHANGES, *UNIMPLEMENTED, *ACCEPTANCE, *DRY_RUN)
 PROVEN = {case.rule for case in (*ADMISSION, *CHANGES)}
 
 
@@ -72,7 +73,7 @@ def observed(document: dict[str, Any]) -> Observed:
 
 
 # The name is the API server's to check in every case.
-STORABLE = [case for case in (*ADMISSION, *ACCEPTANCE) if case.rule is None or case.rule.path]
+STORABLE = [case for case in (*ADMISSION, *UNIMPLEMENTED, *ACCEPTANCE) if case.rule is None or case.rule.path]
 
 
 @pytest.mark.parametrize("case", STORABLE, ids=lambda case: str(case.name))
@@ -131,7 +132,7 @@ def without_site(module: ModuleType, line: int) -> Callable[[DPOJobSpec], Iterab
 
 
 def parsed() -> Iterator[tuple[Wrong, DPOJobSpec]]:
-    for case in (*ADMISSION, *ACCEPTANCE):
+    for case in (*ADMISSION, *UNIMPLEMENTED, *ACCEPTANCE):
         try:
             yield case, parse_job(case.document).spec
         except ManifestError:  # answered before there is a spec to check

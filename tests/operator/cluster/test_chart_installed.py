@@ -238,7 +238,7 @@ def test_helm_test_fails_with_a_reason_and_passes_once_it_is_gone(release: Relea
 
 
 def test_helm_test_reports_a_spec_that_cannot_run(release: Release, kubelet: FakeKubelet) -> None:
-    release.upgrade(test={"spec": {"parallelism": {"tensor": 2}}})
+    release.upgrade(test={"spec": {"tokenizer": {"uri": "/no/volume/of/the/pods"}}})
     play = Play(release, kubelet)
     with release.operator(), ThreadPoolExecutor(1) as pool:
         tested = pool.submit(release.helm, "test", RELEASE, "--timeout=300s")

@@ -90,9 +90,7 @@ class OperatorProcess:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DPO_OPERATOR_")}
         environment |= {"PYTHONPATH": os.pathsep.join(self._packages), "OMP_NUM_THREADS": "1", **self._environment}
         with self._log.open("ab") as log:
-            self._process = self._popen(
-                self._command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+            self._process = self._popen(self._command, stdout=log, stderr=log, env=environment, start_new_session=True)
         self.starts += 1
 
     @property
