@@ -182,7 +182,7 @@ def _immutable(spec: Schema) -> list[Schema]:
 def _refuse_what_is_not_implemented(spec: Schema) -> None:
     """Add one rule to each field of ``NOT_YET``, so that ``kubectl apply`` says it."""
     for entry in NOT_YET:
-        place = {"properties": {"spec": spec}}
+        place: Schema = {"properties": {"spec": spec}}
         for step in entry.field.replace("[]", ".[]").split("."):
             place = place["items"] if step == "[]" else place["properties"][step]
         if entry.allows is not None:

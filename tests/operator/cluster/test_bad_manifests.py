@@ -236,7 +236,7 @@ def test_a_manifest_is_refused_by_its_own_rule_alone(cluster: ControlPlane, spac
             if case.rule is not None and admitted[case.name] != {lacks[case.rule]}
         }
         assert not wrong, wrong
-        # SCHEMA lacks the rules about fields that are not implemented: nothing else refuses these.
+        # SCHEMA lacks the rules about fields that are not implemented: only they refuse these.
         assert [case.name for case in UNIMPLEMENTED if admitted[case.name] != {0}] == []
     finally:
         cluster.admin.delete(_CRDS, None, crd["metadata"]["name"])
