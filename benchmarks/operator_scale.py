@@ -31,7 +31,7 @@ import kopf
 import urllib3
 from aiohttp import web
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / room) for room in ("crds", "operator", "tests/support")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / package) for package in ("crds", "operator", "tests/support")]
 
 from dpo_api.errors import Outcome
 from dpo_api.status import DPOJobStatus

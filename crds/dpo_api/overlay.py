@@ -127,15 +127,17 @@ def _volumes(volumes: Iterable[Mapping[str, Any]]) -> Iterator[Finding]:
         if len(sources) != 1 or not sources <= set(VOLUME_SOURCES):
             text = f"{_listed(sources)}: set exactly one of {', '.join(VOLUME_SOURCES)}"
             yield _error(field, f"{text}, which restricted Pod Security allows")
-        yield from _tokens(volume.get("projected"), f"{field}.projected")
+        fix = "set spec.serviceAccountName for access to cloud storage"
+        yield from tokens(volume.get("projected"), f"{field}.projected", fix)
 
 
-def _tokens(projected: Any, field: str) -> Iterator[Finding]:
+def tokens(projected: Any, field: str, fix: str) -> Iterator[Finding]:
+    """Refuse each API token among the sources of a projected volume at ``field``."""
     sources = projected.get("sources") if isinstance(projected, Mapping) else None
     for index, source in enumerate(sources if isinstance(sources, list) else []):
         if isinstance(source, Mapping) and "serviceAccountToken" in source:
-            text = "trainer pods get no token of the cluster; set spec.serviceAccountName for access to cloud storage"
-            yield _error(f"{field}.sources[{index}].serviceAccountToken", text)
+            place = f"{field}.sources[{index}].serviceAccountToken"
+            yield _error(place, f"trainer pods get no token of the cluster; {fix}")
 
 
 def _mount(mount: Mapping[str, Any], field: str, own: set[Any]) -> Iterator[Finding]:

@@ -278,3 +278,8 @@ class DPOJobStatus(StatusSection):
         default=None, description="Earliest time at which the next attempt is created."
     )
     completion_time: Time | None = Field(default=None, description="When the job ended.")
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        """Step of the newest checkpoint that was reported; None: none was."""
+        return self.progress.last_checkpoint_step if self.progress is not None else None

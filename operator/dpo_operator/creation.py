@@ -5,12 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpo_api.status import Attempt, ConditionType, State
-from dpo_operator import clock, conditions, evidence, invariants, labels, limits, names, network, pinning, restarts
+from dpo_operator import (
+    clock,
+    conditions,
+    evidence,
+    invariants,
+    labels,
+    limits,
+    names,
+    network,
+    obstacles,
+    pinning,
+    restarts,
+)
 from dpo_operator.backend import pytorchjob
 from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
-from dpo_operator.texts import clean
 from dpo_operator.types import CreateChild, Object
 from dpo_operator.view import attempt_of, is_alive, moment
 
@@ -49,9 +60,8 @@ def _settings(draft: Draft) -> Settings:
 
 
 def _begin(draft: Draft, number: int, child: str, created: float) -> None:
-    progress = draft.status.progress
-    reached = progress.last_checkpoint_step if progress is not None else None
-    attempt = Attempt(number=number, child=child, start_time=clock.to_text(created), from_step=reached or 0)
+    reached = draft.status.checkpoint_step or 0
+    attempt = Attempt(number=number, child=child, start_time=clock.to_text(created), from_step=reached)
     draft.add_attempt(attempt)
     invariants.withdraw(draft)  # an attempt whose end was not observed
     _resume(draft)  # an adopted child of a job that was resumed is the only trace of it
@@ -104,7 +114,7 @@ def between(draft: Draft) -> None:
 def suspended(draft: Draft) -> None:
     """Report that the job is suspended and holds no nodes."""
     limits.release(draft)
-    reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
+    reached = draft.status.checkpoint_step
     start = f"the checkpoint of step {reached}" if reached else "the newest checkpoint, if there is one"
     text = f"runPolicy.suspend is true. Set it to false to continue from {start}."
     draft.update(next_attempt_time=None)
@@ -137,8 +147,7 @@ def _blocked(draft: Draft, name: str) -> bool:
         return True
     refusal = view.observed.refusals.get(name)
     if refusal is not None:
-        text = f"The API server refused to create PyTorchJob {name}: {clean(refusal.message, 2000)}"
-        draft.place(_before(draft), Reason.ChildRefused, text, progressing=False)
+        draft.place(_before(draft), *obstacles.refused("PyTorchJob", name, refusal), progressing=False)
         draft.wake_in(RETRY_SECONDS)
         return True
     stranger = view.strangers.get(name)

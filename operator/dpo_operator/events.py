@@ -106,7 +106,7 @@ def checkpoint(old: DPOJobStatus, new: DPOJobStatus, every: int) -> Iterator[Tra
     """Yield CheckpointSaved for every tenth checkpoint, of which ``every`` is the distance in steps."""
 
     def step(status: DPOJobStatus) -> int:
-        return (status.progress.last_checkpoint_step if status.progress is not None else None) or 0
+        return status.checkpoint_step or 0
 
     size = every * CHECKPOINTS_PER_EVENT
     if step(new) // size > step(old) // size:

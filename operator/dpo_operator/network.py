@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dpo_api.status import ConditionType
-from dpo_operator import invariants
+from dpo_operator import invariants, obstacles
 from dpo_operator.backend.network import build_network_policy
 from dpo_operator.draft import Draft
-from dpo_operator.reasons import Reason
-from dpo_operator.texts import clean
+from dpo_operator.obstacles import Obstacle
 from dpo_operator.types import CreateNetworkPolicy
 from dpo_operator.view import owner_uid
 
@@ -15,7 +14,7 @@ RETRY_SECONDS = 60.0
 """Delay before the next try after a refusal."""
 
 
-def create(draft: Draft) -> tuple[Reason, str] | None:
+def create(draft: Draft) -> Obstacle | None:
     """Create the job's NetworkPolicy, or adopt the one that exists; return why there is none.
 
     It is created again before every attempt, so that one that was deleted is back.
@@ -26,12 +25,11 @@ def create(draft: Draft) -> tuple[Reason, str] | None:
     name = str(body["metadata"]["name"])
     refusal, found = draft.view.observed.refusals.get(name), draft.view.observed.network_policy
     if refusal is not None:
-        text = f"The API server refused to create NetworkPolicy {name}: {clean(refusal.message, 2000)}"
-        return Reason.ChildRefused, text
+        return obstacles.refused("NetworkPolicy", name, refusal)
     if found is None:
         draft.act(CreateNetworkPolicy(body))
     elif owner_uid(found) != draft.view.uid:
-        return Reason.ChildNameTaken, f"NetworkPolicy {name} already exists and belongs to another owner: delete it."
+        return obstacles.name_taken("NetworkPolicy", name)
     draft.update(network_policy=name)
     invariants.withdraw(draft, (ConditionType.NetworkRestricted,))
     return None

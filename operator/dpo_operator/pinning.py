@@ -10,16 +10,14 @@ import json
 
 from dpo_api.findings import ManifestError
 from dpo_api.manifest import parse_job
+from dpo_operator import obstacles
 from dpo_operator.backend import pytorchjob
 from dpo_operator.backend.launch import FIRST, Launch
 from dpo_operator.draft import Draft
+from dpo_operator.obstacles import Obstacle
 from dpo_operator.reasons import Reason
-from dpo_operator.texts import clean
 from dpo_operator.types import CreateConfigMap, LookUpConfigMap, Object
 from dpo_operator.view import owner_uid
-
-Obstacle = tuple[Reason, str]
-"""Why no attempt can use the ConfigMap, and the sentence about it."""
 
 
 def is_known(draft: Draft, name: str) -> bool:
@@ -34,8 +32,7 @@ def name_taken(draft: Draft, found: Object) -> Obstacle | None:
     """Return the obstacle that a ConfigMap of another owner is."""
     if owner_uid(found) == draft.view.uid:
         return None
-    text = f"ConfigMap {found['metadata']['name']} already exists and belongs to another owner: delete it."
-    return Reason.ChildNameTaken, text
+    return obstacles.name_taken("ConfigMap", found["metadata"]["name"])
 
 
 def is_of_this_spec(draft: Draft, text: str) -> bool:
@@ -68,8 +65,7 @@ def ensure(draft: Draft, name: str) -> Obstacle | None:
         return None
     refusal = view.observed.refusals.get(name)
     if refusal is not None:
-        text = f"The API server refused to create ConfigMap {name}: {clean(refusal.message, 2000)}"
-        return Reason.ChildRefused, text
+        return obstacles.refused("ConfigMap", name, refusal)
     image, contract = str(draft.status.image), launch(draft).contract
     body = pytorchjob.build_config_map(view.job, view.identity, image, draft.settings, contract)
     made = pytorchjob.digest(pytorchjob.pinned_spec(body))

@@ -96,13 +96,14 @@ def _conclude(draft: Draft) -> Decision:
         return Decision((*emitted, *draft.actions), patches.to_json(view.status), draft.wake, scrape)
     if view.status.completion_time is None:  # the status of an ended job no longer grows
         draft.status = size.fit(draft.status, view.observed.status_limit)
-    patch = patches.difference(patches.to_json(view.status), patches.to_json(draft.status))
+    after = patches.to_json(draft.status)
+    patch = patches.difference(patches.to_json(view.status), after)
     written = []
     if patch:
         version = view.metadata.get("resourceVersion")
         written.append(PatchStatus({"metadata": {"resourceVersion": version}, "status": patch}))
     actions = (*draft.actions, *emitted, *written)
-    return Decision(actions, patches.to_json(draft.status), draft.wake, scrape, follow=draft.follows)
+    return Decision(actions, after, draft.wake, scrape, follow=draft.follows)
 
 
 def _is_progress_alone(draft: Draft) -> bool:

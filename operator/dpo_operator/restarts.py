@@ -21,7 +21,7 @@ SILENT_SECONDS = 3600.0
 
 def without_progress(draft: Draft) -> int:
     """Return the number of consecutive failures without a new checkpoint, this one included, since a retry."""
-    reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
+    reached = draft.status.checkpoint_step
     grace = draft.view.spec.checkpoint.grace_period_seconds
     count = 0
     for attempt in reversed(draft.status.attempts):
@@ -109,11 +109,16 @@ def out_of_time(draft: Draft) -> bool:
     return True
 
 
+def starting_point(draft: Draft) -> str:
+    """Return where the next attempt continues, in words."""
+    reached = draft.status.checkpoint_step
+    return f"step {reached}" if reached else "the newest checkpoint, if there is one"
+
+
 def place_restart(draft: Draft) -> None:
     """Report that another attempt follows."""
     attempt = draft.current
-    reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
-    start = f"from step {reached}" if reached else "from the newest checkpoint, if there is one"
+    start = f"from {starting_point(draft)}"
     said = sentence(attempt.message or attempt.reason or "the attempt ended")
     text = f"Attempt {attempt.number} ended ({attempt.reason}): {said}. Attempt {attempt.number + 1} continues {start}."
     draft.place("Restarting", Reason.Restarting, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dpo_api.status import ConditionType
-from dpo_operator import acceptance, ends, invariants, labels
+from dpo_operator import acceptance, ends, invariants, labels, restarts
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
 
@@ -30,8 +30,7 @@ def is_due(draft: Draft) -> bool:
 def start(draft: Draft) -> None:
     """Open the job again, with budgets as for a new one. The next pass, after this is stored, creates the attempt."""
     last = draft.attempt.number if draft.attempt is not None else 0
-    reached = draft.status.progress.last_checkpoint_step if draft.status.progress is not None else None
-    place = f"step {reached}" if reached else "the newest checkpoint, if there is one"
+    place = restarts.starting_point(draft)
     ends.reopen(draft)
     # What was found out about the last attempt's losses ended the job; the next one has losses of its own.
     invariants.withdraw(draft, (ConditionType.Finite,))

@@ -5,24 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.__main__ import run
-from dpo_testing.cli import Dpo, Replay, Said, World, make_replay, make_world
+from dpo_testing.cli import Dpo, Replay, World, in_this_process, make_replay, make_world
 from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
 
 
 @pytest.fixture
 def dpo(capfd: pytest.CaptureFixture[str]) -> Dpo:
     """Run `dpo` in this process."""
-
-    def call(*arguments: str) -> Said:
-        capfd.readouterr()
-        code = run(arguments)
-        captured = capfd.readouterr()
-        said = Said(code, captured.out, captured.err)
-        assert "Traceback" not in said.all
-        return said
-
-    return call
+    return in_this_process(capfd)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from dpo_api.findings import Finding, shown
-from dpo_api.overlay import RESERVED_ENV, RESERVED_ENV_PREFIXES, RESERVED_KEYS, RESERVED_VOLUMES, SIDECAR_NAMES
+from dpo_api.overlay import RESERVED_ENV, RESERVED_ENV_PREFIXES, RESERVED_KEYS, RESERVED_VOLUMES, SIDECAR_NAMES, tokens
 from dpo_operator import labels
 from dpo_operator.backend.pod import CONTAINER
 from dpo_operator.backend.volumes import CACHE, CLAIMS, IDENTITY, SCRATCH
@@ -135,12 +135,7 @@ def _volumes(volumes: list[Mapping[str, Any]]) -> Iterator[Finding]:
         seen.add(name)
         if len(set(volume) - {"name"}) != 1:
             yield _error(field, "set exactly one source, such as hostPath")
-        projected = volume.get("projected") or {}
-        sources = projected.get("sources") if isinstance(projected, Mapping) else None
-        for position, source in enumerate(sources if isinstance(sources, list) else []):
-            if isinstance(source, Mapping) and "serviceAccountToken" in source:
-                place = f"{field}.projected.sources[{position}].serviceAccountToken"
-                yield _error(place, "trainer pods get no token of the cluster; leave it out")
+        yield from tokens(volume.get("projected"), f"{field}.projected", "leave it out")
 
 
 def _containers(containers: list[Mapping[str, Any]], volumes: Collection[Any]) -> Iterator[Finding]:

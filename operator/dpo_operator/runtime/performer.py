@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from dpo_operator import size
 from dpo_operator.runtime.cache import Cache, Key
 from dpo_operator.runtime.client import ApiError, Client
-from dpo_operator.runtime.resources import CHILDREN, CONFIG_MAPS, EVENTS, JOBS, NETWORK_POLICIES
+from dpo_operator.runtime.resources import CHILDREN, CONFIG_MAPS, EVENTS, JOBS, NETWORK_POLICIES, Resource
 from dpo_operator.types import (
     Action,
     CheckChild,
@@ -66,9 +67,9 @@ class Performer:
     async def _one(self, namespace: str, observed: Observed, action: Action) -> Observed | None:  # noqa: C901, PLR0911 - one case for each action
         match action:
             case CreateConfigMap(body):
-                return await self._create_config_map(namespace, observed, body)
+                return await self._create_once(CONFIG_MAPS, namespace, observed, body, "config_map")
             case CreateNetworkPolicy(body):
-                return await self._create_network_policy(namespace, observed, body)
+                return await self._create_once(NETWORK_POLICIES, namespace, observed, body, "network_policy")
             case CheckChild(body, generation):
                 return await self._check(namespace, observed, body, generation)
             case CreateChild(body):
@@ -90,25 +91,19 @@ class Performer:
             case PatchStatus(body):
                 return await self._patch_status(namespace, observed, body)
 
-    async def _create_config_map(self, namespace: str, observed: Observed, body: Object) -> Observed | None:
+    async def _create_once(
+        self, resource: Resource, namespace: str, observed: Observed, body: Object, field: str
+    ) -> Observed | None:
+        """Create an object of which a job has one; one that exists already goes into ``field`` of what is observed."""
         name = body["metadata"]["name"]
         try:
-            await self._client.create(CONFIG_MAPS, namespace, body)
+            await self._client.create(resource, namespace, body)
         except ApiError as error:
             if error.status != 409:
                 return _refused(observed, name, error)
             # If it was deleted since, the next pass creates it.
-            return replace(observed, config_map=await self._client.get(CONFIG_MAPS, namespace, name))
-        return None
-
-    async def _create_network_policy(self, namespace: str, observed: Observed, body: Object) -> Observed | None:
-        name = body["metadata"]["name"]
-        try:
-            await self._client.create(NETWORK_POLICIES, namespace, body)
-        except ApiError as error:
-            if error.status != 409:
-                return _refused(observed, name, error)
-            return replace(observed, network_policy=await self._client.get(NETWORK_POLICIES, namespace, name))
+            found: dict[str, Any] = {field: await self._client.get(resource, namespace, name)}
+            return replace(observed, **found)
         return None
 
     async def _check(self, namespace: str, observed: Observed, body: Object, generation: int) -> Observed:

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_cli.__main__ import run
-from dpo_testing.cli import PACKAGES, Dpo, Said
+from dpo_testing.cli import PACKAGES, Dpo, in_this_process
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.faketrainer import FakeTrainer
@@ -77,15 +76,7 @@ def dpo(
     for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
 
-    def call(*arguments: str) -> Said:
-        capfd.readouterr()
-        code = run(arguments)
-        captured = capfd.readouterr()
-        said = Said(code, captured.out, captured.err)
-        assert "Traceback" not in said.all
-        return said
-
-    return call
+    return in_this_process(capfd)
 
 
 def write(*bodies: object) -> str:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from dpo_cli.__main__ import run
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = [str(ROOT / package) for package in ("crds", "operator", "trainer")]
@@ -44,6 +47,20 @@ class Said:
 
 
 Dpo = Callable[..., Said]
+
+
+def in_this_process(capfd: pytest.CaptureFixture[str]) -> Dpo:
+    """Return a function that runs `dpo` with its arguments in this process. No command may print a traceback."""
+
+    def call(*arguments: str) -> Said:
+        capfd.readouterr()
+        code = run(arguments)
+        captured = capfd.readouterr()
+        said = Said(code, captured.out, captured.err)
+        assert "Traceback" not in said.all
+        return said
+
+    return call
 
 
 @dataclass
