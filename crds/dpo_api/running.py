@@ -21,6 +21,9 @@ from dpo_api.fields import (
 )
 from dpo_api.inputs import URI_FORMS, StorageAccess
 
+GpuProduct = Literal["B200", "H200", "H100-NVL", "H100-80GB", "A100-80GB", "A100-40GB", "L40S", "L4", "A10G"]
+"""The names of the table in ``dpo_api.sizing.products``."""
+
 OutputFormat = Literal["huggingFace", "peft", "megatron"]
 ShortText = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=253)]
 HttpUrl = Annotated[str, StringConstraints(strict=True, pattern=HTTP_URL_PATTERN, max_length=512)]
@@ -58,6 +61,11 @@ class Resources(Section):
     )
     gpu_resource: LabelKey = Field(
         default="nvidia.com/gpu", description="Name of the extended resource. Default nvidia.com/gpu."
+    )
+    gpu_product: GpuProduct | None = Field(
+        default=None,
+        description="The GPU, for predictions before pods exist. Not set: what `podTemplate.nodeSelector` names, else"
+        " unknown until the pods start.",
     )
     processes_per_node: Int | None = Field(
         default=None,

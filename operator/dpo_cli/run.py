@@ -45,6 +45,7 @@ CLUSTER_ONLY = (
     "resources.nodes",
     "resources.gpusPerNode",
     "resources.gpuResource",
+    "resources.gpuProduct",
     "resources.cpu",
     "resources.memory",
     "resources.shm",

@@ -26,6 +26,13 @@ class ModelFacts:
     """Positions that the model was made for; 0 when it does not say."""
     family: str
     """Architecture name, such as ``llama``."""
+    head_dim: int | None = None
+    """Width of one attention head; None: hidden / heads."""
+    tied_embeddings: bool = False
+    """Whether the LM head is the embedding."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """Whether each query and key head passes a norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,10 @@ class ModelConfig:
             vocab=self.vocab_size,
             max_positions=self.max_positions,
             family=self.family,
+            head_dim=self.head_dim,
+            tied_embeddings=self.tied_embeddings,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
         )
 
     @property

@@ -1,0 +1,172 @@
+"""Predicts the bytes that a run takes on each GPU, and of host memory while a checkpoint is written.
+
+Each term is a function that says where it comes from. The symbols: h hidden size, a width of all query heads, kv width
+of all key-value groups, F feed-forward size, V vocabulary, L layers, T tensor, P pipeline and D data parallel size, S
+tokens of the largest pack, n the parameters of a rank. A value of the computation takes 2 bytes in bf16 and 4 in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from dpo_api.models import ModelFacts
+from dpo_api.sizing.layout import Layout
+from dpo_api.sizing.parameters import (
+    Stage,
+    adapted,
+    adapter_modules,
+    adapter_shape,
+    group_width,
+    parameters_of_rank,
+    query_width,
+    stages,
+    trained_of_rank,
+)
+from dpo_api.spec import DPOJobSpec, Lora
+
+CHUNK_BYTES = 64 * 2**20
+"""Most bytes of one chunk's fp32 logits. About two chunks exist at a time: the logits, and what is made from them."""
+
+FREE_SHARE = 0.1
+"""Share of a GPU's memory that a prediction leaves free: the CUDA context, NCCL's buffers, fragmentation, the error."""
+
+ROW_COLUMN = {"attention_dense": "row", "mlp_fc2": "row", "attention_qkv": "column", "mlp_fc1": "column"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU, by what takes them."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    adapter_activations: int
+    logits: int
+    head_gradient: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def value_bytes(spec: DPOJobSpec) -> int:
+    """Bytes of one value in the computation."""
+    return 2 if spec.training.precision == "bf16" else 4
+
+
+def weight_bytes(held: int, value: int) -> int:
+    """The weights in the computation's precision: 2n bytes in bf16."""
+    return held * value
+
+
+def gradient_bytes(trained: int) -> int:
+    """One fp32 buffer for the gradients of what is trained: 4n bytes. It is not divided by D."""
+    return 4 * trained
+
+
+def optimizer_bytes(trained: int, value: int, shards: int) -> int:
+    """The fp32 masters and Adam's two fp32 moments over D: 12n/D bytes. In fp32 the weights are the masters."""
+    return -(-trained // shards) * (12 if value == 2 else 8)
+
+
+def attention_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:
+    """What one layer keeps of a token for its backward pass outside the MLP, in bytes.
+
+    Of width h: the layer's input, its norm, the sum after the attention, its norm, and one temporary: 5h values,
+    divided by T if ``sequence``. Of width a: queries before and after the rotary embedding, and the attention's output.
+    Of width kv: keys before and after it, and values. In bf16 and with a = h: 16h + 6kv bytes.
+    """
+    wide = 5 * model.hidden / (layout.tensor if layout.sequence else 1)
+    groups = max(group_width(model) / layout.tensor, group_width(model) / model.kv_heads)
+    return value * (wide + 3 * query_width(model) / layout.tensor + 3 * groups)
+
+
+def mlp_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:
+    """What one layer's MLP keeps of a token: gate, up and their product: 3F values, 6F bytes in bf16."""
+    return value * 3 * model.ffn / layout.tensor
+
+
+def input_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:
+    """A layer's input, which is all that full recomputation keeps of it: h values, divided by T if ``sequence``."""
+    return value * model.hidden / (layout.tensor if layout.sequence else 1)
+
+
+def activation_bytes_per_token(model: ModelFacts, layout: Layout, stage: Stage, value: int) -> float:
+    """What a stage keeps of a token, in bytes.
+
+    Stage i of P computes up to P - i packs forward before the first of them comes back, and keeps all of them. What
+    recomputation makes again exists once. none: (P - i) L/P (16h + 6kv + 6F); selective: (P - i) L/P (16h + 6kv) + 6F;
+    full: (P - i) L/P 2h + 16h + 6kv + 6F, all divided by T.
+    """
+    kept = len(stage.layers) * (layout.pipeline - stage.index)
+    attention, mlp = (part(model, layout, value) for part in (attention_bytes_per_token, mlp_bytes_per_token))
+    if layout.recomputation == "none":
+        return kept * (attention + mlp)
+    if layout.recomputation == "selective":
+        return kept * attention + mlp
+    return kept * input_bytes_per_token(model, layout, value) + attention + mlp
+
+
+def adapter_bytes_per_token(model: ModelFacts, lora: Lora, layout: Layout, value: int) -> float:
+    """What the adapters of one layer keep of a token beside their base.
+
+    Each keeps its inner vector, whole on every rank. With ``sequence``, an adapter of q/k/v and of the MLP's first
+    layer gathers its input; with dropout, each keeps what is left of its input or output.
+    """
+    total = 0.0
+    for module in adapter_modules(lora):
+        inputs, outputs = adapter_shape(model, module)
+        total += lora.rank
+        if ROW_COLUMN[module] == "column" and layout.sequence:
+            total += inputs
+        if lora.dropout > 0:
+            total += (inputs if lora.dropout_position == "pre" else outputs) / layout.tensor
+    return value * total
+
+
+def adapter_bytes(model: ModelFacts, lora: Lora | None, layout: Layout, stage: Stage, value: int) -> int:
+    """What a stage's adapters keep of the largest packs; with full recomputation, one layer's for one pack."""
+    if lora is None:
+        return 0
+    layers = adapted(stage, lora)
+    kept = min(1, layers) if layout.recomputation == "full" else layers * (layout.pipeline - stage.index)
+    return round(kept * adapter_bytes_per_token(model, lora, layout, value) * layout.pack_tokens / layout.context)
+
+
+def head_gradient_bytes(model: ModelFacts, layout: Layout, value: int) -> int:
+    """The LM head's gradient of one pack: an fp32 sum over chunks and, in bf16, its rounded copy: 6Vh/T bytes."""
+    table = -(-model.vocab // layout.tensor) * model.hidden
+    return table * (6 if value == 2 else 4)
+
+
+def memory_of_stage(model: ModelFacts, spec: DPOJobSpec, layout: Layout, stage: Stage) -> Memory:
+    """Predict the bytes of each GPU of a stage while a step is computed."""
+    value, lora = value_bytes(spec), spec.lora
+    trained = trained_of_rank(model, lora, layout, stage)
+    shards = layout.data * layout.context if spec.parallelism.distributed_optimizer else 1
+    tokens = layout.pack_tokens / layout.context
+    return Memory(
+        weights=weight_bytes(parameters_of_rank(model, layout, stage), value)
+        + (weight_bytes(trained, value) if lora is not None else 0),
+        gradients=gradient_bytes(trained),
+        optimizer=optimizer_bytes(trained, value, shards),
+        activations=round(activation_bytes_per_token(model, layout, stage, value) * tokens),
+        adapter_activations=adapter_bytes(model, lora, layout, stage, value),
+        logits=2 * CHUNK_BYTES if stage.last else 0,
+        head_gradient=head_gradient_bytes(model, layout, value) if stage.last and lora is None else 0,
+    )
+
+
+def memory_of(model: ModelFacts, spec: DPOJobSpec, layout: Layout) -> Memory:
+    """Predict the bytes of a GPU of the stage that takes the most."""
+    found = (memory_of_stage(model, spec, layout, stage) for stage in stages(model.layers, layout.pipeline))
+    return max(found, key=lambda memory: memory.total)
+
+
+def checkpoint_bytes(model: ModelFacts, spec: DPOJobSpec, layout: Layout) -> int:
+    """Host memory of a rank while its part of a checkpoint is written: fp32 masters and two moments, 12n/D bytes."""
+    shards = layout.data * layout.context if spec.parallelism.distributed_optimizer else 1
+    held = (trained_of_rank(model, spec.lora, layout, stage) for stage in stages(model.layers, layout.pipeline))
+    return 12 * -(-max(held) // shards)

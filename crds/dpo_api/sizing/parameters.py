@@ -1,0 +1,122 @@
+"""Counts the parameters of a model and of an adapter, as a whole and on one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_api.models import ModelFacts
+from dpo_api.sizing.layout import Layout
+from dpo_api.spec import Lora
+
+_GROUPS = {
+    "attention": ("attention_qkv", "attention_dense"),
+    "mlp": ("mlp_fc1", "mlp_fc2"),
+    "all": ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage: its layers, and whether it holds the embedding and the LM head."""
+
+    index: int
+    layers: range
+    first: bool
+    last: bool
+
+
+def stages(layers: int, pipeline: int) -> tuple[Stage, ...]:
+    """Divide layers among stages; where they cannot be equal, the last stages have one layer less.
+
+    The last stage holds the LM head too, so it is one of the shorter ones.
+    """
+    size, longer = divmod(layers, pipeline)
+    found, start = [], 0
+    for index in range(pipeline):
+        count = size + (index < longer)
+        found.append(Stage(index, range(start, start + count), index == 0, index == pipeline - 1))
+        start += count
+    return tuple(found)
+
+
+def matrices_of_layer(model: ModelFacts) -> int:
+    """Parameters of a layer that tensor parallelism divides: q, k, v (and their biases), output, gate, up, down."""
+    query, groups = query_width(model), group_width(model)
+    qkv = (model.hidden + (1 if model.qkv_bias else 0)) * (query + 2 * groups)
+    return qkv + query * model.hidden + 3 * model.hidden * model.ffn
+
+
+def norms_of_layer(model: ModelFacts) -> int:
+    """Parameters of a layer that every tensor-parallel rank holds: two norms, and those of query and key heads."""
+    return 2 * model.hidden + (2 * head_width(model) if model.qk_norm else 0)
+
+
+def head_width(model: ModelFacts) -> int:
+    """Width of one attention head."""
+    return model.head_dim or model.hidden // model.heads
+
+
+def query_width(model: ModelFacts) -> int:
+    """Width of all query heads: a."""
+    return model.heads * head_width(model)
+
+
+def group_width(model: ModelFacts) -> int:
+    """Width of all key (or value) groups: kv."""
+    return model.kv_heads * head_width(model)
+
+
+def parameters(model: ModelFacts) -> int:
+    """Parameters of a whole model, as in its files: tied embeddings count once."""
+    tables = model.vocab * model.hidden * (1 if model.tied_embeddings else 2)
+    return model.layers * (matrices_of_layer(model) + norms_of_layer(model)) + tables + model.hidden
+
+
+def parameters_of_rank(model: ModelFacts, layout: Layout, stage: Stage) -> int:
+    """Parameters that a rank of a stage holds.
+
+    Matrices, embedding and LM head are divided by T, the vocabulary rounded up to a multiple of T; norms are not. With
+    tied embeddings and more than one stage, the first and the last one hold the table.
+    """
+    tensor = layout.tensor
+    table = -(-model.vocab // tensor) * model.hidden
+    count = len(stage.layers) * (-(-matrices_of_layer(model) // tensor) + norms_of_layer(model))
+    if stage.first:
+        count += table
+    if stage.last:
+        count += model.hidden
+        count += 0 if model.tied_embeddings and stage.first else table
+    return count
+
+
+def adapter_modules(lora: Lora) -> tuple[str, ...]:
+    """Return the linear layers that get an adapter, without duplicates."""
+    return tuple(dict.fromkeys(module for name in lora.target_modules for module in _GROUPS.get(name, (name,))))
+
+
+def adapter_shape(model: ModelFacts, module: str) -> tuple[int, int]:
+    """Return (inputs, outputs) of the linear layer that an adapter is attached to."""
+    query, groups = query_width(model), group_width(model)
+    return {
+        "attention_qkv": (model.hidden, query + 2 * groups),
+        "attention_dense": (query, model.hidden),
+        "mlp_fc1": (model.hidden, 2 * model.ffn),
+        "mlp_fc2": (model.ffn, model.hidden),
+    }[module]
+
+
+def adapter_of_layer(model: ModelFacts, lora: Lora) -> int:
+    """Parameters of one layer's adapters: rank x (inputs + outputs) of each module."""
+    return sum(lora.rank * sum(adapter_shape(model, module)) for module in adapter_modules(lora))
+
+
+def adapted(stage: Stage, lora: Lora) -> int:
+    """How many layers of a stage have adapters."""
+    return len(stage.layers) if lora.layers is None else sum(layer in stage.layers for layer in lora.layers)
+
+
+def trained_of_rank(model: ModelFacts, lora: Lora | None, layout: Layout, stage: Stage) -> int:
+    """Parameters of a rank that are trained: all of them, or its part of the adapters."""
+    if lora is None:
+        return parameters_of_rank(model, layout, stage)
+    return -(-adapted(stage, lora) * adapter_of_layer(model, lora) // layout.tensor)
