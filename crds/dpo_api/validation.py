@@ -276,19 +276,26 @@ def _transformer_engine(spec: DPOJobSpec) -> Iterator[Finding]:
 
 def _divides(spec: DPOJobSpec, model: ModelFacts) -> Iterator[Finding]:
     tensor, pipeline = spec.parallelism.tensor, spec.parallelism.pipeline
-    usable = [t for t in range(1, model.heads + 1) if model.heads % t == 0 and model.kv_heads % t == 0]
-    for heads, name in ((model.heads, "attention heads"), (model.kv_heads, "key-value heads")):
-        if heads % tensor:
-            yield _error(
-                "parallelism.tensor", f"{tensor} does not divide the model's {heads} {name}; use {_or(usable)}"
-            )
-            break
+    # With more ranks than key-value heads, several ranks share a head.
+    shares = [t for t in range(1, model.heads + 1) if model.kv_heads % t == 0 or t % model.kv_heads == 0]
+    usable = [t for t in shares if model.heads % t == 0]
+    if model.heads % tensor:
+        yield _error(
+            "parallelism.tensor",
+            f"{tensor} does not divide the model's {model.heads} attention heads; use {_or(usable)}",
+        )
+    elif tensor not in shares:
+        yield _error(
+            "parallelism.tensor",
+            f"{tensor} neither divides the model's {model.kv_heads} key-value heads nor is a multiple of them;"
+            f" use {_or(usable)}",
+        )
     if model.ffn % tensor and model.heads % tensor == 0:
         yield _error("parallelism.tensor", f"{tensor} does not divide the model's feed-forward size {model.ffn}")
-    if model.layers % pipeline:
-        stages = [p for p in range(1, model.layers + 1) if model.layers % p == 0]
+    if pipeline > model.layers:
         yield _error(
-            "parallelism.pipeline", f"{pipeline} does not divide the model's {model.layers} layers; use {_or(stages)}"
+            "parallelism.pipeline",
+            f"{pipeline} stages need as many layers, and the model has {model.layers}; use {model.layers} or less",
         )
 
 

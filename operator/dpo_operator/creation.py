@@ -19,6 +19,7 @@ from dpo_operator import (
     restarts,
 )
 from dpo_operator.backend import pytorchjob
+from dpo_operator.backend.launch import FIRST
 from dpo_operator.config import Settings
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
@@ -52,9 +53,9 @@ def adopt(draft: Draft) -> None:
 def _settings(draft: Draft) -> Settings:
     """Return the settings that the job's image understands.
 
-    A job that version 0.1.0 accepted has no digest, and its image serves plain HTTP only: a probe by HTTPS would fail.
+    An image of the first launch contract serves its metrics by plain HTTP only: a probe by HTTPS would fail.
     """
-    if draft.status.accepted_spec_digest is not None:
+    if pinning.launch(draft).contract != FIRST:
         return draft.settings
     return replace(draft.settings, trainer_metrics_secret="")
 

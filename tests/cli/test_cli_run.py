@@ -218,7 +218,7 @@ def test_messages_for_exit_codes(tmp_path: Path, code: int, outcome: Outcome, te
         (lambda spec: spec["dpo"].update(beta="high"), 2, 'spec.dpo.beta: "high" is not a number'),
         (lambda spec: spec["data"]["train"][0].update(uri="nope.jsonl"), 11, "spec.data.train[0].uri: nope.jsonl"),
         (lambda spec: spec["data"]["train"][0].update(uri="pvc://claim/x"), 11, "claims are mounted on a cluster only"),
-        (lambda spec: spec["parallelism"].update(tensor=2), 2, "spec.parallelism.tensor"),
+        (lambda spec: spec["parallelism"].update(tensor=2), 2, "spec.parallelism: tensor 2 x"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(

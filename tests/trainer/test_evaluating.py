@@ -24,7 +24,7 @@ def test_a_validation_draws_no_dropout(tmp_path: Path, monkeypatch: pytest.Monke
         training: Any = run.training
         for data, batches in training.inputs.validation_batches():
             packs, _ = training.inputs.packer.packs(data, batches[0], training.world)
-            found.append(means(training.engine.evaluate(packs, data.reference_sums, data.rewards))["loss"])
+            found.append(means(training.engine.evaluate(batches[0], packs, data.reference_sums, data.rewards))["loss"])
         assert all(module.training for module in training.engine.model.modules())  # steps go on drawing it
 
     def twice(run: Run) -> None:

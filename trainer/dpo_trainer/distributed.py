@@ -63,6 +63,7 @@ class World:
         """Join the run's process group and Megatron-Core's groups; NCCL where a GPU is present, else Gloo.
 
         Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a run of one process.
+        Raises InvalidSpecError if the sizes do not divide the processes.
         """
         for name, value in {
             "RANK": "0",
@@ -73,6 +74,11 @@ class World:
         }.items():
             os.environ.setdefault(name, value)
         rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if size % (tensor * pipeline):
+            raise InvalidSpecError(
+                f"spec.parallelism: tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} does not divide the "
+                f"{size} processes of this run; change one of them"
+            )
         gpu = torch.cuda.is_available()
         if gpu:
             check_device(local_rank, torch.cuda.device_count())
@@ -115,10 +121,24 @@ class World:
         """How many processes train on different pairs."""
         return int(parallel_state.get_data_parallel_world_size())
 
-    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum float64 values of any shape over the data-parallel group; equal on all its ranks."""
+    @property
+    def owns_numbers(self) -> bool:
+        """Whether this rank's sums over its packs count: it is of the last stage, and first of its tensor ranks.
+
+        Every pack has one such rank. Other stages compute no loss, and other tensor ranks the same one again.
+        """
+        last = bool(parallel_state.is_pipeline_last_stage())
+        return last and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def sum_of_owners(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum float64 values of any shape over the ranks that own numbers; the same bits on all ranks of the run.
+
+        A collective of all ranks. What the other ranks pass is not read.
+        """
         total = values.to(self.device, torch.float64, copy=True)
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        if not self.owns_numbers:
+            total.zero_()
+        dist.all_reduce(total)
         return total.cpu()
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -26,8 +27,9 @@ from dpo_trainer.logprobs import response_log_probs, sums_by_owner
 from dpo_trainer.losses import pair_losses
 from dpo_trainer.masters import Masters
 from dpo_trainer.metrics.sums import empty_sums, loss_at_start, means, metric_sums
-from dpo_trainer.model.forward import head_weight, hidden_rows
+from dpo_trainer.model.forward import head_weight, hidden_rows, unwrap
 from dpo_trainer.model.pack import Pack
+from dpo_trainer.reference import Pairs
 
 Consume = Callable[[Pack, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(pack, sums [P, 2] with gradient, counts [P, 2]) -> (numerator of the loss, its denominator), both scalars."""
@@ -83,18 +85,25 @@ class Engine:
         return Masters(self.optimizer)
 
     def train_step(
-        self, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues, *, rate: float, seed: int
+        self,
+        pairs: Pairs,
+        packs: Sequence[Pack],
+        reference: PairValues | None,
+        rewards: PairValues,
+        *,
+        rate: float,
+        seed: int,
     ) -> tuple[dict[str, float], float | None]:
         """Take one optimizer step over this rank's packs of a global batch; return its means and ``loss_at_start``.
 
-        reference: Σ log π_ref; None if the loss needs none. rate: the learning rate of this update. seed: of LoRA's
-        dropout. The means have ``grad_norm``, the norm of the whole gradient before clipping. Raises NonFiniteError on
-        all ranks if the loss or the norm is NaN or infinite; the weights are unchanged then.
+        pairs: the whole batch. reference: Σ log π_ref; None if the loss needs none. rate: the learning rate of this
+        update. seed: of LoRA's dropout. The means have ``grad_norm``, the norm of the whole gradient before clipping.
+        Raises NonFiniteError on all ranks if the loss or the norm is NaN or infinite; the weights are unchanged then.
         """
         torch.manual_seed(seed)
         self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        table = self._losses(self._wrapped, packs, reference, rewards, forward_only=False)
+        table = self._losses(self._wrapped, pairs, packs, reference, rewards, forward_only=False)
         result = means(table)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -117,22 +126,33 @@ class Engine:
             group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
         self.optimizer.step_with_ready_grads()
 
-    def evaluate(self, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues) -> Tensor:
-        """Return the metrics' sums over all ranks' packs, without gradient; see metrics.sums."""
+    def evaluate(
+        self, pairs: Pairs, packs: Sequence[Pack], reference: PairValues | None, rewards: PairValues
+    ) -> Tensor:
+        """Return the metrics' sums over all ranks' packs of ``pairs``, without gradient; see metrics.sums."""
         with self._without_training():
-            return self._losses(self.model, packs, reference, rewards, forward_only=True)
+            return self._losses(self.model, pairs, packs, reference, rewards, forward_only=True)
 
-    def log_prob_sums(self, packs: Sequence[Pack]) -> list[tuple[Tensor, Tensor]]:
-        """Return (dataset indices [P], Σ log π [P, 2] float64) of each of this rank's packs, on the CPU."""
-        found: list[tuple[Tensor, Tensor]] = []
+    def log_prob_sums(self, pairs: Pairs, packs: Sequence[Pack]) -> Tensor:
+        """Return Σ log π of both responses of ``pairs`` [n], which are distinct: [n, 2] float64 on the CPU.
+
+        A collective; equal on all ranks. ``packs``: this rank's. A pair that was not in exactly one pack of all ranks
+        gets NaN.
+        """
+        place = {int(pair): row for row, pair in enumerate(pairs)}
+        table = torch.zeros(len(pairs), 3, dtype=torch.float64)  # the two sums, and how often the pair was counted
 
         def consume(pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-            found.append((pack.pairs.cpu(), sums.detach().cpu()))
+            for pair, value in zip(pack.pairs.tolist(), sums.detach().cpu(), strict=True):
+                if pair >= 0:
+                    table[place[pair], :2] = value
+                    table[place[pair], 2] += 1
             return sums.sum(), counts.sum().int()
 
         with self._without_training():
             self._run(self.model, packs, consume, forward_only=True)
-        return found
+        total = self.world.sum_of_owners(table)
+        return torch.where(total[:, 2:] == 1, total[:, :2], torch.nan)
 
     @contextmanager
     def _without_training(self) -> Iterator[None]:
@@ -147,14 +167,19 @@ class Engine:
     def _losses(
         self,
         model: Any,
+        pairs: Pairs,
         packs: Sequence[Pack],
         reference: PairValues | None,
         rewards: PairValues,
         *,
         forward_only: bool,
     ) -> Tensor:
-        """Run the packs through the loss and return the metrics' global sums, [rows, 2] float64 on the CPU."""
+        """Run the packs through the loss and return the metrics' global sums, [rows, 2] float64 on the CPU.
+
+        They are NaN unless the ranks counted just the pairs of the batch.
+        """
         table = empty_sums(self.world.device)
+        counted = torch.zeros(2, dtype=torch.float64, device=self.world.device)
 
         def consume(pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
             of_reference = reference(pack.pairs).to(sums.device) if reference is not None else None
@@ -162,16 +187,25 @@ class Engine:
                 sums, counts, of_reference, rewards(pack.pairs).to(sums.device), self.spec.dpo, pack.pairs >= 0
             )
             table.add_(metric_sums(losses))
+            counted.add_(_count(pack.pairs))
             return losses.total.sum(), losses.denominator.sum().int()
 
         self._run(model, packs, consume, forward_only=forward_only)
-        return self.world.sum_over_data(table)
+        total = self.world.sum_of_owners(torch.cat((table, counted[None])))
+        all_once = torch.equal(total[-1], _count(torch.from_numpy(pairs)))
+        return total[:-1] if all_once else torch.full_like(total[:-1], torch.nan)
 
     def _run(self, model: Any, packs: Sequence[Pack], consume: Consume, *, forward_only: bool) -> None:
         """Run Megatron-Core's schedule over the packs: forward, loss, backward, then the reduction of gradients."""
 
         def loss_of(pack: Pack, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            log_probs = response_log_probs(rows, head_weight(model), pack.labels)
+            log_probs = response_log_probs(
+                rows,
+                head_weight(model),
+                pack.labels,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                vocabulary=unwrap(model).dpo_config.vocab_size,
+            )
             sums, counts = sums_by_owner(log_probs, pack.owners, 2 * len(pack.pairs))
             numerator, denominator = consume(pack, sums.view(-1, 2), counts.view(-1, 2))
             return numerator, denominator, {}
@@ -189,3 +223,9 @@ class Engine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+def _count(pairs: Tensor) -> Tensor:
+    """Return [2] float64: how many pairs there are, fillers (-1) left out, and the sum of their indices."""
+    real = pairs[pairs >= 0].double()
+    return torch.stack((real.new_tensor(float(real.numel())), real.sum()))

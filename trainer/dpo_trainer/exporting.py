@@ -14,7 +14,7 @@ from dpo_api.spec import DPOJobSpec
 from dpo_store import Store, join_uri, local_path_of
 from dpo_trainer.data.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
-from dpo_trainer.formats.export import export
+from dpo_trainer.formats.export import export, exported
 from dpo_trainer.formats.huggingface import stage_slots
 from dpo_trainer.formats.layout import Value
 from dpo_trainer.formats.layout import target as target_of
@@ -60,7 +60,7 @@ class Result:
         """Join the collectives of the writing ranks. For ranks that write nothing."""
         if not self._lora:
             gpt = unwrap(self.model)
-            for slot in stage_slots(gpt):
+            for slot in exported(stage_slots(gpt)):
                 self._masters.whole(target_of(gpt, slot))
 
     def _frozen(self, name: str, parameter: Tensor) -> Tensor:
@@ -68,16 +68,23 @@ class Result:
 
 
 def export_model(result: Result, spec: DPOJobSpec, world: World, source: Place, target: Place) -> None:
-    """Write the result from rank 0: with LoRA merged (unless ``output.merge`` is false) and as an adapter.
+    """Write the result: with LoRA merged (unless ``output.merge`` is false) and as an adapter.
 
-    A collective. An interrupted export is written again from the last checkpoint; export.json marks a complete one.
+    A collective; when it returns, all is written. Each pipeline stage has one rank that writes. An interrupted export
+    is written again from the last checkpoint; export.json marks a complete one.
     """
-    if not world.is_main:
-        if forms_of(spec)[0]:
-            result.take_part()
-        return
+    if world.is_main:
+        _remove_earlier(*target)
+    world.barrier()
+    if world.data_rank == 0:
+        _write(result, spec, source, target)
+    elif forms_of(spec)[0]:
+        result.take_part()
+    world.barrier()
+
+
+def _write(result: Result, spec: DPOJobSpec, source: Place, target: Place) -> None:
     store, uri = target
-    _remove_earlier(store, uri)
     folder = local_path_of(uri)
     scratch = tempfile.TemporaryDirectory(prefix="dpo-export-") if folder is None else nullcontext(str(folder))
     with scratch as name:

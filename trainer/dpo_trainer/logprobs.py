@@ -35,12 +35,14 @@ def response_log_probs(
     *,
     chunk: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """log softmax(rows · weightᵀ)[label] of every row.
 
     rows: [R, H] hidden states after the final norm. weight: [V, H], the LM head, in the rows' dtype; with ``tp_group``
     this rank's [V / T, H] slice, rank t holding the vocabulary from t·V/T on. labels: [R] int64. chunk: rows whose
-    logits exist at the same time (None: ``default_chunk``); it changes the result only by rounding.
+    logits exist at the same time (None: ``default_chunk``); it changes the result only by rounding. vocabulary: its
+    real size, if V was padded to a multiple of T; the rows of ``weight`` from there on take no part.
 
     Returns [R] in fp32 (float64 for float64 rows), equal on all ranks of ``tp_group``: logits in the rows' dtype, the
     softmax in fp32. Gradients: of rows, complete on each rank (summed over ``tp_group`` here); of weight, this rank's
@@ -65,12 +67,13 @@ def response_log_probs(
     if tp_group is not None and tp_group.size() == 1:
         tp_group = None
     shards = 1 if tp_group is None else tp_group.size()
-    vocabulary = weight.shape[0] * shards
+    if vocabulary is None:
+        vocabulary = weight.shape[0] * shards
     if labels.numel() and labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
         raise IndexError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, the vocabulary from 0 to {vocabulary - 1}"
         )
-    result: Tensor = _ResponseLogProbs.apply(rows, weight, labels, chunk, tp_group)
+    result: Tensor = _ResponseLogProbs.apply(rows, weight, labels, chunk, tp_group, vocabulary)
     return result
 
 
@@ -90,9 +93,16 @@ class _ResponseLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, chunk: int, tp_group: dist.ProcessGroup | None
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        tp_group: dist.ProcessGroup | None,
+        vocabulary: int,
     ) -> Tensor:
         first = 0 if tp_group is None else tp_group.rank() * weight.shape[0]
+        real = min(weight.shape[0], max(0, vocabulary - first))  # rows of this rank's slice that are no padding
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         # For every row, over this rank's part of the vocabulary: [R] each.
         peak = torch.empty(rows.shape[0], dtype=dtype, device=rows.device)
@@ -101,11 +111,11 @@ class _ResponseLogProbs(torch.autograd.Function):
         owned = torch.empty_like(peak)  # 1 where this rank holds the label
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = _logits(rows[part], weight, dtype)  # [C, V / T]
+            logits = _logits(rows[part], weight, dtype, real)  # [C, V / T]
             index, inside = _local(labels[part], first, weight.shape[0])
             owned[part] = inside
             target[part] = logits.gather(1, index.unsqueeze(1)).squeeze(1) * inside
-            peak[part] = logits.amax(1)
+            peak[part] = logits.amax(1).clamp_(min=torch.finfo(dtype).min)  # a slice may be padding alone
             mass[part] = logits.sub_(peak[part].unsqueeze(1)).exp_().sum(1)
             del logits  # before the next chunk's are made
         if tp_group is not None:
@@ -117,12 +127,12 @@ class _ResponseLogProbs(torch.autograd.Function):
             peak, (mass, target, owned) = shared, parts.unbind()
         log_mass = peak + mass.log()  # log Σ exp(logit)
         ctx.save_for_backward(rows, weight, labels, log_mass)
-        ctx.chunk, ctx.tp_group, ctx.first = chunk, tp_group, first
+        ctx.chunk, ctx.tp_group, ctx.first, ctx.real = chunk, tp_group, first, real
         return torch.where(owned == 1, target - log_mass, torch.nan)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """∂ log p(label) / ∂ logit_v = [v = label] − p(v), chunk by chunk."""
         rows, weight, labels, log_mass = ctx.saved_tensors
         need_rows, need_weight = ctx.needs_input_grad[:2]
@@ -133,7 +143,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
         for start in range(0, rows.shape[0] if need_rows or need_weight else 0, ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            slope = _logits(rows[part], weight, log_mass.dtype)  # [C, V / T], in place from here on
+            slope = _logits(rows[part], weight, log_mass.dtype, ctx.real)  # [C, V / T], in place from here on
             slope.sub_(log_mass[part].unsqueeze(1)).exp_().neg_()
             index, inside = _local(labels[part], ctx.first, weight.shape[0])
             slope.scatter_add_(1, index.unsqueeze(1), inside.unsqueeze(1).to(slope.dtype))
@@ -145,12 +155,17 @@ class _ResponseLogProbs(torch.autograd.Function):
             del slope
         if rows_grad is not None and ctx.tp_group is not None:
             dist.all_reduce(rows_grad, dist.ReduceOp.SUM, group=ctx.tp_group)
-        return rows_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None
+        return rows_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None, None
 
 
-def _logits(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, H], [V, H] -> new [C, V] in ``dtype``, first rounded to the rows' dtype as in every LM head."""
-    return (rows @ weight.t()).to(dtype)
+def _logits(rows: Tensor, weight: Tensor, dtype: torch.dtype, real: int) -> Tensor:
+    """[C, H], [V, H] -> new [C, V] in ``dtype``, first rounded to the rows' dtype as in every LM head.
+
+    Columns from ``real`` on are padding: -inf, so that their probability and their gradient are 0.
+    """
+    logits = (rows @ weight.t()).to(dtype)
+    logits[:, real:] = -torch.inf
+    return logits
 
 
 def _local(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:

@@ -195,7 +195,12 @@ class Run:
         backend: Backend = "auto" if asked is None else "transformer_engine" if asked else "local"
         torch.use_deterministic_algorithms(training.deterministic)
         model = build_model(
-            self.config, precision=training.precision, backend=backend, deterministic=training.deterministic
+            self.config,
+            precision=training.precision,
+            backend=backend,
+            recomputation=training.activation_recomputation,
+            sequence_parallel=self.spec.parallelism.sequence,
+            deterministic=training.deterministic,
         )
         store, folder = model_source(self.spec)
         source = Checkpoint.open(store, folder)
@@ -226,14 +231,7 @@ class Run:
         def compute(chunk: Pairs) -> torch.Tensor:
             packs, _ = packer.packs(data, chunk, self.world)
             with adapters_disabled(engine.model):
-                found = engine.log_prob_sums(packs)
-            place = {int(pair): row for row, pair in enumerate(chunk)}
-            sums = torch.zeros(len(chunk), 2, dtype=torch.float64)
-            for ids, values in found:
-                for pair, value in zip(ids.tolist(), values, strict=True):
-                    if pair >= 0:
-                        sums[place[pair]] = value
-            return self.world.sum_over_data(sums)
+                return engine.log_prob_sums(chunk, packs)
 
         return compute
 

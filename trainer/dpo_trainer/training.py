@@ -140,6 +140,7 @@ class Training:
             total_steps=plan.total_steps,
         )
         values, at_start = self.engine.train_step(
+            pairs,
             packs,
             self.inputs.train.reference_sums if plan.needs_reference else None,
             self.inputs.train.rewards,
@@ -187,7 +188,7 @@ class Training:
             for batch in batches:
                 packs, _ = self.inputs.packer.packs(data, batch, self.world)
                 reference = data.reference_sums if self.plan.needs_reference else None
-                sums = self.engine.evaluate(packs, reference, data.rewards)
+                sums = self.engine.evaluate(batch, packs, reference, data.rewards)
                 tables[data.name] = tables[data.name] + sums if data.name in tables else sums
                 done += 1
                 self.reporter.phase("validate", done=done, of=of)

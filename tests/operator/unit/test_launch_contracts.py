@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_a_job_that_0_1_0_accepted_keeps_its_contract_after_a_loss(gone: str) ->
     cluster.lose_attempt(1)
     assert "--spec-digest" not in trainer_command(cluster, "job-2")
     assert json.dumps([*cluster.config_maps.values()]) == before
+
+
+@pytest.mark.parametrize("status", ["kept", "lost"])
+def test_the_image_of_0_1_0_gets_no_certificate(status: str) -> None:
+    """Its trainer knows plain HTTP only: a probe by HTTPS would kill its pod."""
+    cluster = accepted_by_0_1_0()
+    assert cluster.job is not None
+    if status == "lost":
+        del cluster.job["status"]
+        cluster.settle()
+    cluster.settings = replace(cluster.settings, trainer_metrics_secret="trainer-metrics")
+    cluster.lose_attempt(1)
+    cluster.advance(60)
+    cluster.run_to("Running")
+    assert cluster.decision.scrape is not None
+    assert (cluster.decision.scrape.child, cluster.decision.scrape.https) == ("job-2", False)
 
 
 def test_a_job_of_a_newer_operator_is_left_alone() -> None:

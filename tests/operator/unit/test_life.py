@@ -57,21 +57,6 @@ def test_a_pod_is_asked_as_it_was_created() -> None:
     assert cluster.decision.scrape.https
 
 
-def test_the_image_of_an_older_version_gets_no_certificate() -> None:
-    """Version 0.1.0 wrote no digest, and its trainer knows plain HTTP only: a probe by HTTPS would kill its pod."""
-    cluster = running()
-    assert cluster.job is not None
-    del cluster.job["status"]["acceptedSpecDigest"]
-    cluster.settings = replace(cluster.settings, trainer_metrics_secret="trainer-metrics")
-    for role in ("worker", "master"):
-        cluster.end_pod(f"job-1-{role}-0", Outcome.Communication)
-    cluster.settle()
-    cluster.advance(60)
-    cluster.run_to("Running")
-    assert cluster.decision.scrape is not None
-    assert (cluster.decision.scrape.child, cluster.decision.scrape.https) == ("job-2", False)
-
-
 def test_from_apply_to_the_model() -> None:
     cluster = SimCluster()
     cluster.reconcile()

@@ -69,7 +69,8 @@ class Finished:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The exported Hugging Face tensors."""
-        return dict(load_file(self.folder / "model" / "model.safetensors"))
+        files = sorted((self.folder / "model").glob("*.safetensors"))
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def run_here(spec: Mapping[str, Any], folder: Path, inspect: Callable[[Run], None] | None = None) -> Finished:

@@ -96,9 +96,8 @@ def _world() -> Iterator[None]:
     ("tensor", "pipeline", "change", "message"),
     [
         (4, 1, {}, r"parallelism\.tensor is 4, but the model has 6 attention heads in 2 key/value groups"),
-        (2, 1, {"vocab_size": 121}, r"parallelism\.tensor is 2, which does not divide the model's vocabulary 121"),
         (2, 1, {"ffn_hidden_size": 81}, r"does not divide the model's MLP width 81"),
-        (1, 4, {}, r"parallelism\.pipeline is 4, which does not divide the model's 2 layers"),
+        (1, 4, {}, r"parallelism\.pipeline is 4, but the model has 2 layers; use 2 or less"),
     ],
 )
 def test_sizes_that_do_not_divide_the_model(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from dpo_api.errors import InvalidSpecError, NotFoundError
+from dpo_api.errors import NotFoundError
 from dpo_api.models import ModelConfig
 from dpo_api.models.folder import INDEX, SINGLE, read_json
 from dpo_store import join_uri
 from dpo_store.errors import from_os_error
 from dpo_trainer import bridge
-from dpo_trainer.formats.huggingface import Checkpoint, stage_slots
+from dpo_trainer.formats.huggingface import Checkpoint, slots_by_stage, stage_slots
 from dpo_trainer.formats.layout import Slot, Value, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, RangeStore, bytes_of, header_of
 from dpo_trainer.model.forward import unwrap
@@ -53,30 +54,36 @@ def export(
     source: the folder that the model was loaded from: its config, tokenizer and chat template are copied byte for byte
     (config.json changes its dtype only). dtype: of the written weights; None means each tensor's own in the source.
     tokenizer: a folder to take the tokenizer's files from instead. value_of: see ``Value``; identity by default.
-    Every rank of a tensor-parallel group must call this; only its first writes. Weights are written one at a time, so
+    A collective of the first data-parallel rank's model: the first tensor-parallel rank of each stage writes that
+    stage's files, and that of the first stage everything else. Weights are written one at a time, so
     the memory is that of the largest parameter. Raises NoSpaceError when the disk is full, AccessDeniedError and
     so on for other failures of writing.
     """
     gpt = unwrap(model)
     config: ModelConfig = gpt.dpo_config
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        raise InvalidSpecError("spec.parallelism.pipeline above 1 cannot export a Hugging Face folder yet; use 1")
-    dtype_of = _dtype_of(store, source, dtype)
-    stage = stage_slots(gpt)
-    plan = [(n, s, dtype_of(n)) for slot in stage for n, s in zip(slot.sources, slot.shapes, strict=True)]
-    shards = plan_shards(plan, max_shard_bytes)
-    weights = tensors_of(gpt, stage, value_of or (lambda _name, parameter: parameter))
+    here = parallel_state.get_pipeline_model_parallel_rank()
+    files = plan_files(config, store, source, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    weights = tensors_of(gpt, exported(stage_slots(gpt)), value_of or (lambda _name, parameter: parameter))
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         for _ in weights:  # take part in the gathering
             pass
         return []
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        names = copy_companions(store, source, out_dir, tokenizer)
-        write_config(store, source, out_dir, config, dtype)
-        return ["config.json", *names, *write_shards(out_dir, shards, weights)]
+        written: list[str] = []
+        if here == 0:
+            written += ["config.json", *copy_companions(store, source, out_dir, tokenizer)]
+            write_config(store, source, out_dir, config, dtype)
+        for file in files:
+            if file.stage == here:
+                write_tensors(out_dir / file.name, file.tensors, weights)
+                written.append(file.name)
+        if here == 0 and len(files) > 1:
+            write_index(out_dir, files)
+            written.append(INDEX)
     except OSError as error:
         raise from_os_error(error, str(out_dir)) from error
+    return written
 
 
 def tensors_of(gpt: Any, stage: Sequence[Slot], value_of: Value) -> Iterator[tuple[str, Tensor]]:
@@ -114,17 +121,42 @@ def plan_shards(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
     return shards
 
 
-def write_shards(out_dir: Path, shards: list[list[Planned]], weights: Iterator[tuple[str, Tensor]]) -> list[str]:
-    """Write the planned files from a stream of tensors in the same order, and the index if there are several."""
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """One file of weights, and the pipeline stage that writes it."""
+
+    name: str
+    stage: int
+    tensors: list[Planned]
+
+
+def plan_files(
+    config: ModelConfig, store: RangeStore, source: str, *, dtype: torch.dtype | None, max_shard_bytes: int
+) -> list[PlannedFile]:
+    """Return the files of the whole model, the same on every rank, in the model's order."""
+    dtype_of = _dtype_of(store, source, dtype)
+    shards: list[tuple[int, list[Planned]]] = []
+    for stage, held in enumerate(slots_by_stage(config)):
+        plan = [(n, s, dtype_of(n)) for slot in exported(held) for n, s in zip(slot.sources, slot.shapes, strict=True)]
+        shards += [(stage, shard) for shard in plan_shards(plan, max_shard_bytes)]
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    total = sum(write_tensors(out_dir / name, shard, weights) for name, shard in zip(names, shards, strict=True))
-    if count == 1:
-        return names
-    weight_map = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return [PlannedFile(name, stage, shard) for name, (stage, shard) in zip(names, shards, strict=True)]
+
+
+def exported(held: Sequence[Slot]) -> list[Slot]:
+    """Return the slots of a stage that it exports: those that no other stage has."""
+    return [slot for slot in held if not slot.duplicate]
+
+
+def write_index(out_dir: Path, files: Sequence[PlannedFile]) -> None:
+    """Write the index that says which file holds each tensor."""
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for file in files for _, shape, dtype in file.tensors)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {entry[0]: file.name for file in files for entry in file.tensors},
+    }
     (out_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return [*names, INDEX]
 
 
 def write_tensors(path: Path, plan: Sequence[Planned], tensors: Iterator[tuple[str, Tensor]]) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_api.models import ModelConfig, read_config
 from dpo_api.models.folder import INDEX, SINGLE, missing_shard, read_weight_map
+from dpo_api.models.stages import layers_of_stages
 from dpo_store import join_uri
 from dpo_trainer.formats.layout import Slot, assemble, slots, target
 from dpo_trainer.formats.safetensors_reader import WEIGHT_DTYPES, RangeStore, SafetensorsFile
@@ -139,9 +140,15 @@ def model_fingerprint(store: RangeStore, folder: str) -> str:
 
 def stage_slots(gpt: Any) -> list[Slot]:
     """Return the slots of this process's pipeline stage."""
-    layers = [layer.layer_number - 1 for layer in gpt.decoder.layers]
-    span = range(layers[0], layers[-1] + 1) if layers else range(0)
-    return list(slots(gpt.dpo_config, span, first=gpt.pre_process, last=gpt.post_process))
+    return slots_by_stage(gpt.dpo_config)[parallel_state.get_pipeline_model_parallel_rank()]
+
+
+def slots_by_stage(config: ModelConfig) -> list[list[Slot]]:
+    """Return the slots of each pipeline stage."""
+    spans = layers_of_stages(config.num_layers, parallel_state.get_pipeline_model_parallel_world_size())
+    return [
+        list(slots(config, span, first=stage == 0, last=stage == len(spans) - 1)) for stage, span in enumerate(spans)
+    ]
 
 
 def check_tokenizer(config: ModelConfig, largest_id: int, where: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor
 
 from dpo_api.models import ModelConfig
@@ -29,6 +30,7 @@ class Slot:
     parameter: str  #: name in this pipeline stage's state_dict()
     sources: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]  #: of the whole Hugging Face tensors
+    duplicate: bool = False  #: another stage has the parameter too, and exports it
 
 
 def slots(config: ModelConfig, layers: range, *, first: bool, last: bool) -> Iterator[Slot]:
@@ -65,7 +67,7 @@ def slots(config: ModelConfig, layers: range, *, first: bool, last: bool) -> Ite
         if not config.tied_embeddings:
             yield Slot("rows", "output_layer.weight", (f"{names.head}.weight",), ((config.vocab_size, h),))
         elif not first:
-            yield replace(embedding, parameter="output_layer.weight")
+            yield replace(embedding, parameter="output_layer.weight", duplicate=True)
 
 
 def assemble(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) -> Tensor:
@@ -73,7 +75,7 @@ def assemble(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) 
     if slot.kind == "copy":
         return read(slot.sources[0], None)
     if slot.kind == "rows":
-        return read(slot.sources[0], _share(slot.shapes[0][0], rank, size))
+        return _padded_rows(slot, read, rank, size)
     if slot.kind == "columns":
         first, last = _share(slot.shapes[0][1], rank, size)
         return read(slot.sources[0], None)[:, first:last]
@@ -81,6 +83,15 @@ def assemble(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) 
         rows = _share(slot.shapes[0][0], rank, size)
         return torch.cat([read(name, rows) for name in slot.sources])
     return _assemble_qkv(slot, config, read, rank, size)
+
+
+def _padded_rows(slot: Slot, read: Read, rank: int, size: int) -> Tensor:
+    """This rank's ⌈V/T⌉ rows of an embedding or a head: zeros after the last real one."""
+    rows = slot.shapes[0][0]
+    each = -(-rows // size)
+    first, last = min(rank * each, rows), min((rank + 1) * each, rows)
+    real = read(slot.sources[0], (first, last))
+    return real if last - first == each else F.pad(real, (0, 0, 0, each - (last - first)))
 
 
 def _assemble_qkv(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) -> Tensor:
@@ -120,6 +131,8 @@ def dissolve(slot: Slot, whole: Tensor, config: ModelConfig) -> tuple[Tensor, ..
         return split_qkv(whole, config)
     if slot.kind == "gated":
         return tuple(whole.chunk(2))
+    if slot.kind == "rows":
+        return (whole[: slot.shapes[0][0]],)  # without the padding
     return (whole,)
 
 

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from dpo_api.models import ModelConfig, TensorNames
+from dpo_api.models.stages import layers_of_stages
 from dpo_store.errors import from_os_error
+from dpo_trainer import bridge
 from dpo_trainer.formats.export import Planned, write_tensors
-from dpo_trainer.formats.layout import split_qkv
+from dpo_trainer.formats.layout import slots, split_qkv
 from dpo_trainer.model.forward import unwrap
 from dpo_trainer.model.lora import LoraSettings, LowRankAdapter, Module, Trained, adapters, target_modules
 
@@ -41,11 +45,14 @@ def export_adapter(
 ) -> list[str]:
     """Write the adapters for ``PeftModel.from_pretrained`` on the Hugging Face model ``base``; return the files' names.
 
-    dtype: of the written matrices; None means fp32; adapters are small. Raises NoSpaceError when the disk
-    is full. A collective over tensor-parallel ranks. trained: see ``model.lora.merged_value``.
+    dtype: of the written matrices; None means fp32; adapters are small. Raises NoSpaceError when the disk is full. A
+    collective over the tensor-parallel ranks of all stages; only the first of all writes. trained: see
+    ``model.lora.merged_value``.
     """
     names = unwrap(model).dpo_config.row.tensors
-    tensors = adapter_tensors(model, trained)
+    tensors = of_all_stages(model, lora, adapter_tensors(model, trained))
+    if tensors is None:
+        return []
     plan: list[Planned] = [(name, tuple(value.shape), dtype or torch.float32) for name, value in tensors.items()]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -68,6 +75,48 @@ def adapter_tensors(model: Any, trained: Trained | None = None) -> dict[str, Ten
             prefix = f"base_model.model.{names.layer(adapter.place.layer)}.{projection}"
             found[f"{prefix}.lora_A.weight"] = a.clone()
             found[f"{prefix}.lora_B.weight"] = part.contiguous()
+    return found
+
+
+def of_all_stages(model: Any, lora: LoraSettings, own: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the adapters of all pipeline stages on the first stage's first tensor-parallel rank; None elsewhere.
+
+    own: this stage's ``adapter_tensors``, fp32.
+    """
+    config: ModelConfig = unwrap(model).dpo_config
+    here = parallel_state.get_pipeline_model_parallel_rank()
+    group = parallel_state.get_pipeline_model_parallel_group()
+    found = dict(own)
+    spans = layers_of_stages(config.num_layers, parallel_state.get_pipeline_model_parallel_world_size())
+    for stage, span in enumerate(spans[1:], start=1):
+        shapes = _shapes(config, lora, span)
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        if here == stage and own:
+            flat = torch.cat([own[name].flatten() for name in shapes]).to(bridge.device())
+        else:
+            flat = torch.empty(sum(sizes), device=bridge.device())
+        if sizes:
+            dist.broadcast(flat, src=dist.get_global_rank(group, stage), group=group)
+        parts = flat.cpu().split(sizes)
+        found |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    first = here == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+    return found if first else None
+
+
+def _shapes(config: ModelConfig, lora: LoraSettings, span: range) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of ``adapter_tensors`` for a stage of these layers."""
+    chosen = span if lora.layers is None else [layer for layer in span if layer in lora.layers]
+    found: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    for slot in slots(config, span, first=False, last=False):
+        sizes.update(zip(slot.sources, slot.shapes, strict=True))
+    for layer in chosen:
+        for module in target_modules(lora.target_modules):
+            for projection in projections(config.row.tensors, module):
+                name = f"{config.row.tensors.layer(layer)}.{projection}"
+                outputs, inputs = sizes[f"{name}.weight"]
+                found[f"base_model.model.{name}.lora_A.weight"] = (lora.rank, inputs)
+                found[f"base_model.model.{name}.lora_B.weight"] = (outputs, lora.rank)
     return found
 
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from dpo_api.errors import InvalidSpecError
 from dpo_api.models import Activation, ModelConfig, Norm
+from dpo_api.models.stages import layers_of_stages
 from dpo_trainer import bridge
 from dpo_trainer.model.attention import PackAttention
 from dpo_trainer.model.linear import (
@@ -53,7 +54,7 @@ def build_model(
 
     Needs ``parallel_state`` to be initialised: the tensor and pipeline sizes and this rank's place are read from it.
     backend: whose linear layers and norms; "auto" takes Transformer Engine where a GPU and the library are present.
-    recomputation: "selective" recomputes attention in the backward pass, "full" every layer.
+    recomputation: "selective" recomputes the MLP in the backward pass, "full" every layer.
     Returns a GPTModel whose attention reads a Pack; call it through dpo_trainer.model.forward. Raises InvalidSpecError
     when the parallel sizes do not divide the model.
     """
@@ -72,7 +73,7 @@ def build_model(
         model = GPTModel(
             config=transformer,
             transformer_layer_spec=block_spec(config, transformer, use_transformer_engine(backend)),
-            vocab_size=config.vocab_size,
+            vocab_size=padded_vocabulary(config.vocab_size, tensor),
             max_sequence_length=config.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
@@ -83,6 +84,14 @@ def build_model(
     model.dpo_config = config
     model.register_buffer("rope_frequencies", inverse_frequencies(config).to(bridge.device()), persistent=False)
     return model
+
+
+def padded_vocabulary(size: int, tensor: int) -> int:
+    """Return the rows of the embedding and of the LM head over all tensor-parallel ranks: a multiple of ``tensor``.
+
+    Rows from ``size`` on are zero, no token reads them, and no softmax counts them. Files do not hold them.
+    """
+    return -(-size // tensor) * tensor
 
 
 def transformer_config(
@@ -98,9 +107,10 @@ def transformer_config(
     on_cpu = bridge.needed()
     choices: dict[Recomputation, dict[str, Any]] = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -125,7 +135,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_model_parallel_size=stages,
+        pipeline_model_parallel_layout=_stages(config.num_layers, stages) if stages > 1 else None,
         sequence_parallel=sequence_parallel,
         variable_seq_lengths=True,  # packs differ in length
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - not a password; variable_seq_lengths wants it, experts or not
@@ -134,6 +145,12 @@ def transformer_config(
         **ACTIVATIONS[config.row.activation],
         **choices[recomputation],
     )
+
+
+def _stages(layers: int, stages: int) -> list[list[str]]:
+    """Return Megatron-Core's words for what each pipeline stage holds."""
+    held = [["decoder"] * len(own) for own in layers_of_stages(layers, stages)]
+    return [["embedding", *held[0]], *held[1:-1], [*held[-1], "loss"]]
 
 
 def use_transformer_engine(backend: Backend) -> bool:
@@ -201,13 +218,13 @@ def _check_divides(config: ModelConfig, tensor: int, pipeline: int) -> None:
             f"spec.parallelism.tensor is {tensor}, but the model has {heads} attention heads in {groups} key/value "
             "groups; choose a size that divides the heads and divides, or is a multiple of, the groups"
         )
-    for name, value in (("vocabulary", config.vocab_size), ("MLP width", config.ffn_hidden_size)):
-        if value % tensor:
-            raise InvalidSpecError(
-                f"spec.parallelism.tensor is {tensor}, which does not divide the model's {name} {value}; use a divisor"
-            )
-    if config.num_layers % pipeline:
+    if config.ffn_hidden_size % tensor:
         raise InvalidSpecError(
-            f"spec.parallelism.pipeline is {pipeline}, which does not divide the model's {config.num_layers} layers; "
-            "use a divisor"
+            f"spec.parallelism.tensor is {tensor}, which does not divide the model's MLP width "
+            f"{config.ffn_hidden_size}; use a divisor"
+        )
+    if pipeline > config.num_layers:
+        raise InvalidSpecError(
+            f"spec.parallelism.pipeline is {pipeline}, but the model has {config.num_layers} layers; "
+            f"use {config.num_layers} or less"
         )

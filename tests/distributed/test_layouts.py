@@ -1,0 +1,108 @@
+"""Every layout of a run over processes gives one trajectory: losses, rewards, gradient norms and exported weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_testing.runs import Finished, merged, run_here, run_processes
+from dpo_testing.training_world import make
+from dpo_testing.trajectories import differences
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("layouts")]
+
+FULL = {"training": {"activationRecomputation": "full"}}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes, and what else the layout sets in the spec. Data parallelism takes the processes that are left."""
+
+    processes: int
+    parallelism: dict[str, Any]
+    more: dict[str, Any] | None = None
+
+    def of(self, spec: dict[str, Any]) -> dict[str, Any]:
+        return merged(merged(spec, {"parallelism": self.parallelism}), self.more or {})
+
+
+LAYOUTS = {
+    "TP2": Layout(2, {"tensor": 2}),
+    "TP2, sequence": Layout(2, {"tensor": 2, "sequence": True}),
+    "TP4 of 2 groups": Layout(4, {"tensor": 4}),
+    "PP2": Layout(2, {"pipeline": 2}),
+    "PP3 of 4 layers": Layout(3, {"pipeline": 3}),
+    "TP2 PP2, sequence, full recomputation": Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True}, FULL),
+    "DP2": Layout(2, {}),
+    "DP2 TP2": Layout(4, {"tensor": 2}),
+    "DP2 PP2": Layout(4, {"pipeline": 2}),
+}
+LORA = {
+    "lora": {"rank": 4, "alpha": 8, "targetModules": ["all"]},
+    "training": {"learningRate": 2e-3},
+}
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # The model's overrides, and the spec's.
+    "all weights": ({}, {}),
+    "vocabulary of 385": ({"vocab_size": 385}, {}),
+    "tied, selective recomputation": (
+        {"tie_word_embeddings": True},
+        {"training": {"activationRecomputation": "selective"}},
+    ),
+    "window": ({"variant": "mistral", "sliding_window": 16}, {}),
+    "LoRA": ({}, LORA),
+    "LoRA, one stage's layers": ({}, merged(LORA, {"lora": {"layers": [3]}})),
+    "SFT alone": ({}, {"dpo": {"preferenceWeight": 0, "sftWeight": 1}}),
+}
+CHOSEN = [
+    ("TP2", "vocabulary of 385"),
+    ("TP2, sequence", "LoRA"),
+    ("TP4 of 2 groups", "all weights"),
+    ("PP2", "tied, selective recomputation"),
+    ("PP3 of 4 layers", "LoRA"),
+    ("TP2 PP2, sequence, full recomputation", "all weights"),
+    ("DP2", "SFT alone"),
+    ("DP2 TP2", "LoRA"),
+    ("DP2 PP2", "window"),
+]
+"""Each layout and each variant once or more: `make test`. The others are nightly."""
+
+GRID = [
+    pytest.param(layout, variant, marks=[] if (layout, variant) in CHOSEN else [pytest.mark.nightly])
+    for variant in VARIANTS
+    for layout in LAYOUTS
+]
+
+Base = Callable[[str], tuple[dict[str, Any], Finished]]
+
+
+@pytest.fixture(scope="module")
+def base(world: Path) -> Base:
+    """A variant's spec, and its run by one process; each is run once."""
+    done: dict[str, tuple[dict[str, Any], Finished]] = {}
+
+    def of(variant: str) -> tuple[dict[str, Any], Finished]:
+        if variant not in done:
+            folder = world / f"{len(done)} {variant}"
+            model, changes = VARIANTS[variant]
+            # 11 pairs in batches of 8: the last batch of an epoch has fewer packs than there are stages.
+            spec = merged(
+                make(folder, pairs=11, num_hidden_layers=4, **model),
+                {"training": {"maxSteps": 6, "learningRate": 5e-4}},
+            )
+            spec = merged(spec, changes)
+            done[variant] = (spec, run_here(spec, folder / "base"))
+        return done[variant]
+
+    return of
+
+
+@pytest.mark.parametrize(("layout", "variant"), GRID)
+def test_a_layout_is_one_trajectory(layout: str, variant: str, base: Base, tmp_path: Path) -> None:
+    spec, expected = base(variant)
+    # A reference of its own: computed in this layout, not read from the base run's cache.
+    changed = merged(LAYOUTS[layout].of(spec), {"reference": {"cacheURI": str(tmp_path / "reference")}})
+    got = run_processes(changed, tmp_path / "out", processes=LAYOUTS[layout].processes, scratch=tmp_path / "scratch")
+    assert differences(expected, got) == []
