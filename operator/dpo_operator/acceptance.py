@@ -88,9 +88,11 @@ def _to_pin(draft: Draft) -> tuple[str, str, int] | None:
     """Return the image, the text of the spec and the launch contract to pin; None if the job cannot be accepted yet."""
     view = draft.view
     name = names.config_map(view.name, view.uid)
-    if not pinning.is_known(draft, name):
-        return None
     image = view.spec.image or draft.settings.trainer_image
+    if not pinning.is_known(draft, name):
+        if not view.children:  # a new job: it needs both answers, so both are asked for in one pass
+            _is_checked(draft, image)
+        return None
     before = view.observed.config_map
     if before is None:
         return (image, pytorchjob.spec_json(view.job), NEWEST) if _passes(draft, image) else None
@@ -132,11 +134,10 @@ def _wait(draft: Draft, reason: Reason, text: str) -> None:
 
 def _passes(draft: Draft, image: str) -> bool:
     """Whether the API server accepts the PyTorchJob; only it can check open fields such as affinity and volumes."""
-    view, answer = draft.view, draft.view.observed.check
-    if answer is None or answer.generation != view.generation:
-        body = pytorchjob.build_child(view.job, view.identity, 1, image, draft.settings)
-        draft.act(CheckChild(body, view.generation))
+    if not _is_checked(draft, image):
         return False
+    answer = draft.view.observed.check
+    assert answer is not None  # noqa: S101 - it is checked
     if answer.refusal is None:
         return True
     if _is_invalid(answer.refusal):
@@ -145,6 +146,16 @@ def _passes(draft: Draft, image: str) -> bool:
     else:
         text = f"The API server refused to create this job's objects: {clean(answer.refusal.message, 2000)}"
         _wait(draft, Reason.ChildRefused, text)
+    return False
+
+
+def _is_checked(draft: Draft, image: str) -> bool:
+    """Whether this pass knows if the API server accepts the PyTorchJob; if not, ask."""
+    view, answer = draft.view, draft.view.observed.check
+    if answer is not None and answer.generation == view.generation:
+        return True
+    body = pytorchjob.build_child(view.job, view.identity, 1, image, draft.settings)
+    draft.act(CheckChild(body, view.generation))
     return False
 
 

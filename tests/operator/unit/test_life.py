@@ -1254,6 +1254,12 @@ def test_many_attempts_keep_the_first_and_the_newest(monkeypatch: pytest.MonkeyP
     assert cluster.status["chargedRestarts"] == 11
 
 
+def test_a_new_job_needs_one_pass_for_both_questions() -> None:
+    cluster = SimCluster()
+    decision = reconcile(cluster.observed(), START, cluster.settings)
+    assert [type(a).__name__ for a in decision.actions] == ["LookUpConfigMap", "CheckChild"]
+
+
 def test_another_operator_does_no_harm() -> None:
     """The second operator sees what the first one has done, or finds its objects by name."""
     cluster = SimCluster()
