@@ -45,18 +45,32 @@ tools-started: ## start that in the background; a test that needs a program wait
 test: tools-started setup lint ## lint, types, import contracts, generated files, all tests but the nightly ones and e2e
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
-# Directories whose tests train or run a control plane are not even imported: torch alone takes seconds in each process.
+# Side by side, so that each process collects and imports its own part only: torch alone takes seconds.
 .PHONY: check
-check: setup lint ## the quick part of `make test`: lint, and the tests without a training run, a cluster or a Go program
-	$(BIN)/python -m pytest -n 2 -m "not (slow or cluster or tools or nightly or e2e)" $(addprefix --ignore=tests/,distributed \
-		operator/cluster monitoring/test_monitoring_on_prometheus.py e2e) $(PYTEST_ARGS)
+check: setup ## the quick part of `make test`: lint, and the tests without a training run, a cluster or a Go program
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-others check-trainer check-operator run-lint
+
+QUICK := $(BIN)/python -m pytest -q -m "not (slow or cluster or tools or nightly or e2e)"
+.PHONY: check-trainer check-operator check-others
+check-trainer:
+	$(QUICK) $(PYTEST_ARGS) tests/trainer tests/test_preloaded.py
+check-operator:
+	$(QUICK) $(PYTEST_ARGS) tests/operator --ignore=tests/operator/cluster
+# All but what the two above run, and directories whose tests are all slow.
+check-others:
+	$(QUICK) $(PYTEST_ARGS) tests $(addprefix --ignore=tests/,trainer test_preloaded.py operator distributed e2e \
+		monitoring/test_monitoring_on_prometheus.py)
 
 .PHONY: nightly
 nightly: setup tools ## the tests that `make test` leaves out, but for the real cluster
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m nightly $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: setup ## ruff, strict types, import contracts
+lint: setup ## ruff, strict types, import contracts, the docs site
+	@$(MAKE) --no-print-directory run-lint
+
+.PHONY: run-lint
+run-lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
