@@ -98,6 +98,7 @@ def world_in_s3(s3: S3Server, folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.nightly  # the end-to-end suite trains from S3 to S3, tests/distributed saves to S3
 def test_two_processes_with_everything_in_s3(tmp_path: Path, s3: S3Server) -> None:
     dpo = Command(tmp_path, preloaded=False)  # one whole run with new interpreters, as users start it
     spec = world_in_s3(s3, dpo.folder)

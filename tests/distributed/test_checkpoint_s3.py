@@ -120,7 +120,9 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 240) -
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("name", "changes"), [("undisturbed", {}), ("undisturbed_lora", LORA)])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("undisturbed", {}), pytest.param("undisturbed_lora", LORA, marks=pytest.mark.nightly)]
+)
 def test_a_stop_waits_for_a_slow_checkpoint(
     name: str, changes: dict[str, Any], spec: dict[str, Any], server: S3Server, proxy: FaultProxy, store: Store,
     world: Path, request: pytest.FixtureRequest,

@@ -1,4 +1,7 @@
-"""The bills of materials: valid, complete for what the image installs, and nothing of this machine in them."""
+"""The bills of materials: valid, complete for what the image installs, and nothing of this machine in them.
+
+Making the lists takes most of a minute, and only a release needs them: their tests are nightly.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ def bom(folder: Path, image: str) -> dict[str, Any]:
     return dict(json.loads((folder / f"{image}.cdx.json").read_text()))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("image", "held", "absent"),
     [
@@ -44,6 +48,7 @@ def test_it_lists_what_the_image_installs(folder: Path, image: str, held: set[st
     assert not absent & names
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("image", ["operator", "trainer", "trainer-cpu"])
 def test_every_version_is_the_pinned_one(folder: Path, image: str) -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -53,6 +58,7 @@ def test_every_version_is_the_pinned_one(folder: Path, image: str) -> None:
         assert part["version"].split("+")[0] == pins[name], name
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("image", ["operator", "trainer", "trainer-cpu"])
 def test_the_graph_is_whole_and_tells_no_path(folder: Path, image: str) -> None:
     found = bom(folder, image)

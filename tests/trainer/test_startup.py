@@ -50,6 +50,7 @@ def test_a_process_imports_only_what_it_uses(module: str, used: set[str], unused
     assert not found & unused
 
 
+@pytest.mark.nightly
 def test_what_was_hidden_can_be_imported_afterwards() -> None:
     found = imported(
         "import torch; compile_ = torch.compile\n"

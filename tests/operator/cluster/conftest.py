@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(f"cluster-{number}"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # ends with the group's last test: an idle control plane takes a tenth of a core
 def cluster() -> Iterator[ControlPlane]:
     plane = ControlPlane()
     try:
@@ -48,7 +48,7 @@ def cluster() -> Iterator[ControlPlane]:
         plane.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def kubelet(cluster: ControlPlane) -> Iterator[FakeKubelet]:
     player = FakeKubelet(cluster.admin, nodes=4)
     player.start()

@@ -202,6 +202,7 @@ class Play:
         return self.kubelet.pod(self.release.namespace, self.name)
 
 
+@pytest.mark.nightly  # the end-to-end suite runs `helm test` too
 def test_helm_test_fails_with_a_reason_and_passes_once_it_is_gone(release: Release, kubelet: FakeKubelet) -> None:
     """Hooks in order, rights that suffice, a spec that is accepted. The e2e suite trains one."""
     release.upgrade(test={"spec": {"runPolicy": {"maxRestarts": 0}}})

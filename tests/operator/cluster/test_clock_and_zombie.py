@@ -38,7 +38,11 @@ def at_rest(operator: OperatorProcess, proxy: ChaosProxy) -> None:
     eventually(quiet, what="it stops writing")
 
 
-@pytest.mark.parametrize("jump", [-24 * HOUR, -HOUR, HOUR, 24 * HOUR], ids=lambda jump: f"{jump / HOUR:+.0f}h")
+@pytest.mark.parametrize(
+    "jump",
+    [-24 * HOUR, *(pytest.param(jump, marks=pytest.mark.nightly) for jump in (-HOUR, 24 * HOUR)), HOUR],
+    ids=lambda jump: f"{jump / HOUR:+.0f}h",
+)
 def test_a_jump_of_the_clock_repeats_nothing_and_loses_nothing(
     cluster: ControlPlane, kubelet: FakeKubelet, namespace: str, tmp_path: Path, jump: float
 ) -> None:
@@ -147,7 +151,7 @@ def _about(event: dict[str, dict[str, str]], name: str) -> bool:
     return (about["kind"], about["name"]) == ("DPOJob", name)
 
 
-@pytest.mark.parametrize(("words", "code"), [("Succeeded", 0), ("Fenced", 9)])
+@pytest.mark.parametrize(("words", "code"), [pytest.param("Succeeded", 0, marks=pytest.mark.nightly), ("Fenced", 9)])
 def test_a_zombie_of_attempt_1_changes_nothing_of_attempt_2(
     cluster: ControlPlane, kubelet: FakeKubelet, namespace: str, tmp_path: Path, words: str, code: int
 ) -> None:

@@ -30,7 +30,7 @@ def uri(store: Store, bucket: str) -> str:
     return f"s3://{bucket}/data"
 
 
-@pytest.mark.parametrize("read_ahead", [0, 2])
+@pytest.mark.parametrize("read_ahead", [pytest.param(0, marks=pytest.mark.nightly), 2])
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
