@@ -40,7 +40,7 @@ LAYOUTS = {
     "DP2 PP2": Layout(4, {"pipeline": 2}),
 }
 LORA = {
-    "lora": {"rank": 4, "alpha": 8, "targetModules": ["all"]},
+    "lora": {"rank": 4, "alpha": 8, "targetModules": ["all"], "dropout": 0.1},
     "training": {"learningRate": 2e-3},
 }
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -52,19 +52,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"training": {"activationRecomputation": "selective"}},
     ),
     "window": ({"variant": "mistral", "sliding_window": 16}, {}),
-    "LoRA": ({}, LORA),
+    "LoRA with dropout": ({}, LORA),
     "LoRA, one stage's layers": ({}, merged(LORA, {"lora": {"layers": [3]}})),
     "SFT alone": ({}, {"dpo": {"preferenceWeight": 0, "sftWeight": 1}}),
 }
 CHOSEN = [
     ("TP2", "vocabulary of 385"),
-    ("TP2, sequence", "LoRA"),
+    ("TP2, sequence", "LoRA with dropout"),
     ("TP4 of 2 groups", "all weights"),
     ("PP2", "tied, selective recomputation"),
-    ("PP3 of 4 layers", "LoRA"),
+    ("PP3 of 4 layers", "LoRA with dropout"),
     ("TP2 PP2, sequence, full recomputation", "all weights"),
     ("DP2", "SFT alone"),
-    ("DP2 TP2", "LoRA"),
+    ("DP2 TP2", "LoRA with dropout"),
     ("DP2 PP2", "window"),
 ]
 """Each layout and each variant once or more: `make test`. The others are nightly."""

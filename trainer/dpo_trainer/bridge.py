@@ -139,8 +139,7 @@ class _CudaMeansCPU(TorchFunctionMode):
 def _bridge_random_state() -> None:
     """Activation checkpointing saves and restores the state of a CUDA generator, which does not exist here.
 
-    The tracker whose fork does nothing is public API; dropout draws from the CPU's generator, which Megatron-Core's
-    checkpointing saves and restores by itself.
+    The tracker whose fork does nothing is public API. Nothing here draws from a generator: see model.dropout.
     """
     from megatron.core.tensor_parallel import random as megatron_random
 

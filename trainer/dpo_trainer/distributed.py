@@ -83,6 +83,8 @@ class World:
         if gpu:
             check_device(local_rank, torch.cuda.device_count())
             torch.cuda.set_device(local_rank)
+            # cuDNN's attention makes a plan for each new length, which takes longer than the attention of a pair.
+            torch.backends.cuda.enable_cudnn_sdp(enabled=False)
         else:
             bridge.install()
         peers.restrict()

@@ -47,6 +47,7 @@ class Engine:
         self.world = world
         self.optimizer: Any = None
         self._wrapped: Any = model
+        self._dropout_seed = 0
         self._forward_backward = get_forward_backward_func()
 
     def prepare_training(self) -> None:
@@ -97,10 +98,11 @@ class Engine:
         """Take one optimizer step over this rank's packs of a global batch; return its means and ``loss_at_start``.
 
         pairs: the whole batch. reference: Σ log π_ref; None if the loss needs none. rate: the learning rate of this
-        update. seed: of LoRA's dropout. The means have ``grad_norm``, the norm of the whole gradient before clipping.
+        update. seed: of LoRA's dropout in this step. The means have ``grad_norm``, the norm of the whole gradient
+        before clipping.
         Raises NonFiniteError on all ranks if the loss or the norm is NaN or infinite; the weights are unchanged then.
         """
-        torch.manual_seed(seed)
+        self._dropout_seed = seed
         self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         table = self._losses(self._wrapped, pairs, packs, reference, rewards, forward_only=False)
@@ -212,7 +214,7 @@ class Engine:
 
         def forward_step(iterator: Iterator[Pack], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             pack = next(iterator).to(self.world.device)
-            return hidden_rows(chunk, pack), partial(loss_of, pack)
+            return hidden_rows(chunk, pack, self._dropout_seed), partial(loss_of, pack)
 
         self._forward_backward(
             forward_step_func=forward_step,

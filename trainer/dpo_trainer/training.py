@@ -1,6 +1,5 @@
 """The training loop: steps, validations and checkpoints as planned, and a stop that all ranks agree on."""
 
-import hashlib
 import time
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from dpo_trainer.data.order import batch_pairs, validation_batches
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.metrics.sums import loss_at_start, means
+from dpo_trainer.model.dropout import key_of
 from dpo_trainer.reference import Pairs
 from dpo_trainer.reporting import Reporter
 from dpo_trainer.rundir import RunDirectory, SavedCheckpoint
@@ -145,7 +145,7 @@ class Training:
             self.inputs.train.reference_sums if plan.needs_reference else None,
             self.inputs.train.rewards,
             rate=rate,
-            seed=_dropout_seed(self.spec.training.seed, step, self.world.data_rank),
+            seed=key_of("dropout", self.spec.training.seed, step),
         )
         self.step += 1
         self._consumed += len(pairs)
@@ -232,8 +232,3 @@ class Training:
             f"{reason} after step {self.step} of {self.plan.total_steps}; checkpoint: "
             f"{self.directory.checkpoint_uri(self.step)}; the same command continues from there"
         )
-
-
-def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Return a seed that differs by step and rank and is the same after a resume."""
-    return int.from_bytes(hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()[:4], "little")

@@ -4,7 +4,7 @@ import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatr
 
 # isort: split
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -15,14 +15,18 @@ from torch import Tensor
 
 from dpo_api.learning import Lora
 from dpo_testing.models import load_model, local_store, plain_pack, token_stream
+from dpo_testing.pairs import pack_of
 from dpo_trainer import bridge, torch_adam
 from dpo_trainer.formats.export import export
 from dpo_trainer.formats.peft import adapter_tensors
 from dpo_trainer.logprobs import response_log_probs
 from dpo_trainer.model.forward import head_weight, hidden_rows, logits
 from dpo_trainer.model.lora import adapters, attach_lora, merged_value
+from dpo_trainer.model.pack import Pack
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+Position = Literal["pre", "post"]
+POSITIONS: tuple[Position, ...] = ("pre", "post")
 LORA = Lora(rank=4, alpha=6.0, target_modules=("all",))
 
 
@@ -135,12 +139,12 @@ def randomise_adapters(model: Any) -> None:
             adapter.linear_out.weight.copy_(mine)
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
+def gradients(model: Any, pack: Pack | None = None, dropout_seed: int | None = None) -> dict[str, Tensor]:
     """Whole gradients of the adapters' matrices for a fixed loss, by PEFT's names."""
-    pack = plain_pack([token_stream(25, seed=4)])
+    pack = pack or plain_pack([token_stream(25, seed=4)])
     group = parallel_state.get_tensor_model_parallel_group()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    rows = hidden_rows(model, pack)
+    rows = hidden_rows(model, pack, dropout_seed)
     log_probs = response_log_probs(rows, head_weight(model), pack.labels, tp_group=group if size > 1 else None)
     torch.autograd.backward(log_probs.sum())
     with torch.no_grad():
@@ -149,6 +153,25 @@ def gradients(model: Any) -> dict[str, Tensor]:
                 assert matrix.weight.grad is not None
                 matrix.weight.copy_(matrix.weight.grad)
     return adapter_tensors(model)
+
+
+def dropout_gradients(folder: Path, position: Position, *, sequence_parallel: bool) -> dict[str, Tensor]:
+    """Whole gradients of adapters with dropout, over a pack of pairs that share their prompts."""
+    model = load_model(folder, sequence_parallel=sequence_parallel)
+    lora = Lora(rank=4, dropout=0.3, dropout_position=position, target_modules=("all",))
+    attach_lora(model, lora, seed=3)
+    randomise_adapters(model)
+    return gradients(model.train(), pack_of(0, 1, 2), dropout_seed=5)
+
+
+def check_dropout(rank: int, folder: Path, out: Path) -> None:
+    """Save the gradients of two tensor-parallel ranks, for each position, without and with sequence parallelism."""
+    join(tensor=2)
+    for position in POSITIONS:
+        for name, sequence_parallel in ((position, False), (f"{position}-sequence", True)):
+            found = dropout_gradients(folder, position, sequence_parallel=sequence_parallel)
+            if rank == 0:
+                save_file(found, out / f"{name}.safetensors")
 
 
 def check_tensor_parallel(rank: int, size: int, folders: list[Path], expected: Path, out: Path) -> None:

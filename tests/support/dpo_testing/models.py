@@ -145,9 +145,11 @@ def plain_pack(sequences: list[Tensor], padding: int = 0) -> Pack:
     segments: list[Segment] = []
     rows: list[Tensor] = []
     owners: list[Tensor] = []
+    origins: list[Tensor] = []
     cursor = 0
     for index, sequence in enumerate(sequences):
         size = len(sequence)
+        origins.append(torch.full((size,), 3 * (index // 2) + 1 + index % 2))
         segments.append(Segment(cursor, cursor + size))
         rows.append(torch.arange(cursor, cursor + size - 1))
         owners.append(torch.full((size - 1,), index))
@@ -156,6 +158,7 @@ def plain_pack(sequences: list[Tensor], padding: int = 0) -> Pack:
     return Pack(
         tokens=torch.cat([*sequences, pad]),
         position_ids=torch.cat([*(torch.arange(len(s)) for s in sequences), pad]),
+        origins=torch.cat([*origins, pad - 1]),
         segments=tuple(segments),
         rows=torch.cat(rows),
         labels=torch.cat([s[1:] for s in sequences]),
@@ -168,6 +171,7 @@ def shared_pack(pairs: list[tuple[Tensor, Tensor, Tensor]], padding: int = 0) ->
     """(prompt, chosen, rejected) of each pair in one stream, the prompt once."""
     parts: list[Tensor] = []
     positions: list[Tensor] = []
+    origins: list[Tensor] = []
     segments: list[Segment] = []
     rows: list[Tensor] = []
     labels: list[Tensor] = []
@@ -179,12 +183,14 @@ def shared_pack(pairs: list[tuple[Tensor, Tensor, Tensor]], padding: int = 0) ->
         segments.append(Segment(cursor, cursor + size))
         parts.append(prompt)
         positions.append(torch.arange(size))
+        origins.append(torch.full((size,), 3 * index))
         cursor += size
         for side, response in enumerate(responses):
             count = len(response)
             segments.append(Segment(cursor, cursor + count, parent))
             parts.append(response)
             positions.append(torch.arange(size, size + count))
+            origins.append(torch.full((count,), 3 * index + 1 + side))
             rows.append(torch.cat([torch.tensor([last]), torch.arange(cursor, cursor + count - 1)]))
             labels.append(response)
             owners.append(torch.full((count,), 2 * index + side))
@@ -193,6 +199,7 @@ def shared_pack(pairs: list[tuple[Tensor, Tensor, Tensor]], padding: int = 0) ->
     return Pack(
         tokens=torch.cat([*parts, pad]),
         position_ids=torch.cat([*positions, pad]),
+        origins=torch.cat([*origins, pad - 1]),
         segments=tuple(segments),
         rows=torch.cat(rows),
         labels=torch.cat(labels),

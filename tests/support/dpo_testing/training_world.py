@@ -14,7 +14,10 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 # transformers gives the padding token's embedding no gradient; id 0 is an ordinary token here.
 NO_PADDING = {"pad_token_id": None}
 
-LORA = {"lora": {"rank": 4, "alpha": 8, "targetModules": ["all"]}, "training": {"learningRate": 1e-2}}
+LORA = {
+    "lora": {"rank": 4, "alpha": 8, "targetModules": ["all"], "dropout": 0.1},
+    "training": {"learningRate": 1e-2},
+}
 """Merged into the spec of `make`: adapters everywhere, and a rate at which they learn as much as all weights do."""
 
 

@@ -1,4 +1,4 @@
-"""Packs and their attention calls; what building a model refuses."""
+"""Packs, and what building a model refuses."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,52 +11,11 @@ from megatron.core import parallel_state
 from dpo_api.errors import InvalidSpecError
 from dpo_api.models import ModelConfig
 from dpo_testing.models import plain_pack, shared_pack, single_process, token_stream
-from dpo_trainer.model.attention import PackContext, Piece, pieces_of
 from dpo_trainer.model.build import build_model
 from dpo_trainer.model.pack import Pack, Segment
 
 SHARED = shared_pack([tuple(token_stream(n) for n in (4, 3, 2)), tuple(token_stream(n) for n in (2, 1, 5))], padding=2)  # type: ignore[arg-type]
 CONFIG = ModelConfig("llama", 120, 48, 80, 2, 6, 2, 8)
-
-
-def test_a_shared_pair_is_two_calls() -> None:
-    """Prompt and chosen are one causal call; rejected reads the prompt's keys from it. No call crosses a pair."""
-    assert pieces_of(SHARED.segments, SHARED.length) == (
-        Piece(0, 7),
-        Piece(7, 9, keys_from=0, parent_start=0, parent_end=4),
-        Piece(9, 12),
-        Piece(12, 17, keys_from=2, parent_start=9, parent_end=11),
-        Piece(17, 19, padding=True),
-    )
-
-
-def test_a_response_apart_from_its_prompt_is_its_own_call() -> None:
-    segments = (Segment(0, 4), Segment(4, 6), Segment(6, 9, parent=0), Segment(10, 12, parent=0))
-    assert pieces_of(segments, 12) == (
-        Piece(0, 4),
-        Piece(4, 6),
-        Piece(6, 9, keys_from=0, parent_start=0, parent_end=4),
-        Piece(9, 10, padding=True),
-        Piece(10, 12, keys_from=0, parent_start=0, parent_end=4),
-    )
-
-
-def test_masks() -> None:
-    """Causal calls need none; a response sees its whole prompt; windows count positions."""
-    context = PackContext(pack=SHARED, frequencies=torch.ones(4))
-    assert context.mask(0, None) is None
-    seen = context.mask(1, None)
-    assert seen is not None
-    assert seen.int().tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
-    # Rejected tokens 4 and 5 with a window of 3: positions 2–4 and 3–5.
-    windowed = context.mask(1, 3)
-    assert windowed is not None
-    assert windowed.int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
-    assert context.mask(0, 7) is None
-    causal = context.mask(0, 2)
-    assert causal is not None
-    assert causal.sum() == 2 * 7 - 1
-    assert context.mask(1, 3) is windowed
 
 
 def test_a_good_pack_validates() -> None:
@@ -74,6 +33,7 @@ def test_a_good_pack_validates() -> None:
         ({"segments": (Segment(0, 4, parent=1), Segment(4, 6))}, "does not come before"),
         ({"segments": (Segment(0, 2), Segment(2, 4, 0), Segment(4, 6, 1))}, "has a parent itself"),
         ({"position_ids": torch.zeros(3, dtype=torch.int64)}, "position_ids has shape"),
+        ({"origins": torch.zeros(3, dtype=torch.int64)}, "origins has shape"),
         ({"labels": torch.zeros(1, dtype=torch.int64)}, "differ in length"),
         ({"rows": torch.full_like(SHARED.rows, 19)}, "outside the stream"),
         ({"owners": torch.full_like(SHARED.owners, 4)}, "an owner names"),

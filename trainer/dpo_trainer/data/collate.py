@@ -30,16 +30,18 @@ class _Stream:
         self.length = 0
         self.tokens: list[NDArray[np.int32]] = []
         self.positions: list[NDArray[np.int64]] = []
+        self.origins: list[NDArray[np.int64]] = []
         self.segments: list[Segment] = []
         self.rows: list[NDArray[np.int64]] = []
         self.labels: list[NDArray[np.int32]] = []
         self.owners: list[NDArray[np.int64]] = []
 
-    def segment(self, pieces: Sequence[TokenIds], first_position: int, parent: int | None) -> int:
-        """Append the pieces as one segment and return where it starts."""
+    def segment(self, pieces: dict[int, TokenIds], first_position: int, parent: int | None) -> int:
+        """Append the pieces, each under its origin, as one segment and return where it starts."""
         start = self.length
-        self.tokens.extend(pieces)
-        self.length += sum(len(piece) for piece in pieces)
+        self.tokens.extend(pieces.values())
+        self.origins.extend(np.full(len(piece), origin, dtype=np.int64) for origin, piece in pieces.items())
+        self.length += sum(len(piece) for piece in pieces.values())
         size = self.length - start
         self.positions.append(np.arange(first_position, first_position + size, dtype=np.int64))
         self.segments.append(Segment(start, self.length, parent))
@@ -54,19 +56,19 @@ class _Stream:
         self.owners.append(np.full(len(response), owner, dtype=np.int64))
 
 
-def _add_shared(stream: _Stream, prompt: TokenIds, responses: Sequence[TokenIds], owner: int) -> None:
+def _add_shared(stream: _Stream, pair: int, prompt: TokenIds, responses: Sequence[TokenIds], owner: int) -> None:
     """Add the prompt once, then each response as its child. Both continue its positions; neither sees the other."""
-    last = stream.segment([prompt], 0, None) + len(prompt) - 1
+    last = stream.segment({3 * pair: prompt}, 0, None) + len(prompt) - 1
     parent = len(stream.segments) - 1
     for side, response in enumerate(responses):
-        start = stream.segment([response], len(prompt), parent)
+        start = stream.segment({3 * pair + 1 + side: response}, len(prompt), parent)
         stream.predict(response, last, start, owner + side)
 
 
-def _add_unshared(stream: _Stream, prompt: TokenIds, responses: Sequence[TokenIds], owner: int) -> None:
+def _add_unshared(stream: _Stream, pair: int, prompt: TokenIds, responses: Sequence[TokenIds], owner: int) -> None:
     """Add the prompt and a response as one segment, for each response."""
     for side, response in enumerate(responses):
-        start = stream.segment([prompt, response], 0, None) + len(prompt)
+        start = stream.segment({3 * pair: prompt, 3 * pair + 1 + side: response}, 0, None) + len(prompt)
         stream.predict(response, start - 1, start, owner + side)
 
 
@@ -75,8 +77,10 @@ def _filler() -> tuple[TokenIds, TokenIds, TokenIds]:
     return token, token, token
 
 
-def _cat(parts: Sequence[NDArray[np.int32]] | Sequence[NDArray[np.int64]], pad: int = 0) -> torch.Tensor:
-    flat = np.concatenate([*parts, np.zeros(pad, dtype=np.int64)])
+def _cat(
+    parts: Sequence[NDArray[np.int32]] | Sequence[NDArray[np.int64]], pad: int = 0, value: int = 0
+) -> torch.Tensor:
+    flat = np.concatenate([*parts, np.full(pad, value, dtype=np.int64)])
     return torch.from_numpy(flat.astype(np.int64, copy=False))
 
 
@@ -95,13 +99,14 @@ def make_pack(
         prompt, chosen, rejected = index.tokens(pair) if pair != FILLER_PAIR else _filler()
         if with_rejected:
             add = _add_shared if share else _add_unshared
-            add(stream, prompt, (chosen, rejected), 2 * number)
+            add(stream, pair, prompt, (chosen, rejected), 2 * number)
         else:  # nothing to share: one segment is one causal call
-            _add_unshared(stream, prompt, (chosen,), 2 * number)
+            _add_unshared(stream, pair, prompt, (chosen,), 2 * number)
     pad = -stream.length % pad_to_multiple
     return Pack(
         tokens=_cat(stream.tokens, pad),
         position_ids=_cat(stream.positions, pad),
+        origins=_cat(stream.origins, pad, value=-1),
         segments=tuple(stream.segments),
         rows=_cat(stream.rows),
         labels=_cat(stream.labels),

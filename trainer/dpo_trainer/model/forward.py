@@ -7,6 +7,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from dpo_trainer.model.attention import PackContext
+from dpo_trainer.model.dropout import TokenKeys, token_keys
 from dpo_trainer.model.pack import Pack
 
 
@@ -17,14 +18,15 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def hidden_rows(model: Any, pack: Pack) -> Tensor:
+def hidden_rows(model: Any, pack: Pack, dropout_seed: int | None = None) -> Tensor:
     """Final hidden states (after the last norm) of the pack's rows, [R, H] in the model's dtype.
 
     On a pipeline stage that is not the last, returns the stage's output, [S, 1, H]. ``model`` may be wrapped.
+    dropout_seed: of the run and the step, 64 bits; needed to train adapters with dropout.
     GPTModel would project all S rows onto the vocabulary; its ``output_processor`` hook takes the hidden states
     instead.
     """
-    return _forward(model, pack, pack.rows)
+    return _forward(model, pack, pack.rows, dropout_seed)
 
 
 def head_weight(model: Any) -> Tensor:
@@ -41,8 +43,21 @@ def logits(model: Any, pack: Pack) -> Tensor:
     return _forward(model, pack, None) @ head_weight(model).t()
 
 
-def _forward(model: Any, pack: Pack, rows: Tensor | None) -> Tensor:
+def _forward(model: Any, pack: Pack, rows: Tensor | None, dropout_seed: int | None = None) -> Tensor:
     gpt = unwrap(model)
+    tokens: TokenKeys | None = getattr(gpt, "adapter_tokens", None)
+    if tokens is None or dropout_seed is None or not gpt.training:
+        return _run(model, gpt, pack, rows)
+    keys = token_keys(pack, dropout_seed)
+    tokens.set(keys)
+    result = _run(model, gpt, pack, rows)
+    if result.requires_grad:
+        # This pack's backward pass begins with this gradient; recomputed layers then draw the same masks.
+        result.register_hook(lambda _gradient: tokens.set(keys))
+    return result
+
+
+def _run(model: Any, gpt: Any, pack: Pack, rows: Tensor | None) -> Tensor:
 
     def take_rows(*, hidden_states: Tensor, **_unused: Any) -> Tensor:
         """hidden_states: [S, 1, H], or [S / tensor size, 1, H] with sequence parallelism."""

@@ -35,6 +35,7 @@ from torch import Tensor
 from dpo_api.errors import InvalidSpecError
 from dpo_trainer import bridge
 from dpo_trainer.formats.layout import Value
+from dpo_trainer.model.dropout import TokenKeys, channel_keys, dropout, key_of
 from dpo_trainer.model.forward import unwrap
 
 Module = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"]
@@ -90,9 +91,13 @@ class _Place:
 class LowRankAdapter(torch.nn.Module):
     """(alpha / rank) · B A x beside one linear layer. ``linear_in.weight`` is A, ``linear_out.weight`` is B."""
 
-    def __init__(self, config: Any, lora: LoraSettings, place: _Place, inputs: int, outputs: int, seed: int) -> None:
+    channels: Tensor  #: keys of the channels that dropout sees on this rank; absent without dropout
+
+    def __init__(
+        self, config: Any, lora: LoraSettings, place: _Place, inputs: int, outputs: int, seed: int, tokens: TokenKeys
+    ) -> None:
         super().__init__()
-        self.config, self.place = config, place
+        self.config, self.place, self.tokens = config, place, tokens
         self.enabled = True
         self.scale = (lora.alpha if lora.alpha is not None else lora.rank) / lora.rank
         self.dropout, self.dropout_position = lora.dropout, lora.dropout_position
@@ -102,13 +107,17 @@ class LowRankAdapter(torch.nn.Module):
         second = _draw(lora.row_init, (outputs, lora.rank), f"{seed}/{place.layer}/{place.module}/out")
         self.linear_in = _Matrix(config, first.chunk(size, dim=axis)[rank], axis)
         self.linear_out = _Matrix(config, _rows_of_rank(second, place.module, size, rank), 0)
+        if lora.dropout:
+            channels = _channels(lora.dropout_position, place, inputs, outputs).to(bridge.device())
+            keys = channel_keys(channels, key_of("adapter", place.layer, place.module))
+            self.register_buffer("channels", keys, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: the base's input, [S, 1, in] (a part of it where the base's is); returns the base's output shape."""
         sequence_parallel = self.config.sequence_parallel
         out: Tensor
         if self.dropout_position == "pre":
-            x = F.dropout(x, self.dropout, self.training)
+            x = self._drop(x)
         if self.place.row_parallel:
             inner = reduce_from_tensor_model_parallel_region(self.linear_in(x))
             out = gather_from_tensor_model_parallel_region(self.linear_out(copy_to_tensor_model_parallel_region(inner)))
@@ -123,8 +132,19 @@ class LowRankAdapter(torch.nn.Module):
             inner = gather_from_tensor_model_parallel_region(self.linear_in(x))
             out = self.linear_out(copy_to_tensor_model_parallel_region(inner))
         if self.dropout_position == "post":
-            out = F.dropout(out, self.dropout, self.training)
+            out = self._drop(out)
         return out if self.scale == 1 else out * self.scale
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """x: [S, 1, C], or this rank's part of the tokens or the channels."""
+        if not (self.training and self.dropout):
+            return x
+        tokens = self.tokens.now()
+        if self.config.sequence_parallel and (self.dropout_position == "pre") != self.place.row_parallel:
+            # Inputs of column-parallel and outputs of row-parallel layers hold this rank's part of the stream.
+            size, rank = _tensor_parallel()
+            tokens = tokens.chunk(size)[rank]
+        return dropout(x, tokens, self.channels, self.dropout)
 
     @torch.no_grad()
     def matrices(self, trained: "Trained | None" = None) -> tuple[Tensor, Tensor]:
@@ -217,6 +237,9 @@ def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> None:
         )
     for parameter in gpt.parameters():
         parameter.requires_grad_(requires_grad=False)
+    tokens = TokenKeys()
+    if lora.dropout:
+        gpt.adapter_tokens = tokens
     for layer in gpt.decoder.layers:
         index = layer.layer_number - 1
         if index not in layers:
@@ -229,7 +252,7 @@ def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> None:
                 inputs *= size
             else:
                 outputs *= size
-            linear.adapter = LowRankAdapter(gpt.config, lora, place, inputs, outputs, seed)
+            linear.adapter = LowRankAdapter(gpt.config, lora, place, inputs, outputs, seed, tokens)
     if gpt.pre_process and gpt.config.recompute_granularity == "full":
         # Recomputation of a layer gives gradients only if its input asks for one, and a frozen embedding does not.
         gpt.embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(torch.is_grad_enabled()))
@@ -310,6 +333,16 @@ def _rows_of_rank(whole: Tensor, module: Module, size: int, rank: int) -> Tensor
         return whole.chunk(size)[rank]
     gate, up = whole.chunk(2)
     return torch.cat((gate.chunk(size)[rank], up.chunk(size)[rank]))
+
+
+def _channels(position: Literal["pre", "post"], place: _Place, inputs: int, outputs: int) -> Tensor:
+    """The channels, of the whole model's, that dropout sees on this rank, in their order here. int64."""
+    size, rank = _tensor_parallel()
+    if position == "post":
+        channels = torch.arange(outputs)
+        return channels if place.row_parallel else _rows_of_rank(channels, place.module, size, rank)
+    channels = torch.arange(inputs)
+    return channels.chunk(size)[rank] if place.row_parallel else channels
 
 
 def _whole(part: Tensor, axis: int, *, gated: bool = False) -> Tensor:

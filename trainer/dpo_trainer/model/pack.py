@@ -39,6 +39,7 @@ class Pack:
 
     tokens: Tensor  #: [S] int64, vocabulary ids
     position_ids: Tensor  #: [S] int64; both responses of a shared pair start at their prompt's length
+    origins: Tensor  #: [S] int64, 3 · dataset index + 0 in a prompt, 1 in a chosen, 2 in a rejected; negative if unused
     segments: tuple[Segment, ...]
     rows: Tensor  #: [R] int64, index into the stream of the hidden state that predicts ``labels[r]``
     labels: Tensor  #: [R] int64, response tokens
@@ -61,6 +62,7 @@ class Pack:
             self,
             tokens=self.tokens.to(device),
             position_ids=self.position_ids.to(device),
+            origins=self.origins.to(device),
             rows=self.rows.to(device),
             labels=self.labels.to(device),
             owners=self.owners.to(device),
@@ -70,11 +72,19 @@ class Pack:
     def validate(self) -> None:
         """Raise ValueError when the pack breaks its own rules (a bug in this software, not a user's mistake)."""
         size = self.length
-        if self.position_ids.shape != (size,):
-            raise ValueError(f"position_ids has shape {tuple(self.position_ids.shape)}, expected ({size},)")
+        for name, values in (("position_ids", self.position_ids), ("origins", self.origins)):
+            if values.shape != (size,):
+                raise ValueError(f"{name} has shape {tuple(values.shape)}, expected ({size},)")
         if not self.rows.shape == self.labels.shape == self.owners.shape:
             raise ValueError("rows, labels and owners differ in length")
-        cursor = 0
+        self._validate_segments()
+        if self.rows.numel() and (int(self.rows.min()) < 0 or int(self.rows.max()) >= size):
+            raise ValueError("a row is outside the stream")
+        if self.owners.numel() and int(self.owners.max()) >= 2 * int(self.pairs.shape[0]):
+            raise ValueError("an owner names a pair that the pack does not hold")
+
+    def _validate_segments(self) -> None:
+        size, cursor = self.length, 0
         for index, segment in enumerate(self.segments):
             if segment.start < cursor or segment.end <= segment.start or segment.end > size:
                 raise ValueError(f"segment {index} ({segment}) overlaps its predecessor, is empty or leaves the stream")
@@ -85,7 +95,3 @@ class Pack:
                 raise ValueError(f"segment {index} names parent {segment.parent}, which does not come before it")
             if self.segments[segment.parent].parent is not None:
                 raise ValueError(f"segment {index}'s parent {segment.parent} has a parent itself")
-        if self.rows.numel() and (int(self.rows.min()) < 0 or int(self.rows.max()) >= size):
-            raise ValueError("a row is outside the stream")
-        if self.owners.numel() and int(self.owners.max()) >= 2 * int(self.pairs.shape[0]):
-            raise ValueError("an owner names a pair that the pack does not hold")

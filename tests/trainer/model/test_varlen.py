@@ -1,0 +1,338 @@
+"""Attention by sequences against one explicit mask over the whole stream, in float64; what it saves and calls."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise, product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_testing.models import load_model, reference_model, save_folder, shared_pack, single_process, token_stream
+from dpo_testing.pairs import pack_of
+from dpo_trainer.model.attend import attend, attend_by_piece, window_mask
+from dpo_trainer.model.attention import PackAttention, PackContext
+from dpo_trainer.model.forward import hidden_rows
+from dpo_trainer.model.pack import Pack, Segment
+from dpo_trainer.model.rotary import rotate
+from dpo_trainer.model.varlen import Piece, Spread, pieces_of, plan_of, spread
+
+SHARED = shared_pack(
+    [(token_stream(4), token_stream(3), token_stream(2)), (token_stream(2), token_stream(1), token_stream(5))],
+    padding=2,
+)
+
+FORMS = {
+    "shared": pack_of(0, 1, 2, 3),
+    "unshared": pack_of(0, 1, 2, 3, share=False),
+    "without rejected": pack_of(0, 1, 2, 3, with_rejected=False),
+}
+HEADS = [(4, 4), (8, 2), (8, 1)]
+SIZE = 16  # channels of a head
+
+
+def test_a_shared_pair_is_two_sequences() -> None:
+    """Prompt and chosen are one; rejected sees the prompt's keys too. None crosses a pair."""
+    assert pieces_of(SHARED.segments, SHARED.length) == (
+        Piece(0, 7, ((0, 7),)),
+        Piece(7, 9, ((0, 4), (7, 9))),
+        Piece(9, 12, ((9, 12),)),
+        Piece(12, 17, ((9, 11), (12, 17))),
+        Piece(17, 19, ((17, 19),), padding=True),
+    )
+
+
+def test_a_response_apart_from_its_prompt_is_its_own_sequence() -> None:
+    segments = (Segment(0, 4), Segment(4, 6), Segment(6, 9, parent=0), Segment(10, 12, parent=0))
+    assert pieces_of(segments, 12) == (
+        Piece(0, 4, ((0, 4),)),
+        Piece(4, 6, ((4, 6),)),
+        Piece(6, 9, ((0, 4), (6, 9))),
+        Piece(9, 10, ((9, 10),), padding=True),
+        Piece(10, 12, ((0, 4), (10, 12))),
+    )
+
+
+def test_the_plan() -> None:
+    plan = plan_of(pieces_of(SHARED.segments, SHARED.length), SHARED.length)
+    assert plan.cu_q.tolist() == [0, 7, 9, 12, 17, 19]
+    assert plan.cu_k.tolist() == [0, 7, 13, 16, 23, 25]
+    assert plan.cu_q.dtype == plan.cu_k.dtype == torch.int32
+    assert (plan.max_q, plan.max_k) == (7, 7)
+    keys = [*range(7), *range(4), 7, 8, 9, 10, 11, 9, 10, *range(12, 19)]
+    assert plan.keys.tolist() == keys
+    assert [keys[row] for row in plan.home.tolist()] == list(range(19))
+    ((rows, again),) = plan.repeats
+    assert rows.tolist() == [0, 1, 2, 3, 9, 10]
+    assert again.tolist() == [7, 8, 9, 10, 16, 17]
+    assert plan.gathers
+    unshared = FORMS["unshared"]
+    assert not plan_of(pieces_of(unshared.segments, unshared.length), unshared.length).gathers
+
+
+def test_spreading_adds_the_gradients_of_all_copies() -> None:
+    """Rows that are seen three times, twice, once and never, against plain indexing."""
+    pieces = (Piece(0, 3, ((0, 3),)), Piece(3, 5, ((0, 2), (3, 5))), Piece(5, 6, ((1, 2), (3, 4), (5, 6))))
+    plan = plan_of(pieces, 8)
+    x = torch.randn(8, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(len(plan.keys), 2, 3, dtype=torch.float64)
+    assert torch.equal(spread(x, plan), x[plan.keys])
+    (ours,) = torch.autograd.grad((Spread.apply(x, plan) * weight).sum(), x)
+    (theirs,) = torch.autograd.grad((x[plan.keys] * weight).sum(), x)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-15)
+    assert bool((ours[6:] == 0).all())
+
+
+def test_window_masks() -> None:
+    """Two queries after four keys of a prompt; a window counts the query itself."""
+    like = torch.zeros(1, dtype=torch.float64)
+    assert window_mask(2, 6, 6, like) is None
+    mask = window_mask(2, 6, 3, like)
+    assert mask is not None
+    assert mask.dtype == torch.float64
+    assert mask.exp().int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+    assert mask.stride() == (8, 1)
+
+
+# -- against the whole mask
+
+
+def visible(pack: Pack, window: int | None) -> Tensor:
+    """Which tokens of the stream each token sees, bool [S, S], from the segments alone."""
+    size = pack.length
+    segment = torch.full((size,), -1)
+    parent = torch.full((size,), -2)
+    for index, found in enumerate(pack.segments):
+        segment[found.start : found.end] = index
+        parent[found.start : found.end] = -2 if found.parent is None else found.parent
+    order = torch.arange(size)
+    own = (segment[:, None] == segment[None, :]) & (order[:, None] >= order[None, :])
+    seen = own | (parent[:, None] == segment[None, :])
+    if window is not None:
+        seen &= pack.position_ids[:, None] - pack.position_ids[None, :] < window
+    return seen & (segment >= 0)[:, None]
+
+
+def oracle(
+    inputs: list[Tensor], pack: Pack, window: int | None, context: PackContext, scale: float = SIZE**-0.5
+) -> Tensor:
+    """softmax(scale · QKᵀ)V over the whole stream with one mask; zero for padding."""
+    q, k, v = (x.squeeze(1) for x in inputs)
+    q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+    times = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    seen = visible(pack, window)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1).unsqueeze(1)
+
+
+def attention(window: int | None = None, scale: float | None = None) -> Any:
+    config = SimpleNamespace(context_parallel_size=1)
+    return PackAttention(config, 1, None, "self", windows=(window,), softmax_scale=scale)
+
+
+def inputs_of(pack: Pack, heads: int, groups: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(3)
+    return [
+        torch.randn(pack.length, 1, count, SIZE, dtype=torch.float64).to(dtype).requires_grad_()
+        for count in (heads, groups, groups)
+    ]
+
+
+def with_gradients(result: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The result, and the gradients of its product with fixed numbers."""
+    weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return [result, *torch.autograd.grad((result * weight.to(result.dtype)).sum(), inputs)]
+
+
+def context_of(pack: Pack) -> PackContext:
+    return PackContext(pack=pack, frequencies=torch.rand(SIZE // 2, generator=torch.Generator().manual_seed(5)))
+
+
+CASES = list(product(FORMS, HEADS, (None, 7, 16, 500)))
+
+
+@pytest.mark.parametrize(("form", "heads", "window"), CASES, ids=[f"{f}-{h}:{g}-{w}" for f, (h, g), w in CASES])
+@pytest.mark.parametrize("calls", [attend, attend_by_piece], ids=["on CPU", "by piece"])
+def test_attention_is_that_of_one_mask(
+    form: str, heads: tuple[int, int], window: int | None, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs, dQ, dK and dV. ``by piece`` is what GPUs run, here with the CPU's kernels."""
+    monkeypatch.setattr("dpo_trainer.model.attention.attend", calls)
+    pack, inputs = FORMS[form], inputs_of(FORMS[form], *heads)
+    context = context_of(pack)
+    ours = with_gradients(attention(window)(*inputs, None, packed_seq_params=context), inputs)
+    for got, expected in zip(ours, with_gradients(oracle(inputs, pack, window, context), inputs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert bool((ours[0][pack.used :] == 0).all())
+
+
+@pytest.mark.parametrize("calls", [attend, attend_by_piece], ids=["on CPU", "by piece"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_another_scale(calls: Any, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_trainer.model.attention.attend", calls)
+    pack, inputs = FORMS["shared"], inputs_of(FORMS["shared"], 8, 2)
+    context = context_of(pack)
+    ours = with_gradients(attention(window, 0.6)(*inputs, None, packed_seq_params=context), inputs)
+    for got, expected in zip(ours, with_gradients(oracle(inputs, pack, window, context, 0.6), inputs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("window", [None, 7])
+def test_precisions(dtype: torch.dtype, bound: float, window: int | None) -> None:
+    """The error of each precision against float64, relative to the largest value."""
+    pack = FORMS["shared"]
+    context = context_of(pack)
+    inputs = inputs_of(pack, 8, 2, dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    ours = with_gradients(attention(window)(*inputs, None, packed_seq_params=context), inputs)
+    for got, expected in zip(ours, with_gradients(oracle(exact, pack, window, context), exact), strict=True):
+        assert got.dtype == dtype
+        assert (got - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_sequences_may_be_cut_into_chunks() -> None:
+    """Queries [a, b) of a segment see their parent and the segment up to b: the form of context parallelism."""
+    pack, (heads, groups) = FORMS["shared"], (8, 2)
+    context = context_of(pack)
+    inputs = inputs_of(pack, heads, groups)
+    chunks = tuple(chunk for piece in context.plan.pieces for chunk in _cut(piece))
+    assert len(chunks) > len(context.plan.pieces)
+    expected = with_gradients(attention()(*inputs, None, packed_seq_params=context), inputs)
+    context = context_of(pack)
+    context.plan = plan_of(chunks, pack.length)
+    assert len(context.plan.repeats) > 1
+    for got, whole in zip(
+        with_gradients(attention()(*inputs, None, packed_seq_params=context), inputs), expected, strict=True
+    ):
+        torch.testing.assert_close(got, whole, rtol=0, atol=1e-12)
+
+
+def _cut(piece: Piece) -> list[Piece]:
+    """The piece as up to three chunks of its queries."""
+    bounds = sorted({piece.start + piece.length * part // 3 for part in range(4)})
+    *before, (first, _) = piece.keys
+    return [replace(piece, start=a, end=b, keys=(*before, (first, b))) for a, b in pairwise(bounds)]
+
+
+def test_nothing_leaks_between_responses() -> None:
+    """A rejected response's output gives no gradient to the chosen one's keys and values, nor the reverse."""
+    pack = FORMS["shared"]
+    inputs = inputs_of(pack, 8, 2)
+    out = attention()(*inputs, None, packed_seq_params=context_of(pack))
+    prompt, chosen, rejected = pack.segments[:3]
+    for asked, other in ((rejected, chosen), (chosen, rejected)):
+        gradients = torch.autograd.grad(out[asked.start : asked.end].square().sum(), inputs[1:], retain_graph=True)
+        for gradient in gradients:
+            touched = gradient.flatten(1).abs().amax(1) > 0
+            assert not touched[other.start : other.end].any()
+            assert touched[prompt.start : prompt.end].all()
+            assert touched[asked.start : asked.end].all()
+            assert touched.sum() == prompt.length + asked.length
+
+
+# -- what is called and saved
+
+
+class Calls(TorchDispatchMode):
+    """Records every operation whose name says that it is attention or its parts, with its tensors' shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention: list[tuple[str, Any]] = []
+        self.softmax = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if "attention" in name:
+            self.attention.append((name, (kwargs or {}).get("attn_mask")))
+        self.softmax += "softmax" in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _world() -> Iterator[None]:
+    with single_process():
+        yield
+
+
+@pytest.mark.usefixtures("_world")
+@pytest.mark.parametrize(("variant", "masked"), [("qwen3", 0), ("llama", 0), ("qwen2-window", 2)])
+def test_only_windows_are_masked(variant: str, masked: int, tmp_path: Any) -> None:
+    """A model's forward and backward passes call flash attention only, with a mask in windowed layers only.
+
+    Each pair takes a causal call for prompt and chosen, and two for rejected: the prompt's keys, and its own.
+    """
+    model = load_model(save_folder(reference_model(variant), tmp_path))
+    pack = pack_of(0, 2)
+    with Calls() as seen:
+        hidden_rows(model, pack).sum().backward()
+    layers = model.config.num_layers
+    assert seen.softmax == 0
+    assert {name.removesuffix("_backward") for name, _ in seen.attention} == {
+        "aten::_scaled_dot_product_flash_attention_for_cpu"
+    }
+    plain = [mask for _, mask in seen.attention if mask is None]
+    windowed = [mask for _, mask in seen.attention if mask is not None]
+    assert len(plain) == 2 * 6 * (layers - masked)
+    assert len(windowed) == 2 * 4 * masked
+    assert len({mask.data_ptr() for mask in windowed}) == (4 if masked else 0)
+
+
+@contextmanager
+def saved_tensors(found: list[Tensor]) -> Iterator[None]:
+    """Record what is saved for the backward pass."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Bytes of each storage."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [8, 2])
+def test_a_layer_saves_queries_keys_values_and_outputs_alone(dtype: torch.dtype, groups: int) -> None:
+    """Per token: rotated queries and keys, values and outputs, and a log-sum-exp a head; prompts' keys twice."""
+    pack, heads = FORMS["shared"], 8
+    context = context_of(pack)
+    layer = attention()
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    with saved_tensors(first):
+        kept = layer(*inputs_of(pack, heads, groups, dtype), None, packed_seq_params=context)
+    with saved_tensors(second):
+        kept = (kept, layer(*inputs_of(pack, heads, groups, dtype), None, packed_seq_params=context))
+    own = {pointer: size for pointer, size in storages(second).items() if pointer not in storages(first)}
+    prompts = sum(s.length for s in pack.segments if s.parent is None)
+    keys = pack.length + prompts
+    assert len(context.plan.keys) == keys
+    channels = 2 * heads * pack.length + 2 * groups * keys
+    assert sum(own.values()) == channels * SIZE * dtype.itemsize + 4 * heads * pack.used
+    scores = {(piece.length, piece.key_count) for piece in context.plan.pieces}
+    assert not [tensor.shape for tensor in second if tensor.shape[-2:] in scores]
+
+
+def test_a_window_saves_one_mask_for_all_layers() -> None:
+    pack = FORMS["shared"]
+    context = context_of(pack)
+    layer: Callable[..., Tensor] = attention(7)
+    inputs = inputs_of(pack, 8, 2, torch.float32)
+    layer(*inputs, None, packed_seq_params=context)
+    made = context.masks(7, inputs[0])
+    layer(*inputs, None, packed_seq_params=context)
+    assert context.masks(7, inputs[0]) is made
+    sizes = {(piece.length, piece.key_count) for piece in context.plan.pieces if not piece.padding}
+    assert len({mask.data_ptr() for mask in made if mask is not None}) == sum(keys > 7 for _, keys in sizes)
