@@ -229,6 +229,7 @@ COLUMNS: list[Schema] = [
     _column("Loss", ".status.summary.loss", "Training loss.", wide=True),
     _column("ETA", ".status.summary.eta", "Time left.", wide=True),
     _column("GPUs", ".spec.resources.gpusPerNode", "GPUs of each node.", kind="integer", wide=True),
+    _column("Layout", ".status.summary.layout", "Tensor, pipeline and data parallel size.", wide=True),
     _column("Queue", ".status.queue", "Kueue LocalQueue.", wide=True),
     _column("Message", ".status.message", "One sentence about the state.", wide=True),
 ]

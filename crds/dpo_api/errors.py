@@ -74,6 +74,12 @@ class Outcome(Enum):
         "retryable",
         "The processes lost contact with each other (NCCL, Gloo, rendezvous).",
     )
+    LayoutTooLarge = (
+        "LayoutTooLarge",
+        76,
+        "infrastructure",
+        "The accelerator ran out of memory in a layout that was chosen; the next attempt uses the runner-up.",
+    )
     Stopped = "Stopped", 143, "infrastructure", "The run was asked to stop. It wrote a checkpoint and can be continued."
 
     @classmethod
@@ -186,6 +192,12 @@ class CommunicationError(DPOError):
     """See Outcome.Communication."""
 
     outcome = Outcome.Communication
+
+
+class LayoutTooLargeError(DPOError):
+    """See Outcome.LayoutTooLarge."""
+
+    outcome = Outcome.LayoutTooLarge
 
 
 class StoppedError(DPOError):

@@ -147,8 +147,8 @@ class Packing(Section):
         default=None,
         ge=4,
         le=4_194_304,
-        description="Maximum tokens in a pack, which is the size of one forward pass. Not set: twice `data.maxLength`,"
-        " the smallest value that any pair fits into.",
+        description="Maximum tokens in a pack, which is the size of one forward pass. Not set: chosen on GPUs, at least"
+        " twice `data.maxLength`, the smallest value that any pair fits into; that value on CPU.",
     )
 
 
@@ -257,7 +257,9 @@ class Training(Section):
         " and log-probs are still fp32. Default bf16.",
     )
     activation_recomputation: Literal["none", "selective", "full"] = Field(
-        default="none", description="Recompute activations in the backward pass to save memory. Default none."
+        default="none",
+        description="Recompute activations in the backward pass to save memory: those of the MLP (`selective`) or of"
+        " each layer (`full`). Default none: on GPUs it is chosen where it is left out.",
     )
     max_run_seconds: Int | None = Field(
         default=None,

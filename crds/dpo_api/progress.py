@@ -96,6 +96,9 @@ class Progress(_Message):
     from_step: int | None = Field(
         default=None, ge=0, description="Step that this attempt started at: a checkpoint's, or 0."
     )
+    layout: str = Field(
+        default="", max_length=64, description="Sizes of tensor, pipeline and data parallelism, such as `T8 P2 D2`."
+    )
     observed_at: float = Field(default=0.0, ge=0, description="When this was observed, in Unix seconds.")
     attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
 

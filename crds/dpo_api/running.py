@@ -30,18 +30,26 @@ HttpUrl = Annotated[str, StringConstraints(strict=True, pattern=HTTP_URL_PATTERN
 
 
 class Parallelism(Section):
-    """How one model is split over processes. The remaining processes are data parallel."""
+    """How one model is split over processes. The remaining processes are data parallel. See docs/parallelism.md."""
 
     tensor: Int = Field(
         default=1,
         ge=1,
         le=64,
-        description="Processes that share each matrix; must divide the model's number of attention heads. Default 1.",
+        description="Processes that share each matrix; must divide the model's number of attention heads. Default 1:"
+        " on GPUs it is chosen where it is left out.",
     )
-    pipeline: Int = Field(default=1, ge=1, le=64, description="Processes that share the model's layers. Default 1.")
+    pipeline: Int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that share the model's layers. Default 1: on GPUs it is chosen where it is left out.",
+    )
     context: Int = Field(default=1, ge=1, le=64, description="Processes that share each row of tokens. Default 1.")
     sequence: Bool = Field(
-        default=False, description="Also split norms and dropout by tokens; needs tensor above 1. Default false."
+        default=False,
+        description="Also split norms and dropout by tokens; needs tensor above 1. Default false: on GPUs, where it is"
+        " left out, true with tensor above 1.",
     )
     distributed_optimizer: Bool = Field(
         default=True,
@@ -64,8 +72,8 @@ class Resources(Section):
     )
     gpu_product: GpuProduct | None = Field(
         default=None,
-        description="The GPU, for predictions before pods exist. Not set: what `podTemplate.nodeSelector` names, else"
-        " unknown until the pods start.",
+        description="The GPU, for the choice of a layout before pods exist. Not set: what `podTemplate.nodeSelector`"
+        " names, else unknown until the pods start.",
     )
     processes_per_node: Int | None = Field(
         default=None,

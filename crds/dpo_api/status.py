@@ -25,6 +25,7 @@ Time = Annotated[
 
 Message = Annotated[str, StringConstraints(max_length=MESSAGE_MAX)]
 Name = Annotated[str, StringConstraints(max_length=253)]
+Layout = Annotated[str, StringConstraints(max_length=64)]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)]
 Reason = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", min_length=1, max_length=256)
@@ -173,6 +174,9 @@ class StatusProgress(StatusSection):
         default={}, max_length=128, description="Newest value of each metric, by its key in metrics.jsonl."
     )
     last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
+    layout: Layout | None = Field(
+        default=None, description="Sizes of tensor, pipeline and data parallelism, such as T8 P2 D2."
+    )
     observed_at: Time | None = Field(default=None, description="When this was observed.")
     changed_at: Time | None = Field(default=None, description="When phase, step or units done last changed.")
 
@@ -194,6 +198,9 @@ class Summary(StatusSection):
     )
     eta: Annotated[str, StringConstraints(max_length=32)] | None = Field(
         default=None, description="Time left, such as 3h12m."
+    )
+    layout: Layout | None = Field(
+        default=None, description="How the GPUs share the model, such as T8 P2 D2; see `progress.layout`."
     )
 
 

@@ -15,17 +15,30 @@ TIMEOUT_SECONDS = 20.0
 
 def gpu_count(environment: Mapping[str, str] | None = None) -> int:
     """Return how many NVIDIA GPUs a run could use: what `nvidia-smi -L` lists, within CUDA_VISIBLE_DEVICES."""
+    return gpus(environment)[0]
+
+
+def gpus(environment: Mapping[str, str] | None = None) -> tuple[int, str | None]:
+    """Return ``gpu_count``, and the driver's name of the first GPU; None if there is none."""
     environment = os.environ if environment is None else environment
     tool = shutil.which("nvidia-smi", path=environment.get("PATH"))
     if tool is None:
-        return 0
+        return 0, None
     try:
         listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return 0
+        return 0, None
     if listing.returncode != 0:
-        return 0
-    return visible(count_listed(listing.stdout), environment.get("CUDA_VISIBLE_DEVICES"))
+        return 0, None
+    count = visible(count_listed(listing.stdout), environment.get("CUDA_VISIBLE_DEVICES"))
+    return count, first_listed(listing.stdout) if count else None
+
+
+def first_listed(listing: str) -> str | None:
+    """Return the name of the first GPU in the output of `nvidia-smi -L`: `GPU 0: NVIDIA H200 (UUID: GPU-…)`."""
+    first = next((line for line in listing.splitlines() if line.startswith("GPU ")), "")
+    name = first.partition(": ")[2].partition(" (UUID")[0].strip()
+    return name or None
 
 
 def count_listed(listing: str) -> int:

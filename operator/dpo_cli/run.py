@@ -20,12 +20,14 @@ from dpo_api.errors import DPOError, NotFoundError, Outcome
 from dpo_api.findings import Finding
 from dpo_api.manifest import DPOJob
 from dpo_api.progress import LastWords, Progress
+from dpo_api.sizing import Hardware, hardware_named
 from dpo_api.spec import DPOJobSpec, Resources, Section
 from dpo_api.texts import counted
 from dpo_cli import machine, trainer
 from dpo_cli.console import headline, print_error, print_findings, stderr, stdout
 from dpo_cli.events import EventTail
 from dpo_cli.jobs import LoadedJob, load_one
+from dpo_cli.layouts import layout_rows
 from dpo_cli.report import SUMMARY, Written, read_spec, write_report
 from dpo_cli.screen import Screen, clean, open_screen
 from dpo_cli.stores import Stores
@@ -85,11 +87,13 @@ def run(options: RunOptions) -> int:
     trainer.require_trainer()
     if options.port is not None:
         machine.check_port(options.host, options.port)
-    processes, notes = choose_processes(options.processes, job.spec.resources, machine.gpu_count())
+    gpus, product = machine.gpus()
+    processes, notes = choose_processes(options.processes, job.spec.resources, gpus)
+    hardware = hardware_named(1, processes, product) if gpus else None
     ignored = ignored_here(job.spec)
     if ignored:
         notes.append(f"ignored: applies to clusters only: {', '.join(ignored)}")
-    verdict = _preflight(options, loaded, processes, notes)
+    verdict = _preflight(options, loaded, processes, notes, hardware)
     if not verdict.valid:
         return verdict.outcome.exit_code
     run_dir = options.output or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
@@ -136,14 +140,16 @@ def choose_processes(asked: int | None, resources: Resources, gpus: int) -> tupl
     return chosen, []
 
 
-def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Sequence[str]) -> Verdict:
+def _preflight(
+    options: RunOptions, loaded: LoadedJob, processes: int, notes: Sequence[str], hardware: Hardware | None
+) -> Verdict:
     """Check everything that the job refers to, and print the findings."""
     here = Resources(nodes=1, processes_per_node=processes)
     spec = loaded.job.spec.model_copy(update={"resources": here})
     if options.output is not None:  # checked like checkpoint.uri
         spec = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"uri": options.output})})
     job = loaded.job.model_copy(update={"spec": spec})
-    verdict = judge_job(options.file, loaded.document, job, Options(here=True))
+    verdict = judge_job(options.file, loaded.document, job, Options(here=True, hardware=hardware))
     if options.output is not None:
         verdict = replace(verdict, findings=tuple(_blame_output(finding) for finding in verdict.findings))
     console = stdout() if verdict.valid else stderr()
@@ -152,6 +158,8 @@ def _preflight(options: RunOptions, loaded: LoadedJob, processes: int, notes: Se
     print_findings(console, [f for f in verdict.findings if not verdict.valid or f.level == "warning"])
     for note in notes:
         console.print(f"  note     {note}")
+    for label, text in [] if verdict.choice is None else layout_rows(verdict.choice):
+        console.print(f"  {label:<11} {text}")
     return verdict
 
 

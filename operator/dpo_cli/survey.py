@@ -6,7 +6,9 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Thread
 
 from dpo_api.errors import DPOError, InvalidModelError, Outcome
 from dpo_api.findings import Finding
@@ -20,6 +22,8 @@ SAMPLE_BYTES = 256 * 1024
 """Bytes read from each plain-text object to estimate its number of lines."""
 COMPRESSED = (".gz", ".zst")
 WORKERS = 8
+PEEK_SECONDS = 5.0
+"""Longest wait for the model's config.json in commands that can do without it."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -93,6 +97,26 @@ def survey(spec: DPOJobSpec, *, here: bool) -> Survey:
         train=tuple(source for source in seen[:count] if source is not None),
         validation=tuple(source for source in seen[count:] if source is not None),
     )
+
+
+def survey_model(spec: DPOJobSpec) -> Survey:
+    """Read the model's config.json alone, if it can be read within ``PEEK_SECONDS``; problems are not reported.
+
+    For commands that do not look at model and data, because often only the cluster can reach them.
+    """
+    source, found = spec.model.hugging_face, _Result()
+    if source is None:
+        return Survey()
+
+    def read() -> None:
+        with suppress(DPOError):
+            found.facts = read_config(Stores(spec).reach(source.storage), source.uri).facts
+
+    # A daemon: the command does not wait for a storage that does not answer.
+    reader = Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(PEEK_SECONDS)
+    return Survey(facts=found.facts)
 
 
 def _bound[**P](function: Callable[P, _Result], *arguments: P.args, **named: P.kwargs) -> Callable[[], _Result]:

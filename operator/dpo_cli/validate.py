@@ -14,15 +14,18 @@ from rich.console import Console
 from dpo_api.errors import DPOError, Outcome
 from dpo_api.findings import Finding, ManifestError, placed
 from dpo_api.manifest import Document, DPOJob
+from dpo_api.models import ModelFacts
 from dpo_api.plan import Plan, make_plan
+from dpo_api.sizing import Choice, Hardware, choose, hardware_of, with_layout
 from dpo_api.spec import DPOJobSpec
 from dpo_api.validation import check
 from dpo_cli import trainer
 from dpo_cli.console import headline, print_findings
 from dpo_cli.effective import rows
 from dpo_cli.jobs import name_of, parse, read_documents
+from dpo_cli.layouts import ASSUMPTION, json_of, layout_rows
 from dpo_cli.overrides import Override
-from dpo_cli.survey import Problem, Survey, survey
+from dpo_cli.survey import Problem, Survey, survey, survey_model
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Options:
     cluster: bool = False
     here: bool = False
     """Whether the job will run on this machine."""
+    peek: bool = False
+    """With `offline`: read the model's config.json if it can be reached at once, for the choice of a layout."""
+    hardware: Hardware | None = None
+    """The GPUs of this machine; None: those that the manifest asks for."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,15 @@ class Verdict:
     """Whether the plan's pairs were counted by the index pass, not estimated."""
     counts: Mapping[str, Any] | None = None
     """What the index pass printed."""
+    choice: Choice | None = None
+    """The layout on GPUs; None on CPU, and if the model was not read."""
+
+    @property
+    def runs(self) -> DPOJobSpec | None:
+        """The spec with the sizes that were chosen."""
+        if self.job is None or self.choice is None:
+            return None if self.job is None else self.job.spec
+        return with_layout(self.job.spec, self.choice.best.layout)
 
     @property
     def valid(self) -> bool:
@@ -80,7 +96,7 @@ def judge(file: str, document: Document, overrides: Sequence[Override], options:
 def judge_job(file: str, document: Document, job: DPOJob, options: Options) -> Verdict:
     """Check everything that a valid job refers to and derive its plan."""
     spec = job.spec
-    seen = Survey() if options.offline else survey(spec, here=options.here)
+    seen = survey(spec, here=options.here) if not options.offline else survey_model(spec) if options.peek else Survey()
     problems = list(seen.problems)
     pairs, exact, counts = seen.estimated_pairs, False, None
     validation: list[int] | None = None
@@ -100,13 +116,30 @@ def judge_job(file: str, document: Document, job: DPOJob, options: Options) -> V
         problems.append(Problem(empty, Outcome.InvalidData))
         pairs = None
     found = check(spec, seen.facts, pairs, validation_pairs=validation, on_cluster=options.cluster)
+    choice = None
+    if seen.facts is not None and not any(finding.level == "error" for finding in found):
+        choice, unfit = _choose(spec, seen.facts, options.hardware or hardware_of(spec))
+        found += unfit
     lines = placed([*(problem.finding for problem in problems), *found], document.source, document.lines)
     outcome = _outcome(problems, found)
     plan = None
     if pairs and outcome is Outcome.Succeeded:
         estimated = [source.lines or 0 for source in seen.validation]
-        plan = make_plan(spec, pairs, estimated if validation is None else validation)
-    return Verdict(file, job.metadata.name, tuple(lines), outcome, job, seen, plan, exact, counts)
+        runs = spec if choice is None else with_layout(spec, choice.best.layout)
+        plan = make_plan(runs, pairs, estimated if validation is None else validation)
+    return Verdict(file, job.metadata.name, tuple(lines), outcome, job, seen, plan, exact, counts, choice)
+
+
+def _choose(spec: DPOJobSpec, facts: ModelFacts, hardware: Hardware | None) -> tuple[Choice | None, list[Finding]]:
+    """Return the layout, or why none fits: an error, or a warning if the GPU's product is only assumed."""
+    if hardware is None:
+        return None, []
+    found = choose(facts, spec, hardware)
+    if isinstance(found, Choice):
+        return found, []
+    if hardware.known:
+        return None, [Finding("error", found.field, found.message)]
+    return None, [Finding("warning", found.field, f"{found.message} ({ASSUMPTION})")]
 
 
 def _outcome(problems: Sequence[Problem], found: Sequence[Finding]) -> Outcome:
@@ -136,7 +169,8 @@ def print_text(console: Console, verdict: Verdict) -> None:
     print_findings(console, verdict.findings)
     if verdict.job is None or not verdict.valid:
         return
-    for label, text in rows(verdict.job, verdict.seen, verdict.plan, exact=verdict.exact):
+    layout = [] if verdict.choice is None else layout_rows(verdict.choice)
+    for label, text in [*rows(verdict.job, verdict.seen, verdict.plan, exact=verdict.exact), *layout]:
         console.print(f"  {label:<11} {text}")
 
 
@@ -146,7 +180,7 @@ def as_json(verdicts: Sequence[Verdict]) -> str:
 
 
 def _json_of(verdict: Verdict) -> dict[str, Any]:
-    spec: DPOJobSpec | None = None if verdict.job is None else verdict.job.spec
+    spec = verdict.runs
     plan = None
     if verdict.plan is not None:
         derived = asdict(replace(verdict.plan, warnings=()))
@@ -169,6 +203,7 @@ def _json_of(verdict: Verdict) -> dict[str, Any]:
             for kind, sources in (("train", verdict.seen.train), ("validation", verdict.seen.validation))
         },
         "plan": plan,
+        "layout": None if verdict.choice is None else json_of(verdict.choice),
         "index": verdict.counts,
         "effective": None if spec is None else spec.model_dump(mode="json", by_alias=True, exclude_none=True),
     }

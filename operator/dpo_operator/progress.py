@@ -53,6 +53,7 @@ def status_of(said: Progress, at: float, former: StatusProgress | None) -> Statu
         message=clean(said.message) or None,
         metrics=bounded(said.metrics),
         last_checkpoint_step=_count(said.last_checkpoint_step),
+        layout=clean(said.layout, 64) or None,
         observed_at=clock.to_text(at),
         changed_at=changed,
     )
@@ -118,6 +119,7 @@ def summarise(progress: StatusProgress) -> Summary:
         margin=_fixed(metrics.get(f"{group}/{MARGIN}"), 2),
         loss=_fixed(metrics.get("train/loss"), 4),
         eta=age(left)[:32] if left and progress.phase != "done" else None,
+        layout=progress.layout,
     )
 
 

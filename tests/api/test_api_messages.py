@@ -32,6 +32,7 @@ TABLE = {
     "Usage": (64, "permanent"),
     "StorageUnavailable": (74, "retryable"),
     "Communication": (75, "retryable"),
+    "LayoutTooLarge": (76, "infrastructure"),
     "Stopped": (143, "infrastructure"),
 }
 

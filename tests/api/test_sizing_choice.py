@@ -119,7 +119,9 @@ def test_a_size_that_is_set_to_its_default_is_kept() -> None:
     kept = {"parallelism.tensor": 1, "parallelism.pipeline": 1, "training.activationRecomputation": "none"}
     found = choose(LLAMA_8B, sized(**kept), H100, allowed=everything)
     assert isinstance(found, Refusal)
-    assert "leave the sizes out: " in found.message
+    assert found.field == "spec.parallelism"
+    out = "leave parallelism.tensor and parallelism.pipeline and training.activationRecomputation out: tensor "
+    assert out in found.message
 
 
 def test_sequence_follows_tensor_unless_it_is_set() -> None:
@@ -133,12 +135,18 @@ def test_a_chosen_size_divides_the_node_the_heads_and_the_rank() -> None:
         assert 6 % layout.tensor == 0
         assert 32 % layout.tensor == 0
         assert layout.tensor * layout.pipeline * layout.data == 12
-        assert 32 % layout.pipeline == 0
+        assert layout.pipeline in (1, 2, 3, 4, 6, 12)
 
 
 def test_fewer_groups_than_tensor_are_shared() -> None:
     one_group = ModelFacts(32, 32, 2, 4096, 14_336, 128_256, 8192, "llama")
     assert {layout.tensor for layout in candidates(one_group, sized(), H100)} == {1, 2, 4, 8}
+
+
+def test_groups_are_not_shared_by_parts_of_ranks() -> None:
+    # Six groups: a rank of four would hold one and a half.
+    six_groups = ModelFacts(24, 24, 6, 3072, 12_288, 128_000, 8192, "llama")
+    assert {layout.tensor for layout in candidates(six_groups, sized(), H100)} == {1, 2}
 
 
 def test_a_micro_batch_bounds_the_pack() -> None:

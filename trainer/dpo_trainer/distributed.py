@@ -60,10 +60,18 @@ class World:
     def join(
         cls, *, tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_seconds: int = LONGEST_WAIT_SECONDS
     ) -> Self:
-        """Join the run's process group and Megatron-Core's groups; NCCL where a GPU is present, else Gloo.
+        """Join the run's process group and divide it; see ``connect`` and ``divide``."""
+        world = cls.connect(timeout_seconds=timeout_seconds)
+        world.divide(tensor=tensor, pipeline=pipeline, seed=seed)
+        return world
+
+    @classmethod
+    def connect(cls, *, timeout_seconds: int = LONGEST_WAIT_SECONDS) -> Self:
+        """Join the run's process group: NCCL where a GPU is present, else Gloo.
+
+        Until ``divide``, only what all ranks do together works: ``broadcast``, ``from_main``, ``any``, ``barrier``.
 
         Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a run of one process.
-        Raises InvalidSpecError if the sizes do not divide the processes.
         """
         for name, value in {
             "RANK": "0",
@@ -74,11 +82,6 @@ class World:
         }.items():
             os.environ.setdefault(name, value)
         rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        if size % (tensor * pipeline):
-            raise InvalidSpecError(
-                f"spec.parallelism: tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} does not divide the "
-                f"{size} processes of this run; change one of them"
-            )
         gpu = torch.cuda.is_available()
         if gpu:
             check_device(local_rank, torch.cuda.device_count())
@@ -97,6 +100,20 @@ class World:
                 )
             else:
                 dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
+        device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+        return cls(rank=rank, size=size, local_rank=local_rank, device=device)
+
+    def divide(self, *, tensor: int = 1, pipeline: int = 1, seed: int = 1234) -> None:
+        """Make Megatron-Core's groups of these sizes, and seed its random numbers on GPUs.
+
+        Raises InvalidSpecError if the sizes do not divide the processes.
+        """
+        if self.size % (tensor * pipeline):
+            raise InvalidSpecError(
+                f"spec.parallelism: tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} does not divide the "
+                f"{self.size} processes of this run; change one of them"
+            )
+        gpu = self.device.type == "cuda"
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=tensor,
@@ -105,8 +122,6 @@ class World:
             )
         if gpu:
             model_parallel_cuda_manual_seed(seed)
-        device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
-        return cls(rank=rank, size=size, local_rank=local_rank, device=device)
 
     @property
     def is_main(self) -> bool:

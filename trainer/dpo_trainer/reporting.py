@@ -27,11 +27,11 @@ class Reporter:
         self.last_checkpoint: int | None = None
         self._hub = Hub(job, port=port, host=host, events=events) if world.is_main else None
 
-    def begin(self, directory: RunDirectory) -> None:
-        """Report the attempt's number, once the run directory is claimed."""
+    def begin(self, directory: RunDirectory, layout: str = "") -> None:
+        """Report the attempt's number, once the run directory is claimed, and the run's layout."""
         self._directory = directory
         if self._hub is not None:
-            self._hub.begin(directory.attempt)
+            self._hub.begin(directory.attempt, layout)
 
     @property
     def finite_latest(self) -> dict[str, float]:

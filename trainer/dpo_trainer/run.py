@@ -15,6 +15,7 @@ from dpo_api.errors import DPOError, IncompatibleCheckpointError, Outcome, Stopp
 from dpo_api.manifest import DPOJob
 from dpo_api.models import read_config
 from dpo_api.plan import make_plan
+from dpo_api.sizing import layout_of
 from dpo_api.validation import refuse_errors
 from dpo_store import Store
 from dpo_trainer.batches import DataSet, Packer
@@ -27,12 +28,13 @@ from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there
 from dpo_trainer.formats.huggingface import Checkpoint, load_weights
 from dpo_trainer.formats.start import StartWeights
+from dpo_trainer.layouts import Decision
 from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora
 from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable, complete, reference_key
 from dpo_trainer.reporting import Reporter
 from dpo_trainer.results import RankResult
-from dpo_trainer.rundir import Finished, RunDirectory, SavedCheckpoint
+from dpo_trainer.rundir import LAYOUT, Finished, RunDirectory, SavedCheckpoint
 from dpo_trainer.sources import model_source, open_tokenizer, store_for
 from dpo_trainer.stopping import StopRequest
 from dpo_trainer.training import Inputs, Training
@@ -57,18 +59,33 @@ class RunOptions:
         return cls(**{name: getattr(arguments, name) for name in cls.__dataclass_fields__})
 
 
+def directory_of(job: DPOJob, options: RunOptions) -> RunDirectory:
+    """Return the job's run directory: the command line's, the spec's, or one under runs/."""
+    uri = options.run_dir or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
+    return RunDirectory(store_for(job.spec, job.spec.checkpoint.storage), uri.rstrip("/"))
+
+
 class Run:
     """One attempt. ``execute`` runs it; ``result`` reports how far it got."""
 
-    def __init__(self, job: DPOJob, world: World, stop: StopRequest, options: RunOptions) -> None:
-        """Open the reporter and read the run directory. Raises FencedError, PortInUseError."""
-        self.job, self.spec, self.world, self.stop = job, job.spec, world, stop
+    def __init__(
+        self, job: DPOJob, world: World, stop: StopRequest, options: RunOptions, decision: Decision | None = None
+    ) -> None:
+        """Open the reporter and read the run directory. Raises FencedError, PortInUseError.
+
+        decision: the layout that ``world`` was divided by; None: that of the spec, nothing being chosen.
+        """
+        self.job, self.world, self.stop = job, world, stop
+        self._decision = decision or Decision(layout_of(job.spec, world.size))
+        self.spec = self._decision.runs(job.spec)
         self.reporter = Reporter(job, world, events=options.events, port=options.port, host=options.host)
-        uri = options.run_dir or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
-        self.directory = RunDirectory(store_for(job.spec, job.spec.checkpoint.storage), uri.rstrip("/"))
+        self.directory = directory_of(job, options)
         self._asked_attempt = options.attempt
         self.directory.attempt = self._on_main(lambda: self.directory.look(options.attempt))
-        self.reporter.begin(self.directory)
+        self.reporter.begin(self.directory, self._decision.layout.short)
+        if self._decision.said:
+            self.reporter.note(self._decision.said)
+        self._settled = False
         self.training: Training | None = None
         self.model_uri: str | None = None
         self._finished_step: int | None = None
@@ -91,6 +108,24 @@ class Run:
             last_checkpoint_step=self.reporter.last_checkpoint,
             already_complete=self._finished_step is not None,
         )
+
+    def take_runner_up(self) -> str | None:
+        """After this rank's GPU ran out of memory: record the runner-up for the next attempt, and return what to say.
+
+        None if the layout was not chosen, if there is no runner-up, if one was taken before, or if this run does not
+        own the directory yet. Any rank may call it; several that do write the same.
+        """
+        instead = self._decision.runner_up()
+        if instead is None or not self._settled:
+            return None
+        try:
+            if not self.directory.is_newest:
+                return None
+            self.directory.write_json(LAYOUT, instead.record)
+        except (OSError, DPOError) as error:
+            self.reporter.note(f"the runner-up could not be recorded: {error}")
+            return None
+        return f"the layout that was chosen ran out of memory; the next attempt uses {instead.said}"
 
     def failed(self, outcome: Outcome, message: str) -> None:
         """Report that the run ended, and close the reporter. Errors while closing are only logged."""
@@ -275,10 +310,13 @@ class Run:
                 check_identity(read_marker(self.directory, newest).identity, identity, newest.uri)
             attempt = self.directory.claim(self._asked_attempt)
             self.directory.write_json("spec.json", json.loads(self.job.to_json()))
+            if self._decision.record is not None:
+                self.directory.write_json(LAYOUT, self._decision.record)
             return attempt
 
         self.directory.attempt = self._on_main(take_over)
-        self.reporter.begin(self.directory)
+        self._settled = True
+        self.reporter.begin(self.directory, self._decision.layout.short)
 
     def _newest_checkpoint(self) -> SavedCheckpoint | None:
         found = self._on_main(lambda: _fields(next(reversed(self.directory.checkpoints()), None)))

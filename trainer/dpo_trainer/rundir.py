@@ -1,6 +1,6 @@
 """The run directory: the same layout in a local folder or under an S3 prefix. The newest attempt owns it.
 
-metrics.jsonl, spec.json, attempt, checkpoints/step-000100/, model/, export.json
+metrics.jsonl, spec.json, layout.json, attempt, checkpoints/step-000100/, model/, export.json
 """
 
 import json
@@ -15,6 +15,9 @@ from dpo_store import Store, local_path_of
 
 MARKER = "complete.json"
 """Written last into a checkpoint. A checkpoint without it is incomplete and ignored."""
+
+LAYOUT = "layout.json"
+"""The layout that was chosen, and what for; see ``layouts``. It is no part of a checkpoint."""
 
 _STEP = re.compile(r"/step-(\d{6,})/" + re.escape(MARKER) + "$")
 
@@ -82,6 +85,11 @@ class RunDirectory:
             raise FencedError(self._fenced(last))
         self.write_json("attempt", {"attempt": self.attempt, "owner": self.owner})
         return self.attempt
+
+    @property
+    def is_newest(self) -> bool:
+        """Whether no later attempt has claimed the directory. For ranks other than 0, which do not know its owner."""
+        return self._newest()[0] <= self.attempt
 
     def check_fence(self) -> None:
         """Raise FencedError if a later attempt owns the directory now."""

@@ -15,8 +15,9 @@ import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatr
 from dpo_api.errors import DPOError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_trainer.distributed import World, lost_contact
+from dpo_trainer.layouts import agreed, hardware_here
 from dpo_trainer.results import RankResult
-from dpo_trainer.run import Run, RunOptions
+from dpo_trainer.run import Run, RunOptions, directory_of
 from dpo_trainer.stopping import StopRequest
 
 _OUTCOME_OF_ERRNO = {
@@ -57,16 +58,21 @@ def work(arguments: argparse.Namespace) -> int:
     try:
         job = load_manifest(arguments.spec)
         stop = StopRequest(limit_seconds=job.spec.training.max_run_seconds)
-        parallel = job.spec.parallelism
-        world = World.join(tensor=parallel.tensor, pipeline=parallel.pipeline, seed=job.spec.training.seed)
+        options = RunOptions.of(arguments)
+        world = World.connect()
+        decision = agreed(job.spec, world, directory_of(job, options), hardware_here(world.size))
+        layout = decision.layout
+        world.divide(tensor=layout.tensor, pipeline=layout.pipeline, seed=job.spec.training.seed)
         # Until all processes have joined there is nothing to save, and a signal ends this process directly. If it
         # only set the flag, the processes that have joined would wait for those that the signal ended.
         stop.listen()
-        run = Run(job, world, stop, RunOptions.of(arguments))
+        run = Run(job, world, stop, options, decision)
         run.execute()
         result = run.result(rank, Outcome.Succeeded, "")
     except BaseException as error:  # noqa: BLE001 - whatever it is becomes this rank's result
         outcome, message = explain(error)
+        if run is not None and isinstance(error, torch.OutOfMemoryError) and (instead := run.take_runner_up()):
+            outcome, message = Outcome.LayoutTooLarge, instead
         if outcome is Outcome.Internal:
             with suppress(OSError):  # the log may be on the disk that is full
                 traceback.print_exc()

@@ -146,7 +146,7 @@ def candidates(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware) -> Itera
         if hardware.processes % (tensor * base.context):
             continue
         rest = hardware.processes // (tensor * base.context)
-        pipelines = [p for p in divisors(rest) if model.layers % p == 0]
+        pipelines = [p for p in divisors(rest) if p <= model.layers]
         for pipeline in [base.pipeline] if "pipeline" in kept else pipelines:
             if rest % pipeline:
                 continue
@@ -163,7 +163,7 @@ def _of_sizes(spec: DPOJobSpec, sized: Layout, kept: frozenset[str]) -> Iterator
 
 
 def _can_divide(model: ModelFacts, spec: DPOJobSpec, tensor: int) -> bool:
-    whole = all(size % tensor == 0 for size in (model.ffn, model.vocab, *([spec.lora.rank] if spec.lora else ())))
+    whole = all(size % tensor == 0 for size in (model.ffn, *([spec.lora.rank] if spec.lora else ())))
     return whole and divides_heads(model, tensor)
 
 
@@ -188,16 +188,17 @@ def _refuse(
         f"{sizes_text(least.layout)} and packs of {least.layout.pack_tokens:,} tokens need {memory_text(least.memory)}"
     )
     text = f"the model does not fit {hardware_text(hardware)}: {need}, but a layout may take"
-    text += f" {limit_text(hardware, memory_limit(hardware))}; {_nearest(model, spec, hardware, allowed)}"
-    return Refusal("spec.parallelism" if fields else "spec.resources", text)
+    text += f" {limit_text(hardware, memory_limit(hardware))}"
+    if fields and (found := _fits(model, without_sizes(spec), hardware, allowed)):
+        fix = f"leave {' and '.join(fields)} out: {sizes_text(found.layout)} would fit"
+        return Refusal("spec.parallelism", f"{text}; {fix}")
+    return Refusal("spec.resources", f"{text}; {_nearest(model, spec, hardware, allowed)}")
 
 
 def _nearest(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware, allowed: Allowed) -> str:
-    """Say what would fit: sizes left out, more GPUs, or an adapter on the same ones."""
+    """Say what would fit if every size is left out: more GPUs, or an adapter on the same ones."""
     free = without_sizes(spec)
     fixes = []
-    if set_sizes(spec) and (found := _fits(model, free, hardware, allowed)):
-        return f"leave the sizes out: {sizes_text(found.layout)} would fit"
     for more in _larger(hardware):
         if found := _fits(model, free, more, allowed):
             fixes.append(f"{hardware_text(more)} would fit ({sizes_text(found.layout)})")
@@ -205,7 +206,7 @@ def _nearest(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware, allowed: A
     if spec.lora is None and (found := _fits(model, free.model_copy(update={"lora": Lora()}), hardware, allowed)):
         fixes.append(f"lora would fit these ({sizes_text(found.layout)})")
     if not fixes:
-        return "no number of them would fit; use lora, a smaller data.maxLength or GPUs with more memory"
+        return "no number of them would fit; use a smaller data.maxLength or GPUs with more memory"
     return ", and ".join(fixes)
 
 

@@ -74,9 +74,10 @@ def optimizer_bytes(trained: int, value: int, shards: int) -> int:
 def attention_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:
     """What one layer keeps of a token for its backward pass outside the MLP, in bytes.
 
-    Of width h: the layer's input, its norm, the sum after the attention, its norm, and one temporary: 5h values,
-    divided by T if ``sequence``. Of width a: queries before and after the rotary embedding, and the attention's output.
-    Of width kv: keys before and after it, and values. In bf16 and with a = h: 16h + 6kv bytes.
+    Of width h: the layer's input, its norm, the sum after the attention and its norm, divided by T if ``sequence``. Of
+    width a: the rotated queries and the attention's output. Of width kv: keys and values, 1.5 times as many rows as
+    tokens, since a prompt is in both of its pair's sequences. One value more of each of h and a is for what
+    exists only while a layer runs backward. In bf16 and with a = h: 16h + 6kv bytes.
     """
     wide = 5 * model.hidden / (layout.tensor if layout.sequence else 1)
     groups = max(group_width(model) / layout.tensor, group_width(model) / model.kv_heads)
@@ -84,8 +85,11 @@ def attention_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> 
 
 
 def mlp_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:
-    """What one layer's MLP keeps of a token: gate, up and their product: 3F values, 6F bytes in bf16."""
-    return value * 3 * model.ffn / layout.tensor
+    """What one layer's MLP keeps of a token: 5F values, 10F bytes in bf16.
+
+    Gate and up, the activation of gate, a copy of up (Megatron-Core adds an offset, 0, to it) and their product.
+    """
+    return value * 5 * model.ffn / layout.tensor
 
 
 def input_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:
@@ -97,8 +101,8 @@ def activation_bytes_per_token(model: ModelFacts, layout: Layout, stage: Stage, 
     """What a stage keeps of a token, in bytes.
 
     Stage i of P computes up to P - i packs forward before the first of them comes back, and keeps all of them. What
-    recomputation makes again exists once. none: (P - i) L/P (16h + 6kv + 6F); selective: (P - i) L/P (16h + 6kv) + 6F;
-    full: (P - i) L/P 2h + 16h + 6kv + 6F, all divided by T.
+    recomputation makes again exists once. none: (P - i) L/P (16h + 6kv + 10F); selective: (P - i) L/P (16h + 6kv) +
+    10F; full: (P - i) L/P 2h + 16h + 6kv + 10F, all divided by T.
     """
     kept = len(stage.layers) * (layout.pipeline - stage.index)
     attention, mlp = (part(model, layout, value) for part in (attention_bytes_per_token, mlp_bytes_per_token))
@@ -135,6 +139,12 @@ def adapter_bytes(model: ModelFacts, lora: Lora | None, layout: Layout, stage: S
     return round(kept * adapter_bytes_per_token(model, lora, layout, value) * layout.pack_tokens / layout.context)
 
 
+def logits_bytes(model: ModelFacts, layout: Layout) -> int:
+    """Two chunks of fp32 logits: 128 MiB, or less if the whole pack's are less."""
+    rows = layout.pack_tokens // layout.context
+    return 2 * min(CHUNK_BYTES, 4 * rows * -(-model.vocab // layout.tensor))
+
+
 def head_gradient_bytes(model: ModelFacts, layout: Layout, value: int) -> int:
     """The LM head's gradient of one pack: an fp32 sum over chunks and, in bf16, its rounded copy: 6Vh/T bytes."""
     table = -(-model.vocab // layout.tensor) * model.hidden
@@ -154,7 +164,7 @@ def memory_of_stage(model: ModelFacts, spec: DPOJobSpec, layout: Layout, stage: 
         optimizer=optimizer_bytes(trained, value, shards),
         activations=round(activation_bytes_per_token(model, layout, stage, value) * tokens),
         adapter_activations=adapter_bytes(model, lora, layout, stage, value),
-        logits=2 * CHUNK_BYTES if stage.last else 0,
+        logits=logits_bytes(model, layout) if stage.last else 0,
         head_gradient=head_gradient_bytes(model, layout, value) if stage.last and lora is None else 0,
     )
 

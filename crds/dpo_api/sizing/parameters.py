@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpo_api.models import ModelFacts
+from dpo_api.models.stages import layers_of_stages
 from dpo_api.sizing.layout import Layout
 from dpo_api.spec import Lora
 
@@ -26,17 +27,9 @@ class Stage:
 
 
 def stages(layers: int, pipeline: int) -> tuple[Stage, ...]:
-    """Divide layers among stages; where they cannot be equal, the last stages have one layer less.
-
-    The last stage holds the LM head too, so it is one of the shorter ones.
-    """
-    size, longer = divmod(layers, pipeline)
-    found, start = [], 0
-    for index in range(pipeline):
-        count = size + (index < longer)
-        found.append(Stage(index, range(start, start + count), index == 0, index == pipeline - 1))
-        start += count
-    return tuple(found)
+    """Return the stages that the layers are divided among, as the trainer does."""
+    held = layers_of_stages(layers, pipeline)
+    return tuple(Stage(index, own, index == 0, index == pipeline - 1) for index, own in enumerate(held))
 
 
 def matrices_of_layer(model: ModelFacts) -> int:

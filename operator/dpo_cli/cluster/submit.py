@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 from dpo_api.errors import UsageError
 from dpo_api.manifest import KIND, Document, load_documents
+from dpo_api.sizing import hardware_of
 from dpo_cli.cluster.errors import failure
 from dpo_cli.cluster.follow import follow
 from dpo_cli.cluster.kubectl import MANAGER, Kubectl, suggestion
 from dpo_cli.console import headline, print_findings, stderr, stdout
 from dpo_cli.jobs import read_documents
+from dpo_cli.layouts import layout_rows
 from dpo_cli.validate import Options, Verdict, judge
 
 
@@ -54,19 +56,23 @@ def submit(kubectl: Kubectl, options: SubmitOptions) -> int:
 def _checked(options: SubmitOptions) -> list[Document] | int:
     """Return the DPOJobs of all files, or the exit code if one of them has an error, after printing all findings.
 
-    Model and data are not looked at: often only the cluster can reach them.
+    Data is not looked at, and the model's config.json only if it can be read from here: often only the cluster can
+    reach them.
     """
     documents: list[Document] = []
     verdicts: list[Verdict] = []
     for file in options.files:
         found, overrides = read_documents(file, options.settings)
         documents += found
-        judged = [judge(file, document, overrides, Options(offline=True, cluster=True)) for document in found]
+        judged = [
+            judge(file, document, overrides, Options(offline=True, cluster=True, peek=True)) for document in found
+        ]
         verdicts += judged
         for verdict in judged:
             if not verdict.valid:
                 stderr().print(f"{file}: {headline(verdict.findings)}", style="bold")
             print_findings(stderr(), [f for f in verdict.findings if not verdict.valid or f.level == "warning"])
+            _show_layout(verdict)
     wrong = next((verdict for verdict in verdicts if not verdict.valid), None)
     if wrong is not None:
         return wrong.outcome.exit_code
@@ -74,6 +80,15 @@ def _checked(options: SubmitOptions) -> list[Document] | int:
         if file != "-":
             _name_others(file)
     return documents
+
+
+def _show_layout(verdict: Verdict) -> None:
+    """Print the layout that a job will run in, or that it cannot be predicted here."""
+    if verdict.choice is not None:
+        for label, text in layout_rows(verdict.choice):
+            stderr().print(f"  {label:<11} {text}")
+    elif verdict.valid and verdict.seen.facts is None and verdict.job is not None and hardware_of(verdict.job.spec):
+        stderr().print("  note     the model cannot be read from here: the layout is chosen when the pods start")
 
 
 def _name_others(file: str) -> None:

@@ -361,6 +361,11 @@ class Reason(Row, Enum):
     OutOfMemory = cause_of(
         Outcome.OutOfMemory, "Lower training.packing.maxTokens or data.maxLength, use lora, or use more GPUs."
     )
+    LayoutTooLarge = cause_of(
+        Outcome.LayoutTooLarge,
+        "Nothing: it happens once. To avoid it in the next job, set the sizes of the layout that fits, which the"
+        " message names.",
+    )
     NoSpace = cause_of(Outcome.NoSpace, "Free or enlarge the disk or quota that the message names.")
     IncompatibleCheckpoint = cause_of(
         Outcome.IncompatibleCheckpoint, "Give the job its own run directory (checkpoint.uri)."

@@ -54,7 +54,7 @@ def trainer(template: Object) -> Object:
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
 def test_patched_children(patch: Path) -> None:
     """After a wanted change: UPDATE_GOLDEN=1 python -m pytest tests/operator/unit/test_pod_patch.py; read the diff."""
-    job = load_manifest(ROOT / "examples" / "llama3-8b-full.yaml")
+    job = load_manifest(ROOT / "examples" / "llama3-70b-full.yaml")
     settings = Settings(trainer_pod_patch=load_patch(patch))
     identity = Identity(job.metadata.name, job.metadata.namespace, "", created=1_800_000_000)
     text = yaml.safe_dump(

@@ -71,6 +71,14 @@ def test_validation_comes_before_training_in_the_columns() -> None:
     assert cluster.status["summary"]["margin"] == "0.90"
 
 
+def test_the_layout_is_shown() -> None:
+    cluster = running()
+    cluster.say(step=1, layout="T2 P1 D4", metrics=FINE)
+    cluster.settle()
+    assert cluster.status["progress"]["layout"] == "T2 P1 D4"
+    assert cluster.status["summary"]["layout"] == "T2 P1 D4"
+
+
 def test_progress_alone_is_written_once_a_minute() -> None:
     cluster = running()
     cluster.say(step=1, metrics=FINE)
@@ -160,6 +168,7 @@ def test_what_a_trainer_says_is_not_trusted() -> None:
         eta_seconds=1e300,
         tokens_per_second=1e300,
         message="x" * 1000 + "\x00\n",
+        layout="T8\n" * 20,
         metrics={**{f"m{i}": 1.0 for i in range(500)}, "a" * 5000: 1.0, "b\n": 1.0, "big": 1e308},
     )
     status = status_of(hostile, START, None)
@@ -168,7 +177,10 @@ def test_what_a_trainer_says_is_not_trusted() -> None:
     text = json.dumps(status.model_dump(mode="json", by_alias=True), allow_nan=False)
     assert len(text) < 8000
     summary = summarise(status)
-    assert all(len(value) <= 32 for value in summary.model_dump().values() if value)
+    assert all(len(value) <= 32 for name, value in summary.model_dump().items() if value and name != "layout")
+    assert summary.layout is not None
+    assert summary.layout.isprintable()
+    assert len(summary.layout) <= 64
 
 
 def test_a_failed_jobs_final_values_come_from_its_termination_message() -> None:

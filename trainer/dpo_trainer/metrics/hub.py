@@ -56,9 +56,9 @@ class Hub:
         """The server's port; None without a server."""
         return None if self._server is None else self._server.port
 
-    def begin(self, attempt: int) -> None:
-        """Report the attempt's number."""
-        self.progress.begin(attempt)
+    def begin(self, attempt: int, layout: str = "") -> None:
+        """Report the attempt's number and its layout."""
+        self.progress.begin(attempt, layout)
         self.prometheus.clear("dpo_trainer_info")
         self.prometheus.set("dpo_trainer_info", 1, version=VERSION, dpojob=self._job.metadata.name)
 
