@@ -55,6 +55,11 @@ class Parallelism(Section):
         default=True,
         description="Split the optimizer state over data-parallel processes. Default true.",
     )
+    verify: Bool = Field(
+        default=True,
+        description="Before training, compare a model-parallel layout with one process: log-probs and gradients of a few"
+        " pairs on a few layers. A difference ends the run. Default true.",
+    )
 
 
 class Resources(Section):

@@ -152,9 +152,11 @@ class World:
 
         A collective of all ranks. What the other ranks pass is not read.
         """
+        return self.sum_of_all(values if self.owns_numbers else torch.zeros_like(values))
+
+    def sum_of_all(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum float64 values of any shape over all ranks of the run; the same bits on all. A collective."""
         total = values.to(self.device, torch.float64, copy=True)
-        if not self.owns_numbers:
-            total.zero_()
         dist.all_reduce(total)
         return total.cpu()
 

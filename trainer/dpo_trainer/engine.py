@@ -80,6 +80,18 @@ class Engine:
             )
         config.finalize_model_grads_func = finalize_model_grads
 
+    def prepare_gradients(self) -> None:
+        """Allocate fp32 gradient buffers alone, summed over data-parallel ranks. Not with ``prepare_training``."""
+        with bridge.construction():
+            self._wrapped = DistributedDataParallel(
+                self.model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.model
+            )
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+
+    def accumulate_gradients(self, packs: Sequence[Pack], consume: Consume) -> None:
+        """Add the gradients of this rank's packs to the parameters' ``grad``, or to ``main_grad`` once prepared."""
+        self._run(self._wrapped, packs, consume, forward_only=False)
+
     @property
     def masters(self) -> Masters:
         """The fp32 weights that the optimizer updates. Needs ``prepare_training``."""

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from dpo_api.errors import DPOError, IncompatibleCheckpointError, Outcome, StoppedError
+from dpo_api.errors import DPOError, IncompatibleCheckpointError, InternalError, Outcome, StoppedError
 from dpo_api.manifest import DPOJob
 from dpo_api.models import read_config
 from dpo_api.plan import make_plan
@@ -28,6 +28,7 @@ from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there
 from dpo_trainer.formats.huggingface import Checkpoint, load_weights
 from dpo_trainer.formats.start import StartWeights
+from dpo_trainer.layout_check import compare
 from dpo_trainer.layouts import Decision
 from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora
@@ -145,6 +146,7 @@ class Run:
         index = inputs.train.index
         identity = identity_of(self.spec, model=fingerprint, data=f"{index.fingerprint}:{index.rewards_fingerprint}")
         self._settle(identity)
+        self._check_layout(model, inputs)
         engine = Engine(model, self.spec, self.world)
         if inputs.plan.needs_reference:
             self._reference(engine, inputs, fingerprint, form)
@@ -239,12 +241,27 @@ class Run:
         )
         store, folder = model_source(self.spec)
         source = Checkpoint.open(store, folder)
+        self._source, self._backend = source, backend
         fingerprint = load_weights(model, store, folder, checkpoint=source)
         self._start_weights = StartWeights(model, source)
         if self.spec.lora is not None:
             attach_lora(model, self.spec.lora, seed=training.seed)
         self.stop.leave_before_training(self.world, "loading")
         return model, fingerprint, "transformer-engine" if use_transformer_engine(backend) else "local"
+
+    def _check_layout(self, model: Any, inputs: Inputs) -> None:
+        """Compare the layout with one rank. Raises InternalError if they disagree."""
+        if self.world.size == self.world.data_size or not self.spec.parallelism.verify:
+            return
+        self.reporter.phase("starting", message="comparing the layout with one rank")
+        index = inputs.train.index
+        verdict = compare(self.spec, self.world, model, self._source, index, index.n, self._backend)
+        if verdict.verified is False:
+            raise InternalError(
+                f"this layout does not compute what one rank does: {verdict.reason}; use another spec.parallelism or "
+                "image, and please report it"
+            )
+        self.reporter.note(f"layout {verdict}")
 
     # -- the reference
 

@@ -5,7 +5,7 @@ t tensor-parallel rank. Megatron-Core fuses q, k and v into rows ordered by grou
 values) and gate and up into one matrix, gate first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ class Slot:
     duplicate: bool = False  #: another stage has the parameter too, and exports it
 
 
-def slots(config: ModelConfig, layers: range, *, first: bool, last: bool) -> Iterator[Slot]:
+def slots(config: ModelConfig, layers: Sequence[int], *, first: bool, last: bool) -> Iterator[Slot]:
     """Every parameter of a pipeline stage that holds the global ``layers``, the embedding if ``first``, the head if
     ``last``, in the model's order."""
     h, f, d = config.hidden_size, config.ffn_hidden_size, config.head_dim

@@ -1,0 +1,51 @@
+"""The comparison of a layout with one rank, which a run makes before its first step."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_testing.gloo import run_ranks
+from dpo_testing.layout_ranks import check
+from dpo_testing.models import reference_model, save_folder
+from dpo_trainer.layout_check import Numbers, judge
+
+
+def numbers(log_probs: float = -50.0, gradient: tuple[float, ...] = (2.0, 1.0, -1.0)) -> Numbers:
+    return Numbers(torch.full((4, 2), log_probs, dtype=torch.float64), {"head": torch.tensor(gradient).double()})
+
+
+def test_equal_numbers_are_verified() -> None:
+    verdict = judge(numbers(), numbers(), None)
+    assert (verdict.verified, verdict.log_probs, verdict.gradients) == (True, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("log_prob", [-50.0 * (1 + 2e-4), math.nan])
+def test_other_log_probs_are_wrong(log_prob: float) -> None:
+    verdict = judge(numbers(log_prob), numbers(), None)
+    assert verdict.verified is False
+    assert "log-probs differ by" in verdict.reason
+
+
+@pytest.mark.parametrize("gradient", [(2.0, 1.0, -0.999), (2.0, 1.0, math.nan)])
+def test_another_gradient_is_wrong_and_named(gradient: tuple[float, ...]) -> None:
+    verdict = judge(numbers(gradient=gradient), numbers(), None)
+    assert verdict.verified is False
+    assert "the gradient of head differs by" in verdict.reason
+
+
+@pytest.mark.parametrize(("layout", "verified"), [(-50.2, True), (-50.4, False)])
+def test_bf16_is_measured_by_its_own_distance_from_fp32(layout: float, verified: bool) -> None:
+    """One rank's bf16 is 0.1 from fp32, so the layout may be 0.3 from it."""
+    assert judge(numbers(layout), numbers(-50.0), numbers(-50.1)).verified is verified
+
+
+@pytest.mark.slow
+def test_a_wrongly_cut_weight_is_found_on_every_rank(tmp_path: Path) -> None:
+    folder = save_folder(reference_model("llama", dtype=torch.bfloat16), tmp_path / "model")
+    run_ranks(2, check, str(folder), str(tmp_path))
+    one, other = ((tmp_path / str(rank)).read_text().splitlines() for rank in range(2))
+    assert one == other
+    assert [line.partition(":")[0] for line in one] == ["verified", "verified", "wrong"], one
+    assert "differ" in one[2]
