@@ -57,8 +57,8 @@ class Parallelism(Section):
     )
     verify: Bool = Field(
         default=True,
-        description="Before training, compare a model-parallel layout with one process: log-probs and gradients of a few"
-        " pairs on a few layers. A difference ends the run. Default true.",
+        description="Before training, compare a model-parallel layout with one process: log-probs and gradients of a"
+        " few pairs on a few layers. A difference ends the run. Default true.",
     )
 
 

@@ -106,3 +106,5 @@ def test_a_layout_is_one_trajectory(layout: str, variant: str, base: Base, tmp_p
     changed = merged(LAYOUTS[layout].of(spec), {"reference": {"cacheURI": str(tmp_path / "reference")}})
     got = run_processes(changed, tmp_path / "out", processes=LAYOUTS[layout].processes, scratch=tmp_path / "scratch")
     assert differences(expected, got) == []
+    split = {"tensor", "pipeline"} & LAYOUTS[layout].parallelism.keys()
+    assert ("layout verified: " in (tmp_path / "scratch" / "log").read_text()) == bool(split)

@@ -39,7 +39,7 @@ PAIRS = 4
 LONGEST = 512
 """Most tokens of a pair that are used: half for the prompt, a quarter for each response."""
 DIRECTIONS = 64
-"""So many that the estimate of a distance is 9 % off (its standard deviation), far less than BF16_FACTOR allows."""
+"""The estimate of a distance has a standard deviation of 1/√(2 · 64) = 9 %, far less than BF16_FACTOR allows."""
 TOLERANCE = 1e-4
 """Largest relative difference in fp32."""
 BF16_FACTOR = 3.0
