@@ -15,6 +15,7 @@ from dpo_api.errors import FencedError, Outcome
 from dpo_store import open_store
 from dpo_testing.runs import Finished, finish, kill, run_here, start, wait_for_step
 from dpo_testing.trajectories import checkpoints_in, differences, workers_of
+from dpo_trainer.checkpoint import files
 from dpo_trainer.checkpoint import store as checkpoints
 from dpo_trainer.distributed import World
 from dpo_trainer.metrics.jsonl import LocalLog
@@ -38,7 +39,7 @@ def alone() -> Iterator[World]:
 
 def save(run: RunDirectory, world: World, step: int) -> None:
     marker = checkpoints.Marker(step=step, attempt=run.attempt, identity={})
-    checkpoints.save(run, world, {}, marker)
+    checkpoints.save(run, world, [], marker)
 
 
 def test_a_lower_attempt_completes_no_checkpoint(tmp_path: Path, alone: World) -> None:
@@ -55,13 +56,14 @@ def test_a_lower_attempt_completes_no_checkpoint(tmp_path: Path, alone: World) -
 def test_a_takeover_during_the_save_is_noticed(tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = directory(tmp_path), directory(tmp_path)
     old.claim(None)
-    write = checkpoints.dist_checkpointing.save
+    write = files.write
 
-    def slow(*args: Any, **kwargs: Any) -> None:
-        write(*args, **kwargs)
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        written = write(*args, **kwargs)
         new.claim(None)
+        return written
 
-    monkeypatch.setattr(checkpoints.dist_checkpointing, "save", slow)
+    monkeypatch.setattr(files, "write", slow)
     with pytest.raises(FencedError):
         save(old, alone, 2)
     assert checkpoints_in(tmp_path) == []

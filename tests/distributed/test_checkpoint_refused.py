@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from dpo_api.errors import IncompatibleCheckpointError, Outcome
 from dpo_testing.corpora import write_jsonl
@@ -28,6 +29,7 @@ from dpo_trainer.rundir import MARKER
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("checkpoint-refused")]
 
 STEPS = 4
+HARMED = "master.embedding.word_embeddings.weight"
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +213,9 @@ def harmful_metadata(checkpoint: Path, proof: Path) -> None:
 
 
 def harmful_object(checkpoint: Path, proof: Path) -> None:
-    """Metadata in good order that points at a pickled object among the tensors' bytes."""
+    """Metadata in good order that points at a pickled object in the place of a tensor."""
     metadata = FileSystemReader(checkpoint).read_metadata()
-    (index,) = [index for index in metadata.storage_data if index.fqn.startswith("common_state")]
+    index = next(index for index in metadata.storage_data if index.fqn == HARMED)
     info = metadata.storage_data[index]
     crafted = io.BytesIO()
     torch.save(_Harm(proof), crafted)
@@ -221,8 +223,43 @@ def harmful_object(checkpoint: Path, proof: Path) -> None:
     offset = data.stat().st_size
     with data.open("ab") as file:
         file.write(crafted.getvalue())
-    storage = {**metadata.storage_data, index: _StorageInfo(info.relative_path, offset, len(crafted.getvalue()))}
+    place = _StorageInfo(info.relative_path, offset, len(crafted.getvalue()))
+    storage = {**metadata.storage_data, MetadataIndex(HARMED): place}
+    objects = {**metadata.state_dict_metadata, HARMED: BytesStorageMetadata()}
+    crafted_metadata = replace(metadata, storage_data=storage, state_dict_metadata=objects)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(crafted_metadata))
+
+
+def harmful_tensor(checkpoint: Path, proof: Path) -> None:
+    """A pickled object among the bytes of a tensor."""
+    metadata = FileSystemReader(checkpoint).read_metadata()
+    index, info = next(iter(metadata.storage_data.items()))
+    data = checkpoint / info.relative_path
+    offset = data.stat().st_size
+    with data.open("ab") as file:
+        torch.save(_Harm(proof), file)
+    place = _StorageInfo(info.relative_path, offset, data.stat().st_size - offset)
+    storage = {**metadata.storage_data, index: place}
     (checkpoint / ".metadata").write_bytes(pickle.dumps(replace(metadata, storage_data=storage)))
+
+
+def incomplete(checkpoint: Path, _proof: Path) -> None:
+    """The table lacks one of a tensor's boxes."""
+    metadata = FileSystemReader(checkpoint).read_metadata()
+    key = "exp_avg.decoder.layers.mlp.linear_fc1.weight"
+    tensor = metadata.state_dict_metadata[key]
+    assert isinstance(tensor, TensorStorageMetadata)
+    tensor.chunks.pop()
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def of_another_shape(checkpoint: Path, _proof: Path) -> None:
+    metadata = FileSystemReader(checkpoint).read_metadata()
+    key = "master.decoder.final_layernorm.weight"
+    tensor = metadata.state_dict_metadata[key]
+    assert isinstance(tensor, TensorStorageMetadata)
+    tensor.size = torch.Size([64])
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def truncated(checkpoint: Path, _proof: Path) -> None:
@@ -249,6 +286,9 @@ DAMAGE = [
     gone,
     harmful_metadata,
     harmful_object,
+    harmful_tensor,
+    incomplete,
+    of_another_shape,
     truncated,
     marker_of_another_step,
     broken_marker,
@@ -275,7 +315,7 @@ def test_the_harm_would_work(finished: Finished, tmp_path: Path) -> None:
     shutil.copytree(step_folder(finished.folder, 4), tmp_path / "checkpoint")
     proof = tmp_path / "it ran"
     harmful_object(tmp_path / "checkpoint", proof)
-    state: dict[str, Any] = {"common_state/shard_0_1": io.BytesIO()}
+    state: dict[str, Any] = {HARMED: io.BytesIO()}
     reader = FileSystemReader(tmp_path / "checkpoint")
     torch.distributed.checkpoint.load(state, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
     assert proof.exists()

@@ -155,7 +155,7 @@ def test_a_kill_during_a_slow_checkpoint_leaves_the_older_one(
     uri, scratch = "s3://runs/cut", world / "cut"
     second = rf"step-{2 * EVERY:06d}/"
     proxy.clear()
-    proxy.add("delay", method="PUT", path=second + ".*distcp", seconds=FILES_SECONDS, times=1)
+    proxy.add("delay", method="PUT", path=second + ".metadata", seconds=FILES_SECONDS, times=1)
     child = start(through(spec, proxy.endpoint), uri, processes=1, scratch=scratch)
     try:
         wait_until(lambda: proxy.count("PUT", second) > 1, "no second checkpoint began")

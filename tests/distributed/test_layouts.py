@@ -61,7 +61,7 @@ CHOSEN = [
     ("TP2, sequence", "LoRA with dropout"),
     ("TP4 of 2 groups", "all weights"),
     ("PP2", "tied, selective recomputation"),
-    ("PP3 of 4 layers", "LoRA with dropout"),
+    ("PP3 of 4 layers", "LoRA, one stage's layers"),
     ("TP2 PP2, sequence, full recomputation", "all weights"),
     ("DP2", "SFT alone"),
     ("DP2 TP2", "LoRA with dropout"),

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,13 @@ Rank 0 may be writing a model of hundreds of gigabytes. The operator detects run
 
 _LARGEST_MESSAGE = 1 << 26
 """Most bytes that ``World.from_main`` accepts. The largest message holds the spec of a finished run."""
+
+
+def _of_json(text: torch.Tensor, sender: str) -> Any:
+    try:
+        return json.loads(text.numpy().tobytes())
+    except (ValueError, RecursionError) as error:
+        raise peers.not_of_this_run(f"{sender} a message that is not JSON ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -182,11 +189,29 @@ class World:
         if not 0 < size <= _LARGEST_MESSAGE:
             raise peers.not_of_this_run(f"as rank 0 a message of {size:,} bytes; the limit is {_LARGEST_MESSAGE:,}")
         own = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.is_main else torch.empty(size).byte()
-        try:
-            result: T = json.loads(self.broadcast(own).numpy().tobytes())
-        except (ValueError, RecursionError) as error:
-            raise peers.not_of_this_run(f"as rank 0 a message that is not JSON ({error})") from error
+        result: T = _of_json(self.broadcast(own), "as rank 0")
         return result
+
+    def to_main[T](self, value: T) -> list[T] | None:
+        """Return every rank's value, in the order of ranks, on rank 0, and None on the others. A collective.
+
+        They travel as JSON. Raises InternalError if what arrives cannot come from a rank of this run.
+        """
+        text = json.dumps(value).encode()
+        sizes = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(text)
+        dist.all_reduce(sizes)
+        longest = int(sizes.max())
+        if not 0 < longest <= _LARGEST_MESSAGE:
+            raise peers.not_of_this_run(f"a message of {longest:,} bytes; the limit is {_LARGEST_MESSAGE:,}")
+        own = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(self.size)] if self.is_main else None
+        dist.gather(own, parts, dst=0)
+        if parts is None:
+            return None
+        whole = [part[:length].cpu() for part, length in zip(parts, sizes.tolist(), strict=True)]
+        return [_of_json(part, f"as rank {rank}") for rank, part in enumerate(whole)]
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -1,9 +1,9 @@
 """What the processes of a run may send each other as pickles.
 
 torch's store has no authentication: a process that reaches the rendezvous port can join a run in place of one of its
-processes, and torch's object collectives unpickle whatever a process sends. Megatron-Core and torch use them to plan a
-checkpoint. ``restrict`` makes them read through an unpickler that knows only what a checkpoint's plan consists of. The
-trainer itself exchanges tensors and JSON.
+processes, and torch's object collectives unpickle whatever a process sends. ``restrict`` makes them read through an
+unpickler that knows only what the plan of a checkpoint by Megatron-Core and torch consists of. The trainer itself
+exchanges tensors and JSON.
 """
 
 import builtins

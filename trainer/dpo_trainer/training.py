@@ -93,7 +93,12 @@ class Training:
             marker = checkpoints.read_marker(self.directory, newest)
             check_identity(marker.identity, self.identity, newest.uri)
             self.reporter.note(f"resuming from step {newest.step} ({newest.uri})")
-            restore(self.engine, lambda sharded: checkpoints.load(self.directory, self.world, sharded, newest))
+            restore(
+                self.engine.model,
+                self.engine.optimizer,
+                newest.step,
+                lambda boxes: checkpoints.load(self.directory, self.world, boxes, newest, marker.format),
+            )
             self.step = newest.step
             self.reporter.latest |= marker.metrics
             self._validated = marker.validated
@@ -214,7 +219,8 @@ class Training:
             metrics=self.reporter.finite_latest,
             validated=self._validated,
         )
-        checkpoints.save(self.directory, self.world, collect(self.engine), marker)
+        boxes = collect(self.engine.model, self.engine.optimizer)
+        checkpoints.save(self.directory, self.world, boxes, marker)
         if self.world.is_main:
             checkpoints.keep_newest(self.directory, self.spec.checkpoint.keep)
         # All ranks must reach this point together: torchrun gives the others 30 s after one process has exited.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from safetensors.torch import load_file, save_file
@@ -16,15 +16,18 @@ from torch import Tensor
 from dpo_api.learning import Lora
 from dpo_testing.models import load_model, local_store, plain_pack, token_stream
 from dpo_testing.pairs import pack_of
-from dpo_trainer import bridge, torch_adam
+from dpo_trainer import bridge
+from dpo_trainer.checkpoint import store
+from dpo_trainer.checkpoint.state import collect, restore
+from dpo_trainer.distributed import World
 from dpo_trainer.formats.export import export
 from dpo_trainer.formats.peft import adapter_tensors
 from dpo_trainer.logprobs import response_log_probs
 from dpo_trainer.model.forward import head_weight, hidden_rows, logits
 from dpo_trainer.model.lora import adapters, attach_lora, merged_value
 from dpo_trainer.model.pack import Pack
+from dpo_trainer.rundir import RunDirectory
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 Position = Literal["pre", "post"]
 POSITIONS: tuple[Position, ...] = ("pre", "post")
 LORA = Lora(rank=4, alpha=6.0, target_modules=("all",))
@@ -64,29 +67,24 @@ class Trainee:
         assert done
         return float(norm)
 
-    def state(self, *, loading: bool = False) -> dict[str, Any]:
-        """The sharded state dict of weights and optimizer."""
-        weights = self.bare.sharded_state_dict(metadata={**METADATA, "dp_cp_group": _data_group()})
-        return {
-            "model": weights,
-            "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=METADATA),
-        }
+    def save(self, world: World, run: RunDirectory, step: int) -> None:
+        """Save weights and optimizer."""
+        marker = store.Marker(step=step, attempt=1, identity={})
+        store.save(run, world, collect(self.bare, self.optimizer), marker)
 
-    def restore(self, folder: Path) -> None:
-        """Load what ``state`` saved."""
-        torch_adam.allocate(self.optimizer)
-        with bridge.construction():
-            loaded = dist_checkpointing.load(self.state(loading=True), str(folder))
-            self.bare.load_state_dict(loaded["model"])
-            torch_adam.load(self.optimizer, loaded["optimizer"])
+    def restore(self, world: World, run: RunDirectory) -> None:
+        """Load what ``save`` saved."""
+        (saved,) = run.checkpoints()
+        restore(
+            self.bare,
+            self.optimizer,
+            saved.step,
+            lambda boxes: store.load(run, world, boxes, saved, store.FORMAT),
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of every parameter."""
         return {name: p.detach().clone() for name, p in self.bare.named_parameters()}
-
-
-def _data_group() -> Any:
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def check_training(rank: int, folder: Path, checkpoints: Path) -> None:
@@ -96,10 +94,12 @@ def check_training(rank: int, folder: Path, checkpoints: Path) -> None:
     start = first.weights()
     norms = [first.step(rank, number) for number in (1, 2)]
     assert all(norm > 0.1 for norm in norms)
-    dist_checkpointing.save(first.state(), str(checkpoints))
+    world = World(rank, torch.distributed.get_world_size(), rank, torch.device("cpu"))
+    run = RunDirectory(local_store(), str(checkpoints), attempt=1)
+    first.save(world, run, 2)
     first.step(rank, 3)
     second = Trainee(folder)
-    second.restore(checkpoints)
+    second.restore(world, run)
     steps = [
         moments["step"] for part in second.optimizer.chained_optimizers for moments in part.optimizer.state.values()
     ]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SCENES = ("metadata", "plan", "results", "value")
-"""What the rogue sends: one of the three exchanges of a checkpoint's save, in their order, or rank 0's own value."""
+"""What the rogue sends: one of the three exchanges of Megatron-Core's save, in their order, or rank 0's own value."""
 
 
 class Evil:
@@ -50,7 +50,7 @@ def meet(scene: str, folder: Path, start: Callable[..., subprocess.Popen[Any]], 
 
 
 def _save(world: Any, folder: Path) -> None:
-    """Save a checkpoint of one tensor, as `dpo_trainer.checkpoint.store` does."""
+    """Save a checkpoint of one tensor by Megatron-Core, which plans it by torch's object collectives."""
     import torch
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor

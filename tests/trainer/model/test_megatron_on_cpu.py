@@ -94,7 +94,7 @@ def test_clipping_works_outside_construction_and_in_any_thread() -> None:
 @pytest.mark.nightly  # whole runs of tests/distributed prove it through the entry point
 @on_cpu
 def test_two_processes_train_save_and_resume(tmp_path: Path) -> None:
-    """Data parallel with the distributed optimizer, bf16 with fp32 masters, gloo; ``fully_reshardable`` checkpoints."""
+    """Data parallel with the distributed optimizer, bf16 with fp32 masters, gloo."""
     folder = save_folder(reference_model("qwen3", dtype=torch.bfloat16), tmp_path / "model")
     (tmp_path / "checkpoint").mkdir()
     run_ranks(2, check_training, folder, tmp_path / "checkpoint")

@@ -1,1 +1,1 @@
-"""Saving and resuming through Megatron-Core's dist_checkpointing."""
+"""Saving and resuming: each rank's part of the optimizer's state, as boxes of the whole model's tensors."""

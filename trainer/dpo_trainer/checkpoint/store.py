@@ -1,42 +1,35 @@
-"""Writes and reads one checkpoint: Megatron-Core's distributed files, then a marker that makes it valid.
+"""Writes and reads one checkpoint: a file from each rank, a table of contents, then a marker that makes it valid.
 
-Contents: ``model`` (with LoRA only the adapters, since the base is the start model, identified by its fingerprint) and
-``optimizer`` (fp32 masters, Adam's moments), both as sharded tensors under Megatron-Core's names. The rest is JSON in
-the marker.
+Contents: fp32 masters and Adam's moments under Megatron-Core's names, with LoRA only those of the adapters, since the
+base is the start model, identified by its fingerprint. The rest is JSON in the marker.
 """
 
-import os
-import queue
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint.api import CheckpointException
-
-from dpo_api.errors import DPOError, IncompatibleCheckpointError
+from dpo_api.errors import IncompatibleCheckpointError
 from dpo_store import local_path_of
 from dpo_store.errors import from_os_error
-from dpo_trainer import bridge
+from dpo_trainer.checkpoint import files
+from dpo_trainer.checkpoint.boxes import Box
 from dpo_trainer.checkpoint.identity import Identity
 from dpo_trainer.checkpoint.pickles import check_metadata
-from dpo_trainer.distributed import World, lost_contact
+from dpo_trainer.distributed import World
 from dpo_trainer.rundir import MARKER, RunDirectory, SavedCheckpoint
-
-Sharded = dict[str, Any]
-"""Megatron-Core's sharded state dict: nested names -> ShardedTensor, ShardedObject or plain values."""
 
 _PROBE_BYTES = 1 << 20
 """If the disk has less free space than this after a failed write, it is full."""
 
-FORMAT = 1
-"""Version of the format; incremented when older versions cannot read it."""
+FORMAT = 2
+"""Version of the format; incremented when older versions cannot read it.
+
+1: written by Megatron-Core, which gathered the optimizer's state first. 2: each rank's own boxes. Both are read.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +45,8 @@ class Marker:
     format: int = FORMAT
 
 
-def save(run: RunDirectory, world: World, sharded: Sharded, marker: Marker) -> SavedCheckpoint:
-    """Write the checkpoint of ``marker.step`` on all ranks. It exists once its marker does.
+def save(run: RunDirectory, world: World, boxes: Sequence[Box], marker: Marker) -> SavedCheckpoint:
+    """Write the checkpoint of ``marker.step``: on each rank its own boxes. It exists once its marker does.
 
     A collective. Raises FencedError (on all ranks, since rank 0 fails) if a later attempt owns the directory.
     """
@@ -61,20 +54,28 @@ def save(run: RunDirectory, world: World, sharded: Sharded, marker: Marker) -> S
     if world.is_main:
         run.check_fence()
         _remove(run, uri)  # files of a killed attempt
-    # Megatron-Core would start a manager process for this queue in our process group. torchrun sends SIGTERM to the
-    # whole group, so the manager would be gone when the final checkpoint needs it. A synchronous save uses the queue
-    # in this process only, where a plain queue is enough.
-    filesystem_async._results_queue = queue.Queue()
-    with _writable(world, uri) as folder, _no_space_if_full(folder):
-        world.barrier()
-        dist_checkpointing.save(sharded, str(folder), content_metadata={"format": FORMAT})
-        world.barrier()
-        _publish(run, world, folder, uri)
-    world.barrier()  # all nodes have written their files
-    if world.is_main:
+    world.barrier()
+    written = _write(run, world, uri, boxes)
+    everything = world.to_main(written)  # now all ranks have written their files
+    if everything is not None:
         run.check_fence()
+        run.store.write(f"{uri}/{files.TABLE}", files.table([box for part in everything for box in part]))
         run.write_json("checkpoints", f"step-{marker.step:06d}", MARKER, {**asdict(marker), "saved_at": time.time()})
     return SavedCheckpoint(marker.step, uri)
+
+
+def _write(run: RunDirectory, world: World, uri: str, boxes: Sequence[Box]) -> list[files.Written]:
+    """Write this rank's file, and upload it if the checkpoint is not in a local folder."""
+    local = local_path_of(uri)
+    if local is not None:
+        local.mkdir(parents=True, exist_ok=True)
+        with _no_space_if_full(local):
+            return files.write(local, world.rank, boxes)
+    with tempfile.TemporaryDirectory(prefix="dpo-checkpoint-") as name:
+        with _no_space_if_full(Path(name)):
+            written = files.write(Path(name), world.rank, boxes)
+        run.store.upload_tree(name, uri + "/")
+        return written
 
 
 def keep_newest(run: RunDirectory, keep: int) -> None:
@@ -112,54 +113,18 @@ def read_marker(run: RunDirectory, saved: SavedCheckpoint) -> Marker:
     return Marker(**{name: found[name] for name in Marker.__dataclass_fields__ if name in found})
 
 
-def load(run: RunDirectory, world: World, sharded: Sharded, saved: SavedCheckpoint) -> Sharded:
-    """Read the checkpoint into the structure of ``sharded``; return it with its ShardedTensors replaced by tensors.
-
-    A collective."""
+def load(run: RunDirectory, world: World, boxes: Sequence[Box], saved: SavedCheckpoint, version: int) -> None:
+    """Fill the boxes with the checkpoint's values. version: the format that its marker has. A collective."""
     with _readable(run, world, saved.uri) as folder:
-        check_metadata(folder / ".metadata", saved.uri)
-        world.barrier()
+        check_metadata(folder / files.TABLE, saved.uri)
         try:
-            with bridge.construction(), _no_pickled_code():
-                loaded: Sharded = dist_checkpointing.load(sharded, str(folder))
-        except DPOError:
-            raise  # it says more than that the checkpoint cannot be read
-        except (Exception, CheckpointException) as error:
-            if lost_contact(error):
-                raise
-            cause = _innermost(error)
+            files.read(folder, boxes, version)
+        except Exception as error:
             raise IncompatibleCheckpointError(
-                f"{saved.uri} cannot be read ({type(cause).__name__}: {str(cause).strip().partition('\n')[0][:300]}); "
+                f"{saved.uri} cannot be read ({type(error).__name__}: {str(error).strip().partition('\n')[0][:300]}); "
                 "delete that folder to resume from an older one"
             ) from error
         world.barrier()
-    return loaded
-
-
-@contextmanager
-def _no_pickled_code() -> Iterator[None]:
-    """Make each ``torch.load`` refuse everything but tensors and plain values.
-
-    Without this, torch's reader of distributed checkpoints unpickles everything that is not a tensor unrestrictedly.
-    """
-    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[switch]
-        else:
-            os.environ[switch] = before
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """Return the error of the first rank that failed, which torch wraps together with its traceback."""
-    if isinstance(error, CheckpointException) and error.failures:
-        wrapped: tuple[BaseException, Any] = next(iter(error.failures.values()))
-        return wrapped[0]
-    return error
 
 
 @contextmanager
@@ -167,7 +132,7 @@ def _no_space_if_full(folder: Path) -> Iterator[None]:
     """Raise NoSpaceError if the disk is full. torch's writer rarely lets the OSError through."""
     try:
         yield
-    except (Exception, CheckpointException):
+    except Exception:
         probe = folder / "probe"
         try:
             probe.write_bytes(bytes(_PROBE_BYTES))
@@ -177,19 +142,6 @@ def _no_space_if_full(folder: Path) -> Iterator[None]:
             raise from_os_error(error, str(folder)) from None
         probe.unlink()
         raise
-
-
-@contextmanager
-def _writable(world: World, uri: str) -> Iterator[Path]:
-    """A folder to save into: the target itself, or one temporary folder per node that is uploaded afterwards."""
-    local = local_path_of(uri)
-    if local is not None:
-        if world.is_main:
-            local.mkdir(parents=True, exist_ok=True)
-        yield local
-        return
-    with _scratch(world) as folder:
-        yield folder
 
 
 @contextmanager
@@ -218,8 +170,3 @@ def _scratch(world: World) -> Iterator[Path]:
     finally:
         if world.local_rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(run: RunDirectory, world: World, folder: Path, uri: str) -> None:
-    if local_path_of(uri) is None and world.local_rank == 0:
-        run.store.upload_tree(folder, uri + "/")

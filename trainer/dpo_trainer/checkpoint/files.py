@@ -1,0 +1,160 @@
+"""Writes and reads boxes in the form of torch's distributed checkpoints: a file for each rank, and a table of contents.
+
+The ranks exchange no pickles: each says as JSON what it has written, and rank 0 makes the table from that.
+"""
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from dpo_trainer.checkpoint.boxes import Box
+
+TABLE = ".metadata"
+"""The table of contents: a pickle of torch's ``Metadata``."""
+
+Written = list[Any]
+"""One written box as JSON: key, whole shape, offsets, sizes, file, first byte, bytes."""
+
+_FORMAT_1 = {
+    "master.": ("optimizer.state.param.", "optimizer.state.fp32_param.", ""),
+    "exp_avg.": ("optimizer.state.exp_avg.",),
+    "exp_avg_sq.": ("optimizer.state.exp_avg_sq.",),
+}
+"""Beginning of a key → those that format 1 has in its place. Which one depends on the optimizer and the precision."""
+
+
+class _Source(DefaultSavePlanner):
+    """Gives torch's writer the boxes' values."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        super().__init__()
+        self._values = {_index(box): box.values for box in boxes}
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """Return the values of one box."""
+        return self._values[write_item.index]
+
+
+class _Target(DefaultLoadPlanner):
+    """Gives torch's reader the places to copy to."""
+
+    def __init__(self, places: dict[MetadataIndex, Tensor]) -> None:
+        super().__init__()
+        self._places = places
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """Return the view of a box that one read fills."""
+        found = self._places[read_item.dest_index]
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            found = found.narrow(axis, start, length)
+        return found
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Do nothing: ``tensor`` is a view of the box."""
+
+
+def write(folder: Path, rank: int, boxes: Sequence[Box]) -> list[Written]:
+    """Write this rank's boxes into one file of a local folder; return what the table of contents needs."""
+    if not boxes:
+        return []
+    items = [
+        WriteItem(
+            _index(box),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(_chunk(box), TensorProperties(box.values.dtype), Size(box.whole)),
+        )
+        for box in boxes
+    ]
+    plan = SavePlan(items, storage_data=_StoragePrefix(f"__{rank}_"))
+    results = FileSystemWriter(folder).write_data(plan, _Source(boxes)).value()
+    places = {result.index: result.storage_data for result in results}
+    written: list[Written] = []
+    for box in boxes:
+        place = places[_index(box)]
+        size = list(box.values.shape)
+        written.append(
+            [box.key, list(box.whole), list(box.offsets), size, place.relative_path, place.offset, place.length]
+        )
+    return written
+
+
+def table(written: Sequence[Written]) -> bytes:
+    """Return the table of contents of all ranks' boxes."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for key, whole, offsets, sizes, file, first, length in written:
+        found = tensors.setdefault(key, TensorStorageMetadata(TensorProperties(torch.float32), Size(whole), []))
+        found.chunks.append(ChunkStorageMetadata(Size(offsets), Size(sizes)))
+        places[MetadataIndex(key, Size(offsets))] = _StorageInfo(file, first, length)
+    return pickle.dumps(Metadata(dict(tensors), storage_data=places))
+
+
+def read(folder: Path, boxes: Sequence[Box], version: int) -> None:
+    """Fill the boxes from a checkpoint of format ``version``, whose table has been checked (``check_metadata``).
+
+    Raises ValueError if the checkpoint lacks a value or has a tensor of another shape.
+    """
+    reader = FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    own: dict[str, list[Box]] = {}
+    for box in boxes:
+        own.setdefault(box.key, []).append(box)
+    items: list[ReadItem] = []
+    places: dict[MetadataIndex, Tensor] = {}
+    for key, wanted in own.items():
+        name = key if version > 1 else _name_in_format_1(key, metadata)
+        saved = metadata.state_dict_metadata.get(name)
+        if not isinstance(saved, TensorStorageMetadata):
+            raise ValueError(f"it has no tensor {name}")  # noqa: TRY004 - about the file, not an argument
+        _check_shape(name, tuple(saved.size), wanted[0].whole, version)
+        found = create_read_items_for_chunk_list(name, saved, [_chunk(box) for box in wanted])
+        count = sum(item.lengths.numel() for item in found)
+        if count != sum(box.values.numel() for box in wanted):
+            raise ValueError(f"parts of tensor {name} are missing")
+        items += found
+        places |= {MetadataIndex(name, Size(box.offsets)): box.values for box in wanted}
+    reader.read_data(LoadPlan(items), _Target(places))
+
+
+def _name_in_format_1(key: str, metadata: Metadata) -> str:
+    start = next(start for start in _FORMAT_1 if key.startswith(start))
+    names = [other + key.removeprefix(start) for other in _FORMAT_1[start]]
+    return next((name for name in names if name in metadata.state_dict_metadata), names[0])
+
+
+def _check_shape(name: str, saved: tuple[int, ...], wanted: tuple[int, ...], version: int) -> None:
+    """Format 1 has the rows that tensor parallelism pads the vocabulary with."""
+    padded = version == 1 and saved[1:] == wanted[1:] and saved[0] > wanted[0]
+    if saved != wanted and not padded:
+        raise ValueError(f"its tensor {name} has the shape {list(saved)}, this model {list(wanted)}")
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(Size(box.offsets), box.values.shape)
+
+
+def _index(box: Box) -> MetadataIndex:
+    return MetadataIndex(box.key, Size(box.offsets))
