@@ -135,13 +135,23 @@ def test_a_job_aligns_the_model_under_a_random_user(
 
 
 def survive(
-    run: Run, steps: Steps, what: str, fault: Callable[[], Any], undisturbed: dict[int, float], *, attempts: int | None
+    run: Run,
+    steps: Steps,
+    what: str,
+    fault: Callable[[], Any],
+    undisturbed: dict[int, float],
+    *,
+    attempts: int | None,
+    parallelism: Object | None = None,
 ) -> list[Object]:
     """Disturb a run after a checkpoint and before half of it; it must end as if nothing had been.
 
     ``attempts``: how many it takes in the end. None: one or two, of whose pods the first ones are gone after ``fault``.
+    ``parallelism``: the layout of its four processes; by default each holds the whole model.
     """
-    run.create(disturbable(run.cluster, run.name))
+    body = disturbable(run.cluster, run.name)
+    body["spec"]["parallelism"] = parallelism or {}
+    run.create(body)
     with steps.step(f"{what}: until the fault"):
         before = run.wait_step(1, checkpointed)
     assert before.step < STEPS // 2
@@ -180,7 +190,8 @@ def test_a_killed_worker(cluster: Cluster, jobs: Jobs, steps: Steps, undisturbed
     need_own_node(cluster)
     run = Run(cluster, jobs, "killed")
     fault = lambda: run.kill_container(run.pod(1, "worker-0"))  # noqa: E731
-    first, _ = survive(run, steps, "worker killed", fault, undisturbed, attempts=2)
+    layout = {"tensor": 2, "sequence": True}  # on each of the two pods; data parallel between them
+    first, _ = survive(run, steps, "worker killed", fault, undisturbed, attempts=2, parallelism=layout)
     assert (first["result"], first["failureClass"], first["reason"]) == ("Failed", "retryable", "Killed")
 
 
