@@ -237,7 +237,8 @@ class RunPolicy(Section):
         le=SECONDS_MAX,
         description="Seconds without progress (a step, an indexed or reference pair, a validation batch) after which"
         " an attempt is ended and retried. Loading, checkpoints and exports are not timed. Not set: a stall only sets"
-        " the condition TrainingStalled.",
+        " the condition TrainingStalled. Where the processes wait for one of them in a step, the trainer itself ends"
+        " the attempt after three quarters of this time, or 1800 s if that is less or this is not set, and names it.",
     )
     attempts_history_limit: Int = Field(
         default=3, ge=0, le=100, description="Failed attempts whose pods are kept for kubectl logs. Default 3."

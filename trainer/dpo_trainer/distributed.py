@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_api.errors import InvalidSpecError
 from dpo_trainer import bridge, peers
+from dpo_trainer.waiting import LONGEST_WAIT_SECONDS, Place
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL error", "Broken pipe")
 """Texts of the plain RuntimeErrors that Gloo and NCCL raise when another process has exited."""
@@ -36,13 +37,6 @@ def check_device(local_rank: int, gpus: int) -> None:
         )
 
 
-LONGEST_WAIT_SECONDS = 6 * 3600
-"""How long a rank waits for the others in one collective.
-
-Rank 0 may be writing a model of hundreds of gigabytes. The operator detects runs that hang for other reasons
-(``runPolicy.stallTimeoutSeconds``).
-"""
-
 _LARGEST_MESSAGE = 1 << 26
 """Most bytes that ``World.from_main`` accepts. The largest message holds the spec of a finished run."""
 
@@ -62,6 +56,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    place: Place = field(default_factory=Place, compare=False)
+    """Where this process is in the run, for the others if they wait for it."""
 
     @classmethod
     def join(
@@ -69,7 +65,7 @@ class World:
     ) -> Self:
         """Join the run's process group and divide it; see ``connect`` and ``divide``."""
         world = cls.connect(timeout_seconds=timeout_seconds)
-        world.divide(tensor=tensor, pipeline=pipeline, seed=seed)
+        world.divide(tensor=tensor, pipeline=pipeline, seed=seed, timeout_seconds=timeout_seconds)
         return world
 
     @classmethod
@@ -78,6 +74,7 @@ class World:
 
         Until ``divide``, only what all ranks do together works: ``broadcast``, ``from_main``, ``any``, ``barrier``.
 
+        timeout_seconds: of each collective. ``waiting.Watch`` ends a run in which a rank waits too long for a step.
         Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a run of one process.
         """
         for name, value in {
@@ -110,8 +107,12 @@ class World:
         device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
         return cls(rank=rank, size=size, local_rank=local_rank, device=device)
 
-    def divide(self, *, tensor: int = 1, pipeline: int = 1, seed: int = 1234) -> None:
+    def divide(
+        self, *, tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_seconds: int = LONGEST_WAIT_SECONDS
+    ) -> None:
         """Make Megatron-Core's groups of these sizes, and seed its random numbers on GPUs.
+
+        timeout_seconds: of each collective of these groups.
 
         Raises InvalidSpecError if the sizes do not divide the processes.
         """
@@ -126,6 +127,7 @@ class World:
                 tensor_model_parallel_size=tensor,
                 pipeline_model_parallel_size=pipeline,
                 create_gloo_process_groups=gpu,
+                distributed_timeout_minutes=max(1, timeout_seconds // 60),  # its default is 30
             )
         if gpu:
             model_parallel_cuda_manual_seed(seed)
@@ -164,18 +166,21 @@ class World:
     def sum_of_all(self, values: torch.Tensor) -> torch.Tensor:
         """Sum float64 values of any shape over all ranks of the run; the same bits on all. A collective."""
         total = values.to(self.device, torch.float64, copy=True)
+        self.place.part("sum over all ranks")
         dist.all_reduce(total)
         return total.cpu()
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """Return rank 0's values on every rank; shape and dtype must be equal on all."""
         box = values.to(self.device)
+        self.place.part("message of rank 0")
         dist.broadcast(box, src=0)
         return box.cpu()
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. Ranks use this to agree to stop at the same step."""
         value = torch.tensor([float(flag)], device=self.device)
+        self.place.part("agreement on a request to stop")
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
@@ -200,6 +205,7 @@ class World:
         text = json.dumps(value).encode()
         sizes = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         sizes[self.rank] = len(text)
+        self.place.part("message to rank 0")
         dist.all_reduce(sizes)
         longest = int(sizes.max())
         if not 0 < longest <= _LARGEST_MESSAGE:
@@ -215,6 +221,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for every rank."""
+        self.place.part("barrier")
         if self.device.type == "cuda":
             dist.barrier(device_ids=[self.local_rank])
         else:

@@ -78,7 +78,12 @@ class Engine:
                 [self._wrapped],
                 use_gloo_process_groups=self.world.device.type == "cuda",
             )
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._reduce
+
+    def _reduce(self, *arguments: Any, **options: Any) -> None:
+        """Sum the gradients over the ranks, as Megatron-Core does it."""
+        self.world.place.part("reduction of the gradients")
+        finalize_model_grads(*arguments, **options)
 
     def prepare_gradients(self) -> None:
         """Allocate fp32 gradient buffers alone, summed over data-parallel ranks. Not with ``prepare_training``."""
@@ -119,6 +124,7 @@ class Engine:
         self.optimizer.zero_grad()
         table = self._losses(self._wrapped, pairs, packs, reference, rewards, forward_only=False)
         result = means(table)
+        self.world.place.part("norm of the gradient")
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(result["loss"]) and math.isfinite(norm)):
@@ -131,6 +137,7 @@ class Engine:
 
     def _update(self, norm: float, rate: float) -> None:
         """Clip by the known norm, set the learning rate, and let Adam update the masters."""
+        self.world.place.part("update of the weights")
         training = self.spec.training
         if training.gradient_clip > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), training.gradient_clip, norm)
@@ -225,9 +232,11 @@ class Engine:
             return numerator, denominator, {}
 
         def forward_step(iterator: Iterator[Pack], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            self.world.place.touch()
             pack = next(iterator).to(self.world.device)
             return hidden_rows(chunk, pack, self._dropout_seed), partial(loss_of, pack)
 
+        self.world.place.part("forward pass" if forward_only else "forward and backward passes")
         self._forward_backward(
             forward_step_func=forward_step,
             data_iterator=iter(packs),

@@ -1,4 +1,7 @@
-"""Reports a run's progress and metrics: every phase reports to one object, which does nothing on ranks other than 0."""
+"""Reports a run's progress and metrics: every phase reports to one object.
+
+On ranks other than 0 it only notes where the rank is, for the others if they wait for it.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,6 +18,9 @@ from dpo_trainer.metrics.prometheus import PrometheusMetrics
 from dpo_trainer.metrics.writer import without_meaningless
 from dpo_trainer.rundir import RunDirectory
 
+_TIMED: frozenset[Phase] = frozenset({"reference", "validate"})
+"""Phases in which all ranks do equal parts of the work, until the last unit is done."""
+
 
 class Reporter:
     """The reports of one attempt. ``latest`` holds the newest metrics, the same on every rank."""
@@ -25,6 +31,7 @@ class Reporter:
         """Open the hub on rank 0; raises what Hub raises there."""
         self.latest: dict[str, float] = {}
         self.last_checkpoint: int | None = None
+        self._place = world.place
         self._hub = Hub(job, port=port, host=host, events=events) if world.is_main else None
 
     def begin(self, directory: RunDirectory, layout: str = "") -> None:
@@ -40,6 +47,7 @@ class Reporter:
 
     def phase(self, phase: Phase, *, done: int | None = None, of: int | None = None, message: str = "") -> None:
         """Enter a phase, or a part of it."""
+        self._place.enter(phase, timed=phase in _TIMED and done != of)
         if self._hub is not None:
             self._hub.progress.phase(phase, done=done, of=of, message=message)
 
@@ -90,8 +98,12 @@ class Reporter:
             if resumed:
                 self._hub.progress.phase("starting", message=f"resumed from step {step}")
 
-    def stepping(self) -> None:
-        """Report that a step begins, so that the phase is not the checkpoint or validation before it."""
+    def stepping(self, step: int) -> None:
+        """Report that a step begins, so that the phase is not the checkpoint or validation before it.
+
+        step: its number, from 1.
+        """
+        self._place.enter("train", step=step, timed=True)
         if self._hub is not None and self._hub.progress.newest.phase != "train":
             self._hub.progress.phase("train")
 

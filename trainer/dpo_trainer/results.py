@@ -33,6 +33,8 @@ class RankResult:
     attempt: int = 1
     last_checkpoint_step: int | None = None
     already_complete: bool = False
+    names_missing: bool = False
+    """Whether the message names the ranks that it waited for."""
 
     @staticmethod
     def path(folder: Path, rank: int | str) -> Path:
@@ -74,14 +76,15 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         not causes and agent_code != 0 and not asked and all(r.outcome == Outcome.Communication.name for r in failures)
     )
     stopped = [result for result in failures if result.outcome == Outcome.Stopped.name]
-    chosen = min(causes or stopped or failures or results, key=lambda result: (result.at, result.rank))
+    naming = [result for result in failures if result.names_missing]
+    chosen = min(causes or stopped or naming or failures or results, key=lambda result: (result.at, result.rank))
     outcome, message = chosen.outcome, chosen.message
     if asked and outcome == Outcome.Communication.name:
         outcome = Outcome.Stopped.name
         message = (
             f"asked to stop, but a process exited before it could save; the last saved checkpoint is older ({message})"
         )
-    if lost and failures:
+    if lost and failures and not naming:
         message = (
             f"a process of this run exited without reporting a result: killed, perhaps for lack of memory ({message})"
         )

@@ -116,7 +116,7 @@ class Training:
         while self.step < plan.total_steps:
             if self.stop.agreed(self.world):
                 self._stop_here()
-            self.reporter.stepping()
+            self.reporter.stepping(self.step + 1)
             self._one_step()
             if plan.validates_after(self.step):
                 self._validate_or_stop()

@@ -5,11 +5,16 @@ import errno
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch.distributed.distributed_c10d import _get_default_store
 
 import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
 from dpo_api.errors import DPOError, Outcome
@@ -19,6 +24,7 @@ from dpo_trainer.layouts import agreed, hardware_here
 from dpo_trainer.results import RankResult
 from dpo_trainer.run import Run, RunOptions, directory_of
 from dpo_trainer.stopping import StopRequest
+from dpo_trainer.waiting import Watch, step_limit
 
 _OUTCOME_OF_ERRNO = {
     errno.ENOSPC: Outcome.NoSpace,
@@ -55,6 +61,7 @@ def work(arguments: argparse.Namespace) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     rank = int(os.environ.get("RANK", "0"))
     run: Run | None = None
+    watch: Watch | None = None
     try:
         job = load_manifest(arguments.spec)
         stop = StopRequest(limit_seconds=job.spec.training.max_run_seconds)
@@ -67,32 +74,58 @@ def work(arguments: argparse.Namespace) -> int:
         # only set the flag, the processes that have joined would wait for those that the signal ended.
         stop.listen()
         run = Run(job, world, stop, options, decision)
+        watch = _watch(run, rank, arguments.results) if world.size > 1 else None
         run.execute()
+        if watch is not None:
+            watch.stop()
         result = run.result(rank, Outcome.Succeeded, "")
     except BaseException as error:  # noqa: BLE001 - whatever it is becomes this rank's result
         outcome, message = explain(error)
         if run is not None and isinstance(error, torch.OutOfMemoryError) and (instead := run.take_runner_up()):
             outcome, message = Outcome.LayoutTooLarge, instead
+        names_missing = False
+        if watch is not None:
+            watch.stop()
+            found = watch.verdict() if outcome is Outcome.Communication else None
+            message, names_missing = found or message, found is not None
         if outcome is Outcome.Internal:
             with suppress(OSError):  # the log may be on the disk that is full
                 traceback.print_exc()
         if run is not None:
-            result = run.result(rank, outcome, message)
+            result = replace(run.result(rank, outcome, message), names_missing=names_missing)
         else:
             result = RankResult(rank=rank, outcome=outcome.name, message=message, at=time.time())
-        # Before anything else: the launcher gives more time to processes that have written their result.
-        with suppress(OSError):
-            result.write(arguments.results)
-        if run is not None:
-            run.failed(outcome, message)
-    else:
-        result.write(arguments.results)
-    code = Outcome[result.outcome].exit_code
-    if code != 0:
-        # Destroying the process groups would wait for ranks that may themselves wait for this one in a collective.
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):
-                stream.flush()
-        os._exit(code)
+        _fail(result, run, arguments.results)
+    result.write(arguments.results)
     world.leave()
-    return code
+    return 0
+
+
+def _watch(run: Run, rank: int, results: Path) -> Watch:
+    """Start watching for waits that are too long. They end this process."""
+
+    def give_up(message: str) -> None:
+        _fail(replace(run.result(rank, Outcome.Communication, message), names_missing=True), run, results)
+
+    limit = step_limit(run.spec.run_policy.stall_timeout_seconds)
+    watch = Watch(run.world.place, rank, run.world.size, _get_default_store(), limit=limit, give_up=give_up)
+    watch.start()
+    return watch
+
+
+_FAILING = threading.Lock()
+
+
+def _fail(result: RankResult, run: Run | None, results: Path) -> NoReturn:
+    """Write the result, report the end, and exit. If two threads fail, the first one does it."""
+    _FAILING.acquire()
+    # Before anything else: the launcher gives more time to processes that have written their result.
+    with suppress(OSError):
+        result.write(results)
+    if run is not None:
+        run.failed(Outcome[result.outcome], result.message)
+    # Destroying the process groups would wait for ranks that may themselves wait for this one in a collective.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(Outcome[result.outcome].exit_code)

@@ -41,7 +41,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[3]
-MODULES = ("dpo_trainer", "dpo_cli", "dpo_testing.probe", "dpo_testing.rogue", "dpo_testing.checkpoint_ranks")
+MODULES = (
+    "dpo_trainer",
+    "dpo_cli",
+    "dpo_testing.probe",
+    "dpo_testing.rogue",
+    "dpo_testing.checkpoint_ranks",
+    "dpo_testing.impatient",
+)
 PRELOADED = ("dpo_trainer.worker", "dpo_trainer.agent", "torch.distributed.run", "dpo_cli.app", "transformers")
 """What the server imports."""
 
