@@ -23,9 +23,9 @@ def test_a_step_is_seen_as_training_while_it_lasts(tmp_path: Path, monkeypatch: 
     during: list[tuple[int, str]] = []
     begin, train_step = Reporter.begin, Engine.train_step
 
-    def begun(self: Reporter, directory: RunDirectory) -> None:
+    def begun(self: Reporter, directory: RunDirectory, *more: Any) -> None:
         reporters.append(self)
-        begin(self, directory)
+        begin(self, directory, *more)
 
     def watched(self: Engine, *args: Any, **kwargs: Any) -> dict[str, float]:
         hub = reporters[-1]._hub
