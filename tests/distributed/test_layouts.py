@@ -90,7 +90,7 @@ def base(world: Path) -> Base:
             # 11 pairs in batches of 8: the last batch of an epoch has fewer packs than there are stages.
             spec = merged(
                 make(folder, pairs=11, num_hidden_layers=4, **model),
-                {"training": {"maxSteps": 6, "learningRate": 5e-4}},
+                {"training": {"maxSteps": 6, "learningRate": 5e-4, "validationInterval": 4}},
             )
             spec = merged(spec, changes)
             done[variant] = (spec, run_here(spec, folder / "base"))

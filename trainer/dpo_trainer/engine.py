@@ -1,8 +1,8 @@
 """Runs the model and its optimizer on one global batch at a time.
 
 Megatron-Core's schedule runs the forward and backward passes of the packs. Its DistributedDataParallel sums gradients
-in fp32 over the ranks, and ``finalize_model_grads`` divides them once by the global batch's denominator (pairs; tokens
-for SFT alone).
+in fp32 over the ranks, bucket by bucket while the backward pass goes on, and ``finalize_model_grads`` divides them once
+by the global batch's denominator (pairs; tokens for SFT alone).
 """
 
 import math
@@ -48,17 +48,25 @@ class Engine:
         self.optimizer: Any = None
         self._wrapped: Any = model
         self._dropout_seed = 0
+        self._gathers_late = False
         self._forward_backward = get_forward_backward_func()
 
     def prepare_training(self) -> None:
         """Allocate gradient buffers and the optimizer's fp32 masters and moments for the trainable parameters."""
         training, bf16 = self.spec.training, self.spec.training.precision == "bf16"
         distributed = self.spec.parallelism.distributed_optimizer
+        overlap = self.world.data_size > 1
         config = self.model.config
         with bridge.construction():
             self._wrapped = DistributedDataParallel(
                 config,
-                DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=distributed,
+                    overlap_grad_reduce=overlap,
+                    overlap_param_gather=overlap and distributed,
+                    bucket_size=bucket_elements(self.model),
+                ),
                 self.model,
             )
             self._wrapped.broadcast_params()
@@ -74,11 +82,15 @@ class Engine:
                     bf16=bf16,
                     params_dtype=torch.bfloat16 if bf16 else torch.float32,
                     use_distributed_optimizer=distributed,
+                    overlap_param_gather=overlap and distributed,
                 ),
                 [self._wrapped],
                 use_gloo_process_groups=self.world.device.type == "cuda",
             )
         config.finalize_model_grads_func = self._reduce
+        if overlap:
+            config.no_sync_func = self._wrapped.no_sync  # only the last pack's backward pass starts the reduction
+        self._gathers_late = overlap and distributed
 
     def _reduce(self, *arguments: Any, **options: Any) -> None:
         """Sum the gradients over the ranks, as Megatron-Core does it."""
@@ -101,6 +113,15 @@ class Engine:
     def masters(self) -> Masters:
         """The fp32 weights that the optimizer updates. Needs ``prepare_training``."""
         return Masters(self.optimizer)
+
+    def settle_parameters(self) -> None:
+        """Wait until the parameters are those of the last step. Call it before they are read outside a forward pass.
+
+        A collective of the data-parallel ranks. After a step each rank has updated its range of them, and the next
+        forward pass gathers the others' bucket by bucket, as it comes to them.
+        """
+        if self._gathers_late:
+            self._wrapped.start_param_sync(force_sync=True)
 
     def train_step(
         self,
@@ -216,10 +237,18 @@ class Engine:
         all_once = torch.equal(total[-1], _count(torch.from_numpy(pairs)))
         return total[:-1] if all_once else torch.full_like(total[:-1], torch.nan)
 
+    def _wait_for_head(self) -> None:
+        """Wait for the LM head's weight: it is used directly, so no module's forward hook waits for its bucket."""
+        if self._gathers_late:
+            bucket = self._wrapped.param_to_bucket_group.get(head_weight(self.model))
+            if bucket is not None:
+                bucket.finish_param_sync()
+
     def _run(self, model: Any, packs: Sequence[Pack], consume: Consume, *, forward_only: bool) -> None:
         """Run Megatron-Core's schedule over the packs: forward, loss, backward, then the reduction of gradients."""
 
         def loss_of(pack: Pack, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            self._wait_for_head()
             log_probs = response_log_probs(
                 rows,
                 head_weight(model),
@@ -246,6 +275,16 @@ class Engine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+def bucket_elements(model: Any) -> int:
+    """Return the size of a bucket of gradients, in elements: a quarter of the trainable ones, 40 million at most.
+
+    40 million are Megatron-Core's own choice. Its default grows with the number of ranks, and so would the ranges that
+    each rank's optimizer has.
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return min(40_000_000, max(1, trained // 4))
 
 
 def _count(pairs: Tensor) -> Tensor:

@@ -368,6 +368,7 @@ class Run:
             self.directory.check_fence()
             self.directory.store.delete(self.directory.path("export.json"))  # of a shorter run in this directory
         lora = self.spec.lora is not None
+        engine.settle_parameters()
         result = Result(engine.model, engine.masters, self._start_weights, lora=lora)
         export_model(result, self.spec, self.world, model_source(self.spec), (store, uri))
         self.model_uri = uri
