@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_api.errors import Outcome
+from dpo_testing.preloaded import STEP_SECONDS
 from dpo_testing.runs import Finished, finish, kill, merged, run_here, run_processes, start, wait_for_step
 from dpo_testing.training_world import LORA
 from dpo_testing.trajectories import checkpoints_in, differences, workers_of
@@ -17,6 +18,8 @@ from dpo_testing.trajectories import checkpoints_in, differences, workers_of
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruption")]
 
 STEPS, EVERY = 24, 8
+SLOWLY = {STEP_SECONDS: "0.15"}
+"""For runs that are disturbed: more than two seconds are left after the step that the test waits for."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def interrupted(
     code: int,
 ) -> dict[str, Any]:
     """Start a run, do something to it after step EVERY + 1, expect its exit code; return its termination message."""
-    child = start(spec, folder, processes=processes, scratch=scratch)
+    child = start(spec, folder, processes=processes, scratch=scratch, environment=SLOWLY)
     try:
         wait_for_step(folder, EVERY + 1)
         how(child)
@@ -104,7 +107,7 @@ def test_killed_between_checkpoints_and_resumed(
 ) -> None:
     folder, scratch = world / f"killed {whole}", world / f"killed {whole} scratch"
     mine = merged(spec, changes)
-    child = start(mine, folder, processes=1, scratch=scratch)
+    child = start(mine, folder, processes=1, scratch=scratch, environment=SLOWLY)
     wait_for_step(folder, EVERY + 1)
     kill(child)
     assert not (scratch / "last-words.json").exists()

@@ -58,6 +58,9 @@ READ_AT_IMPORT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "
 NOTES = "DPO_TESTING_PROCESSES"
 """Environment variable: a folder in which each forked process leaves its arguments and its rank, by process id."""
 
+STEP_SECONDS = "DPO_TESTING_STEP_SECONDS"
+"""Environment variable: seconds that a worker waits before each step, so that a test finds the run under way."""
+
 _PACKET = 180_000  # bytes; Linux takes about 200 KB in one packet of a socket
 _SET_CHILD_SUBREAPER = 36
 _Popen = subprocess.Popen
@@ -267,6 +270,8 @@ def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
     if arguments[:1] != ["worker"] and module != "dpo_operator":  # which start nobody
         _keep_helper()
     sys.argv = [module, *arguments]
+    if arguments[:1] == ["worker"] and (seconds := request["env"].get(STEP_SECONDS)):
+        _slow_down(float(seconds))
     code = _run(module)
     with suppress(BaseException):
         threading._shutdown()  # type: ignore[attr-defined]
@@ -279,6 +284,18 @@ def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
         except OSError:
             code = code or 120  # as the interpreter does
     os._exit(code & 0xFF)
+
+
+def _slow_down(seconds: float) -> None:
+    from dpo_trainer.training import Training
+
+    step = Training._one_step
+
+    def slowly(training: Training) -> None:
+        time.sleep(seconds)
+        step(training)
+
+    Training._one_step = slowly  # type: ignore[method-assign]
 
 
 _NO_GPU = ("CUDA_VISIBLE_DEVICES", "")  # where there is no GPU it says nothing new
