@@ -243,6 +243,17 @@ SPEED = Row(
             lowest=0,
         ),
         Panel(
+            "Memory of rank 0's GPU",
+            "Most memory that tensors have taken, beside what was predicted when the layout was chosen. Far above the"
+            " prediction, a longer pack may not fit: lower packing.maxTokens.",
+            "bytes",
+            (
+                Query(run("dpo_train_gpu_memory_peak_bytes"), f"{WHO} peak"),
+                Query(run("dpo_train_gpu_memory_predicted_bytes"), f"{WHO} predicted"),
+            ),
+            lowest=0,
+        ),
+        Panel(
             "Data wait",
             "Share of time that steps waited for data. Above a few percent, the storage or the node's CPUs slow down"
             " the GPUs.",

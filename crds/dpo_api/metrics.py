@@ -21,6 +21,9 @@ Group = Literal["train", "val"]
 LOSS, ACCURACY, MARGIN = "loss", "acc", "rewards_margin"
 """Keys that people look at first, without their group."""
 
+MEMORY_PEAK, MEMORY_PREDICTED = "train/memory_peak", "train/memory_predicted"
+"""Keys of rank 0's GPU memory."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -38,6 +41,8 @@ class Metric:
     """Label names with few values; every series also has the labels of the scrape."""
     no_panel: str = ""
     """Why no panel shows it; empty if one does."""
+    on_gpus: bool = False
+    """Whether only a run on GPUs has it."""
 
     @property
     def family(self) -> str:
@@ -110,6 +115,22 @@ TRAIN: tuple[Metric, ...] = (
     ),
     Metric("dpo_train_tokens_total", "counter", "Tokens computed in training by this attempt, all processes."),
     Metric("dpo_train_planned_steps", "gauge", "Optimizer steps planned for the run."),
+    Metric(
+        "dpo_train_gpu_memory_peak_bytes",
+        "gauge",
+        "Most memory that tensors of rank 0 have taken of its GPU in this attempt; absent on CPU.",
+        "bytes",
+        key=MEMORY_PEAK,
+        on_gpus=True,
+    ),
+    Metric(
+        "dpo_train_gpu_memory_predicted_bytes",
+        "gauge",
+        "What was predicted for it when the layout was chosen; absent on CPU.",
+        "bytes",
+        key=MEMORY_PREDICTED,
+        on_gpus=True,
+    ),
     Metric("dpo_train_last_step_timestamp_seconds", "gauge", "Time of the last optimizer step.", "Unix time"),
 )
 """Training, one value per step."""

@@ -94,6 +94,16 @@ def size(count: float) -> str:
     return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {units[unit]}"
 
 
+_SCALES = {"m": 1e-3, "": 1, **{unit: 1000.0**n for n, unit in enumerate("kMGTPE", 1)}}
+_SCALES |= {f"{unit}i": 1024.0**n for n, unit in enumerate("KMGTPE", 1)}
+
+
+def quantity(text: str) -> float:
+    """Return the value of a Kubernetes quantity: 256Gi is 274877906944, 500m is 0.5."""
+    digits = text.rstrip("mkKMGTPEi")
+    return float(digits) * _SCALES[text[len(digits) :]]
+
+
 def sizes(*counts: float) -> tuple[str, ...]:
     """Write sizes that one text compares, in bytes if two different sizes would look the same."""
     texts = tuple(size(count) for count in counts)

@@ -12,9 +12,9 @@ from statistics import median
 from typing import Any
 
 from dpo_api.errors import Outcome
-from dpo_api.metrics import ACCURACY, LOSS, MARGIN, newest_group
+from dpo_api.metrics import ACCURACY, LOSS, MARGIN, MEMORY_PEAK, MEMORY_PREDICTED, newest_group
 from dpo_api.progress import LastWords
-from dpo_api.texts import compact, elapsed, percent
+from dpo_api.texts import compact, elapsed, percent, size
 from dpo_cli.charts import LEFT, RIGHT, WIDTH, Chart, Line, render
 from dpo_cli.metrics_log import MetricsLog, Point
 
@@ -121,6 +121,11 @@ def _tiles(log: MetricsLog, ended: LastWords | None) -> str:
     rates = [value for _, value in speeds]
     if rates:
         tiles.append(_tile(f"{unit} a second, median", compact(median(rates)), f"best {compact(max(rates))}"))
+    peak = log.get(MEMORY_PEAK)
+    if peak:
+        predicted = log.get(MEMORY_PREDICTED)
+        more = f"predicted {size(predicted[-1][1])}" if predicted else ""
+        tiles.append(_tile("memory of rank 0's GPU, peak", size(max(value for _, value in peak)), more))
     return f'<section class="tiles">{"".join(tiles)}</section>'
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from dpo_api.findings import Finding, ManifestError, placed
 from dpo_api.manifest import Document, DPOJob
 from dpo_api.models import ModelFacts
 from dpo_api.plan import Plan, make_plan
-from dpo_api.sizing import Choice, Hardware, choose, hardware_of, with_layout
+from dpo_api.sizing import Choice, Hardware, checkpoint_bytes, choose, hardware_of, with_layout
 from dpo_api.spec import DPOJobSpec
+from dpo_api.texts import quantity, size
 from dpo_api.validation import check
 from dpo_cli import trainer
 from dpo_cli.console import headline, print_findings
@@ -136,10 +137,20 @@ def _choose(spec: DPOJobSpec, facts: ModelFacts, hardware: Hardware | None) -> t
         return None, []
     found = choose(facts, spec, hardware)
     if isinstance(found, Choice):
-        return found, []
+        return found, list(host_memory(spec, facts, found))
     if hardware.known:
         return None, [Finding("error", found.field, found.message)]
     return None, [Finding("warning", found.field, f"{found.message} ({ASSUMPTION})")]
+
+
+def host_memory(spec: DPOJobSpec, facts: ModelFacts, choice: Choice) -> Iterator[Finding]:
+    """Check that a pod's memory holds the copies of an asynchronous checkpoint, one for each process."""
+    if not spec.checkpoint.async_save or spec.resources.memory is None:
+        return
+    need = choice.hardware.gpus * checkpoint_bytes(facts, spec, choice.best.layout)
+    if need > quantity(spec.resources.memory):
+        text = f"{spec.resources.memory} is less than an asynchronous checkpoint copies to a pod's memory, {size(need)}"
+        yield Finding("error", "spec.resources.memory", f"{text}; raise it, or set checkpoint.async to false")
 
 
 def _outcome(problems: Sequence[Problem], found: Sequence[Finding]) -> Outcome:

@@ -92,3 +92,19 @@ def test_numbers_look_the_same_exactly_if_they_are(values: list[float]) -> None:
     assert len(set(written)) == len(set(values))
     for value, text in zip(values, written, strict=True):
         assert math.isclose(float(text), value, rel_tol=1e-5, abs_tol=1e-320)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("256Gi", 256 * 2**30),
+        ("500m", 0.5),
+        ("32", 32),
+        ("1.5G", 1.5e9),
+        ("2Ki", 2048),
+        ("7k", 7000),
+        ("3Ei", 3 * 2**60),
+    ],
+)
+def test_a_quantity_has_a_value(text: str, value: float) -> None:
+    assert texts.quantity(text) == value

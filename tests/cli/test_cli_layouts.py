@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from dpo_api.sizing import Choice, choose
 from dpo_cli import machine
+from dpo_cli.validate import host_memory
+from dpo_testing import sizes
 from dpo_testing.cli import Dpo, World
+from dpo_testing.sizes import everything, gpus, sized
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -185,3 +189,19 @@ def test_an_example_that_no_longer_fits(
     said = dpo("validate", str(EXAMPLES / f"{name}.yaml"), *arguments(world, MODELS[name]), *more)
     assert said.code == (2 if words else 0), said.all
     assert all(word in said.out for word in words), said.out
+
+
+def test_an_asynchronous_checkpoint_needs_host_memory() -> None:
+    eight = gpus("H200")
+    settings = {"checkpoint.async": True, "parallelism.tensor": 1, "parallelism.pipeline": 1}
+    found = choose(sizes.LLAMA_8B, sized(**settings), eight, allowed=everything)
+    assert isinstance(found, Choice)
+    for memory, refused in (("89Gi", True), ("96G", True), ("90Gi", False), (None, False)):  # 12 x 8.03e9 bytes
+        spec = sized(**settings, **({} if memory is None else {"resources.memory": memory}))
+        said = [str(finding) for finding in host_memory(spec, sizes.LLAMA_8B, found)]
+        assert bool(said) == refused, memory
+    small = sized(**settings, **{"resources.memory": "1Gi"})
+    (said_of_it,) = host_memory(small, sizes.LLAMA_8B, found)
+    assert str(said_of_it).startswith("spec.resources.memory: 1Gi is less than an asynchronous checkpoint copies")
+    without = sized(**{**settings, "checkpoint.async": False, "resources.memory": "1Gi"})
+    assert list(host_memory(without, sizes.LLAMA_8B, found)) == []

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dpo_api.progress import LastWords
 from dpo_cli.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Line, render, smooth, thin, ticks
-from dpo_cli.metrics_log import merge, parse_events
+from dpo_cli.metrics_log import MetricsLog, merge, parse_events
 from dpo_cli.page import Report, flatten, render_page
 from dpo_testing.cli import Dpo, World
 from dpo_testing.s3server import S3Server
@@ -110,6 +110,12 @@ def test_tiles_and_tables_show_first_last_and_best() -> None:
     assert "pairs a second, median 128" in text
     assert "dpo.beta 0.2" in text
     assert "Defaults of the 1 settings left out dpo.loss dpo" in text
+
+
+def test_the_peak_of_memory_is_shown_beside_its_prediction() -> None:
+    log = MetricsLog({"train/memory_peak": [(1, 2**30), (2, 3 * 2**30)], "train/memory_predicted": [(1, 2.5 * 2**30)]})
+    text = Page(render_page(Report("x", "runs/x", log, {}, {}, None, datetime(2030, 1, 2, tzinfo=UTC)))).text
+    assert "memory of rank 0's GPU, peak 3.0 GiB predicted 2.5 GiB" in text
 
 
 def test_what_users_wrote_cannot_become_markup() -> None:

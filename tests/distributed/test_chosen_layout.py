@@ -13,6 +13,7 @@ from dpo_api.sizing import Hardware, Product
 from dpo_testing.runs import job_of, merged, run_here
 from dpo_testing.sizes import gpus
 from dpo_testing.training_world import make
+from dpo_trainer import reporting
 from dpo_trainer.distributed import World
 from dpo_trainer.layouts import Decision, agreed
 from dpo_trainer.run import Run, RunOptions, directory_of
@@ -45,9 +46,15 @@ def attempt(spec: dict[str, Any], folder: Path, hardware: Hardware | None = ONE)
 
 
 def test_a_choice_is_recorded_and_used_again(
-    spec: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    spec: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, run = attempt(spec, tmp_path)
+    with monkeypatch.context() as planted:
+        planted.setattr(reporting, "peak_memory", lambda: 1 << 20)
+        first, run = attempt(spec, tmp_path)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    memory = {(s["train/memory_peak"], s["train/memory_predicted"]) for s in steps if "train/loss" in s}
+    assert memory == {(1 << 20, first.predicted_memory)}
+    assert "train/memory_peak" not in run.reporter.latest, "it is not the same on every rank"
     assert "layout: tensor 1, pipeline 1, data 1, no recomputation, packs of " in capfd.readouterr().out
     record = json.loads((tmp_path / "layout.json").read_text())
     assert record["layout"]["pack_tokens"] == first.layout.pack_tokens
@@ -120,6 +127,7 @@ def test_out_of_memory_takes_the_runner_up_once(
     runner_up = first.record["runnersUp"][0]
     record = json.loads((tmp_path / "layout.json").read_text())
     assert (record["layout"], record["ranOutOfMemory"]) == (runner_up, asdict(first.layout))
+    assert "memory" not in record, "it was that of the other layout"
     assert said[0] is not None
     assert said[0].startswith("the layout that was chosen ran out of memory; the next attempt uses tensor 1, ")
 

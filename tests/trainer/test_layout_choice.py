@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_api.errors import InvalidSpecError
-from dpo_api.sizing import layout_of, with_layout
+from dpo_api.sizing import Layout, layout_of, with_layout
 from dpo_testing.sizes import LLAMA_1B, LLAMA_405B, gpus, sized
 from dpo_trainer.layouts import Decision, decide, hardware_here, with_memory
 
@@ -43,6 +43,7 @@ def test_a_choice_says_why() -> None:
     record = recorded(found.record)
     assert record["layout"] == asdict(found.layout)
     assert record["memory"]["weights"] == 2 * 1_235_814_400
+    assert found.predicted_memory == sum(record["memory"].values()), "one stage holds everything"
 
 
 def test_a_later_attempt_uses_the_record() -> None:
@@ -53,6 +54,9 @@ def test_a_later_attempt_uses_the_record() -> None:
     assert again.layout.pack_tokens == 8192
     assert again.said.startswith("layout of an earlier attempt: ")
     assert again.record == other
+    assert again.predicted_memory is not None
+    assert first.predicted_memory is not None
+    assert again.predicted_memory < first.predicted_memory, "the pack is smaller"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,12 @@ def test_another_situation_is_another_choice(changes: dict[str, Any], hardware: 
     assert again.said.startswith("layout: ")
 
 
-@pytest.mark.parametrize("damage", [{}, {"layout": {}}, {"layout": None}, {"layout": {"tensor": 3}}])
+NOT_OF_EIGHT = asdict(Layout(3, 1, 1, 2, True, "none", 8192))
+
+
+@pytest.mark.parametrize(
+    "damage", [{}, {"layout": {}}, {"layout": None}, {"layout": {"tensor": 3}}, {"layout": NOT_OF_EIGHT}]
+)
 def test_a_damaged_record_is_made_again(damage: dict[str, Any]) -> None:
     first = decide(sized(), LLAMA_1B, gpus("H100-80GB"), None)
     madefor = {"madeFor": recorded(first.record)["madeFor"]} if damage else {}

@@ -22,7 +22,9 @@ from dpo_api.sizing import (
     choose,
     hardware_named,
     layout_of,
+    memory_of_stage,
     set_sizes,
+    stages,
     with_layout,
 )
 from dpo_api.sizing.texts import hardware_text, layout_text, limit_text, memory_text
@@ -42,6 +44,8 @@ class Decision:
     record: dict[str, Any] | None = None
     said: str = ""
     """What the log says about it."""
+    predicted_memory: int | None = None
+    """Bytes that rank 0's GPU, which is of the first stage, is predicted to take; None on CPU."""
 
     def runner_up(self) -> "Decision | None":
         """Return the decision for the next attempt after this layout ran out of memory; None if there is none.
@@ -52,7 +56,8 @@ class Decision:
         if record is None or "ranOutOfMemory" in record or not record["runnersUp"]:
             return None
         first, *rest = record["runnersUp"]
-        changed = {**record, "layout": first, "runnersUp": rest, "ranOutOfMemory": asdict(self.layout)}
+        kept = {name: value for name, value in record.items() if name not in ("memory", "seconds")}
+        changed = {**kept, "layout": first, "runnersUp": rest, "ranOutOfMemory": asdict(self.layout)}
         layout = Layout(**first)
         return Decision(layout, changed, f"{layout_text(layout)} instead of {layout_text(self.layout)}")
 
@@ -78,7 +83,7 @@ def agreed(spec: DPOJobSpec, world: World, directory: RunDirectory, hardware: Ha
 
     found = world.from_main(on_main() if world.is_main else None)
     assert found is not None  # noqa: S101 - rank 0 ends if it has none
-    return Decision(Layout(**found["layout"]), found["record"], found["said"])
+    return Decision(**{**found, "layout": Layout(**found["layout"])})
 
 
 def _saved(directory: RunDirectory) -> dict[str, Any] | None:
@@ -117,7 +122,8 @@ def decide(spec: DPOJobSpec, model: ModelFacts, hardware: Hardware, saved: dict[
     kept = _layout_in(saved, made_for)
     if kept is not None and kept in candidates(model, spec, hardware):
         why = ", since another one ran out of memory" if saved is not None and "ranOutOfMemory" in saved else ""
-        return Decision(kept, saved, f"layout of an earlier attempt{why}: {layout_text(kept)}")
+        said = f"layout of an earlier attempt{why}: {layout_text(kept)}"
+        return Decision(kept, saved, said, _first_stage(spec, model, kept))
     found = choose(model, spec, hardware)
     if isinstance(found, Refusal):
         raise InvalidSpecError(f"{found.field}: {found.message}")
@@ -129,7 +135,12 @@ def decide(spec: DPOJobSpec, model: ModelFacts, hardware: Hardware, saved: dict[
         "runnersUp": [asdict(other.layout) for other in found.runners_up],
         "madeFor": made_for,
     }
-    return Decision(found.best.layout, record, _reasons(found))
+    layout = found.best.layout
+    return Decision(layout, record, _reasons(found), _first_stage(spec, model, layout))
+
+
+def _first_stage(spec: DPOJobSpec, model: ModelFacts, layout: Layout) -> int:
+    return memory_of_stage(model, spec, layout, stages(model.layers, layout.pipeline)[0]).total
 
 
 def _made_for(spec: DPOJobSpec, hardware: Hardware) -> dict[str, Any]:

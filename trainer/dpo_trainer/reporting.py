@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_api.manifest import DPOJob
+from dpo_api.metrics import MEMORY_PEAK, MEMORY_PREDICTED
 from dpo_api.plan import Plan
 from dpo_api.progress import Phase
 from dpo_trainer.data.records import Reason
@@ -23,7 +26,10 @@ _TIMED: frozenset[Phase] = frozenset({"reference", "validate"})
 
 
 class Reporter:
-    """The reports of one attempt. ``latest`` holds the newest metrics, the same on every rank."""
+    """The reports of one attempt. ``latest`` holds the newest metrics, the same on every rank.
+
+    ``predicted_memory``: bytes that rank 0's GPU was predicted to take; None on CPU.
+    """
 
     def __init__(
         self, job: DPOJob, world: World, *, events: Path | None = None, port: int | None = None, host: str = ""
@@ -32,6 +38,7 @@ class Reporter:
         self.latest: dict[str, float] = {}
         self.last_checkpoint: int | None = None
         self._place = world.place
+        self.predicted_memory: int | None = None
         self._hub = Hub(job, port=port, host=host, events=events) if world.is_main else None
 
     def begin(self, directory: RunDirectory, layout: str = "") -> None:
@@ -126,6 +133,7 @@ class Reporter:
         named = {f"train/{name}": value for name, value in values.items()}
         self.latest |= named
         if self._hub is not None:
+            named = named | memory_metrics(peak_memory(), self.predicted_memory)  # this rank's: not in ``latest``
             self._hub.write(step, named)
             self._hub.prometheus.add("dpo_train_tokens_total", tokens)
             self._hub.prometheus.add("dpo_data_wait_seconds_total", waited)
@@ -170,6 +178,17 @@ class Reporter:
         """Flush and close every metrics writer and stop the server."""
         if self._hub is not None:
             self._hub.close()
+
+
+def peak_memory() -> int | None:
+    """Most bytes that tensors have taken of this process's GPU; None on CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def memory_metrics(peak: int | None, predicted: int | None) -> dict[str, float]:
+    """Return a GPU's memory by the keys of metrics.jsonl; what is unknown has no key."""
+    found = {MEMORY_PEAK: peak, MEMORY_PREDICTED: predicted}
+    return {key: float(value) for key, value in found.items() if value is not None}
 
 
 def _saved(figures: PrometheusMetrics, step: int, at: float | None) -> None:

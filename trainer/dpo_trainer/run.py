@@ -84,6 +84,7 @@ class Run:
         self._asked_attempt = options.attempt
         self.directory.attempt = self._on_main(lambda: self.directory.look(options.attempt))
         self.reporter.begin(self.directory, self._decision.layout.short)
+        self.reporter.predicted_memory = self._decision.predicted_memory
         if self._decision.said:
             self.reporter.note(self._decision.said)
         self._settled = False

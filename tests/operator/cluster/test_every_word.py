@@ -442,7 +442,7 @@ def test_every_column_is_printed(stage: Stage) -> None:
     stage.kubelet.exit(first, 75, last_words("Communication", message="lost a peer"))
     rank0 = stage.kubelet.pod(stage.jobs.namespace, "shown-2-master-0")
     with FakeTrainer.of(rank0) as trainer:
-        trainer.say(step=12, total=64, etaSeconds=90,
+        trainer.say(step=12, total=64, etaSeconds=90, layout="T8 P1 D2",
                     metrics={"train/acc": 0.75, "train/loss": 0.61, "train/rewards_margin": 0.25})  # fmt: skip
         row = eventually(
             lambda: columns(stage, "shown"),
@@ -453,7 +453,8 @@ def test_every_column_is_printed(stage: Stage) -> None:
     assert age[:-1].isdigit(), age
     assert row == {
         "NAME": "shown", "STATE": "Running", "STEP": "12/64", "ACC": "0.75", "MARGIN": "0.25", "RESTARTS": "1",
-        "NODES": "2", "LOSS": "0.6100", "ETA": "1m", "GPUS": "8", "QUEUE": "team-a",
+        "NODES": "2", "LOSS": "0.6100", "ETA": "1m", "GPUS": "8", "LAYOUT": "T8 P1 D2",
+        "QUEUE": "team-a",
         "MESSAGE": "Training, step 12 of 64.",
     }  # fmt: skip
     crds = ("apiextensions.k8s.io/v1", "customresourcedefinitions")

@@ -71,7 +71,7 @@ def test_columns_and_short_names(cluster: ControlPlane, namespace: str) -> None:
     narrow = cluster.kubectl("get", "dpo", "-n", namespace).stdout.splitlines()[0].split()
     assert narrow == ["NAME", "STATE", "STEP", "ACC", "MARGIN", "RESTARTS", "NODES", "AGE"]
     wide = cluster.kubectl("get", "dpojobs", "-n", namespace, "-o", "wide").stdout.splitlines()[0].split()
-    assert wide[len(narrow) :] == ["LOSS", "ETA", "GPUS", "QUEUE", "MESSAGE"]
+    assert wide[len(narrow) :] == ["LOSS", "ETA", "GPUS", "LAYOUT", "QUEUE", "MESSAGE"]
 
 
 def test_a_typo_is_refused_by_name(cluster: ControlPlane, namespace: str) -> None:
