@@ -80,6 +80,7 @@ class Outcome(Enum):
         "infrastructure",
         "The accelerator ran out of memory in a layout that was chosen; the next attempt uses the runner-up.",
     )
+    DeviceFailed = "DeviceFailed", 77, "infrastructure", "A GPU, its links or its driver failed."
     Stopped = "Stopped", 143, "infrastructure", "The run was asked to stop. It wrote a checkpoint and can be continued."
 
     @classmethod
@@ -198,6 +199,12 @@ class LayoutTooLargeError(DPOError):
     """See Outcome.LayoutTooLarge."""
 
     outcome = Outcome.LayoutTooLarge
+
+
+class DeviceFailedError(DPOError):
+    """See Outcome.DeviceFailed."""
+
+    outcome = Outcome.DeviceFailed
 
 
 class StoppedError(DPOError):

@@ -33,6 +33,7 @@ TABLE = {
     "StorageUnavailable": (74, "retryable"),
     "Communication": (75, "retryable"),
     "LayoutTooLarge": (76, "infrastructure"),
+    "DeviceFailed": (77, "infrastructure"),
     "Stopped": (143, "infrastructure"),
 }
 

@@ -45,4 +45,4 @@ def test_a_process_that_stops_is_named_by_the_others(slow_spec: dict[str, Any], 
     found = re.search(expected, words.message)
     assert found, words.message
     assert int(found[1]) >= SECONDS - 1
-    assert sorted(result.rank for result in read_results(results) if result.names_missing) in ([0], [2], [0, 2])
+    assert sorted(result.rank for result in read_results(results) if result.explains) in ([0], [2], [0, 2])

@@ -131,7 +131,7 @@ def test_a_rank_outside_of_steps_waits_on() -> None:
 def test_the_node_reports_the_names_and_not_a_guess() -> None:
     """Not that a process was killed for lack of memory, although rank 1 left no result."""
     lost = RankResult(0, Outcome.Communication.name, "lost contact with another process", at=1.0)
-    names = RankResult(2, Outcome.Communication.name, "waited 600 s", at=2.0, names_missing=True)
+    names = RankResult(2, Outcome.Communication.name, "waited 600 s", at=2.0, explains=True)
     words = summarise([lost, names], 1, asked=False)
     assert (words.outcome, words.message) == ("Communication", "waited 600 s")
     assert "killed, perhaps for lack of memory" in summarise([lost], 1, asked=False).message

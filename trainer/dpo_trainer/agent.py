@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_api.errors import Outcome
+from dpo_trainer.failures import of_signal
 from dpo_trainer.parent import follow_parent
 from dpo_trainer.results import RankResult
 
@@ -122,6 +123,15 @@ def end(
         time.sleep(0.05)
 
 
+def _report_signal(results: Path, rank: int, number: int) -> None:
+    """Write the result of a process that a signal ended, unless it did so itself or the signal says nothing."""
+    found = of_signal(number, gpu=Path("/dev/nvidiactl").exists())
+    if found is not None and not RankResult.path(results, rank).exists():
+        outcome, said = found
+        message = f"rank {rank} {said}"
+        RankResult(rank, outcome.name, message, at=time.time(), explains=True).write(results)
+
+
 def agent(argv: Sequence[str]) -> int:
     """Run torchrun with these arguments; returns 1 if a process failed, 143 if it was asked to stop."""
     follow_parent()  # before the imports, which take seconds
@@ -147,7 +157,9 @@ def agent(argv: Sequence[str]) -> int:
     SubprocessContext._close = close  # type: ignore[assignment]
     try:
         torchrun(list(argv))
-    except ChildFailedError:
+    except ChildFailedError as error:
+        for rank, failure in error.failures.items():
+            _report_signal(results, rank, -failure.exitcode)
         return 1
     except SignalException:
         return Outcome.Stopped.exit_code

@@ -33,8 +33,8 @@ class RankResult:
     attempt: int = 1
     last_checkpoint_step: int | None = None
     already_complete: bool = False
-    names_missing: bool = False
-    """Whether the message names the ranks that it waited for."""
+    explains: bool = False
+    """Whether the message says what happened to another rank, with which contact was lost."""
 
     @staticmethod
     def path(folder: Path, rank: int | str) -> Path:
@@ -76,7 +76,7 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         not causes and agent_code != 0 and not asked and all(r.outcome == Outcome.Communication.name for r in failures)
     )
     stopped = [result for result in failures if result.outcome == Outcome.Stopped.name]
-    naming = [result for result in failures if result.names_missing]
+    naming = [result for result in failures if result.explains]
     chosen = min(causes or stopped or naming or failures or results, key=lambda result: (result.at, result.rank))
     outcome, message = chosen.outcome, chosen.message
     if asked and outcome == Outcome.Communication.name:

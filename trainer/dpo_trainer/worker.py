@@ -20,6 +20,7 @@ import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatr
 from dpo_api.errors import DPOError, Outcome
 from dpo_api.manifest import load_manifest
 from dpo_trainer.distributed import World, lost_contact
+from dpo_trainer.failures import of_text
 from dpo_trainer.layouts import agreed, hardware_here
 from dpo_trainer.results import RankResult
 from dpo_trainer.run import Run, RunOptions, directory_of
@@ -46,6 +47,9 @@ def explain(error: BaseException) -> tuple[Outcome, str]:
     if isinstance(error, OSError) and error.errno in _OUTCOME_OF_ERRNO:
         where = error.filename or "a file of the run directory, of the cache (DPO_CACHE_DIR) or of TMPDIR"
         return _OUTCOME_OF_ERRNO[error.errno], f"{where}: {error.strerror}"
+    if isinstance(error, RuntimeError) and (found := of_text(str(error))) is not None:
+        outcome, advice = found
+        return outcome, f"{_first_line(error)}; {advice}"
     if lost_contact(error):
         return Outcome.Communication, f"lost contact with another process ({_first_line(error)})"
     return Outcome.Internal, f"{type(error).__name__}: {_first_line(error)}"
@@ -83,16 +87,16 @@ def work(arguments: argparse.Namespace) -> int:
         outcome, message = explain(error)
         if run is not None and isinstance(error, torch.OutOfMemoryError) and (instead := run.take_runner_up()):
             outcome, message = Outcome.LayoutTooLarge, instead
-        names_missing = False
+        explains = False
         if watch is not None:
             watch.stop()
             found = watch.verdict() if outcome is Outcome.Communication else None
-            message, names_missing = found or message, found is not None
+            message, explains = found or message, found is not None
         if outcome is Outcome.Internal:
             with suppress(OSError):  # the log may be on the disk that is full
                 traceback.print_exc()
         if run is not None:
-            result = replace(run.result(rank, outcome, message), names_missing=names_missing)
+            result = replace(run.result(rank, outcome, message), explains=explains)
         else:
             result = RankResult(rank=rank, outcome=outcome.name, message=message, at=time.time())
         _fail(result, run, arguments.results)
@@ -105,7 +109,7 @@ def _watch(run: Run, rank: int, results: Path) -> Watch:
     """Start watching for waits that are too long. They end this process."""
 
     def give_up(message: str) -> None:
-        _fail(replace(run.result(rank, Outcome.Communication, message), names_missing=True), run, results)
+        _fail(replace(run.result(rank, Outcome.Communication, message), explains=True), run, results)
 
     limit = step_limit(run.spec.run_policy.stall_timeout_seconds)
     watch = Watch(run.world.place, rank, run.world.size, _get_default_store(), limit=limit, give_up=give_up)

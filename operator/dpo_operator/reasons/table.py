@@ -385,6 +385,11 @@ class Reason(Row, Enum):
         suspects="silent nodes",
         rank=WEAK + 2,
     )
+    DeviceFailed = cause_of(
+        Outcome.DeviceFailed,
+        "Look for the driver's Xid in the node's kernel log; drain the node if it happens again.",
+        suspects="its node",
+    )
     Stopped = cause_of(Outcome.Stopped, "Nothing. The next attempt continues from its checkpoint.", rank=WEAK + 3)
 
     # -- why a job ended
