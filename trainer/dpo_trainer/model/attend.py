@@ -7,7 +7,8 @@ the log-sum-exp of the whole row (Dao et al., FlashAttention, 2022, algorithm 4)
 the gradients of the whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -97,72 +98,101 @@ class _OnCPU(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, masks: Masks, scale: float | None
     ) -> Tensor:
-        groups = key.shape[1]
-        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        parts: list[Tensor] = []
         sums: list[Tensor] = []
-        for rows, keys, own, mask in _sequences(plan, masks):
-            q = _grouped(query, rows, groups)
-            found, lse = _flash(q, *_shared(key, value, own, q), 0.0, mask is None, attn_mask=mask, scale=scale)
-            if own[0] > keys[0]:
-                before, lse_before = _flash(q, *_shared(key, value, (keys[0], own[0]), q), scale=scale)
-                both = torch.logaddexp(lse_before, lse)
-                found = torch.lerp(
-                    found.to(both.dtype), before.to(both.dtype), (lse_before - both).exp_().unsqueeze(-1)
-                )
+        for rows, before, own, mask in _sequences(plan, masks):
+            if own is None:
+                parts.append(torch.zeros_like(query[rows[0] : rows[1]]))
+                continue
+            q = _headed(query, rows)
+            out, lse = _flash(
+                q, _shared(key, own, q), _shared(value, own, q), 0.0, mask is None, attn_mask=mask, scale=scale
+            )
+            if before[1] > before[0]:
+                first, first_lse = _flash(q, _shared(key, before, q), _shared(value, before, q), scale=scale)
+                both = torch.logaddexp(first_lse, lse)
+                out = torch.lerp(out.to(both.dtype), first.to(both.dtype), (first_lse - both).exp_().unsqueeze(-1))
                 lse = both
-            _grouped(out, rows, groups).copy_(found)
+            parts.append(_rows(out.to(query.dtype)))
             sums.append(lse)
-        ctx.save_for_backward(query, key, value, out, *sums)
+        whole = torch.cat(parts)
+        ctx.save_for_backward(query, key, value, whole, *sums)
         ctx.plan, ctx.masks, ctx.scale = plan, masks, scale
-        return out.flatten(1)
+        return whole.flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, *sums = ctx.saved_tensors
-        groups = key.shape[1]
         grad = grad.contiguous().view(query.shape)
-        to_query, to_key, to_value = (
-            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
-        )
-        for (rows, keys, own, mask), lse in zip(_sequences(ctx.plan, ctx.masks), sums, strict=True):
-            q, o, g = (_grouped(x, rows, groups) for x in (query, out, grad))
-            parts = [(own, mask is None)] + ([((keys[0], own[0]), False)] if own[0] > keys[0] else [])
-            for part, causal in parts:
-                k, v = _shared(key, value, part, q)
+        to_query: list[Tensor] = []
+        to_key: list[Tensor] = []
+        to_value: list[Tensor] = []
+        left = iter(sums)
+        for rows, before, own, mask in _sequences(ctx.plan, ctx.masks):
+            if own is None:
+                for x, part, gradients in ((query, rows, to_query), (key, before, to_key), (value, before, to_value)):
+                    gradients.append(torch.zeros_like(x[part[0] : part[1]]))
+                continue
+            q, o, g, lse = _headed(query, rows), _headed(out, rows), _headed(grad, rows), next(left)
+            total: Tensor | None = None
+            for keys in (before, own) if before[1] > before[0] else (own,):
+                k, v, causal = _shared(key, keys, q), _shared(value, keys, q), keys is own and mask is None
                 dq, dk, dv = _flash_backward(g, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=ctx.scale)
-                _grouped(to_query, rows, groups).add_(dq)
-                to_key[part[0] : part[1]] = dk.sum(0).transpose(0, 1)
-                to_value[part[0] : part[1]] = dv.sum(0).transpose(0, 1)
-        return to_query, to_key, to_value, None, None, None
+                total = dq if total is None else total.add_(dq)
+                to_key.append(_unshared(dk, key))
+                to_value.append(_unshared(dv, value))
+            assert total is not None  # noqa: S101 - every sequence has keys of its own
+            to_query.append(_rows(total))
+        return torch.cat(to_query), torch.cat(to_key), torch.cat(to_value), None, None, None
 
 
-def _sequences(plan: VarlenPlan, masks: Masks) -> list[tuple[Interval, Interval, Interval, Tensor | None]]:
-    """Each sequence but padding: its query rows, its key rows, those of them that are one causal call, its mask.
+def _sequences(plan: VarlenPlan, masks: Masks) -> Iterator[tuple[Interval, Interval, Interval | None, Tensor | None]]:
+    """Each sequence's query rows, its key rows before the queries' own, the queries' own (None: padding), its mask.
 
-    A mask covers all keys, so they are one call.
+    A mask covers all keys, so they count as the queries' own: one call.
     """
     cu_q, cu_k = plan.cu_q.tolist(), plan.cu_k.tolist()
-    found: list[tuple[Interval, Interval, Interval, Tensor | None]] = []
     for index, (piece, mask) in enumerate(zip(plan.pieces, masks, strict=True)):
+        rows, (first, last) = (cu_q[index], cu_q[index + 1]), (cu_k[index], cu_k[index + 1])
+        split = first if mask is not None else last - piece.length
         if piece.padding:
-            continue
-        rows, keys = (cu_q[index], cu_q[index + 1]), (cu_k[index], cu_k[index + 1])
-        own = (keys[1] - piece.length, keys[1]) if mask is None else keys
-        found.append((rows, keys, own, mask))
-    return found
+            yield rows, (first, last), None, None
+        else:
+            yield rows, (first, split), (split, last), mask
 
 
-def _grouped(x: Tensor, rows: Interval, groups: int) -> Tensor:
-    """A view of [S, heads, d]'s rows as [heads / groups, groups, L, d].
+def _headed(x: Tensor, rows: Interval) -> Tensor:
+    """A view of [S, heads, d]'s rows as [1, heads, L, d]."""
+    return x[rows[0] : rows[1]].transpose(0, 1).unsqueeze(0)
 
-    The heads that share keys become the batch, so that keys are expanded by a stride of 0 and not copied.
+
+def _rows(x: Tensor) -> Tensor:
+    """A view of [1, heads, L, d] as [L, heads, d]."""
+    return x.squeeze(0).transpose(0, 1)
+
+
+def _shared(x: Tensor, rows: Interval, query: Tensor) -> Tensor:
+    """[K, groups, d]'s rows as keys or values of [1, heads, L, d] queries."""
+    part = _headed(x, rows)
+    times = query.shape[1] // part.shape[1]
+    return part if times == 1 or flash_has_groups() else part.repeat_interleave(times, dim=1)
+
+
+def _unshared(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``_shared``'s result → that of its rows, [rows, groups, d]."""
+    rows = _rows(gradient)
+    if rows.shape[1] != x.shape[1]:
+        rows = rows.unflatten(1, (x.shape[1], -1)).sum(2)
+    return rows
+
+
+@cache
+def flash_has_groups() -> bool:
+    """Whether this torch's flash attention for CPUs takes fewer key heads than query heads.
+
+    A version that does not would read the second head's keys: here they are NaN.
     """
-    part = x[rows[0] : rows[1]]
-    return part.view(part.shape[0], groups, -1, part.shape[2]).permute(2, 1, 0, 3)
-
-
-def _shared(key: Tensor, value: Tensor, rows: Interval, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of [K, groups, d]'s rows as [heads / groups, groups, rows, d]."""
-    k, v = (x[rows[0] : rows[1]].transpose(0, 1).expand(query.shape[0], -1, -1, -1) for x in (key, value))
-    return k, v
+    keys = torch.tensor([0.0, float("nan")]).view(1, 2, 1, 1)
+    out, _ = _flash(torch.zeros(1, 2, 1, 1), keys[:, :1], keys[:, :1])
+    return bool(torch.isfinite(out).all())
