@@ -1,5 +1,6 @@
 """Attention by sequences against one explicit mask over the whole stream, in float64; what it saves and calls."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -172,6 +173,19 @@ def test_attention_is_that_of_one_mask(
     assert bool((ours[0][pack.used :] == 0).all())
 
 
+def test_a_torch_whose_flash_attention_has_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are then expanded, and the gradients of the copies added."""
+    attend_module = importlib.import_module("dpo_trainer.model.attend")
+    monkeypatch.setattr(attend_module, "flash_has_groups", lambda: False)
+    pack, inputs = FORMS["shared"], inputs_of(FORMS["shared"], 8, 2)
+    context = context_of(pack)
+    with Calls() as seen:
+        ours = with_gradients(attention()(*inputs, None, packed_seq_params=context), inputs)
+    assert {heads for _, _, heads in seen.attention} == {8}
+    for got, expected in zip(ours, with_gradients(oracle(inputs, pack, None, context), inputs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("calls", [attend, attend_by_piece], ids=["on CPU", "by piece"])
 @pytest.mark.parametrize("window", [None, 7])
 def test_another_scale(calls: Any, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,13 +259,14 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention: list[tuple[str, Any]] = []
+        self.attention: list[tuple[str, Any, int]] = []  # name, mask, heads of the keys
         self.softmax = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         if "attention" in name:
-            self.attention.append((name, (kwargs or {}).get("attn_mask")))
+            key = args[2] if name.endswith("backward") else args[1]
+            self.attention.append((name, (kwargs or {}).get("attn_mask"), key.shape[1]))
         self.softmax += "softmax" in name
         return func(*args, **(kwargs or {}))
 
@@ -275,11 +290,11 @@ def test_only_windows_are_masked(variant: str, masked: int, tmp_path: Any) -> No
         hidden_rows(model, pack).sum().backward()
     layers = model.config.num_layers
     assert seen.softmax == 0
-    assert {name.removesuffix("_backward") for name, _ in seen.attention} == {
+    assert {name.removesuffix("_backward") for name, _, _ in seen.attention} == {
         "aten::_scaled_dot_product_flash_attention_for_cpu"
     }
-    plain = [mask for _, mask in seen.attention if mask is None]
-    windowed = [mask for _, mask in seen.attention if mask is not None]
+    plain = [mask for _, mask, _ in seen.attention if mask is None]
+    windowed = [mask for _, mask, _ in seen.attention if mask is not None]
     assert len(plain) == 2 * 6 * (layers - masked)
     assert len(windowed) == 2 * 4 * masked
     assert len({mask.data_ptr() for mask in windowed}) == (4 if masked else 0)
