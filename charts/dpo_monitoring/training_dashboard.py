@@ -254,11 +254,14 @@ SPEED = Row(
             lowest=0,
         ),
         Panel(
-            "Data wait",
-            "Share of time that steps waited for data. Above a few percent, the storage or the node's CPUs slow down"
-            " the GPUs.",
+            "Data and checkpoint wait",
+            "Share of time that steps waited for data, and training for checkpoints. Above a few percent, the storage"
+            " or the node's CPUs slow down the GPUs.",
             "percentunit",
-            (Query(run_rate("dpo_data_wait_seconds_total"), WHO),),
+            (
+                Query(run_rate("dpo_data_wait_seconds_total"), f"{WHO} data"),
+                Query(run_rate("dpo_checkpoint_wait_seconds_total"), f"{WHO} checkpoints"),
+            ),
             lowest=0,
         ),
         Panel(

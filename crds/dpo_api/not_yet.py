@@ -50,7 +50,6 @@ NOT_YET: tuple[NotYet, ...] = (
     NotYet("spec.parallelism.context", lambda s: s.parallelism.context > 1, "use 1", "self == 1"),
     NotYet("spec.data.train[].weight", lambda s: _weighted(s.data.train), "leave it out", "self == 1.0"),
     NotYet("spec.data.validation[].weight", lambda s: _weighted(s.data.validation), "leave it out", "self == 1.0"),
-    NotYet("spec.checkpoint.async", lambda s: s.checkpoint.async_save, "use false", "!self"),
     NotYet("spec.checkpoint.monitor", lambda s: s.checkpoint.monitor is not None, "leave it out"),
     NotYet(
         "spec.output.formats",

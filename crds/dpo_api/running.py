@@ -142,7 +142,10 @@ class Checkpoint(Section):
         default=None, description="Also keep the best checkpoint by this metric. Not set: only the newest."
     )
     async_save: Bool = Field(
-        default=False, alias="async", description="Write checkpoints while training goes on. Default false."
+        default=False,
+        alias="async",
+        description="Write checkpoints while training goes on. Takes host memory: 12 bytes for each trained parameter,"
+        " divided by the processes. Default false.",
     )
     resume: Bool = Field(
         default=True,

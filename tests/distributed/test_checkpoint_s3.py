@@ -1,6 +1,7 @@
 """Checkpoints on S3: a slow one survives a stop even past torchrun's time limit; an incomplete one is ignored."""
 
 import json
+import random
 import re
 import signal
 import time
@@ -166,4 +167,63 @@ def test_a_kill_during_a_slow_checkpoint_leaves_the_older_one(
     resume(through(spec, server.endpoint), uri)
     assert complete(store, uri) == [EVERY, 2 * EVERY, STEPS]
     assert json.loads(store.read(f"{uri}/export.json"))["attempt"] == 2
+    assert_same(undisturbed, store, uri)
+
+
+ASYNC = {"checkpoint": {"async": True, "everySteps": 1, "keep": 2}}
+
+
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(3, 1), pytest.param(20, 2, marks=pytest.mark.nightly)], ids=["three", "twenty"]
+)
+def test_killed_at_random_moments_of_uploads_in_the_background(
+    kills: int, seed: int, undisturbed: Finished, spec: dict[str, Any], proxy: FaultProxy, store: Store, world: Path
+) -> None:
+    """Each upload takes longer than a step: most kills find one under way, and training waiting or going on."""
+    uri, draw = f"s3://runs/random-{kills}", random.Random(seed)
+    mine = through(merged(spec, ASYNC), proxy.endpoint)
+    proxy.clear()
+    proxy.add("delay", method="PUT", path=r"step-.*distcp", seconds=0.3, times=10_000)
+    newest = [0]
+    for number in range(kills):
+        scratch = world / f"random {kills} {number}"
+        begun = proxy.count("PUT", "distcp") + draw.randrange(1, 6 if kills == 3 else 4)
+        child = start(mine, uri, processes=2, scratch=scratch)
+        try:
+            wait_until(
+                lambda: proxy.count("PUT", "distcp") >= begun or child.poll() is not None,  # noqa: B023 - called at once
+                "no checkpoint began",
+            )
+            time.sleep(draw.uniform(0, 0.6))
+        finally:
+            kill(child)
+        newest.append(max(complete(store, uri), default=0))
+    assert newest == sorted(newest)
+    assert newest[-1] > 0
+    resume(mine, uri)
+    assert complete(store, uri) == [STEPS - 1, STEPS]
+    assert_same(undisturbed, store, uri)
+
+
+def test_a_stop_finishes_the_upload_in_the_background(
+    undisturbed: Finished, spec: dict[str, Any], server: S3Server, proxy: FaultProxy, store: Store, world: Path
+) -> None:
+    """The stop waits for it, and saves the step that was reached meanwhile."""
+    uri, scratch = "s3://runs/background", world / "background"
+    mine, files = merged(spec, {"checkpoint": {"async": True}}), rf"step-{EVERY:06d}/.*distcp"
+    proxy.clear()
+    proxy.add("delay", method="PUT", path=files, seconds=8.0, times=1)
+    child = start(through(mine, proxy.endpoint), uri, processes=2, scratch=scratch)
+    try:
+        wait_until(lambda: proxy.count("PUT", files) > 0, "no checkpoint began")
+        time.sleep(1.0)
+        assert complete(store, uri) == []
+        child.send_signal(signal.SIGTERM)
+        words = finish(child, scratch, code=143)
+    finally:
+        if child.poll() is None:
+            kill(child)
+    assert words["step"] >= EVERY
+    assert complete(store, uri) == sorted({EVERY, words["step"]})
+    resume(through(mine, server.endpoint), uri)
     assert_same(undisturbed, store, uri)

@@ -179,10 +179,14 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. Ranks use this to agree to stop at the same step."""
-        value = torch.tensor([float(flag)], device=self.device)
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set on any rank, in one collective."""
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
         self.place.part("agreement on a request to stop")
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return [bool(value) for value in values.tolist()]
 
     def from_main[T](self, value: T | None) -> T:
         """Return rank 0's value on every rank. It travels as JSON: it must be of JSON's types, and no tuple.

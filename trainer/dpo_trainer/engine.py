@@ -46,6 +46,8 @@ class Engine:
         self.spec = spec
         self.world = world
         self.optimizer: Any = None
+        self.before_update: Callable[[], None] = lambda: None
+        """Called in each step before masters and moments change."""
         self._wrapped: Any = model
         self._dropout_seed = 0
         self._gathers_late = False
@@ -153,6 +155,7 @@ class Engine:
                 f"the loss is {result['loss']} and the gradient's norm is {norm}: lower training.learningRate, or "
                 "check for damaged weights and extreme rewards; this step has not changed the weights"
             )
+        self.before_update()
         self._update(norm, rate)
         return {**result, "grad_norm": norm}, loss_at_start(table)
 

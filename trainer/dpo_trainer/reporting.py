@@ -168,6 +168,11 @@ class Reporter:
             _saved(self._hub.prometheus, step, at)
             self._hub.progress.saved(step)
 
+    def waited_for_checkpoint(self, seconds: float) -> None:
+        """Report time in which training waited for a checkpoint."""
+        if self._hub is not None:
+            self._hub.prometheus.add("dpo_checkpoint_wait_seconds_total", seconds)
+
     def finished_before(self, step: int, metrics: dict[str, float]) -> None:
         """Report that an earlier attempt has finished the run."""
         self.latest = dict(metrics)

@@ -16,6 +16,8 @@ class StopRequest:
     limit_seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
     signalled: bool = False
+    asked_at: float | None = None
+    """When the first signal came, by the monotonic clock."""
 
     def listen(self) -> None:
         """Turn SIGTERM and SIGINT into a request. The handler only sets a flag."""
@@ -24,6 +26,8 @@ class StopRequest:
 
     def _note(self, _signal: int, _frame: Any) -> None:
         self.signalled = True
+        if self.asked_at is None:
+            self.asked_at = time.monotonic()
 
     @property
     def reason(self) -> str | None:
@@ -37,6 +41,11 @@ class StopRequest:
     def agreed(self, world: World) -> bool:
         """Return whether any rank should stop, the same on all ranks. A collective."""
         return world.any(self.reason is not None)
+
+    def agreed_with(self, world: World, busy: bool) -> tuple[bool, bool]:
+        """Return whether any rank should stop, and whether any is ``busy``, the same on all ranks. A collective."""
+        stop, working = world.any_of(self.reason is not None, busy)
+        return stop, working
 
     def leave_before_training(self, world: World, phase: str) -> None:
         """Raise StoppedError on all ranks if any was asked to stop before there is anything to save. A collective."""

@@ -12,6 +12,7 @@ from dpo_api.spec import DPOJobSpec
 from dpo_trainer.batches import DataSet, Packer
 from dpo_trainer.checkpoint import store as checkpoints
 from dpo_trainer.checkpoint.identity import Identity, check_identity
+from dpo_trainer.checkpoint.saving import Saver
 from dpo_trainer.checkpoint.state import collect, restore
 from dpo_trainer.data.order import batch_pairs, validation_batches
 from dpo_trainer.distributed import World
@@ -82,6 +83,8 @@ class Training:
         self._epoch: tuple[int, list[Pairs]] = (-1, [])
         self._consumed = 0
         self._validated = True  #: whether the validation due at this step has been done
+        self.saver = Saver(directory, world, background=spec.checkpoint.async_save)
+        engine.before_update = self._before_update
 
     def resume_from(self, newest: SavedCheckpoint | None) -> None:
         """Continue from a complete checkpoint, or start at step 0.
@@ -114,7 +117,10 @@ class Training:
         if plan.validates_after(self.step) and (self.step == 0 or not self._validated):
             self._validate_or_stop()
         while self.step < plan.total_steps:
-            if self.stop.agreed(self.world):
+            stop, saving = self.stop.agreed_with(self.world, self.saver.busy)
+            if not saving:
+                self._complete_checkpoint()
+            if stop:
                 self._stop_here()
             self.reporter.stepping(self.step + 1)
             self._one_step()
@@ -122,6 +128,7 @@ class Training:
                 self._validate_or_stop()
             if plan.checkpoints_after(self.step):
                 self.checkpoint()
+        self._complete_checkpoint()
 
     def _batch(self, step: int) -> Pairs:
         """Return the pairs of the update after ``step`` updates."""
@@ -209,7 +216,9 @@ class Training:
         return True
 
     def checkpoint(self) -> None:
-        """Save this step on all ranks and delete the oldest checkpoints."""
+        """Save this step on all ranks; with ``checkpoint.async``, begin to."""
+        self._complete_checkpoint()  # there is one at a time
+        began = time.monotonic()
         self.reporter.phase("checkpoint", message=f"step {self.step}")
         self.reporter.flush()
         marker = checkpoints.Marker(
@@ -219,22 +228,55 @@ class Training:
             metrics=self.reporter.finite_latest,
             validated=self._validated,
         )
-        boxes = collect(self.engine.model, self.engine.optimizer)
-        checkpoints.save(self.directory, self.world, boxes, marker)
+        self.saver.begin(collect(self.engine.model, self.engine.optimizer), marker)
+        self.reporter.waited_for_checkpoint(time.monotonic() - began)
+        if not self.saver.background:
+            self._complete_checkpoint()
+
+    def _complete_checkpoint(self) -> None:
+        """Wait for the checkpoint that is being saved, if any, and delete the oldest ones. A collective."""
+        began = time.monotonic()
+        if self.saver.busy:
+            self.reporter.phase("checkpoint")
+        saved = self.saver.complete()
+        if saved is None:
+            return
         if self.world.is_main:
             checkpoints.keep_newest(self.directory, self.spec.checkpoint.keep)
         # All ranks must reach this point together: torchrun gives the others 30 s after one process has exited.
         self.world.barrier()
-        self.reporter.checkpointed(self.step, time.time())
+        self.reporter.checkpointed(saved.step, time.time())
+        self.reporter.waited_for_checkpoint(time.monotonic() - began)
+
+    def _before_update(self) -> None:
+        began = time.monotonic()
+        self.saver.wait_for_copy()
+        self.reporter.waited_for_checkpoint(time.monotonic() - began)
 
     def _stop_here(self) -> None:
-        """Save this step unless it is saved already, and raise StoppedError."""
+        """Save this step unless it is saved already or there is no time for it, and raise StoppedError."""
         reason = self.world.from_main((self.stop.reason or "asked to stop") if self.world.is_main else None)
         if self.step == 0:
             raise StoppedError(f"{reason} before the first step; the same command starts again")
-        if self.reporter.last_checkpoint != self.step:
+        self._complete_checkpoint()
+        newest = self.reporter.last_checkpoint
+        if newest != self.step:
+            if newest is not None and self.world.any(self._is_late()):
+                raise StoppedError(
+                    f"{reason} after step {self.step} of {self.plan.total_steps}; the rest of "
+                    "checkpoint.gracePeriodSeconds is too short for another checkpoint, so the newest is "
+                    f"{self.directory.checkpoint_uri(newest)}; the same command continues from there"
+                )
             self.checkpoint()
+            self._complete_checkpoint()
         raise StoppedError(
             f"{reason} after step {self.step} of {self.plan.total_steps}; checkpoint: "
             f"{self.directory.checkpoint_uri(self.step)}; the same command continues from there"
         )
+
+    def _is_late(self) -> bool:
+        """Whether a checkpoint that takes this rank as long as the last one would outlast the grace period."""
+        if self.stop.asked_at is None or self.saver.seconds is None:
+            return False
+        left = self.stop.asked_at + self.spec.checkpoint.grace_period_seconds - time.monotonic()
+        return self.saver.seconds > left

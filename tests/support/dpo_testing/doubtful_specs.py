@@ -40,7 +40,6 @@ NOT_YET_CASES: dict[str, dict[str, Any]] = {
     "spec.parallelism.context": {"parallelism.context": 2},
     "spec.data.train[].weight": {"data.train[0].weight": 2},
     "spec.data.validation[].weight": {"data.validation": [{"uri": "x", "weight": 0.5}]},
-    "spec.checkpoint.async": {"checkpoint.async": True},
     "spec.checkpoint.monitor": {"checkpoint.monitor": "val/loss"},
     "spec.output.formats": {"output.formats": ["huggingFace", "megatron"]},
     "spec.logging.mlflow": {"logging.mlflow": {"trackingURI": "http://mlflow"}},

@@ -50,13 +50,25 @@ def save(run: RunDirectory, world: World, boxes: Sequence[Box], marker: Marker) 
 
     A collective. Raises FencedError (on all ranks, since rank 0 fails) if a later attempt owns the directory.
     """
-    uri = run.checkpoint_uri(marker.step)
+    begin(run, world, marker.step)
+    return complete(run, world, write(run, world.rank, marker.step, boxes), marker)
+
+
+def begin(run: RunDirectory, world: World, step: int) -> None:
+    """Check the fence and remove what a killed attempt left of this step's checkpoint. A collective."""
     if world.is_main:
         run.check_fence()
-        _remove(run, uri)  # files of a killed attempt
+        _remove(run, run.checkpoint_uri(step))
     world.barrier()
-    written = _write(run, world, uri, boxes)
-    everything = world.to_main(written)  # now all ranks have written their files
+
+
+def complete(run: RunDirectory, world: World, written: list[files.Written], marker: Marker) -> SavedCheckpoint:
+    """Write the table of contents and the marker, once all ranks have written their files. A collective.
+
+    written: what ``write`` returned on this rank.
+    """
+    uri = run.checkpoint_uri(marker.step)
+    everything = world.to_main(written)
     if everything is not None:
         run.check_fence()
         run.store.write(f"{uri}/{files.TABLE}", files.table([box for part in everything for box in part]))
@@ -64,16 +76,17 @@ def save(run: RunDirectory, world: World, boxes: Sequence[Box], marker: Marker) 
     return SavedCheckpoint(marker.step, uri)
 
 
-def _write(run: RunDirectory, world: World, uri: str, boxes: Sequence[Box]) -> list[files.Written]:
-    """Write this rank's file, and upload it if the checkpoint is not in a local folder."""
+def write(run: RunDirectory, rank: int, step: int, boxes: Sequence[Box]) -> list[files.Written]:
+    """Write a rank's file, and upload it if the checkpoint is not in a local folder. Not a collective."""
+    uri = run.checkpoint_uri(step)
     local = local_path_of(uri)
     if local is not None:
         local.mkdir(parents=True, exist_ok=True)
         with _no_space_if_full(local):
-            return files.write(local, world.rank, boxes)
+            return files.write(local, rank, boxes)
     with tempfile.TemporaryDirectory(prefix="dpo-checkpoint-") as name:
         with _no_space_if_full(Path(name)):
-            written = files.write(Path(name), world.rank, boxes)
+            written = files.write(Path(name), rank, boxes)
         run.store.upload_tree(name, uri + "/")
         return written
 
