@@ -86,7 +86,7 @@ generate: setup ## rewrite what is generated: the CRD, the reference and operati
 	$(BIN)/python -m dpo_api.crd > crds/dpojobs.yaml
 	$(BIN)/python -m dpo_api.docs > docs/api.md
 	$(BIN)/python -m dpo_operator.docs > docs/operations.md
-	PYTHONPATH=charts $(BIN)/python -m dpo_monitoring
+	PYTHONPATH=charts$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m dpo_monitoring
 	$(BIN)/python hack/chart.py
 
 .PHONY: bench

@@ -281,13 +281,13 @@ class Engine:
 
 
 def bucket_elements(model: Any) -> int:
-    """Return the size of a bucket of gradients, in elements: a quarter of the trainable ones, 40 million at most.
+    """Return the size of a bucket of gradients, in elements: an eighth of the trainable ones, 40 million at most.
 
     40 million are Megatron-Core's own choice. Its default grows with the number of ranks, and so would the ranges that
     each rank's optimizer has.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return min(40_000_000, max(1, trained // 4))
+    return min(40_000_000, max(1, trained // 8))
 
 
 def _count(pairs: Tensor) -> Tensor:
