@@ -11,7 +11,7 @@ import pytest
 from dpo_api.errors import InvalidSpecError
 from dpo_api.sizing import Layout, layout_of, with_layout
 from dpo_testing.sizes import LLAMA_1B, LLAMA_405B, gpus, sized
-from dpo_trainer.layouts import Decision, decide, hardware_here, with_memory
+from dpo_trainer.layouts import Decision, decide, divided, hardware_here, with_memory
 
 
 def recorded(record: dict[str, Any] | None) -> dict[str, Any]:
@@ -92,6 +92,14 @@ def test_a_damaged_record_is_made_again(damage: dict[str, Any]) -> None:
 def test_what_cannot_fit_is_refused_before_it_is_loaded() -> None:
     with pytest.raises(InvalidSpecError, match=r"^spec\.resources: the model does not fit 1 node of 8 A10G: "):
         decide(sized(), LLAMA_405B, gpus("A10G"), None)
+
+
+def test_the_nodes_are_those_of_the_processes() -> None:
+    name = "NVIDIA H100 80GB HBM3"
+    assert divided(16, 8, name) == gpus("H100-80GB", nodes=2)
+    assert divided(4, 4, name) == gpus("H100-80GB", per_node=4)
+    assert divided(6, 4, name) == gpus("H100-80GB", per_node=1, nodes=6)
+    assert divided(8, 8, "Tesla T4") == gpus("H100-80GB", known=False)
 
 
 def test_the_drivers_memory_counts_where_it_is_less() -> None:

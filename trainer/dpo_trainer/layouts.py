@@ -101,8 +101,17 @@ def hardware_here(processes: int) -> Hardware | None:
     if not torch.cuda.is_available():
         return None
     here = torch.cuda.get_device_properties(torch.cuda.current_device())
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return with_memory(hardware_named(max(1, processes // local), local, here.name), here.total_memory)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or min(processes, torch.cuda.device_count())
+    return with_memory(divided(processes, local, here.name), here.total_memory)
+
+
+def divided(processes: int, local: int, name: str | None) -> Hardware:
+    """Return the hardware of a run with ``local`` processes on each node.
+
+    If nodes have different numbers of processes, each process counts as a node: nothing is divided within one then.
+    """
+    nodes, rest = divmod(processes, local)
+    return hardware_named(processes, 1, name) if rest else hardware_named(nodes, local, name)
 
 
 def with_memory(hardware: Hardware, memory: int) -> Hardware:
