@@ -37,6 +37,12 @@ def beats(**spots: Spot | None) -> tuple[dict[int, Beat], dict[int, Beat]]:
             False,
         ),
         (
+            {"r0": REDUCTION, "r1": replace(PASSES, number=98), "r2": PASSES},
+            3,
+            "rank 1 has not arrived (rank 1: forward and backward passes of step 41, 600 s)",
+            False,
+        ),
+        (
             {"r0": REDUCTION, "r1": None},
             2,
             "rank 1 has not arrived (rank 1: forward and backward passes of step 41, no word for 590 s)",

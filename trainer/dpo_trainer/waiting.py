@@ -137,7 +137,9 @@ def judge(first: Mapping[int, Beat], last: Mapping[int, Beat], size: int, *, now
     front = max(alive.values(), key=lambda beat: (beat.spot.number, beat.age))
     behind = [rank for rank, beat in sorted(alive.items()) if beat.spot.number < front.spot.number]
     waited = f"waited {front.age:.0f} s in the {front.spot}"
-    missing = sorted({*silent, *behind})
+    # Those farther behind may hold up the others that are behind, in a smaller group.
+    last_of_all = min((last[rank].spot.number for rank in {*silent, *behind} if rank in last), default=0)
+    missing = sorted({*silent, *(rank for rank in behind if alive[rank].spot.number == last_of_all)})
 
     def said(rank: int) -> str:
         beat = last.get(rank)
