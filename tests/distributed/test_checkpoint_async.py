@@ -14,10 +14,11 @@ from dpo_api.errors import NoSpaceError
 from dpo_store import open_store
 from dpo_testing.runs import Finished, finish, job_of, kill, merged, run_here, run_processes, start, wait_for_step
 from dpo_testing.trajectories import checkpoints_in, differences
-from dpo_trainer.checkpoint import store
+from dpo_trainer.checkpoint import saving, store
 from dpo_trainer.checkpoint.boxes import Box
 from dpo_trainer.checkpoint.saving import Saver
 from dpo_trainer.distributed import World
+from dpo_trainer.engine import Engine
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.rundir import RunDirectory, SavedCheckpoint
 from dpo_trainer.stopping import StopRequest
@@ -86,8 +87,6 @@ def test_what_is_saved_is_the_state_at_the_beginning(
 def test_the_copy_is_waited_for_before_the_weights_change(
     tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_trainer.checkpoint import saving
-
     run = RunDirectory(open_store(), str(tmp_path))
     run.claim(None)
     saver = Saver(run, alone, background=True)
@@ -107,6 +106,48 @@ def test_the_copy_is_waited_for_before_the_weights_change(
     waiting.join(60)
     assert not waiting.is_alive()
     assert saver.complete() is not None
+
+
+def test_no_update_begins_before_the_copy_is_made(
+    slow_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is held until the step asks for it, or until an update has begun."""
+    asked = threading.Event()
+    saves: list[Any] = []
+    overlapping: list[bool] = []
+    copy, begin, wait_for_copy, complete = saving._copy, Saver.begin, Saver.wait_for_copy, Saver.complete
+    update = Engine._update
+
+    def held(boxes: Sequence[Box], copies: Sequence[Box]) -> None:
+        assert asked.wait(120)
+        copy(boxes, copies)
+
+    def beginning(saver: Saver, *more: Any) -> None:
+        asked.clear()
+        begin(saver, *more)
+        saves.append(saver._under_way)
+
+    def asking(saver: Saver) -> None:
+        asked.set()
+        wait_for_copy(saver)
+
+    def completing(saver: Saver) -> SavedCheckpoint | None:
+        asked.set()
+        return complete(saver)
+
+    def updating(engine: Engine, *more: Any) -> None:
+        overlapping.append(any(not save.copied.is_set() for save in saves))
+        asked.set()
+        update(engine, *more)
+
+    monkeypatch.setattr(saving, "_copy", held)
+    monkeypatch.setattr(Saver, "begin", beginning)
+    monkeypatch.setattr(Saver, "wait_for_copy", asking)
+    monkeypatch.setattr(Saver, "complete", completing)
+    monkeypatch.setattr(Engine, "_update", updating)
+    run_here(merged(slow_spec, {"training": {"maxSteps": 4}, "checkpoint": {"async": True, "everySteps": 3}}), tmp_path)
+    assert overlapping == [False] * 4
+    assert checkpoints_in(tmp_path) == [3, 4]
 
 
 def test_a_run_with_checkpoints_in_the_background_is_the_same(
