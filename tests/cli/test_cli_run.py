@@ -194,9 +194,9 @@ def test_an_internal_error_shows_the_end_of_this_runs_log(world: World, replay: 
 
 
 def test_a_trainer_that_dies_without_a_termination_message(world: World, replay: Replay) -> None:
-    said = replay.run(failing(None, 77), "run", "-f", world.write())
+    said = replay.run(failing(None, 99), "run", "-f", world.write())
     assert said.code == 1
-    assert "the trainer ended without a termination message (exit code 77)" in said.err
+    assert "the trainer ended without a termination message (exit code 99)" in said.err
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_the_copy_is_waited_for_before_the_weights_change(
 def test_no_update_begins_before_the_copy_is_made(
     slow_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy is held until the step asks for it, or until an update has begun."""
+    """The copy is held until the step asks for it, or until an update has started."""
     asked = threading.Event()
     saves: list[Any] = []
     overlapping: list[bool] = []
