@@ -110,7 +110,8 @@ def test_every_layout_loads_format_1(tmp_path: Path) -> None:
         tmp_path,
         [
             case(whole, tmp_path, saving=["one", "TP2"], loading=["TP4 of 2 groups", "DP2 PP2"], format_1=True),
-            case(tied, tmp_path, saving=["one, plain", "DP3"], loading=["TP2 PP2"], format_1=True),
+            # Versions that wrote format 1 had no buckets, in which Megatron-Core's writer mixes up the parameters.
+            case(tied, tmp_path, saving=["one, plain", "one"], loading=["TP2 PP2"], format_1=True),
             case(lora, tmp_path, saving=["one, plain"], loading=["DP2 TP2"], format_1=True),
         ],
     )
