@@ -1,10 +1,9 @@
 """The process group of a run: its members, and the few things that all ranks decide together."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_api.errors import InvalidSpecError
-from dpo_trainer import bridge, peers
+from dpo_trainer import bridge, messages, peers
 from dpo_trainer.waiting import LONGEST_WAIT_SECONDS, Place
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL error", "Broken pipe")
@@ -35,17 +34,6 @@ def check_device(local_rank: int, gpus: int) -> None:
             f"process {local_rank} of this node (counted from 0) has no GPU: there {'is' if gpus == 1 else 'are'} "
             f"{gpus}; start {gpus} with resources.processesPerNode (dpo run: --processes)"
         )
-
-
-_LARGEST_MESSAGE = 1 << 26
-"""Most bytes that ``World.from_main`` accepts. The largest message holds the spec of a finished run."""
-
-
-def _of_json(text: torch.Tensor, sender: str) -> Any:
-    try:
-        return json.loads(text.numpy().tobytes())
-    except (ValueError, RecursionError) as error:
-        raise peers.not_of_this_run(f"{sender} a message that is not JSON ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -193,35 +181,16 @@ class World:
 
         Raises InternalError if what arrives cannot come from a rank 0 of this run.
         """
-        text = json.dumps(value).encode() if self.is_main else b""
-        size = int(self.broadcast(torch.tensor([len(text)], dtype=torch.int64)).item())
-        if not 0 < size <= _LARGEST_MESSAGE:
-            raise peers.not_of_this_run(f"as rank 0 a message of {size:,} bytes; the limit is {_LARGEST_MESSAGE:,}")
-        own = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.is_main else torch.empty(size).byte()
-        result: T = _of_json(self.broadcast(own), "as rank 0")
-        return result
+        self.place.part("message of rank 0")
+        return messages.from_first(value)
 
     def to_main[T](self, value: T) -> list[T] | None:
         """Return every rank's value, in the order of ranks, on rank 0, and None on the others. A collective.
 
         They travel as JSON. Raises InternalError if what arrives cannot come from a rank of this run.
         """
-        text = json.dumps(value).encode()
-        sizes = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        sizes[self.rank] = len(text)
         self.place.part("message to rank 0")
-        dist.all_reduce(sizes)
-        longest = int(sizes.max())
-        if not 0 < longest <= _LARGEST_MESSAGE:
-            raise peers.not_of_this_run(f"a message of {longest:,} bytes; the limit is {_LARGEST_MESSAGE:,}")
-        own = torch.zeros(longest, dtype=torch.uint8, device=self.device)
-        own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        parts = [torch.empty_like(own) for _ in range(self.size)] if self.is_main else None
-        dist.gather(own, parts, dst=0)
-        if parts is None:
-            return None
-        whole = [part[:length].cpu() for part, length in zip(parts, sizes.tolist(), strict=True)]
-        return [_of_json(part, f"as rank {rank}") for rank, part in enumerate(whole)]
+        return messages.to_first(value)
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -14,6 +14,7 @@ from dpo_api.manifest import DPOJob
 from dpo_api.metrics import MEMORY_PEAK, MEMORY_PREDICTED
 from dpo_api.plan import Plan
 from dpo_api.progress import Phase
+from dpo_api.texts import size
 from dpo_trainer.data.records import Reason
 from dpo_trainer.distributed import World
 from dpo_trainer.metrics.hub import Hub
@@ -62,6 +63,11 @@ class Reporter:
         """Print one sentence to the log."""
         if self._hub is not None:
             print(text, flush=True)
+
+    def loaded(self, read: int, seconds: float) -> None:
+        """Report that the model's weights are loaded. read: bytes that all ranks read."""
+        rate = f" ({size(read / seconds)}/s)" if seconds > 0 else ""
+        self.note(f"read {size(read)} of weights in {seconds:.1f} s{rate}")
 
     def indexed(self, plan: Plan, stats: dict[str, Any], warnings: Sequence[str] = ()) -> None:
         """Report the run's length and the pairs that were dropped.

@@ -26,7 +26,7 @@ from dpo_trainer.data.index import IndexProgress, Listener, build_indexes
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there
-from dpo_trainer.formats.huggingface import Checkpoint, load_weights
+from dpo_trainer.formats.huggingface import load_weights, open_checkpoint
 from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.layout_check import compare
 from dpo_trainer.layouts import Decision
@@ -241,14 +241,15 @@ class Run:
             deterministic=training.deterministic,
         )
         store, folder = model_source(self.spec)
-        source = Checkpoint.open(store, folder)
+        source = open_checkpoint(store, folder, self.config)
         self._source, self._backend = source, backend
-        fingerprint = load_weights(model, store, folder, checkpoint=source)
+        loaded = load_weights(model, store, folder, checkpoint=source)
+        self.reporter.loaded(loaded.bytes, loaded.seconds)
         self._start_weights = StartWeights(model, source)
         if self.spec.lora is not None:
             attach_lora(model, self.spec.lora, seed=training.seed)
         self.stop.leave_before_training(self.world, "loading")
-        return model, fingerprint, "transformer-engine" if use_transformer_engine(backend) else "local"
+        return model, loaded.fingerprint, "transformer-engine" if use_transformer_engine(backend) else "local"
 
     def _check_layout(self, model: Any, inputs: Inputs) -> None:
         """Compare the layout with one rank. Raises InternalError if they disagree."""
@@ -353,9 +354,13 @@ class Run:
 
     def _start_masters(self, engine: Engine) -> None:
         """Set the masters to the start model's exact values; Megatron-Core takes the weights rounded to bf16."""
-        for name, parameter in engine.model.named_parameters():
-            if parameter.requires_grad and self._start_weights.rounded(name):
-                engine.masters.fill(parameter, self._start_weights.value(name))
+        rounded = {
+            name: parameter
+            for name, parameter in engine.model.named_parameters()
+            if parameter.requires_grad and self._start_weights.rounded(name)
+        }
+        masters = engine.masters
+        self._start_weights.deliver(rounded, lambda name, value: masters.fill(rounded[name], value))
 
     def _output(self, uri: str) -> tuple[Store, str]:
         """Return the store for an address of the result, and the address."""

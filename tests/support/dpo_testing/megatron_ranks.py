@@ -33,12 +33,12 @@ POSITIONS: tuple[Position, ...] = ("pre", "post")
 LORA = Lora(rank=4, alpha=6.0, target_modules=("all",))
 
 
-def join(tensor: int = 1) -> None:
+def join(tensor: int = 1, pipeline: int = 1) -> None:
     """Megatron-Core's groups over the process group that ``run_ranks`` made."""
     bridge.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
 
 
 class Trainee:

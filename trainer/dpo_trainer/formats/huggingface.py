@@ -1,19 +1,21 @@
 """Loads the weights of Hugging Face model folders. Weights are never unpickled."""
 
 import hashlib
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor
 
 from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_api.models import ModelConfig, read_config
+from dpo_api.models import ModelConfig
 from dpo_api.models.folder import INDEX, SINGLE, missing_shard, read_weight_map
 from dpo_api.models.stages import layers_of_stages
 from dpo_store import join_uri
-from dpo_trainer.formats.layout import Slot, assemble, slots, target
+from dpo_trainer import messages
+from dpo_trainer.formats.delivery import deliver
+from dpo_trainer.formats.layout import Slot, slots, target
 from dpo_trainer.formats.safetensors_reader import WEIGHT_DTYPES, RangeStore, SafetensorsFile
 from dpo_trainer.model.forward import unwrap
 
@@ -35,6 +37,18 @@ class Checkpoint:
             return cls(store, folder, weight_map, {})
         file = SafetensorsFile(store, join_uri(folder, SINGLE))
         return cls(store, folder, dict.fromkeys(file.tensors, SINGLE), {SINGLE: file})
+
+    @classmethod
+    def known(cls, store: RangeStore, folder: str, description: dict[str, Any]) -> "Checkpoint":
+        """Return the folder's weights as another process has described them, without reading."""
+        files = {
+            name: SafetensorsFile(store, join_uri(folder, name), known) for name, known in description["files"].items()
+        }
+        return cls(store, folder, description["weight_map"], files)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is known of the folder, of JSON's types."""
+        return {"weight_map": self.weight_map, "files": {name: file.describe() for name, file in self.files.items()}}
 
     def file_of(self, tensor: str) -> SafetensorsFile:
         """Return the file that holds a tensor, with its header checked."""
@@ -87,55 +101,47 @@ class Checkpoint:
                 )
 
 
-def load_weights(model: Any, store: RangeStore, folder: str, *, checkpoint: Checkpoint | None = None) -> str:
-    """Fill this rank's part of ``model`` from the folder; return the model's content key (see ``model_fingerprint``).
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A loaded model. The same on every rank."""
 
-    Reads only the rows that this rank needs, one tensor at a time: memory is the largest parameter and its sources.
-    The key costs nothing more when this process reads the whole model (tensor and pipeline size 1); else the files are
-    read once more. Raises InvalidModelError naming the file and tensor for anything damaged or inconsistent.
-    checkpoint: the folder's, if the caller has opened it already.
+    fingerprint: str  #: see load_weights
+    bytes: int  #: read by all ranks together
+    seconds: float
+
+
+def open_checkpoint(store: RangeStore, folder: str, config: ModelConfig) -> Checkpoint:
+    """Open the folder's weights and check them; rank 0 reads the headers for all. A collective of all ranks.
+
+    Errors, on every rank: see ``Checkpoint.open`` and ``Checkpoint.check``.
     """
+
+    def opened() -> dict[str, Any]:
+        found = Checkpoint.open(store, folder)
+        found.check(config)
+        return found.describe()
+
+    return Checkpoint.known(store, folder, messages.agreed(opened))
+
+
+def load_weights(model: Any, store: RangeStore, folder: str, *, checkpoint: Checkpoint | None = None) -> Loaded:
+    """Fill this rank's part of ``model`` from the folder, each byte of which is read once. A collective of all ranks.
+
+    The fingerprint is the sha256 of the model's content: its architecture, and every used tensor's name, dtype, shape
+    and bytes. How the tensors are spread over files and ranks does not matter, nor do dates or ETags. Memory, besides
+    the model's part: see ``delivery``. Raises InvalidModelError naming the file and tensor for anything damaged or
+    inconsistent. checkpoint: the folder's, if the caller has opened it already.
+    """
+    started = time.monotonic()
     gpt = unwrap(model)
     config: ModelConfig = gpt.dpo_config
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    checkpoint = checkpoint or Checkpoint.open(store, folder)
-    checkpoint.check(config)
-    digests: dict[str, str] = {}
-
-    def read(name: str, rows: tuple[int, int] | None) -> Tensor:
-        file = checkpoint.file_of(name)
-        shape = file.tensors[name].shape
-        digest = hashlib.sha256()
-        tensor = file.read(name, rows, digest.update)
-        if rows in (None, (0, shape[0])):
-            digests[name] = _tensor_key(name, file, digest.hexdigest())
-        return tensor
-
+    source = checkpoint or open_checkpoint(store, folder, config)
     with torch.no_grad():
-        for slot in stage_slots(gpt):
-            target(gpt, slot).copy_(assemble(slot, config, read, rank, size))
-    if size == 1 and parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return _combine(config, digests)
-    return model_fingerprint(store, folder)
-
-
-def model_fingerprint(store: RangeStore, folder: str) -> str:
-    """sha256 of the model's content: its architecture, and every used tensor's name, dtype, shape and bytes.
-
-    How the tensors are spread over files does not matter, nor do dates or ETags. Reads every weight once (about 1 s a
-    GB); memory is one tensor.
-    """
-    config = read_config(store, folder)
-    checkpoint = Checkpoint.open(store, folder)
-    checkpoint.check(config)
-    digests: dict[str, str] = {}
-    for slot in slots(config, range(config.num_layers), first=True, last=True):
-        for name in slot.sources:
-            file = checkpoint.file_of(name)
-            digest = hashlib.sha256()
-            file.read(name, None, digest.update)
-            digests[name] = _tensor_key(name, file, digest.hexdigest())
-    return _combine(config, digests)
+        found = deliver(config, source.file_of, stage_slots(gpt), lambda slot: target(gpt, slot))
+    keys = [_tensor_key(name, source.file_of(name), digest) for name, digest in sorted(found.digests.items())]
+    fingerprint = hashlib.sha256("\n".join([config.fingerprint, *keys]).encode()).hexdigest()
+    headers = sum(file.header_bytes for file in source.files.values())
+    return Loaded(fingerprint, headers + found.bytes, time.monotonic() - started)
 
 
 def stage_slots(gpt: Any) -> list[Slot]:
@@ -166,11 +172,6 @@ def check_tokenizer(config: ModelConfig, largest_id: int, where: str) -> None:
 def _tensor_key(name: str, file: SafetensorsFile, digest: str) -> str:
     info = file.tensors[name]
     return f"{name} {info.dtype} {list(info.shape)} {digest}"
-
-
-def _combine(config: ModelConfig, digests: dict[str, str]) -> str:
-    lines = [config.fingerprint, *(digests[name] for name in sorted(digests))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _and_more(names: list[str]) -> str:

@@ -7,10 +7,10 @@ values) and gate and up into one matrix, gate first.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor
 
 from dpo_api.models import ModelConfig
@@ -70,49 +70,83 @@ def slots(config: ModelConfig, layers: Sequence[int], *, first: bool, last: bool
             yield replace(embedding, parameter="output_layer.weight", duplicate=True)
 
 
-def assemble(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) -> Tensor:
-    """Return this tensor-parallel rank's part of the parameter, from whole or sliced Hugging Face tensors."""
-    if slot.kind == "copy":
-        return read(slot.sources[0], None)
-    if slot.kind == "rows":
-        return _padded_rows(slot, read, rank, size)
-    if slot.kind == "columns":
-        first, last = _share(slot.shapes[0][1], rank, size)
-        return read(slot.sources[0], None)[:, first:last]
-    if slot.kind == "gated":
-        rows = _share(slot.shapes[0][0], rank, size)
-        return torch.cat([read(name, rows) for name in slot.sources])
-    return _assemble_qkv(slot, config, read, rank, size)
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a Hugging Face tensor that a tensor-parallel rank holds, and where they are in its parameter."""
+
+    source: int  #: index of the tensor in ``Slot.sources``
+    first: int
+    last: int  #: the tensor's rows [first, last)
+    row: int  #: of the parameter, where they begin
+    columns: tuple[int, int] | None = None  #: of the tensor; None: all
 
 
-def _padded_rows(slot: Slot, read: Read, rank: int, size: int) -> Tensor:
-    """This rank's ⌈V/T⌉ rows of an embedding or a head: zeros after the last real one."""
+def pieces(slot: Slot, config: ModelConfig, rank: int, size: int) -> list[Piece]:
+    """Return what this tensor-parallel rank holds of a slot. Rows of its parameter that no piece fills are zero."""
     rows = slot.shapes[0][0]
-    each = -(-rows // size)
-    first, last = min(rank * each, rows), min((rank + 1) * each, rows)
-    real = read(slot.sources[0], (first, last))
-    return real if last - first == each else F.pad(real, (0, 0, 0, each - (last - first)))
+    if slot.kind == "copy":
+        return [Piece(0, 0, rows, 0)]
+    if slot.kind == "rows":  # ⌈V/T⌉ rows of an embedding or a head
+        each = -(-rows // size)
+        return [Piece(0, min(rank * each, rows), min((rank + 1) * each, rows), 0)]
+    if slot.kind == "columns":
+        return [Piece(0, 0, rows, 0, _share(slot.shapes[0][1], rank, size))]
+    if slot.kind == "gated":
+        first, last = _share(rows, rank, size)
+        return [Piece(source, first, last, source * (last - first)) for source in range(2)]
+    return _pieces_qkv(config, rank, size)
 
 
-def _assemble_qkv(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) -> Tensor:
+def _pieces_qkv(config: ModelConfig, rank: int, size: int) -> list[Piece]:
     g, d = config.num_query_groups, config.head_dim
     n = config.num_attention_heads // g
-    if size <= g:
-        first, last = _share(g, rank, size)
-    else:  # several ranks share a group: its rows are cut without regard to queries, keys and values
-        first = rank // (size // g)
-        last = first + 1
-    q = read(slot.sources[0], (first * n * d, last * n * d))
-    k = read(slot.sources[1], (first * d, last * d))
-    v = read(slot.sources[2], (first * d, last * d))
-    groups = last - first
-    tail = q.shape[1:]  # (H,) for the weight, () for the bias
-    parts = [q.view(groups, n * d, *tail), k.view(groups, d, *tail), v.view(groups, d, *tail)]
-    fused = torch.cat(parts, dim=1).view(-1, *tail)  # [groups · (n+2) · d, …]
-    if size <= g:
-        return fused
-    cut = _share(fused.shape[0], rank % (size // g), size // g)
-    return fused[cut[0] : cut[1]]
+    each = (n + 2) * d  # rows of a group: its queries, keys and values
+    # Where several ranks share a group, its rows are cut without regard to queries, keys and values.
+    begin, end = rank * g * each // size, (rank + 1) * g * each // size
+    found: list[Piece] = []
+    for group in range(begin // each, -(-end // each)):
+        row = group * each
+        for source, count in enumerate((n * d, d, d)):
+            first, last = max(row, begin), min(row + count, end)
+            if first < last:
+                within = group * count - row  # from a row of the fused matrix to a row of the source
+                found.append(Piece(source, first + within, last + within, first - begin))
+            row += count
+    return found
+
+
+def place(held: Sequence[Piece], parameter: Tensor, source: int, block: Tensor, first: int) -> None:
+    """Copy into ``parameter`` what this rank holds of ``block``, rows of a source from ``first`` on."""
+    for piece in held:
+        low, high = max(piece.first, first), min(piece.last, first + len(block))
+        if piece.source != source or low >= high:
+            continue
+        rows = block[low - first : high - first]
+        if piece.columns is not None:
+            rows = rows[:, piece.columns[0] : piece.columns[1]]
+        at = piece.row + low - piece.first
+        parameter[at : at + high - low].copy_(rows)
+
+
+def assemble(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) -> Tensor:
+    """Return this tensor-parallel rank's part of the parameter, from slices of Hugging Face tensors."""
+    held = pieces(slot, config, rank, size)
+    blocks = [read(slot.sources[piece.source], (piece.first, piece.last)) for piece in held]
+    rows, columns = sum(shape[0] for shape in slot.shapes), list(slot.shapes[0][1:])
+    if slot.kind == "columns":
+        columns = [columns[0] // size]
+    elif slot.kind != "copy":
+        rows = -(-rows // size)
+    part = torch.zeros(rows, *columns, dtype=reduce(torch.promote_types, (block.dtype for block in blocks)))
+    for piece, block in zip(held, blocks, strict=True):
+        place([piece], part, piece.source, block, piece.first)
+    return part
+
+
+def zero_padding(slot: Slot, held: Sequence[Piece], parameter: Tensor) -> None:
+    """Set the rows of an embedding or a head beyond the vocabulary to zero."""
+    if slot.kind == "rows":
+        parameter[held[0].last - held[0].first :].zero_()
 
 
 def split_qkv(fused: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:

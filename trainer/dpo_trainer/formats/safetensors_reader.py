@@ -33,7 +33,6 @@ NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 
 _HEADER_LIMIT = 100_000_000  # the format's own
-_FIRST_READ = 1 << 20
 _BLOCK = 16 << 20
 _PARALLEL_READS = 4
 
@@ -70,6 +69,10 @@ class TensorInfo:
     end: int
 
 
+Description = tuple[int, str | None, int, dict[str, tuple[str, list[int], int, int]]]
+"""A file's size and ETag, the bytes of its header, and its tensors: dtype, shape, start, end."""
+
+
 class SafetensorsFile:
     """One file with its header read and checked. Reading fails if the object has changed since (its ETag is compared).
 
@@ -77,20 +80,35 @@ class SafetensorsFile:
     Memory: the header, the tensor asked for, and at most 4 blocks of 16 MiB in flight.
     """
 
-    def __init__(self, store: RangeStore, uri: str) -> None:
+    def __init__(self, store: RangeStore, uri: str, known: Description | None = None) -> None:
+        """Read the header, unless it is ``known``: what ``describe`` has returned in another process."""
         self.store = store
         self.uri = uri
+        if known is not None:
+            self.size, self.etag, self.header_bytes, entries = known
+            self.tensors = {
+                name: TensorInfo(dtype, tuple(shape), start, end)
+                for name, (dtype, shape, start, end) in entries.items()
+            }
+            return
         found = store.stat(uri)
-        self.size: int = found.size
-        self.etag: str | None = found.etag or None
-        self.header = self._read_header()
-        self.tensors = self._check(self.header)
+        self.size = found.size
+        self.etag = found.etag or None
+        header = self._read_header()
+        self.header_bytes = 8 + len(header)
+        self.tensors = self._check(header)
+
+    def describe(self) -> Description:
+        """Return what the header says, of JSON's types."""
+        entries = {name: (info.dtype, list(info.shape), info.start, info.end) for name, info in self.tensors.items()}
+        return self.size, self.etag, self.header_bytes, entries
 
     def _fail(self, why: str) -> InvalidModelError:
         return InvalidModelError(f"{self.uri}: not a usable safetensors file: {why}; copy or download it again")
 
     def _read_header(self) -> bytes:
-        first = self.store.read(self.uri, 0, min(self.size, _FIRST_READ), self.etag) if self.size else b""
+        # Two reads, so that every byte of a model is read once.
+        first = self.store.read(self.uri, 0, min(self.size, 8), self.etag) if self.size else b""
         if len(first) < 8:
             raise self._fail(f"it holds {self.size} bytes")
         length = int.from_bytes(first[:8], "little")
@@ -100,9 +118,7 @@ class SafetensorsFile:
             raise self._fail(
                 f"it is truncated: its header alone takes {8 + length:,} bytes, the file has {self.size:,}"
             )
-        if 8 + length > len(first):
-            first += self.store.read(self.uri, len(first), 8 + length - len(first), self.etag)
-        return first[8 : 8 + length]
+        return self.store.read(self.uri, 8, length, self.etag) if length else b""
 
     def _check(self, header: bytes) -> dict[str, TensorInfo]:
         try:

@@ -1,5 +1,6 @@
 """The start model's exact values, read again from its files, where the model in memory is rounded to bf16."""
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from dpo_api.models import ModelConfig
+from dpo_trainer.formats.delivery import deliver
 from dpo_trainer.formats.huggingface import Checkpoint, stage_slots
 from dpo_trainer.formats.layout import assemble, target
 from dpo_trainer.formats.safetensors_reader import DTYPES
@@ -19,7 +21,10 @@ class StartWeights:
     """
 
     def __init__(self, gpt: Any, checkpoint: Checkpoint) -> None:
+        self._gpt = gpt
         self._config: ModelConfig = gpt.dpo_config
+        self._rank = parallel_state.get_tensor_model_parallel_rank()
+        self._size = parallel_state.get_tensor_model_parallel_world_size()
         self._checkpoint = checkpoint
         self._slots = {slot.parameter: slot for slot in stage_slots(gpt)}
         self._rounded = {
@@ -31,13 +36,25 @@ class StartWeights:
         return name in self._rounded
 
     def value(self, name: str) -> Tensor:
-        """Read the parameter from the files, as fp32 on the CPU. Needs memory for this parameter only."""
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        return assemble(self._slots[name], self._config, self._read, rank, size).float()
+        """Read this rank's part of the parameter from the files, as fp32 on the CPU. Memory: twice the part."""
 
-    def _read(self, name: str, rows: tuple[int, int] | None) -> Tensor:
-        return self._checkpoint.file_of(name).read(name, rows)
+        def read(source: str, rows: tuple[int, int] | None) -> Tensor:
+            return self._checkpoint.file_of(source).read(source, rows)
+
+        return assemble(self._slots[name], self._config, read, self._rank, self._size).float()
+
+    def deliver(self, names: Collection[str], use: Callable[[str, Tensor], object]) -> None:
+        """Read these parameters again, each byte once, and give each rank's part to ``use``, as fp32 on the CPU.
+
+        A collective of all ranks; ``names``: the same on all ranks of a pipeline stage.
+        """
+        deliver(
+            self._config,
+            self._checkpoint.file_of,
+            [slot for name, slot in self._slots.items() if name in names],
+            lambda slot: torch.empty(target(self._gpt, slot).shape),
+            lambda slot, part: use(slot.parameter, part),
+        )
 
     def _holds(self, held: torch.dtype, sources: tuple[str, ...]) -> bool:
         kinds = {DTYPES[self._checkpoint.file_of(name).tensors[name].dtype] for name in sources}
