@@ -1,4 +1,4 @@
-"""A model is read once by all ranks together, and is the same model under the same key in every layout."""
+"""A model is read once by all ranks together, the same under the same key in every layout, and so it is written."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from dpo_api.models import read_config
 from dpo_store import open_store
 from dpo_testing.faults import FaultProxy, fault_proxy
 from dpo_testing.gloo import run_ranks
-from dpo_testing.loading_ranks import Cases, Layout, load, place
+from dpo_testing.loading_ranks import LARGEST_FILE, Cases, Layout, load, place
 from dpo_testing.models import reference_model, save_folder, single_process
 from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
 from dpo_trainer.formats.delivery import readers
@@ -151,12 +151,25 @@ def test_every_byte_is_read_once_and_arrives(
             assert {report["bytes"] for report in reports} == {size}
             assert all(len(report["ranges"]) > 5 for report in reports), "a rank took no part in the reading"
             assert_same(folder, out / "exported")
+            assert_written_once(out / "exported", [report["written"] for report in reports])
             assert_data_ranks_equal(out, layout, processes)
             if folder.name == "tied" and layout[1] > 1:
                 parts = [load_file(out / f"copy-{rank}.safetensors")["copy"] for rank in range(layout[0])]
                 embedding = weights(folder)["model.embed_tokens.weight"]
                 assert torch.equal(torch.cat(parts)[: len(embedding)], embedding)
                 assert not torch.cat(parts)[len(embedding) :].any()
+
+
+def assert_written_once(out: Path, written: list[list[str]]) -> None:
+    """Each file by one rank, about as many by each rank, and none larger than it may be, but for a larger tensor."""
+    files = sorted(file.name for file in out.glob("*.safetensors"))
+    assert sorted(name for names in written for name in names) == files
+    assert min(len(names) for names in written) >= 1
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    for file in files:
+        held = load_file(out / file)
+        assert sum(value.nbytes for value in held.values()) <= LARGEST_FILE or len(held) == 1
 
 
 def assert_data_ranks_equal(out: Path, layout: Layout, processes: int) -> None:
@@ -189,13 +202,35 @@ def test_the_exact_values_of_a_rounded_model_are_read_once_too(
 def test_from_s3_every_byte_is_sent_once(
     case: int, folders: list[Path], s3: FaultProxy, loaded: Callable[[int], Path]
 ) -> None:
-    assert errors(place(loaded(2), LAYOUTS[2][case], f"fine-{case}")) == [None, None]
+    place(loaded(2), LAYOUTS[2][case], f"fine-{case}")
     ranges = []
     for seen in s3.seen:
         if seen.method == "GET" and f"fine-{case}/model.safetensors" in seen.path and seen.range:
             first, last = seen.range.removeprefix("bytes=").split("-")
             ranges.append((seen.path.partition("?")[0], int(first), int(last) + 1))
     assert_read_once(folders[1], ranges)
+
+
+@pytest.mark.parametrize("case", range(len(LAYOUTS[2])))
+def test_to_s3_every_tensor_is_written(
+    case: int, folders: list[Path], server: S3Server, loaded: Callable[[int], Path], tmp_path: Path
+) -> None:
+    loaded(2)
+    found = server.client().list_objects_v2(Bucket="models", Prefix=f"fine-{case}-exported/")["Contents"]
+    for entry in found:
+        server.client().download_file("models", entry["Key"], str(tmp_path / Path(entry["Key"]).name))
+    assert_same(folders[1], tmp_path)
+
+
+@pytest.mark.parametrize("case", range(len(LAYOUTS[2])))
+def test_a_full_disk_of_one_rank_is_every_ranks_error(case: int, loaded: Callable[[int], Path]) -> None:
+    out = place(loaded(2), LAYOUTS[2][case], f"fine-{case}")
+    found = errors(out)
+    assert found[0] is not None
+    assert found[0] == found[1]
+    assert found[0][0] == "NoSpaceError"
+    assert found[0][1].startswith(f"{out}/full/model-")
+    assert not (out / "full" / "model.safetensors.index.json").exists()
 
 
 @pytest.mark.parametrize("case", range(len(LAYOUTS[2])))

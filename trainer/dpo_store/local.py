@@ -7,7 +7,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
@@ -89,6 +89,16 @@ class LocalBackend:
         """Replace the file's content in one step: readers see the old content or the new."""
         with _translated(str(location)), replacing(self.path(location)) as file:
             file.write(data)
+
+    def write_blocks(self, location: Location, blocks: Iterable[bytes | memoryview], size: int) -> None:
+        """Write a file as its blocks arrive. Unlike ``write``, readers may see it before it is complete."""
+        path = self.path(location)
+        with _translated(str(location)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_space(path.parent, size, str(location))
+            with path.open("wb") as file:
+                for block in blocks:
+                    file.write(block)
 
     def put_file(self, source: Path, location: Location) -> None:
         """Copy a file to the location, which appears when it is complete."""

@@ -1,12 +1,13 @@
-"""Files to S3: one request if small, in parts if large; complete or absent, never half."""
+"""Files and streams to S3: one request if small, in parts if large; complete or absent, never half."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 PART: Final = 16 * MIB
 """Bytes of a part, unless the file needs larger ones; smaller files go in one request."""
+_BLOCK: Final = MIB
 _MOST_PARTS: Final = 10_000
 _TOGETHER: Final = 2
 """Parts under way at once; a folder has several files under way too, see dpo_store.trees."""
@@ -42,45 +44,75 @@ def upload(client: S3Client, source: Path, location: Location, patience: NewPati
     """Store a file. Holds at most two parts in memory: 32 MiB for files up to 160 GB."""
     try:
         size = source.stat().st_size
-        if size <= PART:
-            data = source.read_bytes()
-            digest = content_md5(data)
-            patience(str(location)).run(
-                lambda: client.put_object(Bucket=location.root, Key=location.path, Body=data, ContentMD5=digest)
-            )
-        else:
-            _in_parts(client, source, size, location, patience)
+        with source.open("rb") as file:
+            store(client, iter(lambda: file.read(_BLOCK), b""), size, location, patience)
     except OSError as error:
         raise from_os_error(error, str(source)) from error
+    except _WrongSizeError as error:
+        raise ObjectChangedError(f"{source}: changed its size while it was being uploaded") from error
 
 
-def _in_parts(client: S3Client, source: Path, size: int, location: Location, patience: NewPatience) -> None:
+def store(
+    client: S3Client, blocks: Iterable[bytes | memoryview], size: int, location: Location, patience: NewPatience
+) -> None:
+    """Store an object of ``size`` bytes as its blocks arrive, in parts if it is large. Memory: as for ``upload``."""
+    parts = _parts(blocks, size, part_size(size))
+    if size <= PART:
+        data = next(parts)
+        digest = content_md5(data)
+        patience(str(location)).run(
+            lambda: client.put_object(Bucket=location.root, Key=location.path, Body=data, ContentMD5=digest)
+        )
+    else:
+        _in_parts(client, parts, size, location, patience)
+
+
+class _WrongSizeError(RuntimeError):
+    """The blocks are not of the size that was announced."""
+
+
+def _parts(blocks: Iterable[bytes | memoryview], size: int, step: int) -> Iterator[bytes]:
+    """Cut ``size`` bytes of blocks into parts of ``step`` bytes; one part if there are none."""
+    held = bytearray()
+    sent = 0
+    for block in blocks:
+        held += block
+        while len(held) >= step and sent + step < size:
+            yield bytes(memoryview(held)[:step])
+            del held[:step]
+            sent += step
+    if sent + len(held) != size:
+        raise _WrongSizeError(f"{sent + len(held):,} bytes came, not {size:,}")
+    yield bytes(held)
+
+
+def _in_parts(client: S3Client, parts: Iterator[bytes], size: int, location: Location, patience: NewPatience) -> None:
     where: dict[str, Any] = {"Bucket": location.root, "Key": location.path}
     uri = str(location)
     # A retried request may open a second upload that nobody completes; S3's lifecycle rules remove those.
     upload_id = patience(uri).run(lambda: client.create_multipart_upload(**where))["UploadId"]
     where["UploadId"] = upload_id
-    step = part_size(size)
 
-    def send(number: int) -> dict[str, Any]:
-        start = (number - 1) * step
-        with source.open("rb") as file:
-            file.seek(start)
-            data = file.read(step)
-        if len(data) != min(step, size - start):
-            raise ObjectChangedError(f"{source}: became shorter while it was being uploaded")
+    def send(number: int, data: bytes) -> dict[str, Any]:
         digest = content_md5(data)
         answer = patience(uri).run(lambda: client.upload_part(**where, PartNumber=number, Body=data, ContentMD5=digest))
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
+    sent: list[dict[str, Any]] = []
+    under_way: deque[Future[dict[str, Any]]] = deque()
     try:
         with ThreadPoolExecutor(max_workers=_TOGETHER, thread_name_prefix="dpo-store") as pool:
             try:
-                parts = list(pool.map(send, range(1, -(-size // step) + 1)))
+                for number, data in enumerate(parts, start=1):
+                    under_way.append(pool.submit(send, number, data))
+                    del data
+                    if len(under_way) == _TOGETHER:
+                        sent.append(under_way.popleft().result())
+                sent += [future.result() for future in under_way]
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        _complete(client, where, parts, size, patience(uri))
+        _complete(client, where, sent, size, patience(uri))
     except BaseException:
         # Parts of an abandoned upload cost money until someone removes them.
         with contextlib.suppress(Exception):

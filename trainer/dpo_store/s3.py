@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins  # `list` is a method here
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -243,6 +243,10 @@ class S3Backend:
             self.client.put_object(Bucket=location.root, Key=location.path, Body=data, ContentMD5=digest)
 
         self._run(str(location), attempt)
+
+    def write_blocks(self, location: Location, blocks: Iterable[bytes | memoryview], size: int) -> None:
+        """Store an object of ``size`` bytes as its blocks arrive; see :mod:`dpo_store.multipart`."""
+        multipart.store(self.client, blocks, size, location, self.patience)
 
     def put_file(self, source: Path, location: Location) -> None:
         """Store a file; see :mod:`dpo_store.multipart`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins  # `list` is a method here
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,6 +132,11 @@ class Store:
         """Replace an object's content in one step: readers see the old content or the new."""
         location = uris.parse(uri)
         self._backend(location).write(location, data)
+
+    def write_blocks(self, uri: str, blocks: Iterable[bytes | memoryview], size: int) -> None:
+        """Write an object of ``size`` bytes as its blocks arrive. A local file can be seen before it is complete."""
+        location = uris.parse(uri)
+        self._backend(location).write_blocks(location, blocks, size)
 
     def delete(self, uri: str) -> None:
         """Remove an object; no error if there is none."""

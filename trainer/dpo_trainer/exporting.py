@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from dpo_api.spec import DPOJobSpec
-from dpo_store import Store, join_uri, local_path_of
+from dpo_store import Store, join_uri
+from dpo_trainer import messages
 from dpo_trainer.data.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
-from dpo_trainer.formats.export import export, exported
-from dpo_trainer.formats.huggingface import stage_slots
+from dpo_trainer.formats.export import Collect, export
 from dpo_trainer.formats.layout import Value
-from dpo_trainer.formats.layout import target as target_of
 from dpo_trainer.formats.peft import export_adapter
 from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.masters import Masters
-from dpo_trainer.model.forward import unwrap
 from dpo_trainer.model.lora import adapters, merged_value
 from dpo_trainer.sources import store_for
 
@@ -40,28 +38,26 @@ class Result:
     """
 
     def __init__(self, model: Any, masters: Masters, start: StartWeights, *, lora: bool) -> None:
-        """With LoRA, a collective over the data-parallel ranks, which gathers the adapters' (small) masters."""
+        """With LoRA, a collective over the data-parallel ranks, all of which get the adapters' (small) masters."""
         self.model, self._masters, self._start, self._lora = model, masters, start, lora
         matrices = [matrix for adapter in adapters(model) for matrix in adapter.parameters()]
-        self._adapters: dict[Tensor, Tensor] = {matrix: masters.whole(matrix) for matrix in matrices}
+        self._adapters: dict[Tensor, Tensor | None] = {matrix: masters.whole(matrix) for matrix in matrices}
 
     @property
-    def value_of(self) -> Value:
-        """For ``formats.export.export``. Without LoRA each value is a collective over the data-parallel ranks."""
-        if not self._lora:
-            return lambda _name, parameter: self._masters.whole(parameter)
-        return merged_value(self.model, base=self._frozen, trained=self.trained)
+    def collect(self) -> Collect | None:
+        """For ``formats.export.export``: the masters, without LoRA."""
+        return None if self._lora else self._masters.whole
+
+    @property
+    def value_of(self) -> Value | None:
+        """For ``formats.export.export``: the merged weights, with LoRA."""
+        return merged_value(self.model, base=self._frozen, trained=self.trained) if self._lora else None
 
     def trained(self, matrix: Tensor) -> Tensor:
         """Return the fp32 master of an adapter's matrix, on the matrix's device."""
-        return self._adapters[matrix].to(matrix.device)
-
-    def take_part(self) -> None:
-        """Join the collectives of the writing ranks. For ranks that write nothing."""
-        if not self._lora:
-            gpt = unwrap(self.model)
-            for slot in exported(stage_slots(gpt)):
-                self._masters.whole(target_of(gpt, slot))
+        found = self._adapters[matrix]
+        assert found is not None  # noqa: S101 - every rank has it
+        return found.to(matrix.device)
 
     def _frozen(self, name: str, parameter: Tensor) -> Tensor:
         return self._start.value(name) if self._start.rounded(name) else parameter.detach()
@@ -70,29 +66,29 @@ class Result:
 def export_model(result: Result, spec: DPOJobSpec, world: World, source: Place, target: Place) -> None:
     """Write the result: with LoRA merged (unless ``output.merge`` is false) and as an adapter.
 
-    A collective; when it returns, all is written. Each pipeline stage has one rank that writes. An interrupted export
-    is written again from the last checkpoint; export.json marks a complete one.
+    A collective; when it returns, all is written. An interrupted export is written again from the last checkpoint;
+    export.json marks a complete one.
     """
-    if world.is_main:
-        _remove_earlier(*target)
-    world.barrier()
-    if world.data_rank == 0:
-        _write(result, spec, source, target)
-    elif forms_of(spec)[0]:
-        result.take_part()
-    world.barrier()
-
-
-def _write(result: Result, spec: DPOJobSpec, source: Place, target: Place) -> None:
     store, uri = target
-    folder = local_path_of(uri)
-    scratch = tempfile.TemporaryDirectory(prefix="dpo-export-") if folder is None else nullcontext(str(folder))
-    with scratch as name:
-        path = Path(name)
-        path.mkdir(parents=True, exist_ok=True)
-        write_formats(result, spec, source, path)
-        if folder is None:
-            store.upload_tree(path, uri + "/")
+    messages.agreed(lambda: _remove_earlier(store, uri))
+    source_store, base = source
+    whole, adapter = forms_of(spec)
+    if whole:
+        with _tokenizer(spec, here=world.is_main) as tokenizer:
+            export(
+                result.model,
+                source_store,
+                base,
+                uri,
+                target_store=store,
+                dtype=_DTYPES[spec.output.dtype] if spec.output.dtype else None,
+                tokenizer=tokenizer,
+                collect=result.collect,
+                value_of=result.value_of,
+            )
+    if adapter and spec.lora is not None and world.data_rank == 0:
+        export_adapter(result.model, spec.lora, base, join_uri(uri, "adapter"), store=store, trained=result.trained)
+    world.barrier()
 
 
 def _remove_earlier(store: Store, uri: str) -> None:
@@ -128,29 +124,10 @@ def is_there(spec: DPOJobSpec, place: Place) -> bool:
     )
 
 
-def write_formats(result: Result, spec: DPOJobSpec, source: Place, folder: Path) -> None:
-    """Write the forms that the spec asks for into a local folder."""
-    store, base = source
-    whole, adapter = forms_of(spec)
-    if whole:
-        with _tokenizer(spec) as tokenizer:
-            export(
-                result.model,
-                store,
-                base,
-                folder,
-                dtype=_DTYPES[spec.output.dtype] if spec.output.dtype else None,
-                tokenizer=tokenizer,
-                value_of=result.value_of,
-            )
-    if adapter and spec.lora is not None:
-        export_adapter(result.model, spec.lora, base, folder / "adapter", trained=result.trained)
-
-
 @contextmanager
-def _tokenizer(spec: DPOJobSpec) -> Iterator[str | None]:
-    """Yield a local folder with the tokenizer's files, or None for the model's tokenizer."""
-    if spec.tokenizer is None:
+def _tokenizer(spec: DPOJobSpec, *, here: bool) -> Iterator[str | None]:
+    """Yield a local folder with the tokenizer's files, or None for the model's tokenizer, or if not wanted ``here``."""
+    if spec.tokenizer is None or not here:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="dpo-tokenizer-") as name:

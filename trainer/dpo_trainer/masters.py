@@ -21,10 +21,11 @@ class Masters:
         self._parts = getattr(optimizer, "chained_optimizers", [optimizer])
 
     @torch.no_grad()
-    def whole(self, parameter: Tensor) -> Tensor:
-        """Return the exact master of a parameter (of this rank's tensor-parallel part).
+    def whole(self, parameter: Tensor, to: int | None = None) -> Tensor | None:
+        """Return the exact master of a parameter (of this rank's tensor-parallel part) on one data-parallel rank.
 
-        With the distributed optimizer, a collective over the data-parallel group; only its first rank gets the value.
+        With the distributed optimizer, a collective over the data-parallel group. to: the rank in this group that gets
+        the value, the same on all of them; the others get None. Without it, all get the value.
         """
         if not _has_master(parameter):
             return parameter.detach()
@@ -32,8 +33,7 @@ class Masters:
             main: Tensor = _main(parameter).detach()
             return main.view(parameter.shape)
         group, start, end = self._range(parameter)
-        destination = dist.get_global_rank(group, 0)
-        found = torch.empty(parameter.numel(), dtype=torch.float32)
+        found = torch.empty(parameter.numel()) if to in (None, dist.get_rank(group)) else None
         for first in range(0, parameter.numel(), _PIECE):
             last = min(first + _PIECE, parameter.numel())
             # The ranges are disjoint, so summing bit patterns as integers keeps each value exactly, also -0.0 and NaN.
@@ -42,9 +42,13 @@ class Masters:
             if low < high:
                 own = _main(parameter).detach().view(-1)[low - start : high - start]
                 bits[low - first : high - first] = own.view(torch.int32)
-            dist.reduce(bits, dst=destination, group=group)
-            found[first:last] = bits.view(torch.float32).cpu()
-        return found.view(parameter.shape)
+            if to is None:
+                dist.all_reduce(bits, group=group)
+            else:
+                dist.reduce(bits, dst=dist.get_global_rank(group, to), group=group)
+            if found is not None:
+                found[first:last] = bits.view(torch.float32).cpu()
+        return None if found is None else found.view(parameter.shape)
 
     @torch.no_grad()
     def fill(self, parameter: Tensor, value: Tensor) -> None:

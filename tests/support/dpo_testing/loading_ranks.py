@@ -5,6 +5,7 @@ import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatr
 # isort: split
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,20 @@ from dpo_trainer.formats.layout import target
 from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.model.build import build_model
 
+LARGEST_FILE = 40_000
+"""Bytes: each rank writes several files."""
+
 SMALL_BLOCK = 4000
 """Bytes: the tests' matrices are of several blocks."""
 
 
 class Recorder:
-    """A store that records the ranges of weights that are read through it."""
+    """A store that records the ranges of weights that are read through it, and the weights that are written."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.ranges: list[tuple[str, int, int]] = []
+        self.written: list[str] = []
 
     def stat(self, uri: str) -> Any:
         return self.store.stat(uri)
@@ -43,6 +48,13 @@ class Recorder:
         if uri.endswith(".safetensors"):
             self.ranges.append((uri, start, start + len(found)))
         return found
+
+    def write(self, uri: str, data: bytes) -> None:
+        self.store.write(uri, data)
+
+    def write_blocks(self, uri: str, blocks: Iterable[bytes | memoryview], size: int) -> None:
+        self.store.write_blocks(uri, blocks, size)
+        self.written.append(uri.rpartition("/")[2])
 
 
 Layout = tuple[int, int]
@@ -89,15 +101,18 @@ def _load(folder: Path, out: Path, rank: int) -> None:
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
     loaded = load_weights(model, store, str(folder))
-    report = {"fingerprint": loaded.fingerprint, "bytes": loaded.bytes, "ranges": store.ranges}
-    (out / f"rank-{rank}.json").write_text(json.dumps(report))
-    if parallel_state.get_data_parallel_rank() == 0:
-        export(model, open_store(), str(folder), out / "exported")
+    report = {"fingerprint": loaded.fingerprint, "bytes": loaded.bytes, "ranges": list(store.ranges)}
+    _export(model, str(folder), str(out / "exported"), store)
+    (out / f"rank-{rank}.json").write_text(json.dumps({**report, "written": store.written}))
     copies = [slot for slot in stage_slots(model) if slot.duplicate]
     rank_of = parallel_state.get_tensor_model_parallel_rank()
     for slot in copies:
         save_file({"copy": target(model, slot).detach()}, out / f"copy-{rank_of}.safetensors")
     save_file({name: value.detach() for name, value in model.named_parameters()}, out / f"rank-{rank}.safetensors")
+
+
+def _export(model: Any, source: str, out: str, store: Any) -> list[str]:
+    return export(model, open_store(), source, out, max_shard_bytes=LARGEST_FILE, target_store=store)
 
 
 def _load_again(folder: Path, out: Path, rank: int) -> None:
@@ -114,15 +129,22 @@ def _load_again(folder: Path, out: Path, rank: int) -> None:
     (out / f"rank-{rank}.json").write_text(json.dumps({"ranges": store.ranges}))
     for name in names:
         assert torch.equal(start.value(name), exact.get_parameter(name)), name
-    if parallel_state.get_data_parallel_rank() == 0:
-        export(exact, open_store(), str(folder), out / "exported")
+    export(exact, open_store(), str(folder), out / "exported")
 
 
 def _try(uri: str, out: Path, rank: int) -> None:
     store = open_store()
+    found = None
     try:
-        load_weights(build_model(read_config(store, uri)), store, uri)
-        found = None
+        model = build_model(read_config(store, uri))
+        load_weights(model, store, uri)
+        files = _export(model, uri, f"{uri}-exported", store)
+        last = next(name for name in reversed(files) if name.endswith(".safetensors"))
+        if rank == 0:
+            (out / "full").mkdir()
+            (out / "full" / last).symlink_to("/dev/full")  # takes no byte, as a full disk
+        torch.distributed.barrier()
+        _export(model, uri, str(out / "full"), store)
     except DPOError as error:
         found = [type(error).__name__, str(error)]
     (out / f"rank-{rank}.json").write_text(json.dumps(found))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
 import socket
 import threading
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,20 @@ def test_a_file_goes_up_and_comes_down(store: Store, bucket: str, tmp_path: Path
     store.download(f"s3://{bucket}/x/file", tmp_path / "new" / "folder" / "down")
     assert (tmp_path / "new" / "folder" / "down").read_bytes() == data
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["down"]
+
+
+def test_a_stream_becomes_an_object_when_it_is_complete(store: Store, bucket: str) -> None:
+    """Blocks of any size, in parts of 16 MiB; an empty one; and one that is shorter than announced."""
+    data = os.urandom(37 * 1024 * 1024 + 5)
+    cuts = [0, 1, 16 * 1024 * 1024, 16 * 1024 * 1024 + 3, 36 * 1024 * 1024, len(data)]
+    blocks = [data[first:last] for first, last in pairwise(cuts)]
+    store.write_blocks(f"s3://{bucket}/stream", iter(blocks), len(data))
+    assert store.read(f"s3://{bucket}/stream") == data
+    store.write_blocks(f"s3://{bucket}/empty", iter([]), 0)
+    assert store.read(f"s3://{bucket}/empty") == b""
+    with pytest.raises(RuntimeError, match=r"38,797,317 bytes came, not 38,797,318"):
+        store.write_blocks(f"s3://{bucket}/short", iter(blocks), len(data) + 1)
+    assert not store.exists(f"s3://{bucket}/short")
 
 
 def test_a_folder_goes_up_comes_down_and_goes(store: Store, bucket: str, tmp_path: Path) -> None:

@@ -1,25 +1,27 @@
 """Writing a Hugging Face model folder that transformers loads."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import Any
+from queue import Queue
+from threading import Thread
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from dpo_api.errors import NotFoundError
+from dpo_api.errors import DPOError, InternalError, NotFoundError
 from dpo_api.models import ModelConfig
 from dpo_api.models.folder import INDEX, SINGLE, read_json
-from dpo_store import join_uri
-from dpo_store.errors import from_os_error
-from dpo_trainer import bridge
+from dpo_store import Store, join_uri, open_store
+from dpo_trainer import bridge, messages
 from dpo_trainer.formats.huggingface import Checkpoint, slots_by_stage, stage_slots
 from dpo_trainer.formats.layout import Slot, Value, dissolve, target, whole
-from dpo_trainer.formats.safetensors_reader import DTYPES, RangeStore, bytes_of, header_of
+from dpo_trainer.formats.safetensors_reader import DTYPES, NAMES, RangeStore, bytes_of, header_of
 from dpo_trainer.model.forward import unwrap
 
 # Copied byte for byte: a newer transformers would rewrite them into forms that older ones cannot read.
@@ -38,52 +40,62 @@ OTHER_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md",
 MAX_SHARD_BYTES = 5 * 10**9
 
 
+Collect = Callable[[Tensor, int], Tensor | None]
+"""(parameter, data-parallel rank) → its value on that rank and None on the others: ``Masters.whole``."""
+
+
 def export(
     model: Any,
     store: RangeStore,
     source: str,
-    out_dir: Path,
+    out: str | Path,
     *,
+    target_store: Store | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer: str | None = None,
+    collect: Collect | None = None,
     value_of: Value | None = None,
 ) -> list[str]:
     """Write the model as a Hugging Face folder; return the names of the files, weights last.
 
     source: the folder that the model was loaded from: its config, tokenizer and chat template are copied byte for byte
-    (config.json changes its dtype only). dtype: of the written weights; None means each tensor's own in the source.
-    tokenizer: a folder to take the tokenizer's files from instead. value_of: see ``Value``; identity by default.
-    A collective of the first data-parallel rank's model: the first tensor-parallel rank of each stage writes that
-    stage's files, and that of the first stage everything else. Weights are written one at a time, so
-    the memory is that of the largest parameter. Raises NoSpaceError when the disk is full, AccessDeniedError and
-    so on for other failures of writing.
+    (config.json changes its dtype only). out: a folder's address. target_store: to write with. dtype: of the written
+    weights; None means each tensor's own in the source. tokenizer: a folder to take the tokenizer's files from instead.
+    collect, value_of: where the values come from, one of them; the parameters by default.
+
+    A collective of all ranks. The files of a pipeline stage are dealt over its ranks, which write them at the same
+    time; rank 0 writes everything else, the index last. Each parameter is gathered by the rank that writes it, so the
+    memory is that of a few parameters. Raises NoSpaceError when the disk is full, AccessDeniedError and so on for other
+    failures of writing, on every rank.
     """
     gpt = unwrap(model)
     config: ModelConfig = gpt.dpo_config
-    here = parallel_state.get_pipeline_model_parallel_rank()
-    files = plan_files(config, store, source, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    weights = tensors_of(gpt, exported(stage_slots(gpt)), value_of or (lambda _name, parameter: parameter))
-    if parallel_state.get_tensor_model_parallel_rank() != 0:
-        for _ in weights:  # take part in the gathering
-            pass
-        return []
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        written: list[str] = []
-        if here == 0:
-            written += ["config.json", *copy_companions(store, source, out_dir, tokenizer)]
-            write_config(store, source, out_dir, config, dtype)
-        for file in files:
-            if file.stage == here:
-                write_tensors(out_dir / file.name, file.tensors, weights)
-                written.append(file.name)
-        if here == 0 and len(files) > 1:
-            write_index(out_dir, files)
-            written.append(INDEX)
-    except OSError as error:
-        raise from_os_error(error, str(out_dir)) from error
-    return written
+    to = target_store or open_store()
+    address = str(out).rstrip("/")
+    plan = plan_files(
+        config,
+        messages.agreed(lambda: {name: NAMES[kind] for name, kind in _dtypes(config, store, source, dtype).items()}),
+        max_shard_bytes,
+    )
+
+    def beside() -> list[str]:
+        copied = copy_companions(store, source, to, address, tokenizer)
+        write_config(store, source, to, address, config, dtype)
+        return ["config.json", *copied]
+
+    def index() -> list[str]:
+        if len(plan) == 1:
+            return []
+        to.write(join_uri(address, INDEX), index_of(plan))
+        return [INDEX]
+
+    written = messages.agreed(beside)
+    error = _Writing(gpt, plan, to, address, collect, value_of).run()
+    for words in messages.from_all(None if error is None else messages.words_of(error)):
+        if words is not None:
+            raise error or messages.error_of(words)
+    return [*written, *(file.name for file in plan), *messages.agreed(index)]
 
 
 def tensors_of(gpt: Any, stage: Sequence[Slot], value_of: Value) -> Iterator[tuple[str, Tensor]]:
@@ -123,25 +135,162 @@ def plan_shards(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One file of weights, and the pipeline stage that writes it."""
+    """One file of weights, and who writes it."""
 
     name: str
-    stage: int
+    stage: int  #: pipeline stage
+    writer: int  #: which of the stage's ranks
     tensors: list[Planned]
 
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in self.tensors)
 
-def plan_files(
-    config: ModelConfig, store: RangeStore, source: str, *, dtype: torch.dtype | None, max_shard_bytes: int
-) -> list[PlannedFile]:
+
+def plan_files(config: ModelConfig, dtypes: Mapping[str, str], max_shard_bytes: int) -> list[PlannedFile]:
     """Return the files of the whole model, the same on every rank, in the model's order."""
-    dtype_of = _dtype_of(store, source, dtype)
-    shards: list[tuple[int, list[Planned]]] = []
+    found: list[tuple[int, int, list[Planned]]] = []
+    ranks = len(stage_ranks())
     for stage, held in enumerate(slots_by_stage(config)):
-        plan = [(n, s, dtype_of(n)) for slot in exported(held) for n, s in zip(slot.sources, slot.shapes, strict=True)]
-        shards += [(stage, shard) for shard in plan_shards(plan, max_shard_bytes)]
-    count = len(shards)
+        plan = [
+            (name, shape, DTYPES[dtypes[name]])
+            for slot in exported(held)
+            for name, shape in zip(slot.sources, slot.shapes, strict=True)
+        ]
+        found += [(stage, place % ranks, shard) for place, shard in enumerate(plan_shards(plan, max_shard_bytes))]
+    count = len(found)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return [PlannedFile(name, stage, shard) for name, (stage, shard) in zip(names, shards, strict=True)]
+    return [PlannedFile(name, *file) for name, file in zip(names, found, strict=True)]
+
+
+def stage_ranks() -> list[int]:
+    """Return the ranks of this rank's pipeline stage: the tensor-parallel ranks of the first data rank, and so on."""
+    group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return dist.get_process_group_ranks(group)
+
+
+class _Writing:
+    """This stage's part of writing the weights."""
+
+    def __init__(
+        self,
+        gpt: Any,
+        plan: Sequence[PlannedFile],
+        store: Store,
+        address: str,
+        collect: Collect | None,
+        value_of: Value | None,
+    ) -> None:
+        self._gpt, self._store, self._address = gpt, store, address
+        self._collect, self._value_of = collect, value_of
+        here = parallel_state.get_pipeline_model_parallel_rank()
+        self._files = [file for file in plan if file.stage == here]
+        self._slot_of = {name: slot for slot in exported(stage_slots(gpt)) for name in slot.sources}
+        self._ranks = stage_ranks()
+        self._size = parallel_state.get_tensor_model_parallel_world_size()
+
+    def run(self) -> DPOError | None:
+        """Write the files, as many at a time as the stage has ranks; return what kept this rank from writing its own.
+
+        It takes part in the gathering to the end, so that no rank waits for it.
+        """
+        error: DPOError | None = None
+        for first in range(0, len(self._files), len(self._ranks)):
+            together = self._files[first : first + len(self._ranks)]
+            mine = next((file for file in together if self._ranks[file.writer] == dist.get_rank()), None)
+            with _FileWriter(self._store, self._address, mine) as writer:
+                for file, slot, names in _turns(together, self._slot_of):
+                    tensors = self._gathered(slot, file.writer)
+                    if tensors is not None:
+                        for name in names:
+                            writer.put(tensors[name])
+            error = error or writer.error
+        return error
+
+    @torch.no_grad()
+    def _gathered(self, slot: Slot, writer: int) -> dict[str, Tensor] | None:
+        """Return the slot's tensors on the rank that writes them, None on the stage's other ranks. A collective."""
+        data, tensor = divmod(writer, self._size)
+        mine = parallel_state.get_data_parallel_rank(with_context_parallel=True) == data
+        parameter = target(self._gpt, slot)
+        part = parameter if self._collect is None else self._collect(parameter, data)
+        if not mine or part is None:
+            return None
+        if self._value_of is not None:
+            part = self._value_of(slot.parameter, part)
+        parts = _parts_on(tensor, slot, part.detach(), self._size)
+        if parts is None:
+            return None
+        return dict(zip(slot.sources, dissolve(slot, whole(slot.kind, parts), self._gpt.dpo_config), strict=True))
+
+
+def _parts_on(rank: int, slot: Slot, part: Tensor, size: int) -> list[Tensor] | None:
+    """Return the tensor-parallel ranks' parts on one of them, None on the others."""
+    here = parallel_state.get_tensor_model_parallel_rank()
+    if size == 1 or slot.kind == "copy":
+        return [part] if here == rank else None
+    part = part.to(bridge.device()).contiguous()
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(part) for _ in range(size)] if here == rank else None
+    dist.gather(part, parts, dst=dist.get_global_rank(group, rank), group=group)
+    return parts
+
+
+def _turns(files: Sequence[PlannedFile], slot_of: Mapping[str, Slot]) -> Iterator[tuple[PlannedFile, Slot, list[str]]]:
+    """Yield which tensors of which file come next: one parameter's at a time, the files in turn."""
+    of_file = []
+    for file in files:
+        names = [name for name, _, _ in file.tensors]
+        of_file.append([(file, slot, list(part)) for slot, part in groupby(names, lambda name: slot_of[name])])
+    for together in zip_longest(*of_file):
+        yield from (turn for turn in together if turn is not None)
+
+
+class _FileWriter:
+    """Writes one file in a thread, while the next tensor is gathered. With no file it does nothing."""
+
+    def __init__(self, store: Store, address: str, file: PlannedFile | None) -> None:
+        self.error: DPOError | None = None
+        self._store, self._address, self._file = store, address, file
+        self._ended = False
+        self._next: Queue[Tensor | None] = Queue(1)
+        self._thread = Thread(target=self._write, name="dpo-export", daemon=True)
+
+    def put(self, tensor: Tensor) -> None:
+        """Give the file its next tensor; waits while the one before it is being written."""
+        self._next.put(tensor)
+
+    def __enter__(self) -> Self:
+        if self._file is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._file is not None:
+            self._next.put(None)
+            self._thread.join()
+
+    def _write(self) -> None:
+        file = self._file
+        if file is None:
+            return
+        try:
+            write_tensors(self._store, join_uri(self._address, file.name), file.tensors, self._given())
+        except DPOError as error:
+            self.error = error
+        except Exception as error:  # noqa: BLE001 - every rank has to learn of it
+            self.error = InternalError(f"{file.name}: {type(error).__name__}: {error}")
+        for _ in self._given():  # so that the other side never waits
+            pass
+
+    def _given(self) -> Iterator[Tensor]:
+        while not self._ended:
+            tensor = self._next.get()
+            if tensor is None:
+                self._ended = True
+                return
+            yield tensor
 
 
 def exported(held: Sequence[Slot]) -> list[Slot]:
@@ -149,31 +298,34 @@ def exported(held: Sequence[Slot]) -> list[Slot]:
     return [slot for slot in held if not slot.duplicate]
 
 
-def write_index(out_dir: Path, files: Sequence[PlannedFile]) -> None:
-    """Write the index that says which file holds each tensor."""
-    total = sum(torch.Size(shape).numel() * dtype.itemsize for file in files for _, shape, dtype in file.tensors)
+def index_of(files: Sequence[PlannedFile]) -> bytes:
+    """Return the index, which says which file holds each tensor."""
     index = {
-        "metadata": {"total_size": total},
+        "metadata": {"total_size": sum(file.size for file in files)},
         "weight_map": {entry[0]: file.name for file in files for entry in file.tensors},
     }
-    (out_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def write_tensors(path: Path, plan: Sequence[Planned], tensors: Iterator[tuple[str, Tensor]]) -> int:
-    """Write one safetensors file from the next ``len(plan)`` tensors of a stream; return the bytes of its tensors."""
-    total = 0
-    with path.open("wb") as file:
-        file.write(header_of(list(plan), {"format": "pt"}))
-        for (planned, shape, dtype), (given, tensor) in zip(plan, tensors, strict=False):
-            if planned != given or shape != tuple(tensor.shape):
-                raise RuntimeError(f"export planned {planned} {shape} and was given {given} {tuple(tensor.shape)}")
-            for block in bytes_of(tensor.to(dtype)):
-                file.write(block)
-                total += len(block)
-    return total
+def write_tensors(store: Store, uri: str, plan: Sequence[Planned], tensors: Iterator[Tensor]) -> None:
+    """Write one safetensors file from a stream of its tensors, which may be of another float type."""
+    header = header_of(list(plan), {"format": "pt"})
+
+    def blocks() -> Iterator[bytes | memoryview]:
+        yield header
+        for name, shape, dtype in plan:
+            tensor = next(tensors, None)
+            if tensor is None or shape != tuple(tensor.shape):
+                raise RuntimeError(
+                    f"export planned {name} {shape} and was given {tensor if tensor is None else tensor.shape}"
+                )
+            yield from bytes_of(tensor.to(dtype))
+
+    size = sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in plan)
+    store.write_blocks(uri, blocks(), len(header) + size)
 
 
-def copy_companions(store: RangeStore, source: str, out_dir: Path, tokenizer: str | None) -> list[str]:
+def copy_companions(store: RangeStore, source: str, target_store: Store, out: str, tokenizer: str | None) -> list[str]:
     """Copy the files that are neither weights nor config; return the names of those that exist."""
     copied: list[str] = []
     for folder, names in ((tokenizer or source, TOKENIZER_FILES), (source, OTHER_FILES)):
@@ -182,12 +334,14 @@ def copy_companions(store: RangeStore, source: str, out_dir: Path, tokenizer: st
                 data = store.read(join_uri(folder, name))
             except NotFoundError:
                 continue
-            (out_dir / name).write_bytes(data)
+            target_store.write(join_uri(out, name), data)
             copied.append(name)
     return copied
 
 
-def write_config(store: RangeStore, source: str, out_dir: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
+def write_config(
+    store: RangeStore, source: str, target_store: Store, out: str, config: ModelConfig, dtype: torch.dtype | None
+) -> None:
     """Write config.json: the source's bytes, unless the dtype changes.
 
     A rewritten file carries the rope settings under the keys of transformers < 5 and ≥ 5.
@@ -195,7 +349,7 @@ def write_config(store: RangeStore, source: str, out_dir: Path, config: ModelCon
     uri = join_uri(source, "config.json")
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if name is None or name == config.dtype:
-        (out_dir / "config.json").write_bytes(store.read(uri))
+        target_store.write(join_uri(out, "config.json"), store.read(uri))
         return
     raw = read_json(store, uri)
     for key in ("dtype", "torch_dtype"):
@@ -207,11 +361,13 @@ def write_config(store: RangeStore, source: str, out_dir: Path, config: ModelCon
     rope.pop("rope_theta", None)
     raw["rope_scaling"] = {"rope_type": kind, **rope} if config.rope_scaling else None
     raw["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": kind, **rope}
-    (out_dir / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    target_store.write(join_uri(out, "config.json"), (json.dumps(raw, indent=2) + "\n").encode())
 
 
-def _dtype_of(store: RangeStore, source: str, dtype: torch.dtype | None) -> Callable[[str], torch.dtype]:
+def _dtypes(config: ModelConfig, store: RangeStore, source: str, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Return the type to write each tensor in."""
+    names = [name for held in slots_by_stage(config) for slot in exported(held) for name in slot.sources]
     if dtype is not None:
-        return lambda _name: dtype
+        return dict.fromkeys(names, dtype)
     checkpoint = Checkpoint.open(store, source)
-    return lambda name: DTYPES[checkpoint.file_of(name).tensors[name].dtype]
+    return {name: DTYPES[checkpoint.file_of(name).tensors[name].dtype] for name in names}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo_api.models import ModelConfig, TensorNames
 from dpo_api.models.stages import layers_of_stages
-from dpo_store.errors import from_os_error
+from dpo_store import Store, join_uri, open_store
 from dpo_trainer import bridge
 from dpo_trainer.formats.export import Planned, write_tensors
 from dpo_trainer.formats.layout import slots, split_qkv
@@ -38,29 +38,27 @@ def export_adapter(
     model: Any,
     lora: LoraSettings,
     base: str,
-    out_dir: Path,
+    out: str | Path,
     *,
+    store: Store | None = None,
     dtype: torch.dtype | None = None,
     trained: Trained | None = None,
 ) -> list[str]:
     """Write the adapters for ``PeftModel.from_pretrained`` on the Hugging Face model ``base``; return the files' names.
 
-    dtype: of the written matrices; None means fp32; adapters are small. Raises NoSpaceError when the disk is full. A
-    collective over the tensor-parallel ranks of all stages; only the first of all writes. trained: see
-    ``model.lora.merged_value``.
+    out: a folder's address; store: to write with. dtype: of the written matrices; None means fp32; adapters are small.
+    Raises NoSpaceError when the disk is full. A collective over the tensor-parallel ranks of all stages; only the first
+    of all writes. trained: see ``model.lora.merged_value``.
     """
     names = unwrap(model).dpo_config.row.tensors
     tensors = of_all_stages(model, lora, adapter_tensors(model, trained))
     if tensors is None:
         return []
     plan: list[Planned] = [(name, tuple(value.shape), dtype or torch.float32) for name, value in tensors.items()]
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(adapter_config(lora, base, names), indent=2) + "\n"
-        (out_dir / "adapter_config.json").write_text(config)
-        write_tensors(out_dir / "adapter_model.safetensors", plan, iter(tensors.items()))
-    except OSError as error:
-        raise from_os_error(error, str(out_dir)) from error
+    store, address = store or open_store(), str(out).rstrip("/")
+    config = json.dumps(adapter_config(lora, base, names), indent=2) + "\n"
+    store.write(join_uri(address, "adapter_config.json"), config.encode())
+    write_tensors(store, join_uri(address, "adapter_model.safetensors"), plan, iter(tensors.values()))
     return ["adapter_config.json", "adapter_model.safetensors"]
 
 
