@@ -84,7 +84,7 @@ def load(rank: int, cases: Cases, out: Path) -> None:
     delivery.BLOCK = 4 * SMALL_BLOCK  # each is two requests through a slow proxy
     for layout, uri in cases.addresses:
         join(*layout)
-        _try(uri, place(out, layout, uri.rpartition("/")[2]), rank)
+        _try(uri, str(cases.rounded), place(out, layout, uri.rpartition("/")[2]), rank)
 
 
 def place(out: Path, layout: Layout, name: str) -> Path:
@@ -132,19 +132,19 @@ def _load_again(folder: Path, out: Path, rank: int) -> None:
     export(exact, open_store(), str(folder), out / "exported")
 
 
-def _try(uri: str, out: Path, rank: int) -> None:
+def _try(uri: str, same: str, out: Path, rank: int) -> None:
     store = open_store()
     found = None
     try:
         model = build_model(read_config(store, uri))
         load_weights(model, store, uri)
-        files = _export(model, uri, f"{uri}-exported", store)
+        files = _export(model, same, f"{uri}-exported", store)
         last = next(name for name in reversed(files) if name.endswith(".safetensors"))
         if rank == 0:
             (out / "full").mkdir()
             (out / "full" / last).symlink_to("/dev/full")  # takes no byte, as a full disk
         torch.distributed.barrier()
-        _export(model, uri, str(out / "full"), store)
+        _export(model, same, str(out / "full"), store)
     except DPOError as error:
         found = [type(error).__name__, str(error)]
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
