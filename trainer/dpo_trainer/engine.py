@@ -286,7 +286,7 @@ def bucket_elements(model: Any) -> int:
     40 million are Megatron-Core's own choice. Its default grows with the number of ranks, and so would the ranges that
     each rank's optimizer has.
     """
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return min(40_000_000, max(1, trained // 8))
 
 

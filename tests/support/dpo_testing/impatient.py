@@ -19,7 +19,9 @@ if __name__ == "__main__":
     results = Path(sys.argv[sys.argv.index("--results") + 1])
     patient = waiting.Watch._limit_here
     waiting.STEP_WAIT_SECONDS = SECONDS
-    waiting.Watch._limit_here = lambda watch: (  # type: ignore[method-assign]
-        patient(watch) if (results / IMPATIENT).exists() else waiting.LONGEST_WAIT_SECONDS
-    )
+
+    def limit(self: waiting.Watch) -> float:
+        return patient(self) if (results / IMPATIENT).exists() else waiting.LONGEST_WAIT_SECONDS
+
+    waiting.Watch._limit_here = limit  # type: ignore[method-assign]
     sys.exit(main())

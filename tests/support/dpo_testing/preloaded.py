@@ -291,9 +291,9 @@ def _slow_down(seconds: float) -> None:
 
     step = Training._one_step
 
-    def slowly(training: Training) -> None:
+    def slowly(self: Training) -> None:
         time.sleep(seconds)
-        step(training)
+        step(self)
 
     Training._one_step = slowly  # type: ignore[method-assign]
 
