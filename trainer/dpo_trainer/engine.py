@@ -30,6 +30,7 @@ from dpo_trainer.metrics.sums import empty_sums, loss_at_start, means, metric_su
 from dpo_trainer.model.forward import head_weight, hidden_rows, unwrap
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.reference import Pairs
+from dpo_trainer.waiting import Place
 
 Consume = Callable[[Pack, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(pack, sums [P, 2] with gradient, counts [P, 2]) -> (numerator of the loss, its denominator), both scalars."""
@@ -89,15 +90,10 @@ class Engine:
                 [self._wrapped],
                 use_gloo_process_groups=self.world.device.type == "cuda",
             )
-        config.finalize_model_grads_func = self._reduce
+        config.finalize_model_grads_func = partial(_reduce, self.world.place)
         if overlap:
             config.no_sync_func = self._wrapped.no_sync  # only the last pack's backward pass starts the reduction
         self._gathers_late = overlap and distributed
-
-    def _reduce(self, *arguments: Any, **options: Any) -> None:
-        """Sum the gradients over the ranks, as Megatron-Core does it."""
-        self.world.place.part("reduction of the gradients")
-        finalize_model_grads(*arguments, **options)
 
     def prepare_gradients(self) -> None:
         """Allocate fp32 gradient buffers alone, summed over data-parallel ranks. Not with ``prepare_training``."""
@@ -278,6 +274,15 @@ class Engine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+def _reduce(place: Place, *arguments: Any, **options: Any) -> None:
+    """Sum the gradients over the ranks, as Megatron-Core does it.
+
+    No method of the engine: Megatron-Core's configuration, which has it, outlives the run, and so would the engine.
+    """
+    place.part("reduction of the gradients")
+    finalize_model_grads(*arguments, **options)
 
 
 def bucket_elements(model: Any) -> int:

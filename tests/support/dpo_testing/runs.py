@@ -1,5 +1,6 @@
 """Whole runs for tests: a tiny model and preferences on disk, run in this process or through the launcher."""
 
+import gc
 import json
 import os
 import signal
@@ -21,6 +22,9 @@ from dpo_testing.preloaded import NOTES, PreloadedPopen, usable
 from dpo_trainer.distributed import World
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
+
+gc.collect()
+gc.freeze()  # what is imported stays: then collecting what a run leaves takes little
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = os.pathsep.join(str(ROOT / package) for package in ("crds", "operator", "trainer", "tests/support"))
@@ -75,6 +79,8 @@ class Finished:
 
 def run_here(spec: Mapping[str, Any], folder: Path, inspect: Callable[[Run], None] | None = None) -> Finished:
     """Run in this process, alone; ``inspect`` sees the run before its groups are torn down."""
+    for _ in range(2):  # each of the former run's process groups has a thread that wakes a hundred times a second
+        gc.collect()
     job = job_of(spec)
     world = World.join(seed=job.spec.training.seed)
     try:
