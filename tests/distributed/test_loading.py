@@ -137,7 +137,7 @@ def damaged(folder: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("processes", LAYOUTS)
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_every_byte_is_read_once_and_arrives(
     processes: int, folders: list[Path], keys: dict[str, str], loaded: Callable[[int], Path]
 ) -> None:
@@ -186,7 +186,7 @@ def assert_data_ranks_equal(out: Path, layout: Layout, processes: int) -> None:
                 assert all(torch.equal(value, other[name]) for name, value in held[0].items())
 
 
-@pytest.mark.parametrize("processes", LAYOUTS)
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_the_exact_values_of_a_rounded_model_are_read_once_too(
     processes: int, folders: list[Path], loaded: Callable[[int], Path]
 ) -> None:
