@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 from dpo_trainer.model.varlen import Interval, VarlenPlan
 
@@ -75,7 +74,11 @@ def _call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
         grouped = False
-    bias = causal_lower_right(query.shape[0], key.shape[0]) if mask is None else mask
+    bias: Any = mask
+    if bias is None:
+        from torch.nn.attention.bias import causal_lower_right  # its import takes most of a second: torch's compiler
+
+        bias = causal_lower_right(query.shape[0], key.shape[0])
     out = F.scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0),  # [1, heads, L, d]
         key.transpose(0, 1).unsqueeze(0),
