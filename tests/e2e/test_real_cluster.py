@@ -170,8 +170,8 @@ def survive(
     assert status["state"] == "Succeeded", status
     assert len(tried) in ([attempts] if attempts else [1, 2])
     assert not [each for each in tried[1:] if not each.get("fromStep")]
-    # Another layout rounds sums in another way, which this small model has made more than 1e-5 after 26 steps. The fault
-    # and the next checkpoint come before that.
+    # Another layout rounds sums in another way. After 26 steps this small model has made more than 1e-5 of that.
+    # The fault and the next checkpoint come before.
     assert_same_losses(run, undisturbed, until=STEPS if parallelism is None else 2 * EVERY)
     return list(tried)
 
