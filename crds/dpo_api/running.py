@@ -61,6 +61,11 @@ class Parallelism(Section):
         " few pairs on a few layers. A difference ends the run. Default true.",
     )
 
+    @property
+    def sequence_parts(self) -> int:
+        """The number of equal parts that sequence parallelism cuts a pack's stream of tokens into."""
+        return self.tensor if self.sequence else 1
+
 
 class Resources(Section):
     """Nodes and the resources of each."""

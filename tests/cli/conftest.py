@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_testing.cli import Dpo, Replay, World, in_this_process, make_replay, make_world
-from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
+from dpo_testing.s3server import S3Server, need, s3_server
 
 
 @pytest.fixture
@@ -31,8 +31,6 @@ def replay(tmp_path: Path) -> Replay:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:
-    try:
-        with s3_server() as server:
-            yield server
-    except ToolMissingError as missing:
-        pytest.skip(str(missing))
+    need("versitygw")
+    with s3_server() as server:
+        yield server

@@ -16,7 +16,7 @@ from dpo_cli.metrics_log import MetricsLog, merge, parse_events
 from dpo_store import Store, open_store
 from dpo_testing.faults import FaultProxy, fault_proxy
 from dpo_testing.runs import Finished, finish, job_of, kill, merged, run_here, start
-from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
+from dpo_testing.s3server import S3Server, need, s3_server
 from dpo_testing.training_world import LORA, make
 from dpo_trainer.distributed import World
 from dpo_trainer.run import Run, RunOptions
@@ -33,12 +33,10 @@ SERIES = ("train/loss", "train/grad_norm", "train/rewards_margin", "val/loss")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    try:
-        with s3_server() as running:
-            running.make_bucket("runs")
-            yield running
-    except ToolMissingError as missing:
-        pytest.skip(str(missing))
+    need("versitygw")
+    with s3_server() as running:
+        running.make_bucket("runs")
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from dpo_testing.faults import FaultProxy, fault_proxy
 from dpo_testing.gloo import run_ranks
 from dpo_testing.loading_ranks import LARGEST_FILE, Cases, Layout, load, place
 from dpo_testing.models import reference_model, save_folder, single_process
-from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
+from dpo_testing.s3server import S3Server, need, s3_server
 from dpo_trainer.formats.delivery import readers
 from dpo_trainer.formats.huggingface import load_weights
 from dpo_trainer.model.build import build_model
@@ -80,12 +80,10 @@ def assert_read_once(folder: Path, ranges: list[tuple[str, int, int]]) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    try:
-        with s3_server() as running:
-            running.make_bucket("models")
-            yield running
-    except ToolMissingError as missing:
-        pytest.skip(str(missing))
+    need("versitygw")
+    with s3_server() as running:
+        running.make_bucket("models")
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_testing.corpora import llama_tokenizer
 from dpo_testing.runs import merged, run_here
-from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
+from dpo_testing.s3server import S3Server, need, s3_server
 from dpo_testing.training_world import make
 
 pytestmark = pytest.mark.slow
@@ -62,14 +62,12 @@ def test_an_export_leaves_no_weights_of_an_earlier_one(spec: dict[str, Any], tmp
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    try:
-        with s3_server() as server:
-            for name, value in server.environment().items():
-                if name != "AWS_ENDPOINT_URL":
-                    monkeypatch.setenv(name, value)
-            yield server
-    except ToolMissingError as missing:
-        pytest.skip(str(missing))
+    need("versitygw")
+    with s3_server() as server:
+        for name, value in server.environment().items():
+            if name != "AWS_ENDPOINT_URL":
+                monkeypatch.setenv(name, value)
+        yield server
 
 
 @pytest.mark.parametrize("uri", ["s3://tokenizers/tiny/", "s3://tokenizers/tiny/tokenizer.json"])

@@ -13,20 +13,18 @@ from dpo_api.spec import DPOJobSpec, StorageAccess
 from dpo_cli.stores import Stores
 from dpo_store import Store
 from dpo_testing.runs import job_of
-from dpo_testing.s3server import S3Server, ToolMissingError, no_aws, s3_server
+from dpo_testing.s3server import S3Server, need, no_aws, s3_server
 from dpo_trainer.sources import store_for
 
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[tuple[S3Server, S3Server]]:
-    try:
-        with s3_server() as ours, s3_server() as theirs:
-            for server, text in ((ours, b"ours"), (theirs, b"theirs")):
-                server.make_bucket("prefs")
-                server.client().put_object(Bucket="prefs", Key="a.jsonl", Body=text)
-            yield ours, theirs
-    except ToolMissingError as missing:
-        pytest.skip(str(missing))
+    need("versitygw")
+    with s3_server() as ours, s3_server() as theirs:
+        for server, text in ((ours, b"ours"), (theirs, b"theirs")):
+            server.make_bucket("prefs")
+            server.client().put_object(Bucket="prefs", Key="a.jsonl", Body=text)
+        yield ours, theirs
 
 
 @pytest.fixture

@@ -58,8 +58,7 @@ class Packer:
             max_pairs=plan.pack_max_pairs,
             share=spec.training.prefix_sharing,
             with_rejected=plan.with_rejected,
-            # Sequence parallelism cuts the stream into as many equal parts.
-            pad_to_multiple=spec.parallelism.tensor if spec.parallelism.sequence else 1,
+            pad_to_multiple=spec.parallelism.sequence_parts,
         )
 
     def packs(self, data: DataSet, pairs: Pairs | Sequence[int], world: World) -> tuple[list[Pack], int]:

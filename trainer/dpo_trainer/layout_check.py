@@ -68,13 +68,11 @@ class Verdict:
 def compare(
     spec: DPOJobSpec, world: World, model: Any, source: Checkpoint, pairs: PairTokens, count: int, backend: Backend
 ) -> Verdict:
-    """Compare the layout of ``model``, which is loaded, with one rank. A collective; the same verdict on all ranks.
+    """Compare the layout of ``model``, which ranks share, with one rank. A collective; the same verdict on all ranks.
 
     pairs: the training data, of ``count`` pairs. Memory beside ``model``: the cut model with its fp32 gradients; on
     rank 0 it whole and, in bf16, once more in fp32.
     """
-    if world.size == world.data_size:
-        return Verdict(None, "each rank holds the whole model, so there is nothing to compare")
     began = time.monotonic()
     cut = _Cut(spec, world, _Short(pairs), min(PAIRS, count), unwrap(model).dpo_config, backend)
     alone = cut.alone(source, spec.training.precision)
@@ -235,12 +233,11 @@ class _Cut:
                     sums[pair, 2] += 1
             return ((found[:, 0] - found[:, 1]) * real).sum(), real.sum().int()
 
-        parallelism = self.spec.parallelism
         pack = make_pack(
             self.pairs,
             mine,
             share=self.spec.training.prefix_sharing,
-            pad_to_multiple=parallelism.tensor if parallelism.sequence else 1,
+            pad_to_multiple=self.spec.parallelism.sequence_parts,
             with_rejected=self.spec.dpo.has_preference,
         )
         engine.accumulate_gradients([pack], consume)

@@ -18,7 +18,7 @@ from dpo_cli.metrics_log import MetricsLog, merge, parse_events
 from dpo_store import RetryPolicy, Store, Timing, base_name, open_store
 from dpo_testing.faults import FaultProxy, fault_proxy
 from dpo_testing.runs import job_of
-from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
+from dpo_testing.s3server import S3Server, need, s3_server
 from dpo_trainer.metrics.hub import Hub
 from dpo_trainer.metrics.jsonl import LocalLog, ObjectLog
 from dpo_trainer.metrics.writer import Guarded
@@ -152,12 +152,10 @@ def test_a_full_disk_is_an_error_and_the_torn_line_goes_on_resume(tmp_path: Path
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    try:
-        with s3_server() as running:
-            running.make_bucket("runs")
-            yield running
-    except ToolMissingError as missing:
-        pytest.skip(str(missing))
+    need("versitygw")
+    with s3_server() as running:
+        running.make_bucket("runs")
+        yield running
 
 
 @pytest.fixture

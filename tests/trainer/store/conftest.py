@@ -8,7 +8,7 @@ import pytest
 
 from dpo_store import RetryPolicy, Store, open_store
 from dpo_testing.faults import FaultProxy, Pauses, fault_proxy
-from dpo_testing.s3server import S3Server, ToolMissingError, s3_server
+from dpo_testing.s3server import S3Server, need, s3_server
 
 SOON = RetryPolicy(attempts=4, read_timeout=60.0, connect_timeout=60.0, slow_window=60.0, slow_bytes=65536)
 _numbers = itertools.count(1)
@@ -16,11 +16,9 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[S3Server]:
-    try:
-        with s3_server() as running:
-            yield running
-    except ToolMissingError as missing:
-        pytest.skip(str(missing))
+    need("versitygw")
+    with s3_server() as running:
+        yield running
 
 
 @pytest.fixture
