@@ -47,7 +47,6 @@ NOT_YET: tuple[NotYet, ...] = (
         lambda s: s.model.megatron is not None,
         "export the checkpoint to a Hugging Face folder and use model.huggingFace",
     ),
-    NotYet("spec.parallelism.context", lambda s: s.parallelism.context > 1, "use 1", "self == 1"),
     NotYet("spec.data.train[].weight", lambda s: _weighted(s.data.train), "leave it out", "self == 1.0"),
     NotYet("spec.data.validation[].weight", lambda s: _weighted(s.data.validation), "leave it out", "self == 1.0"),
     NotYet("spec.checkpoint.monitor", lambda s: s.checkpoint.monitor is not None, "leave it out"),

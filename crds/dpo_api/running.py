@@ -45,7 +45,13 @@ class Parallelism(Section):
         le=64,
         description="Processes that share the model's layers. Default 1: on GPUs it is chosen where it is left out.",
     )
-    context: Int = Field(default=1, ge=1, le=64, description="Processes that share each row of tokens. Default 1.")
+    context: Int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that share the tokens of each pack, for packs of 64k tokens and more. Default 1: it is"
+        " not chosen.",
+    )
     sequence: Bool = Field(
         default=False,
         description="Also split norms and dropout by tokens; needs tensor above 1. Default false: on GPUs, where it is"
@@ -53,7 +59,7 @@ class Parallelism(Section):
     )
     distributed_optimizer: Bool = Field(
         default=True,
-        description="Split the optimizer state over data-parallel processes. Default true.",
+        description="Split the optimizer state over data- and context-parallel processes. Default true.",
     )
     verify: Bool = Field(
         default=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,10 +21,13 @@ from dpo_api.sizing import (
     memory_limit,
     memory_of,
     set_sizes,
+    stages,
     step_seconds,
     with_layout,
     without_sizes,
 )
+from dpo_api.sizing.speed import context_seconds
+from dpo_api.sizing.texts import layout_text, sizes_text
 from dpo_api.spec import DPOJobSpec
 from dpo_testing.manifests import job
 from dpo_testing.sizes import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B, MISTRAL_7B, everything, gpus, sized
@@ -128,6 +132,41 @@ def test_sequence_follows_tensor_unless_it_is_set() -> None:
     spec = sized(**{"parallelism.tensor": 2, "parallelism.sequence": False})
     assert not chosen(LLAMA_8B, spec, H200).best.layout.sequence
     assert chosen(LLAMA_8B, sized(**{"parallelism.tensor": 2}), H200).best.layout.sequence
+
+
+def test_a_context_size_is_kept_and_the_rest_is_chosen() -> None:
+    found = chosen(LLAMA_8B, sized(**{"parallelism.context": 2, "data.maxLength": 8192}), H200)
+    layout = found.best.layout
+    assert layout.context == 2
+    assert layout.model_size * layout.data == 8
+    assert " C2 " in layout.short
+    assert "context 2 (set)" in layout_text(layout, found.chosen)
+    assert "context 2" in sizes_text(layout)
+
+
+def test_a_context_size_that_divides_no_number_of_processes_is_named() -> None:
+    found = refused(LLAMA_8B, sized(**{"parallelism.context": 3}), H200)
+    assert found.message == (
+        "no layout of 8 processes divides the model; use another number of GPUs or another parallelism.context"
+    )
+
+
+def test_the_time_to_gather_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per layer, keys and values of the other rank's 32,768 tokens, 1024 wide, in bf16: 128 MiB; twice."""
+    layout = Layout(tensor=1, pipeline=1, context=2, data=4, sequence=False, recomputation="none", pack_tokens=65_536)
+    (stage,) = stages(32, 1)
+    link = 0.8 * 450e9
+    found = context_seconds(LLAMA_8B, sized(), layout, stage, H200, 32_768)
+    assert found == pytest.approx(32 * 2 * 134_217_728 / link)
+    full = replace(layout, recomputation="full")
+    assert context_seconds(LLAMA_8B, sized(), full, stage, H200, 32_768) == pytest.approx(1.5 * found)
+    between = gpus("H200", per_node=1, nodes=8)
+    assert context_seconds(LLAMA_8B, sized(), layout, stage, between, 32_768) == pytest.approx(found * 450 / 50)
+    alone = replace(layout, context=1)
+    assert context_seconds(LLAMA_8B, sized(), alone, stage, H200, 65_536) == 0
+    with_gathers = step_seconds(LLAMA_8B, sized(), layout, H200)
+    monkeypatch.setattr("dpo_api.sizing.speed.context_seconds", lambda *_: 0.0)
+    assert step_seconds(LLAMA_8B, sized(), layout, H200) < with_gathers
 
 
 def test_a_chosen_size_divides_the_node_the_heads_and_the_rank() -> None:

@@ -78,6 +78,15 @@ def test_tensor_parallelism_divides_by_tokens_only_with_sequence() -> None:
     assert with_sequence.head_gradient == 6 * 128_256 * 4096 // 2
 
 
+def test_context_parallelism_divides_tokens_and_optimizer_but_not_keys() -> None:
+    """Two ranks with 4,096 of a pack's 8,192 tokens each, and 2 x 4.5 rows of keys and values, 1024 wide, for each."""
+    found = memory_of(LLAMA_8B, sized(), layout(1, 4, context=2))
+    assert found.activations == 32 * (16 * 4096 + 18 * 1024 + 10 * 14336) * 4096
+    assert found.optimizer == 12 * 1_003_782_656  # an eighth: 4 x 2 ranks
+    assert found.weights == 2 * 8_030_261_248
+    assert checkpoint_bytes(LLAMA_8B, sized(), layout(1, 4, context=2)) == 12 * 1_003_782_656
+
+
 def test_a_whole_70b_in_four_stages() -> None:
     sizes = layout(8, 1, pipeline=4, recomputation="selective", pack_tokens=4096)
     first, middle, _, last = (memory_of_stage(LLAMA_70B, sized(), sizes, stage) for stage in stages(80, 4))

@@ -82,9 +82,14 @@ def test_each_layout_loads_what_others_save(tmp_path: Path) -> None:
     found = run(
         tmp_path,
         [
-            case(whole, tmp_path, saving=["TP4 of 2 groups", "DP3"], loading=["one", "TP2 PP2", "DP2, plain"]),
-            case("bf16, tied, biases", tmp_path, saving=["PP3 of 4 layers", "DP2, plain"], loading=["DP2 TP2", "TP2"]),
-            case(lora, tmp_path, saving=["DP2 PP2", "TP2"], loading=["PP3 of 4 layers", "TP4 of 2 groups"]),
+            case(whole, tmp_path, saving=["TP4 of 2 groups", "DP3"], loading=["one", "TP2 PP2", "CP2"]),
+            case(
+                "bf16, tied, biases",
+                tmp_path,
+                saving=["PP3 of 4 layers", "DP2, plain"],
+                loading=["DP2 TP2", "TP2", "DP2, plain"],
+            ),
+            case(lora, tmp_path, saving=["DP2 PP2", "TP2", "CP2"], loading=["PP3 of 4 layers", "TP4 of 2 groups"]),
         ],
     )
     assert [wrong for what in found for wrong in what["wrong"]] == []

@@ -38,6 +38,11 @@ LAYOUTS = {
     "DP2": Layout(2, {}),
     "DP2 TP2": Layout(4, {"tensor": 2}),
     "DP2 PP2": Layout(4, {"pipeline": 2}),
+    "CP2": Layout(2, {"context": 2}),
+    "CP3": Layout(3, {"context": 3}),
+    "DP2 CP2": Layout(4, {"context": 2}),
+    "TP2 CP2, sequence": Layout(4, {"tensor": 2, "context": 2, "sequence": True}),
+    "PP2 CP2, full recomputation": Layout(4, {"pipeline": 2, "context": 2}, FULL),
 }
 LORA = {
     "lora": {"rank": 4, "alpha": 8, "targetModules": ["all"], "dropout": 0.1},
@@ -67,8 +72,9 @@ CHOSEN = [
     ("DP2", "SFT alone, no validation"),
     ("DP2 TP2", "LoRA with dropout"),
     ("DP2 PP2", "window"),
+    ("CP2", "all weights"),
 ]
-"""Each layout and each variant once or more: `make test`. The others are nightly."""
+"""Each kind of parallelism and each variant once or more: `make test`. The others are nightly."""
 
 GRID = [
     pytest.param(layout, variant, marks=[] if (layout, variant) in CHOSEN else [pytest.mark.nightly])
@@ -107,5 +113,5 @@ def test_a_layout_is_one_trajectory(layout: str, variant: str, base: Base, tmp_p
     changed = merged(LAYOUTS[layout].of(spec), {"reference": {"cacheURI": str(tmp_path / "reference")}})
     got = run_processes(changed, tmp_path / "out", processes=LAYOUTS[layout].processes, scratch=tmp_path / "scratch")
     assert differences(expected, got) == []
-    split = {"tensor", "pipeline"} & LAYOUTS[layout].parallelism.keys()
+    split = {"tensor", "pipeline", "context"} & LAYOUTS[layout].parallelism.keys()
     assert ("layout verified: " in (tmp_path / "scratch" / "log").read_text()) == bool(split)

@@ -51,11 +51,11 @@ def test_a_process_without_a_gpu_is_told_so() -> None:
 
 def test_a_field_that_is_not_implemented_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = tmp_path / "spec.json"
-    spec.write_text(job_of({**SPEC, "parallelism": {"context": 2}}).to_json())
+    spec.write_text(job_of({**SPEC, "checkpoint": {"monitor": "val/loss"}}).to_json())
     words = tmp_path / "words"
     arguments = command_line().parse_args(["launch", f"--spec={spec}", f"--last-words={words}"])
     assert launch(arguments) == Outcome.InvalidSpec.exit_code
-    assert "spec.parallelism.context" in json.loads(words.read_text())["message"]
+    assert "spec.checkpoint.monitor" in json.loads(words.read_text())["message"]
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -80,11 +80,11 @@ def test_a_spec_that_was_not_accepted_is_refused_before_it_is_read(
 def test_the_accepted_spec_is_read(tmp_path: Path) -> None:
     """The next check is the first that this spec does not pass."""
     spec, words = tmp_path / "spec.json", tmp_path / "words"
-    text = job_of({**SPEC, "parallelism": {"context": 2}}).to_json()
+    text = job_of({**SPEC, "checkpoint": {"monitor": "val/loss"}}).to_json()
     spec.write_text(text)
     asked = ["launch", f"--spec={spec}", f"--spec-digest={digest(text)}", f"--last-words={words}"]
     assert launch(command_line().parse_args(asked)) == Outcome.InvalidSpec.exit_code
-    assert "spec.parallelism.context" in json.loads(words.read_text())["message"]
+    assert "spec.checkpoint.monitor" in json.loads(words.read_text())["message"]
 
 
 def result(rank: int, outcome: Outcome, at: float, message: str = "") -> RankResult:

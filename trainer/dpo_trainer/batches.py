@@ -13,6 +13,7 @@ from dpo_trainer.data.collate import make_pack
 from dpo_trainer.data.packing import deal, pack_batch
 from dpo_trainer.data.spill import PairIndex
 from dpo_trainer.distributed import World
+from dpo_trainer.model.context import share_of
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.reference import Pairs, ReferenceTable
 
@@ -69,12 +70,17 @@ class Packer:
         sizes = [sum(costs[position] for position in pack) for pack in packs]
         hand = deal(packs, sizes, world.data_size)[world.data_rank]
         mine = [
-            make_pack(
-                data.index,
-                [int(ids[position]) for position in pack],
-                share=self.share,
-                pad_to_multiple=self.pad_to_multiple,
-                with_rejected=self.with_rejected,
+            share_of(
+                make_pack(
+                    data.index,
+                    [int(ids[position]) for position in pack],
+                    share=self.share,
+                    pad_to_multiple=self.pad_to_multiple,
+                    with_rejected=self.with_rejected,
+                ),
+                world.context_rank,
+                world.context_size,
+                self.pad_to_multiple,
             )
             for pack in hand
         ]

@@ -49,11 +49,17 @@ class World:
 
     @classmethod
     def join(
-        cls, *, tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_seconds: int = LONGEST_WAIT_SECONDS
+        cls,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        context: int = 1,
+        seed: int = 1234,
+        timeout_seconds: int = LONGEST_WAIT_SECONDS,
     ) -> Self:
         """Join the run's process group and divide it; see ``connect`` and ``divide``."""
         world = cls.connect(timeout_seconds=timeout_seconds)
-        world.divide(tensor=tensor, pipeline=pipeline, seed=seed, timeout_seconds=timeout_seconds)
+        world.divide(tensor=tensor, pipeline=pipeline, context=context, seed=seed, timeout_seconds=timeout_seconds)
         return world
 
     @classmethod
@@ -96,7 +102,13 @@ class World:
         return cls(rank=rank, size=size, local_rank=local_rank, device=device)
 
     def divide(
-        self, *, tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_seconds: int = LONGEST_WAIT_SECONDS
+        self,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        context: int = 1,
+        seed: int = 1234,
+        timeout_seconds: int = LONGEST_WAIT_SECONDS,
     ) -> None:
         """Make Megatron-Core's groups of these sizes, and seed its random numbers on GPUs.
 
@@ -104,16 +116,18 @@ class World:
 
         Raises InvalidSpecError if the sizes do not divide the processes.
         """
-        if self.size % (tensor * pipeline):
+        model_size = tensor * pipeline * context
+        if self.size % model_size:
             raise InvalidSpecError(
-                f"spec.parallelism: tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} does not divide the "
-                f"{self.size} processes of this run; change one of them"
+                f"spec.parallelism: tensor {tensor} x pipeline {pipeline} x context {context} = {model_size} does not "
+                f"divide the {self.size} processes of this run; change one of them"
             )
         gpu = self.device.type == "cuda"
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=tensor,
                 pipeline_model_parallel_size=pipeline,
+                context_parallel_size=context,
                 create_gloo_process_groups=gpu,
                 distributed_timeout_minutes=max(1, timeout_seconds // 60),  # its default is 30
             )
@@ -136,13 +150,28 @@ class World:
         return int(parallel_state.get_data_parallel_world_size())
 
     @property
-    def owns_numbers(self) -> bool:
-        """Whether this rank's sums over its packs count: it is of the last stage, and first of its tensor ranks.
+    def context_rank(self) -> int:
+        """This process's rank among those that share each pack."""
+        return int(parallel_state.get_context_parallel_rank())
 
-        Every pack has one such rank. Other stages compute no loss, and other tensor ranks the same one again.
+    @property
+    def context_size(self) -> int:
+        """How many processes share each pack."""
+        return int(parallel_state.get_context_parallel_world_size())
+
+    @property
+    def is_first_of_pack(self) -> bool:
+        """Whether this rank is the first of those of its pipeline stage that compute the same packs."""
+        return parallel_state.get_tensor_model_parallel_rank() == 0 and self.context_rank == 0
+
+    @property
+    def owns_numbers(self) -> bool:
+        """Whether this rank's sums over its packs count: it is of the last stage, and its first rank of these packs.
+
+        Every pack has one such rank. Other stages compute no loss, and other tensor and context ranks the same one
+        again.
         """
-        last = bool(parallel_state.is_pipeline_last_stage())
-        return last and parallel_state.get_tensor_model_parallel_rank() == 0
+        return bool(parallel_state.is_pipeline_last_stage()) and self.is_first_of_pack
 
     def sum_of_owners(self, values: torch.Tensor) -> torch.Tensor:
         """Sum float64 values of any shape over the ranks that own numbers; the same bits on all ranks of the run.

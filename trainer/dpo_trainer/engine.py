@@ -58,7 +58,7 @@ class Engine:
         """Allocate gradient buffers and the optimizer's fp32 masters and moments for the trainable parameters."""
         training, bf16 = self.spec.training, self.spec.training.precision == "bf16"
         distributed = self.spec.parallelism.distributed_optimizer
-        overlap = self.world.data_size > 1
+        overlap = self.world.data_size * self.world.context_size > 1
         config = self.model.config
         with bridge.construction():
             self._wrapped = DistributedDataParallel(
@@ -96,7 +96,7 @@ class Engine:
         self._gathers_late = overlap and distributed
 
     def prepare_gradients(self) -> None:
-        """Allocate fp32 gradient buffers alone, summed over data-parallel ranks. Not with ``prepare_training``."""
+        """Allocate fp32 gradient buffers alone, summed over the ranks as in training. Not with ``prepare_training``."""
         with bridge.construction():
             self._wrapped = DistributedDataParallel(
                 self.model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.model
@@ -115,8 +115,8 @@ class Engine:
     def settle_parameters(self) -> None:
         """Wait until the parameters are those of the last step. Call it before they are read outside a forward pass.
 
-        A collective of the data-parallel ranks. After a step each rank has updated its range of them, and the next
-        forward pass gathers the others' bucket by bucket, as it comes to them.
+        A collective of the ranks that have the same ones. After a step each rank has updated its range of them, and
+        the next forward pass gathers the others' bucket by bucket, as it comes to them.
         """
         if self._gathers_late:
             self._wrapped.start_param_sync(force_sync=True)
@@ -255,8 +255,11 @@ class Engine:
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
                 vocabulary=unwrap(model).dpo_config.vocab_size,
             )
-            sums, counts = sums_by_owner(log_probs, pack.owners, 2 * len(pack.pairs))
+            group = parallel_state.get_context_parallel_group()
+            sums, counts = sums_by_owner(log_probs, pack.owners, 2 * len(pack.pairs), group=group)
             numerator, denominator = consume(pack, sums.view(-1, 2), counts.view(-1, 2))
+            if self.world.context_rank > 0:  # Megatron-Core adds all ranks' denominators, and the first has this one
+                denominator = torch.zeros_like(denominator)
             return numerator, denominator, {}
 
         def forward_step(iterator: Iterator[Pack], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -86,7 +86,7 @@ def export_model(result: Result, spec: DPOJobSpec, world: World, source: Place, 
                 collect=result.collect,
                 value_of=result.value_of,
             )
-    if adapter and spec.lora is not None and world.data_rank == 0:
+    if adapter and spec.lora is not None and world.data_rank == 0 and world.context_rank == 0:
         export_adapter(result.model, spec.lora, base, join_uri(uri, "adapter"), store=store, trained=result.trained)
     world.barrier()
 

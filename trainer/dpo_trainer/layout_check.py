@@ -31,6 +31,7 @@ from dpo_trainer.formats.export import exported, tensors_of
 from dpo_trainer.formats.huggingface import Checkpoint
 from dpo_trainer.formats.layout import Slot, assemble, slots, target
 from dpo_trainer.model.build import Backend, Precision, build_model
+from dpo_trainer.model.context import share_of
 from dpo_trainer.model.forward import unwrap
 from dpo_trainer.model.lora import adapters, attach_lora
 from dpo_trainer.model.pack import Pack
@@ -233,14 +234,16 @@ class _Cut:
                     sums[pair, 2] += 1
             return ((found[:, 0] - found[:, 1]) * real).sum(), real.sum().int()
 
+        multiple = self.spec.parallelism.sequence_parts
         pack = make_pack(
             self.pairs,
             mine,
             share=self.spec.training.prefix_sharing,
-            pad_to_multiple=self.spec.parallelism.sequence_parts,
+            pad_to_multiple=multiple,
             with_rejected=self.spec.dpo.has_preference,
         )
-        engine.accumulate_gradients([pack], consume)
+        share = share_of(pack, self.world.context_rank, self.world.context_size, multiple)
+        engine.accumulate_gradients([share], consume)
         whole = self._whole(engine.model, held, gradient)
         return Numbers(sums, {name: _products(name, value) for name, value in whole})
 
@@ -259,7 +262,7 @@ class _Cut:
         """Return the numbers of the ranks that have them; NaN where there is not exactly one."""
         sums = self.world.sum_of_owners(numbers.log_probs)
         table = torch.zeros(len(names), DIRECTIONS + 2, dtype=torch.float64)
-        if self.world.data_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
+        if self.world.data_rank == 0 and self.world.is_first_of_pack:
             for row, name in enumerate(names):
                 if name in numbers.gradients:
                     table[row] = torch.cat((numbers.gradients[name], torch.ones(1)))

@@ -77,15 +77,38 @@ def response_log_probs(
     return result
 
 
-def sums_by_owner(log_probs: Tensor, owners: Tensor, n_owners: int) -> tuple[Tensor, Tensor]:
+def sums_by_owner(
+    log_probs: Tensor, owners: Tensor, n_owners: int, *, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum the tokens of each response.
 
-    log_probs: [R]. owners: [R] int64 in [0, n_owners), each token's response. Returns the sums [n_owners] in float64,
-    with gradient, and the counts [n_owners] int64. The sums are float64 because their differences are used: see
-    losses.pair_losses. A response without tokens has sum 0 and count 0.
+    log_probs: [R]. owners: [R] int64 in [0, n_owners), each token's response. group: the ranks that have tokens of
+    these responses, where it is not this one alone; the gradient of the sums then goes to each rank's own tokens.
+    Returns the sums [n_owners] in float64, with gradient, and the counts [n_owners] int64, equal on all ranks of
+    ``group``. The sums are float64 because their differences are used: see losses.pair_losses. A response without
+    tokens has sum 0 and count 0.
     """
     sums = torch.zeros(n_owners, dtype=torch.float64, device=log_probs.device).index_add(0, owners, log_probs.double())
-    return sums, torch.bincount(owners, minlength=n_owners)
+    counts = torch.bincount(owners, minlength=n_owners)
+    if group is None or group.size() == 1:
+        return sums, counts
+    sums, of_all = _SumOverRanks.apply(torch.stack((sums, counts.double())), group)
+    return sums, of_all.detach().long()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over a group. Each rank computes the whole gradient of the sum, which is that of its own term."""
+
+    @staticmethod
+    def forward(_ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _ResponseLogProbs(torch.autograd.Function):

@@ -73,7 +73,9 @@ def work(arguments: argparse.Namespace) -> int:
         world = World.connect()
         decision = agreed(job.spec, world, directory_of(job, options), hardware_here(world.size))
         layout = decision.layout
-        world.divide(tensor=layout.tensor, pipeline=layout.pipeline, seed=job.spec.training.seed)
+        world.divide(
+            tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context, seed=job.spec.training.seed
+        )
         # Until all processes have joined there is nothing to save, and a signal ends this process directly. If it
         # only set the flag, the processes that have joined would wait for those that the signal ended.
         stop.listen()

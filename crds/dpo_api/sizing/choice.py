@@ -182,6 +182,7 @@ def _refuse(
     fields = [field for name, field in SIZES.items() if name in kept]
     if not tried:
         which = f"leave {' and '.join(fields)} out" if fields else "use another number of GPUs"
+        which += " or another parallelism.context" if spec.parallelism.context > 1 else ""
         return Refusal("spec.parallelism", f"no layout of {hardware.processes} processes divides the model; {which}")
     least = min(tried, key=lambda found: found.memory.total)
     need = (

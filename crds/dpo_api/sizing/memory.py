@@ -1,8 +1,10 @@
 """Predicts the bytes that a run takes on each GPU, and of host memory while a checkpoint is written.
 
 Each term is a function that says where it comes from. The symbols: h hidden size, a width of all query heads, kv width
-of all key-value groups, F feed-forward size, V vocabulary, L layers, T tensor, P pipeline and D data parallel size, S
-tokens of the largest pack, n the parameters of a rank. A value of the computation takes 2 bytes in bf16 and 4 in fp32.
+of all key-value groups, F feed-forward size, V vocabulary, L layers, T tensor, P pipeline, C context and D data
+parallel size, S tokens of the largest pack, n the parameters of a rank. A value of the computation takes 2 bytes in
+bf16 and 4 in fp32. With context parallelism, a rank has S/C tokens of a pack, and D · C ranks divide the
+optimizer's state.
 """
 
 from __future__ import annotations
@@ -75,13 +77,27 @@ def attention_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> 
     """What one layer keeps of a token for its backward pass outside the MLP, in bytes.
 
     Of width h: the layer's input, its norm, the sum after the attention and its norm, divided by T if ``sequence``. Of
-    width a: the rotated queries and the attention's output. Of width kv: keys and values, 1.5 times as many rows as
-    tokens, since a prompt is in both of its pair's sequences. One value more of each of h and a is for what
-    exists only while a layer runs backward. In bf16 and with a = h: 16h + 6kv bytes.
+    width a: the rotated queries and the attention's output. Of width kv: keys and values (see ``key_rows``). One value
+    more of each of h and a is for what exists only while a layer runs backward. In bf16 and with a = h: 16h + 6kv
+    bytes.
     """
     wide = 5 * model.hidden / (layout.tensor if layout.sequence else 1)
-    groups = max(group_width(model) / layout.tensor, group_width(model) / model.kv_heads)
-    return value * (wide + 3 * query_width(model) / layout.tensor + 3 * groups)
+    keys = 2 * key_rows(layout) * key_width(model, layout)
+    return value * (wide + 3 * query_width(model) / layout.tensor + keys)
+
+
+def key_width(model: ModelFacts, layout: Layout) -> float:
+    """The width of the keys of a rank: kv/T, but one group at least."""
+    return max(group_width(model) / layout.tensor, group_width(model) / model.kv_heads)
+
+
+def key_rows(layout: Layout) -> float:
+    """Rows of keys that a layer keeps for each token of a rank, if prompts are half of the tokens.
+
+    1.5: a prompt is in both of its pair's sequences. With context parallelism, of the S/C tokens of a rank: two chunks
+    of each sequence see it up to their ends, (1 + 1/2C)S in sum, and the rejected one's two chunks see the prompt, S.
+    """
+    return 1.5 if layout.context == 1 else 2 * layout.context + 0.5
 
 
 def mlp_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:

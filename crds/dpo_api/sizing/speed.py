@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dpo_api.models import ModelFacts
 from dpo_api.sizing.layout import Layout
-from dpo_api.sizing.memory import value_bytes
+from dpo_api.sizing.memory import key_width, value_bytes
 from dpo_api.sizing.parameters import Stage, matrices_of_layer, stages, trained_of_rank
 from dpo_api.sizing.products import Product
 from dpo_api.spec import DPOJobSpec
@@ -56,6 +56,7 @@ def step_seconds(model: ModelFacts, spec: DPOJobSpec, layout: Layout, hardware: 
     slowest = max(
         compute_seconds(model, spec, layout, stage, hardware, tokens)
         + tensor_seconds(model, spec, layout, stage, hardware, tokens)
+        + context_seconds(model, spec, layout, stage, hardware, tokens)
         for stage in stages(model.layers, layout.pipeline)
     )
     # 1F1B: the last pack passes through every stage, while the others have nothing left to do (Narayanan et al., 2021).
@@ -99,6 +100,23 @@ def tensor_seconds(
     return len(stage.layers) * times * each / (LINK_SHARE * link * 1e9)
 
 
+def context_seconds(
+    model: ModelFacts, spec: DPOJobSpec, layout: Layout, stage: Stage, hardware: Hardware, tokens: float
+) -> float:
+    """Seconds that a stage's context-parallel ranks send for one pack, of which each has ``tokens``.
+
+    A layer gathers keys and values forward, 2kv/T of each token of the C - 1 others, and reduces as many gradients
+    backward; full recomputation gathers them again.
+    """
+    if layout.context == 1:
+        return 0.0
+    times = 3 if layout.recomputation == "full" else 2
+    each = value_bytes(spec) * 2 * key_width(model, layout) * tokens * (layout.context - 1)
+    product = hardware.product
+    link = product.nvlink if layout.tensor * layout.context <= hardware.gpus else product.network
+    return len(stage.layers) * times * each / (LINK_SHARE * link * 1e9)
+
+
 def stage_seconds(model: ModelFacts, spec: DPOJobSpec, layout: Layout, hardware: Hardware, tokens: float) -> float:
     """Seconds that a stage sends one pack's activations to the next one, and their gradients back.
 
@@ -113,9 +131,10 @@ def stage_seconds(model: ModelFacts, spec: DPOJobSpec, layout: Layout, hardware:
 
 
 def data_seconds(model: ModelFacts, spec: DPOJobSpec, layout: Layout, hardware: Hardware) -> float:
-    """Seconds that data-parallel ranks send in a step: fp32 gradients (4n) and the updated weights (2n in bf16).
+    """Seconds that ranks with the same weights send in a step: fp32 gradients (4n), the updated weights (2n in bf16).
 
-    Within a node over NVLink. Beyond it a node's ranks of one group share the node's network.
+    These are the data- and context-parallel ranks. Within a node over NVLink. Beyond it a node's ranks of one group
+    share the node's network.
     """
     shards = layout.data * layout.context
     if shards == 1:

@@ -27,6 +27,8 @@ def layout_text(layout: Layout, chosen: frozenset[str] | None = None) -> str:
 def sizes_text(layout: Layout) -> str:
     """Write the sizes that decide whether a model fits, on one line."""
     divided = f"tensor {layout.tensor}, pipeline {layout.pipeline}"
+    if layout.context > 1:
+        divided += f", context {layout.context}"
     return f"{divided}, {layout.recomputation} recomputation".replace("none ", "no ")
 
 

@@ -46,6 +46,8 @@ LAYOUTS = {
     "DP3": Layout(3, {}),
     "DP2 TP2": Layout(4, {"tensor": 2}),
     "DP2 PP2": Layout(4, {"pipeline": 2}),
+    "CP2": Layout(2, {"context": 2}),
+    "DP2 CP2": Layout(4, {"context": 2}),
 }
 
 
@@ -101,7 +103,8 @@ class Ranks:
         os.environ.update({"RANK": str(self.rank), "WORLD_SIZE": str(layout.processes), "LOCAL_RANK": str(self.rank)})
         store = self.folder / f"{purpose} {case.name} {name}"
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=self.rank, world_size=layout.processes)
-        world = World.join(tensor=spec.parallelism.tensor, pipeline=spec.parallelism.pipeline)
+        sizes = spec.parallelism
+        world = World.join(tensor=sizes.tensor, pipeline=sizes.pipeline, context=sizes.context)
         try:
             engine = Engine(_model(spec), spec, world)
             engine.prepare_training()
@@ -273,7 +276,7 @@ def _share(engine: Engine) -> float:
     from megatron.core import parallel_state
 
     tensor = parallel_state.get_tensor_model_parallel_world_size()
-    ranks = tensor * parallel_state.get_data_parallel_world_size()
+    ranks = tensor * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     total = alone = count = 0
     for _, parameter in engine.model.named_parameters():
         if parameter.requires_grad:

@@ -37,7 +37,6 @@ ON_CLUSTER = {"on_cluster": True}
 NOT_YET_CASES: dict[str, dict[str, Any]] = {
     "spec.model.nemo": {"model": {"nemo": {"uri": "s3://models/x.nemo"}}},
     "spec.model.megatron": {"model": {"megatron": {"uri": "s3://models/x"}}},
-    "spec.parallelism.context": {"parallelism.context": 2},
     "spec.data.train[].weight": {"data.train[0].weight": 2},
     "spec.data.validation[].weight": {"data.validation": [{"uri": "x", "weight": 0.5}]},
     "spec.checkpoint.monitor": {"checkpoint.monitor": "val/loss"},

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise, product
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,8 +132,7 @@ def oracle(
 
 
 def attention(window: int | None = None, scale: float | None = None) -> Any:
-    config = SimpleNamespace(context_parallel_size=1)
-    return PackAttention(config, 1, None, "self", windows=(window,), softmax_scale=scale)
+    return PackAttention(None, 1, None, "self", windows=(window,), softmax_scale=scale)
 
 
 def inputs_of(pack: Pack, heads: int, groups: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -57,6 +57,9 @@ def attend_by_piece(
     # split's backward is one concatenation; slicing's would write a whole zero stream for every piece.
     queries = query.split([piece.length for piece in plan.pieces])
     counts = [piece.key_count for piece in plan.pieces]
+    if all(piece.padding for piece in plan.pieces):
+        nothing: Tensor = _Nothing.apply(query, key, value)
+        return nothing
     outputs: list[Tensor] = []
     for piece, q, k, v, mask in zip(plan.pieces, queries, key.split(counts), value.split(counts), masks, strict=True):
         if piece.padding:
@@ -64,6 +67,20 @@ def attend_by_piece(
         else:
             outputs.append(_call(q, k, v, mask, scale))
     return torch.cat(outputs)
+
+
+class _Nothing(torch.autograd.Function):
+    """Zeros, for a context-parallel rank without tokens: its backward pass takes part in the others' reductions."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        return torch.zeros_like(query).flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.zeros_like, ctx.saved_tensors))
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

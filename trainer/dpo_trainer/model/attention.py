@@ -9,9 +9,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from dpo_trainer.model.attend import Masks, attend, window_mask
+from dpo_trainer.model.context import gathered, sequences_of
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.model.rotary import rotate, rotation
-from dpo_trainer.model.varlen import VarlenPlan, pieces_of, plan_of, spread
+from dpo_trainer.model.varlen import VarlenPlan, plan_of, spread
 
 
 @dataclass(kw_only=True)
@@ -31,8 +32,8 @@ class PackContext(PackedSeqParams):
 
     @cached_property
     def plan(self) -> VarlenPlan:
-        """The pack's sequences."""
-        plan = plan_of(pieces_of(self.pack.segments, self.pack.length), self.pack.length)
+        """The pack's sequences; with context parallelism, this rank's, over the keys of all ranks."""
+        plan = plan_of(sequences_of(self.pack), self.pack.context_size * self.pack.length)
         return plan.to(self.pack.tokens.device)
 
     @cached_property
@@ -61,7 +62,7 @@ class PackAttention(torch.nn.Module):
 
     def __init__(
         self,
-        config: Any,
+        config: Any,  # noqa: ARG002 - the pack says how it is divided
         layer_number: int,
         attn_mask_type: Any,  # noqa: ARG002 - the pack's segments say what is causal
         attention_type: str,  # noqa: ARG002 - always self-attention here
@@ -70,8 +71,6 @@ class PackAttention(torch.nn.Module):
         **_unused: Any,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError("PackAttention does not split a sequence over context-parallel ranks")
         self.window = windows[layer_number - 1]
         self.softmax_scale = softmax_scale
 
@@ -94,7 +93,7 @@ class PackAttention(torch.nn.Module):
         context = packed_seq_params
         cosines, sines = context.rotation
         turned = rotate(query.squeeze(1), cosines, sines)
-        keys = spread(rotate(key.squeeze(1), cosines, sines), context.plan)
-        values = spread(value.squeeze(1), context.plan)
+        keys = spread(gathered(rotate(key.squeeze(1), cosines, sines), context.pack), context.plan)
+        values = spread(gathered(value.squeeze(1), context.pack), context.plan)
         masks = context.masks(self.window, turned)
         return attend(turned, keys, values, context.plan, masks, self.softmax_scale).unsqueeze(1)

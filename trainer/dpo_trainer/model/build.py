@@ -136,6 +136,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=stages,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
         pipeline_model_parallel_layout=_stages(config.num_layers, stages) if stages > 1 else None,
         sequence_parallel=sequence_parallel,
         variable_seq_lengths=True,  # packs differ in length

@@ -33,6 +33,9 @@ class Segment:
 class Pack:
     """A stream of S tokens holding P pairs with R response tokens.
 
+    With context parallelism, a rank's share of it (see ``model.context``): S and R are then what this rank has, and
+    ``segments`` and ``pairs`` those of the whole pack.
+
     Tokens after the last segment are padding: they belong to no segment, attention gives zero for them and nothing
     reads their hidden states.
     """
@@ -45,6 +48,8 @@ class Pack:
     labels: Tensor  #: [R] int64, response tokens
     owners: Tensor  #: [R] int64, 2·i for the chosen and 2·i+1 for the rejected response of the pack's i-th pair
     pairs: Tensor  #: [P] int64, dataset index of each pair; -1 marks a filler pair of zero weight
+    context_rank: int = 0  #: of the ranks that share the pack
+    context_size: int = 1  #: how many share it
 
     @property
     def length(self) -> int:
@@ -53,7 +58,7 @@ class Pack:
 
     @cached_property
     def used(self) -> int:
-        """Tokens that belong to a segment."""
+        """Tokens that belong to a segment, of the whole pack."""
         return sum(segment.length for segment in self.segments)
 
     def to(self, device: torch.device | str) -> "Pack":
@@ -70,7 +75,7 @@ class Pack:
         )
 
     def validate(self) -> None:
-        """Raise ValueError when the pack breaks its own rules (a bug in this software, not a user's mistake)."""
+        """Raise ValueError when a whole pack breaks its own rules (a bug in this software, not a user's mistake)."""
         size = self.length
         for name, values in (("position_ids", self.position_ids), ("origins", self.origins)):
             if values.shape != (size,):
