@@ -17,7 +17,7 @@ from dpo_operator.reconcile import reconcile
 from dpo_operator.restarts import backoff
 from dpo_operator.types import ChildCheck, Observed, PatchStatus, Refusal
 from dpo_operator.view import View
-from dpo_testing.simcluster import START, Crash, SimCluster, manifest
+from dpo_testing.simcluster import START, Crash, SimCluster, avoided, manifest
 
 DONE: dict[str, Any] = {
     "step": 100,
@@ -701,13 +701,6 @@ def test_an_attempt_that_does_not_start_in_time_is_ended_with_the_pods_message()
 
 def waiting(container: str, reason: str, message: str) -> dict[str, Any]:
     return {"name": container, "state": {"waiting": {"reason": reason, "message": message}}}
-
-
-def avoided(child: dict[str, Any]) -> list[str]:
-    """Return the nodes that a child's pods prefer others to."""
-    pod = child["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
-    wishes = pod.get("affinity", {}).get("nodeAffinity", {}).get("preferredDuringSchedulingIgnoredDuringExecution", [])
-    return [value for wish in wishes for field in wish["preference"]["matchFields"] for value in field["values"]]
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["gone", "still there"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpo_api.errors import Outcome
-from dpo_testing.simcluster import SimCluster, manifest
+from dpo_testing.simcluster import SimCluster, avoided, manifest
 
 ALL = ("master-0", "worker-0", "worker-1", "worker-2")
 
@@ -22,9 +22,7 @@ def lost_contact(cluster: SimCluster, reporters: list[str], *, stopped: tuple[st
     cluster.settle()
     assert cluster.attempts[0]["reason"] == "Communication"
     cluster.sleep_out()
-    pod = cluster.children["job-2"]["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
-    wishes = pod.get("affinity", {}).get("nodeAffinity", {}).get("preferredDuringSchedulingIgnoredDuringExecution", [])
-    return [value for wish in wishes for field in wish["preference"]["matchFields"] for value in field["values"]]
+    return avoided(cluster.children["job-2"])
 
 
 @pytest.mark.parametrize(

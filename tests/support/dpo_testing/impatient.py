@@ -1,6 +1,7 @@
-"""`python -m dpo_testing.impatient worker …`: the trainer's own worker, which waits for others for seconds only.
+"""Makes the trainer's own worker wait for others for seconds only, once a file exists.
 
-Until the file IMPATIENT is in the folder of results it is as patient as ever, so that a slow machine ends no run early.
+Until then it is as patient as ever, so that a slow machine ends no run early. As `python -m dpo_testing.impatient
+worker …` the file is IMPATIENT in the folder of results.
 """
 
 import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
@@ -15,13 +16,18 @@ from dpo_trainer.entry import main
 SECONDS = 10
 IMPATIENT = "impatient"
 
-if __name__ == "__main__":
-    results = Path(sys.argv[sys.argv.index("--results") + 1])
+
+def hurry(flag: Path) -> None:
+    """Make this process's ``Watch`` wait SECONDS in a step once the file ``flag`` exists, and very long before."""
     patient = waiting.Watch._limit_here
     waiting.STEP_WAIT_SECONDS = SECONDS
 
     def limit(self: waiting.Watch) -> float:
-        return patient(self) if (results / IMPATIENT).exists() else waiting.LONGEST_WAIT_SECONDS
+        return patient(self) if flag.exists() else waiting.LONGEST_WAIT_SECONDS
 
     waiting.Watch._limit_here = limit  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    hurry(Path(sys.argv[sys.argv.index("--results") + 1]) / IMPATIENT)
     sys.exit(main())

@@ -61,6 +61,12 @@ NOTES = "DPO_TESTING_PROCESSES"
 STEP_SECONDS = "DPO_TESTING_STEP_SECONDS"
 """Environment variable: seconds that a worker waits before each step, so that a test finds the run under way."""
 
+NETWORK = "DPO_TESTING_NETWORK"
+"""Environment variable: the file of the network namespace that a process enters, such as /proc/N/ns/net."""
+
+HURRY = "DPO_TESTING_HURRY"
+"""Environment variable: a file; once it exists, a worker waits for others for seconds only (dpo_testing.impatient)."""
+
 _PACKET = 180_000  # bytes; Linux takes about 200 KB in one packet of a socket
 _SET_CHILD_SUBREAPER = 36
 _Popen = subprocess.Popen
@@ -250,6 +256,8 @@ def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
     for place, file in enumerate(streams):
         os.dup2(file, place)
     os.closerange(3, 4096)
+    if network := request["env"].get(NETWORK):
+        _enter(network)
     for name in READ_AT_IMPORT:
         if request["env"].get(name) != os.environ.get(name) and (name, request["env"].get(name)) != _NO_GPU:
             raise ValueError(f"{name} is read at import; {request['env'].get(name)!r} is not the server's")
@@ -272,6 +280,10 @@ def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
     sys.argv = [module, *arguments]
     if arguments[:1] == ["worker"] and (seconds := request["env"].get(STEP_SECONDS)):
         _slow_down(float(seconds))
+    if arguments[:1] == ["worker"] and (flag := request["env"].get(HURRY)):
+        from dpo_testing.impatient import hurry
+
+        hurry(Path(flag))
     code = _run(module)
     with suppress(BaseException):
         threading._shutdown()  # type: ignore[attr-defined]
@@ -284,6 +296,12 @@ def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
         except OSError:
             code = code or 120  # as the interpreter does
     os._exit(code & 0xFF)
+
+
+def _enter(network: str) -> None:
+    file = os.open(network, os.O_RDONLY)
+    os.setns(file, os.CLONE_NEWNET)
+    os.close(file)
 
 
 def _slow_down(seconds: float) -> None:

@@ -472,3 +472,10 @@ class SimCluster:
 def attempt_labels(pod: Mapping[str, Any]) -> str:
     """Return the attempt that a pod's label names."""
     return str(pod["metadata"]["labels"][labels.ATTEMPT])
+
+
+def avoided(child: Object) -> list[str]:
+    """Return the nodes that a child's pods prefer others to."""
+    pod = child["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    wishes = pod.get("affinity", {}).get("nodeAffinity", {}).get("preferredDuringSchedulingIgnoredDuringExecution", [])
+    return [value for wish in wishes for field in wish["preference"]["matchFields"] for value in field["values"]]
