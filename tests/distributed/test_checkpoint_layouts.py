@@ -61,10 +61,12 @@ def case(name: str, folder: Path, **more: Any) -> Case:
 
 
 def check_bytes(found: list[dict[str, Any]]) -> None:
-    """Each rank hands over 12 bytes for each parameter of its share, and padding at most."""
+    """Each rank saves 12 bytes for each parameter of its share, and padding at most, and holds as much meanwhile."""
     for rank, what in enumerate(found):
-        for name, held in what["handed over"].items():
-            assert held <= 12 * what["shares"][name], f"{name}, rank {rank}"
+        assert what["held"].keys() == {name for name, saved in what["handed over"].items() if saved}
+        for name, saved in what["handed over"].items():
+            assert saved <= 12 * what["shares"][name], f"{name}, rank {rank}"
+            assert what["held"].get(name, 0) <= 12 * what["shares"][name], f"{name}, rank {rank}"
     totals: dict[str, int] = {}
     for what in found:
         for name, held in what["handed over"].items():

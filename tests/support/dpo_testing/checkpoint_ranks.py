@@ -2,7 +2,7 @@
 
 `python -m dpo_testing.checkpoint_ranks FOLDER`, with RANK, of as many processes as the largest layout has. FOLDER has
 ``plan.json`` (a list of `Case`, as JSON). A process leaves FOLDER/rank-N.json: what it found wrong, and the bytes that
-it handed over while saving.
+it handed over and held while saving.
 
 A state is a value for each Hugging Face tensor and each state of the optimizer, drawn from their names. It reaches the
 ranks by `dpo_trainer.formats.layout`, which loads models, and which checkpoints do not use.
@@ -10,10 +10,12 @@ ranks by `dpo_trainer.formats.layout`, which loads models, and which checkpoints
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +88,7 @@ class Ranks:
         self.folder, self.rank = folder, rank
         self.wrong: list[str] = []
         self.handed_over: dict[str, int] = {}
+        self.held: dict[str, int] = {}
         self.shares: dict[str, float] = {}
 
     def in_layout(self, case: Case, name: str, purpose: str, work: Callable[[Engine], None]) -> None:
@@ -118,6 +121,7 @@ class Ranks:
         from dpo_testing.format_1 import save_format_1
         from dpo_trainer import torch_adam
         from dpo_trainer.checkpoint import store
+        from dpo_trainer.checkpoint.saving import Saver
         from dpo_trainer.checkpoint.state import collect
 
         def work(engine: Engine) -> None:
@@ -130,8 +134,12 @@ class Ranks:
             key = f"{case.name}: {name}"
             self.handed_over[key] = sum(box.values.nbytes for box in boxes)
             self.shares[key] = _share(engine)
-            marker = store.Marker(step=STEP, attempt=1, identity={})
-            store.save(self.directory(case, name), engine.world, boxes, marker)
+            before = _held()
+            with _at_the_last_box(lambda: self.held.update({key: _held() - before})):
+                saver = Saver(self.directory(case, name), engine.world, background=True)
+                saver.begin(boxes, store.Marker(step=STEP, attempt=1, identity={}))
+                saver.wait_for_copy()
+                saver.complete()
 
         self.in_layout(case, name, "save", work)
 
@@ -271,6 +279,41 @@ def _differences(engine: Engine) -> Iterator[str]:
                 yield f"{state} of {name}"
 
 
+def _held() -> int:
+    """Bytes of memory that this process's tensors take."""
+    import torch
+
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    storages = sorted((s.data_ptr(), s.nbytes()) for s in (tensor.untyped_storage() for tensor in tensors))
+    total = end = 0
+    for start, size in storages:  # some are parts of others
+        total += max(0, start + size - max(start, end))
+        end = max(end, start + size)
+    return total
+
+
+@contextmanager
+def _at_the_last_box(look: Callable[[], None]) -> Iterator[None]:
+    """Call ``look`` when torch's writer has written all boxes of a file but the last."""
+    from dpo_trainer.checkpoint import files
+
+    resolve = files._Source.resolve_data
+    left: dict[files._Source, int] = {}
+
+    def watched(source: files._Source, write_item: Any) -> Tensor:
+        found = resolve(source, write_item)
+        left[source] = left.get(source, len(source._values)) - 1
+        if not left[source]:
+            look()
+        return found
+
+    files._Source.resolve_data = watched  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        files._Source.resolve_data = resolve  # type: ignore[method-assign]
+
+
 def _share(engine: Engine) -> float:
     """The parameters of this stage, divided by the ranks that share them; what is not divided, and padding, added."""
     from megatron.core import parallel_state
@@ -308,7 +351,7 @@ def _main(folder: Path) -> None:
     for case in cases:
         for name in case.loading:
             mine.load(case, name)
-    found = {"wrong": mine.wrong, "handed over": mine.handed_over, "shares": mine.shares}
+    found = {"wrong": mine.wrong, "handed over": mine.handed_over, "held": mine.held, "shares": mine.shares}
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
 

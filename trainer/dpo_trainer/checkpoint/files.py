@@ -54,7 +54,10 @@ class _Source(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the values of one box."""
-        return self._values[write_item.index]
+        values = self._values[write_item.index]
+        # As a storage of its own: torch's writer copies a part of a larger one, and keeps the copies of all boxes until
+        # the file is complete.
+        return torch.from_numpy(values.numpy()) if values.device.type == "cpu" else values
 
 
 class _Target(DefaultLoadPlanner):
