@@ -118,6 +118,7 @@ the finished run of the same spec, the first attempt ends within a minute, with 
 | `/dev/shm` | shared memory (`resources.shm`), counted as the pod's memory |
 | `/cache`, `DPO_CACHE_DIR` | the cache, where `storage.cache.claim` names a claim |
 | `/mnt/claims/CLAIM`, `DPO_PVC_ROOT` | each claim of a `pvc://` address; read-only where only inputs name it |
+| `DPO_STALL_TIMEOUT_SECONDS` | `runPolicy.stallTimeoutSeconds`, if it is set when the attempt starts |
 | `AWS_ACCESS_KEY_ID` … | the keys of `storage.credentialsSecretRef`, taken from the Secret by the kubelet |
 | `DPO_CREDENTIALS_DIR`/SECRET/KEY | the keys of a source's own `credentialsSecretRef`, as files |
 | `/etc/dpo/metrics`, `DPO_METRICS_CREDENTIALS` | rank 0's certificate and token, with `trainer.metrics.secret` |

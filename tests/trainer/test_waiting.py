@@ -8,8 +8,22 @@ import pytest
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from dpo_api.errors import Outcome
+from dpo_api.manifest import parse_job
+from dpo_operator.backend.pytorchjob import Identity, build_child, spec_json
+from dpo_operator.config import Settings
+from dpo_testing.simcluster import manifest
 from dpo_trainer.results import RankResult, summarise
-from dpo_trainer.waiting import STEP_WAIT_SECONDS, Beat, Place, Spot, Verdict, Watch, judge, step_limit
+from dpo_trainer.waiting import (
+    STEP_WAIT_SECONDS,
+    Beat,
+    Place,
+    Spot,
+    Verdict,
+    Watch,
+    judge,
+    stall_timeout,
+    step_limit,
+)
 
 NOW = 5_000.0
 REDUCTION = Spot("train", 41, "reduction of the gradients", 100, timed=True)
@@ -107,6 +121,18 @@ def test_the_trainer_gives_up_before_the_operator_does() -> None:
     assert step_limit(None) == STEP_WAIT_SECONDS
     assert step_limit(600) == 450
     assert step_limit(10**6) == STEP_WAIT_SECONDS
+
+
+@pytest.mark.parametrize("seconds", [600, None])
+def test_a_pod_has_the_stall_timeout_that_its_pinned_spec_lacks(seconds: int | None) -> None:
+    job = parse_job(manifest(runPolicy={} if seconds is None else {"stallTimeoutSeconds": seconds}))
+    body = build_child(job, Identity("job", "team", "uid-1", created=1), 1, "trainer:1", Settings(), ())
+    template = body["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    variables = {entry["name"]: entry.get("value", "") for entry in template["containers"][0]["env"]}
+    pinned = parse_job(json.loads(spec_json(job))).spec.run_policy
+    assert stall_timeout(pinned, {}) is None
+    assert stall_timeout(pinned, variables) == seconds
+    assert stall_timeout(job.spec.run_policy, {}) == seconds  # `dpo run`, which pins nothing
 
 
 def test_a_rank_outside_of_steps_waits_on() -> None:

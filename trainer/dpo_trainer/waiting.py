@@ -16,6 +16,8 @@ from typing import Self
 
 from torch._C._distributed_c10d import Store
 
+from dpo_api.running import RunPolicy
+
 LONGEST_WAIT_SECONDS = 6 * 3600
 """How long a rank waits for the others where no limit is known.
 
@@ -37,6 +39,12 @@ _STORE_SECONDS = 10.0
 _VERDICT = "dpo/waiting/verdict"
 _NAMED = 4
 """Most ranks of a kind that a message names."""
+
+
+def stall_timeout(policy: RunPolicy, environment: Mapping[str, str]) -> int | None:
+    """Return ``stallTimeoutSeconds``. In a pod it is a variable: its spec has no ``runPolicy``, which may change."""
+    given = environment.get("DPO_STALL_TIMEOUT_SECONDS", "")
+    return int(given) if given.isdecimal() else policy.stall_timeout_seconds
 
 
 def step_limit(stall_timeout: int | None) -> float:

@@ -25,7 +25,7 @@ from dpo_trainer.layouts import agreed, hardware_here
 from dpo_trainer.results import RankResult
 from dpo_trainer.run import Run, RunOptions, directory_of
 from dpo_trainer.stopping import StopRequest
-from dpo_trainer.waiting import Watch, step_limit
+from dpo_trainer.waiting import Watch, stall_timeout, step_limit
 
 _OUTCOME_OF_ERRNO = {
     errno.ENOSPC: Outcome.NoSpace,
@@ -113,7 +113,7 @@ def _watch(run: Run, rank: int, results: Path) -> Watch:
     def give_up(message: str) -> None:
         _fail(replace(run.result(rank, Outcome.Communication, message), explains=True), run, results)
 
-    limit = step_limit(run.spec.run_policy.stall_timeout_seconds)
+    limit = step_limit(stall_timeout(run.spec.run_policy, os.environ))
     watch = Watch(run.world.place, rank, run.world.size, _get_default_store(), limit=limit, give_up=give_up)
     watch.start()
     return watch

@@ -160,7 +160,7 @@ def _resources(spec: DPOJobSpec) -> dict[str, Any]:
 def _environment(spec: DPOJobSpec, mounts: Mounts, settings: Settings) -> list[dict[str, Any]]:
     """The variables of the installation, the operator and the job, in this order; the last one of a name wins."""
     values: dict[str, dict[str, Any]] = {name: {"name": name, "value": value} for name, value in settings.extra_env}
-    for variable in [*_collectives(spec), *mounts.env, *_logging(spec)]:
+    for variable in [*_collectives(spec), *mounts.env, *_limits(spec), *_logging(spec)]:
         values[variable["name"]] = variable
     for own in spec.pod_template.env:
         values[own.name] = (
@@ -180,6 +180,12 @@ def _collectives(spec: DPOJobSpec) -> list[dict[str, Any]]:
         return []
     values = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _limits(spec: DPOJobSpec) -> list[dict[str, Any]]:
+    """What the trainer needs of runPolicy, which may change and so is not in the pinned spec."""
+    seconds = spec.run_policy.stall_timeout_seconds
+    return [] if seconds is None else [{"name": "DPO_STALL_TIMEOUT_SECONDS", "value": str(seconds)}]
 
 
 def _logging(spec: DPOJobSpec) -> list[dict[str, Any]]:
