@@ -48,7 +48,7 @@ test: tools-started setup lint ## lint, types, import contracts, generated files
 # Side by side, so that each process collects and imports its own part only: torch alone takes seconds.
 .PHONY: check
 check: setup ## the quick part of `make test`: lint, and the tests without a training run, a cluster or a Go program
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-others check-trainer check-operator run-lint
+	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target check-others check-trainer check-operator run-lint
 
 QUICK := $(BIN)/python -m pytest -q -m "not (slow or cluster or tools or nightly or e2e)"
 .PHONY: check-trainer check-operator check-others

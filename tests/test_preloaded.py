@@ -1,6 +1,7 @@
 """A process forked by dpo_testing.preloaded behaves as one that a new interpreter runs: each test starts both kinds."""
 
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dpo_testing.gloo import run_ranks
 from dpo_testing.preloaded import ROOT, PreloadedPopen
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks need Linux")
@@ -149,3 +151,8 @@ def test_a_variable_that_was_read_at_import_cannot_differ() -> None:
 def test_an_option_that_a_fork_does_not_have_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="takes no preexec_fn, pass_fds, shell or executable"):
         probe(Forked, "exit", "0", **option)
+
+
+def test_a_rank_that_fails_fails_its_caller() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0: .*ZeroDivisionError"):
+        run_ranks(2, operator.truediv, 0)  # rank 1, too

@@ -31,6 +31,10 @@ LAYOUTS: dict[int, list[Layout]] = {2: [(2, 1), (1, 2), (1, 1)], 4: [(2, 2), (2,
 AFTER = (2, 13, 24)
 """Requests before the one that is refused: the header takes two, then come tensors of the one rank or the other."""
 
+REFUSED = [(case, after) for after in AFTER for case in range(len(LAYOUTS[2]))]
+SELECTED = [(0, AFTER[0]), (1, AFTER[1]), (2, AFTER[2])]
+"""Of these, what `make test` runs; the others are nightly, in a run of their own."""
+
 MISSING = "model.layers.1.mlp.up_proj.weight"
 
 SHAPE: dict[str, Any] = {"num_attention_heads": 8, "head_dim": 6}
@@ -93,23 +97,26 @@ def s3(server: S3Server) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="module")
-def loaded(folders: list[Path], s3: FaultProxy, server: S3Server, world: Path) -> Callable[[int], Path]:
+def loaded(folders: list[Path], s3: FaultProxy, server: S3Server, world: Path) -> Callable[..., Path]:
     """Processes → the folder in which they have left what they loaded."""
 
     @functools.cache
-    def of(processes: int) -> Path:
-        out = world / f"loaded by {processes}"
+    def of(processes: int, *, nightly: bool = False) -> Path:
+        """nightly: only the refusals that `make test` leaves out."""
+        out = world / f"loaded by {processes}{' nightly' * nightly}"
         out.mkdir()
         refused: list[tuple[Layout, str]] = []
         others: list[tuple[Layout, str]] = []
         if processes == 2:
-            refused = [(layout, f"s3://models/refused-{n}-{i}") for i, layout in enumerate(LAYOUTS[2]) for n in AFTER]
+            chosen = [case for case in REFUSED if (case in SELECTED) != nightly]
+            refused = [(LAYOUTS[2][case], f"s3://models/refused-{after}-{case}") for case, after in chosen]
+        if processes == 2 and not nightly:
             others = [(layout, f"s3://models/fine-{i}") for i, layout in enumerate(LAYOUTS[2])]
             others.append(((2, 1), str(damaged(folders[1], world / "damaged"))))
         cases = Cases(
             folders,
             folders[1],
-            LAYOUTS[processes],
+            [] if nightly else LAYOUTS[processes],
             [*others, *refused],
             server.environment(endpoint=s3.endpoint),
         )
@@ -137,7 +144,7 @@ def damaged(folder: Path, copy: Path) -> Path:
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_every_byte_is_read_once_and_arrives(
-    processes: int, folders: list[Path], keys: dict[str, str], loaded: Callable[[int], Path]
+    processes: int, folders: list[Path], keys: dict[str, str], loaded: Callable[..., Path]
 ) -> None:
     for layout in LAYOUTS[processes]:
         for folder in folders:
@@ -186,7 +193,7 @@ def assert_data_ranks_equal(out: Path, layout: Layout, processes: int) -> None:
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_the_exact_values_of_a_rounded_model_are_read_once_too(
-    processes: int, folders: list[Path], loaded: Callable[[int], Path]
+    processes: int, folders: list[Path], loaded: Callable[..., Path]
 ) -> None:
     for layout in LAYOUTS[processes]:
         out = place(loaded(processes), layout, "again")
@@ -198,7 +205,7 @@ def test_the_exact_values_of_a_rounded_model_are_read_once_too(
 
 @pytest.mark.parametrize("case", range(len(LAYOUTS[2])))
 def test_from_s3_every_byte_is_sent_once(
-    case: int, folders: list[Path], s3: FaultProxy, loaded: Callable[[int], Path]
+    case: int, folders: list[Path], s3: FaultProxy, loaded: Callable[..., Path]
 ) -> None:
     place(loaded(2), LAYOUTS[2][case], f"fine-{case}")
     ranges = []
@@ -211,7 +218,7 @@ def test_from_s3_every_byte_is_sent_once(
 
 @pytest.mark.parametrize("case", range(len(LAYOUTS[2])))
 def test_to_s3_every_tensor_is_written(
-    case: int, folders: list[Path], server: S3Server, loaded: Callable[[int], Path], tmp_path: Path
+    case: int, folders: list[Path], server: S3Server, loaded: Callable[..., Path], tmp_path: Path
 ) -> None:
     loaded(2)
     found = server.client().list_objects_v2(Bucket="models", Prefix=f"fine-{case}-exported/")["Contents"]
@@ -221,7 +228,7 @@ def test_to_s3_every_tensor_is_written(
 
 
 @pytest.mark.parametrize("case", range(len(LAYOUTS[2])))
-def test_a_full_disk_of_one_rank_is_every_ranks_error(case: int, loaded: Callable[[int], Path]) -> None:
+def test_a_full_disk_of_one_rank_is_every_ranks_error(case: int, loaded: Callable[..., Path]) -> None:
     out = place(loaded(2), LAYOUTS[2][case], f"fine-{case}")
     found = errors(out)
     assert found[0] is not None
@@ -231,17 +238,19 @@ def test_a_full_disk_of_one_rank_is_every_ranks_error(case: int, loaded: Callabl
     assert not (out / "full" / "model.safetensors.index.json").exists()
 
 
-@pytest.mark.parametrize("case", range(len(LAYOUTS[2])))
-@pytest.mark.parametrize("after", AFTER)
-def test_a_refusal_of_one_rank_is_every_ranks_error(after: int, case: int, loaded: Callable[[int], Path]) -> None:
-    found = errors(place(loaded(2), LAYOUTS[2][case], f"refused-{after}-{case}"))
+@pytest.mark.parametrize(
+    ("case", "after"), [pytest.param(*c, marks=[] if c in SELECTED else pytest.mark.nightly) for c in REFUSED]
+)
+def test_a_refusal_of_one_rank_is_every_ranks_error(case: int, after: int, loaded: Callable[..., Path]) -> None:
+    left = loaded(2) if (case, after) in SELECTED else loaded(2, nightly=True)
+    found = errors(place(left, LAYOUTS[2][case], f"refused-{after}-{case}"))
     assert found[0] is not None
     assert found[0] == found[1]
     assert found[0][0] == "AccessDeniedError"
     assert found[0][1].startswith(f"s3://models/refused-{after}-{case}/model.safetensors: ")
 
 
-def test_a_missing_tensor_is_every_ranks_error(loaded: Callable[[int], Path]) -> None:
+def test_a_missing_tensor_is_every_ranks_error(loaded: Callable[..., Path]) -> None:
     found = errors(place(loaded(2), (2, 1), "damaged"))
     assert found[0] is not None
     assert found[0] == found[1]

@@ -53,7 +53,7 @@ def test_equivalent_settings_are_one_trajectory(name: str, base: Finished, spec:
     assert differences(base, run_here(changed, world / name)) == []
 
 
-@pytest.mark.parametrize("name", ["small packs", "neither"])
+@pytest.mark.parametrize("name", ["small packs", pytest.param("neither", marks=pytest.mark.nightly)])
 def test_two_processes_are_one_trajectory(name: str, base: Finished, spec: dict[str, Any], world: Path) -> None:
     """Unequal packs a rank, and a last batch of one pair, for which the second rank runs a filler."""
     changed = merged(merged(spec, EQUIVALENT[name]), {"reference": {"cacheURI": str(world / f"two {name}")}})

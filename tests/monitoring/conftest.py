@@ -22,6 +22,7 @@ from dpo_testing.fakekubelet import PORT, FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
 from dpo_testing.kubeapi import PYTORCHJOBS, Object, eventually
 from dpo_testing.operatorprocess import OperatorProcess
+from dpo_testing.preloaded import STEP_SECONDS
 from dpo_testing.prometheusserver import Config, PrometheusServer, pin_operator, rendered, scrape_config
 from dpo_testing.s3server import need
 from dpo_testing.training_world import make, merged, preferences
@@ -127,7 +128,13 @@ def world(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wor
         pod = kubelet.pod(training, "curve-1-master-0")
         scratch = folder / "scratch"
         trainer = runs.start(
-            _spec(folder), folder / "run", processes=1, scratch=scratch, more=_trainer_arguments(pod), name="curve"
+            _spec(folder),
+            folder / "run",
+            processes=1,
+            scratch=scratch,
+            environment={STEP_SECONDS: "0.1"},  # it trains until the last test: the others need the machine, too
+            more=_trainer_arguments(pod),
+            name="curve",
         )
         stack.callback(runs.kill, trainer)
         gpus = [stack.enter_context(DcgmExporter(training, pod["metadata"]["name"], [gpu])) for gpu in (0, 1)]

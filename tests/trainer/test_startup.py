@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from dpo_testing.corpora import llama_tokenizer
 from dpo_testing.runs import PACKAGES
 from dpo_trainer.startup import lazily_compiled
 
@@ -48,6 +50,17 @@ def test_a_process_imports_only_what_it_uses(module: str, used: set[str], unused
     found = imported(f"import {module}")
     assert used <= found
     assert not found & unused
+
+
+def test_a_tokenizer_is_loaded_without_what_models_of_transformers_need(tmp_path: Path) -> None:
+    folder = llama_tokenizer(tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    found = imported(
+        "import pathlib, dpo_trainer.worker\nfrom dpo_trainer.data.tokenizer import load_tokenizer\n"
+        f"load_tokenizer(pathlib.Path({str(folder)!r}))"
+    )
+    assert found >= {"transformers.models.auto.tokenization_auto"}
+    assert not found & (COMPILER | STORAGE | SINKS | {"accelerate"})
 
 
 @pytest.mark.nightly

@@ -135,6 +135,7 @@ def test_a_pod_has_the_stall_timeout_that_its_pinned_spec_lacks(seconds: int | N
     assert stall_timeout(job.spec.run_policy, {}) == seconds  # `dpo run`, which pins nothing
 
 
+@pytest.mark.slow
 def test_a_rank_outside_of_steps_waits_on() -> None:
     """And one that lost contact learns what another one has found."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

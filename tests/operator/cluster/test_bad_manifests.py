@@ -202,6 +202,7 @@ def variants_crd(schemas: Sequence[Schema]) -> Object:
     return made
 
 
+@pytest.mark.nightly  # that each is refused, with its own words, is in `make test`
 def test_a_manifest_is_refused_by_its_own_rule_alone(cluster: ControlPlane, space: str) -> None:
     """Admitted by the one variant that lacks its rule, and refused by those that lack others: two rules would show."""
     rules = list(dict.fromkeys(case.rule for case in REFUSED if case.rule is not None))

@@ -164,6 +164,7 @@ def test_a_trainer_that_answers_but_does_not_advance(stage: Stage, tmp_path: Pat
 
 
 @sees(*(f"{kind} RestartsWithoutProgress" for kind in ENDED))
+@pytest.mark.nightly  # tests/operator/unit/test_retry.py has the decision
 def test_nodes_that_fail_for_ever(stage: Stage) -> None:
     stage.jobs.create(manifest("unlucky", run_policy={"attemptsHistoryLimit": 0}))
     for attempt in range(1, 22):

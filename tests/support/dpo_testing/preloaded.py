@@ -47,9 +47,18 @@ MODULES = (
     "dpo_testing.probe",
     "dpo_testing.rogue",
     "dpo_testing.checkpoint_ranks",
+    "dpo_testing.gloo",
     "dpo_testing.impatient",
 )
-PRELOADED = ("dpo_trainer.worker", "dpo_trainer.agent", "torch.distributed.run", "dpo_cli.app", "transformers")
+PRELOADED = (
+    "dpo_trainer.worker",
+    "dpo_trainer.agent",
+    "torch.distributed.run",
+    "dpo_cli.app",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+    "boto3",
+)
 """What the server imports."""
 
 READ_AT_IMPORT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "PYTHONOPTIMIZE", "LD_PRELOAD")

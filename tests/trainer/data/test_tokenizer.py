@@ -1,6 +1,7 @@
 """Three kinds of tokenizer folders, their special tokens and templates, held against the libraries themselves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_store import open_store
 from dpo_testing.corpora import CHATML, byte_bpe_tokenizer, llama_tokenizer, sentencepiece_tokenizer, sentences
 from dpo_trainer.data.chat import TEMPLATE_DATE, ChatTemplate, TemplateFailedError
-from dpo_trainer.data.tokenizer import fetch_tokenizer, load_tokenizer
+from dpo_trainer.data.tokenizer import _configuration, fetch_tokenizer, load_tokenizer
 
 TALK = [
     {"role": "user", "content": "Which year? <b>&</b>"},
@@ -38,6 +39,51 @@ def test_ids_are_those_of_transformers(folders: dict[str, Path], kind: str) -> N
         assert ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
         assert [*ours.prefix, *ids.tolist(), *ours.suffix] == theirs(text)["input_ids"]
         assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ("llama", "LlamaTokenizer"),  # byte-level, so transformers takes another class than the one that is named
+        ("llama", "PreTrainedTokenizerFast"),
+        ("mistral", "LlamaTokenizerFast"),
+        ("qwen2", "Qwen2Tokenizer"),
+        ("qwen2", "PreTrainedTokenizerFast"),
+        ("gpt2", "GPT2Tokenizer"),
+        ("phi3", "LlamaTokenizer"),
+        ("deepseek_v2", "LlamaTokenizerFast"),
+    ],
+)
+def test_the_class_is_the_one_that_transformers_takes_for_the_model(
+    folders: dict[str, Path], tmp_path: Path, model: str, named: str
+) -> None:
+    """With the model's type alone, as with its whole configuration."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders["llama"], folder)
+    held = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**held, "tokenizer_class": named}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model}))
+    assert _configuration(folder) is not None
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(ours._backend._tokenizer) is type(theirs)  # type: ignore[attr-defined]
+    for text, ids in zip(texts := sentences(20, seed=5), ours.encode(texts), strict=True):
+        assert ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["a.B", None]}}),
+     ("tokenizer_config.json", {"tokenizer_class": None}), ("config.json", {"model_type": None})],
+)  # fmt: skip
+def test_what_needs_the_whole_configuration_gets_it(
+    folders: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, object]
+) -> None:
+    files = {"config.json": {"model_type": "llama"}, "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}
+    for file, held in files.items():
+        more = changes if file == name else {}
+        kept = {key: value for key, value in {**held, **more}.items() if value is not None}
+        (tmp_path / file).write_text(json.dumps(kept))
+    assert _configuration(tmp_path) is None
 
 
 def test_ids_are_those_of_sentencepiece(folders: dict[str, Path]) -> None:

@@ -101,8 +101,9 @@ def test_two_processes_train_save_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # whole runs of tests/distributed prove it through the entry point
 @on_cpu
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.usefixtures("_world")
 def test_tensor_parallel_ranks_hold_the_same_model(size: int, tmp_path: Path) -> None:
     """Slices, exports, LoRA's merged weights and gradients do not depend on the number of ranks.
