@@ -57,6 +57,9 @@ PRELOADED = (
     "dpo_cli.app",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
+    "torch._inductor",  # by the first optimizer
+    "megatron.core.models.mimo.optimizer",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "boto3",
 )
 """What the server imports."""
