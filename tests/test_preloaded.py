@@ -153,6 +153,7 @@ def test_an_option_that_a_fork_does_not_have_is_refused(option: dict[str, Any]) 
         probe(Forked, "exit", "0", **option)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_fails_its_caller() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)rank 0: .*ZeroDivisionError"):
         run_ranks(2, operator.truediv, 0)  # rank 1, too
