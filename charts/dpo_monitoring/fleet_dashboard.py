@@ -7,7 +7,8 @@ from dpo_monitoring.queries import fleet, of_fleet, of_operator, own
 
 WAITING = "Pending|Queued|Starting|Restarting"
 
-_CONDITIONS = fleet("dpo_job_condition", "namespace", "dpojob", "condition", more=', condition%s"TrainingStalled"')
+_BAD_IF_TRUE = "TrainingStalled|SlowRank"
+_CONDITIONS = fleet("dpo_job_condition", "namespace", "dpojob", "condition", more=f', condition%s"{_BAD_IF_TRUE}"')
 
 
 def _jobs(title: str, description: str, states: str) -> Panel:
@@ -169,11 +170,11 @@ JOBS = Row(
         Panel(
             "Runs that need a look",
             "Jobs with a condition that needs a look: the trainer does not answer, the first loss contradicts the"
-            " reference, a loss is not finite, no learning after many steps, or a stall.",
+            " reference, a loss is not finite, no learning after many steps, a stall, or a slow process.",
             "none",
             (
-                Query(f"sum by (condition) ({_CONDITIONS % '!='} == bool 0)", "{{condition}} is false"),
-                Query(f"sum by (condition) ({_CONDITIONS % '='})", "{{condition}} is true"),
+                Query(f"sum by (condition) ({_CONDITIONS % '!~'} == bool 0)", "{{condition}} is false"),
+                Query(f"sum by (condition) ({_CONDITIONS % '=~'})", "{{condition}} is true"),
             ),
             lowest=0,
         ),

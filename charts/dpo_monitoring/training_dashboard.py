@@ -243,6 +243,22 @@ SPEED = Row(
             lowest=0,
         ),
         Panel(
+            "GPU utilization (MFU)",
+            "Model FLOPs utilization: what a step needs, each operation counted once, as a share of the GPUs' peak."
+            " Long packs of a model that is not divided reach 40 to 50 percent.",
+            "percentunit",
+            (Query(run("dpo_train_mfu_ratio"), WHO),),
+            lowest=0,
+        ),
+        Panel(
+            "Slowest process",
+            "Its time for its own part of a step, divided by the median. At 1.5 and more the others wait for it: the"
+            " condition SlowRank names it.",
+            "none",
+            (Query(run("dpo_train_slowest_rank_ratio"), WHO),),
+            lowest=0,
+        ),
+        Panel(
             "Memory of rank 0's GPU",
             "Most memory that tensors have taken, beside what was predicted when the layout was chosen. Far above the"
             " prediction, a longer pack may not fit: lower packing.maxTokens.",

@@ -24,6 +24,9 @@ LOSS, ACCURACY, MARGIN = "loss", "acc", "rewards_margin"
 MEMORY_PEAK, MEMORY_PREDICTED = "train/memory_peak", "train/memory_predicted"
 """Keys of rank 0's GPU memory."""
 
+SLOWEST_RANK, SLOWEST_RATIO = "train/slowest_rank", "train/slowest_rank_ratio"
+"""Keys of the rank that took longest."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -43,6 +46,8 @@ class Metric:
     """Why no panel shows it; empty if one does."""
     on_gpus: bool = False
     """Whether only a run on GPUs has it."""
+    of_several: bool = False
+    """Whether only a run whose processes do the same work beside each other has it."""
 
     @property
     def family(self) -> str:
@@ -102,6 +107,32 @@ TRAIN: tuple[Metric, ...] = (
         "Tokens computed per second in the last step by all processes.",
         "tokens/s",
         key="train/tokens_per_second",
+    ),
+    Metric(
+        "dpo_train_mfu_ratio",
+        "gauge",
+        "Model FLOPs utilization: FLOPs that the last step needed, each counted once, divided by what the GPUs' peak"
+        " allows in its time; absent on CPU, in fp32 and on unknown GPUs.",
+        "ratio",
+        key="train/mfu",
+        on_gpus=True,
+    ),
+    Metric(
+        "dpo_train_slowest_rank",
+        "gauge",
+        "Process, from 0, that took longest for its own part of the step before, waits left out; absent where no two"
+        " processes do the same work.",
+        key=SLOWEST_RANK,
+        no_panel="a name and not a height: read it where its ratio is high",
+        of_several=True,
+    ),
+    Metric(
+        "dpo_train_slowest_rank_ratio",
+        "gauge",
+        "Time of that process for an amount of work, divided by the median of the processes of its pipeline stage.",
+        "ratio",
+        key=SLOWEST_RATIO,
+        of_several=True,
     ),
     Metric("dpo_train_epoch", "gauge", "Epochs done, with a fraction.", key="train/epoch"),
     Metric(
@@ -244,7 +275,7 @@ OPERATOR: tuple[Metric, ...] = (
         "dpo_job_condition",
         "gauge",
         "1 while a condition about the run is True, 0 while it is False: ProgressAvailable, ReferenceConsistent,"
-        " Finite, Learning, TrainingStalled.",
+        " Finite, Learning, TrainingStalled, SlowRank.",
         labels=(*_JOB, "condition"),
     ),
     Metric("dpo_job_attempt", "gauge", "Number of the current or last attempt.", labels=_JOB),

@@ -99,6 +99,13 @@ class Progress(_Message):
     layout: str = Field(
         default="", max_length=64, description="Sizes of tensor, pipeline and data parallelism, such as `T8 P2 D2`."
     )
+    slow_rank: int | None = Field(
+        default=None, ge=0, description="Process that has been much slower than the others for several steps, from 0."
+    )
+    slow_rank_ratio: float | None = Field(
+        default=None, ge=0, description="Its time for its own part of a step, divided by the others' median."
+    )
+    slow_rank_host: str = Field(default="", max_length=253, description="Host of that process; in a pod, its name.")
     observed_at: float = Field(default=0.0, ge=0, description="When this was observed, in Unix seconds.")
     attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
 
@@ -108,6 +115,7 @@ class Progress(_Message):
         "pairs_per_second",
         "first_preference_loss",
         "expected_first_preference_loss",
+        "slow_rank_ratio",
         mode="before",
     )
     @classmethod

@@ -61,6 +61,7 @@ class ConditionType(Enum):
     Finite = "Finite", "Losses and gradients are finite."
     Learning = "Learning", "Accuracy and margin have risen above chance."
     TrainingStalled = "TrainingStalled", "There has been no progress for too long."
+    SlowRank = "SlowRank", "One process has been much slower than the others for several steps: see its node."
     Stalled = "Stalled", "The job has failed or was rejected: it does not go on by itself. Flux and Helm read it."
     NetworkRestricted = (
         "NetworkRestricted",

@@ -31,6 +31,7 @@ INVARIANTS: tuple[tuple[ConditionType, Literal["True", "False"]], ...] = (
     (ConditionType.Finite, "False"),
     (ConditionType.Learning, "False"),
     (ConditionType.TrainingStalled, "True"),
+    (ConditionType.SlowRank, "True"),
     (ConditionType.ProgressAvailable, "False"),
     (ConditionType.NetworkRestricted, "False"),
 )

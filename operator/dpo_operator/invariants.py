@@ -1,17 +1,18 @@
-"""Checks on the run itself: the reference is consistent, the loss is finite, the policy learns, and steps advance."""
+"""Checks on the run itself: reference consistent, loss finite, policy learns, steps advance, no process slow."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from dpo_api.metrics import ACCURACY, MARGIN, newest_group
+from dpo_api.metrics import ACCURACY, MARGIN, SLOWEST_RANK, newest_group
 from dpo_api.status import ConditionType, StatusProgress
 from dpo_api.texts import numbers
 from dpo_operator import clock, limits
 from dpo_operator.conditions import Truth, find
 from dpo_operator.draft import Draft
-from dpo_operator.progress import said_now
+from dpo_operator.progress import INT_MAX, said_now
 from dpo_operator.reasons import Reason
+from dpo_operator.texts import clean
 
 TOLERANCE = 0.02
 """Relative. Equal policy and reference differ by bf16's rounding alone, which averages out over a batch."""
@@ -21,7 +22,7 @@ SMALLEST = 0.05
 """
 CHANCE = 0.55
 
-_OF_ATTEMPT = (ConditionType.TrainingStalled, ConditionType.ProgressAvailable)
+_OF_ATTEMPT = (ConditionType.TrainingStalled, ConditionType.ProgressAvailable, ConditionType.SlowRank)
 
 
 def apply(draft: Draft) -> None:
@@ -37,6 +38,7 @@ def apply(draft: Draft) -> None:
     if draft.view.spec.dpo.has_preference:
         _learning(draft, progress)
     _stalled(draft, progress, attempt.running_time)
+    _slow_rank(draft)
 
 
 def withdraw(draft: Draft, types: Collection[ConditionType] = _OF_ATTEMPT) -> None:
@@ -116,3 +118,23 @@ def _stalled(draft: Draft, progress: StatusProgress, running_time: str) -> None:
         draft.condition(ConditionType.TrainingStalled, "True", Reason.NoStep, text)
     else:  # a long checkpoint or export: whether it advances is unknown
         withdraw(draft, (ConditionType.TrainingStalled,))
+
+
+def _slow_rank(draft: Draft) -> None:
+    """Report the process that the trainer calls slow, once for each: its figures change with every answer."""
+    said = said_now(draft)
+    if said is None or SLOWEST_RANK not in said.metrics:
+        return
+    if said.slow_rank is None:
+        text = "No process is much slower than the others."
+        draft.condition(ConditionType.SlowRank, "False", Reason.RanksKeepPace, text)
+        return
+    rank = f"Rank {min(said.slow_rank, INT_MAX)} "
+    known = find(draft.status.conditions, ConditionType.SlowRank)
+    if known is not None and known.status == "True" and known.message.startswith(rank):
+        return
+    host = clean(said.slow_rank_host, 253)
+    where = f"on {host} " if host else ""
+    times = "many" if said.slow_rank_ratio is None else f"{min(said.slow_rank_ratio, 1e6):.1f}"
+    text = f"{rank}{where}takes {times} times as long as the median for its own part of a step."
+    draft.condition(ConditionType.SlowRank, "True", Reason.RankIsSlow, text)

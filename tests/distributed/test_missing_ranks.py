@@ -1,8 +1,9 @@
-"""A run in which a process stops without ending: the others name it and end the attempt."""
+"""Runs in which one process is not like the others: it stops without ending, or is slow. It is named."""
 
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,35 @@ from typing import Any
 import pytest
 
 from dpo_api.errors import Outcome
-from dpo_testing.impatient import IMPATIENT, SECONDS
+from dpo_api.progress import Progress
+from dpo_testing.impatient import IMPATIENT, SECONDS, SLUGGISH
 from dpo_testing.preloaded import NOTES, PreloadedPopen, usable
-from dpo_testing.runs import PACKAGES, job_of, kill, merged, wait_for_step
+from dpo_testing.runs import PACKAGES, Finished, job_of, kill, merged, wait_for_step
+from dpo_testing.training_world import make
 from dpo_testing.trajectories import workers_of
 from dpo_trainer.launch import _rendezvous
+from dpo_trainer.pace import SLOW_RATIO, SLOW_STEPS
 from dpo_trainer.results import read_results, summarise
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruption")]
+
+
+def begin(spec: dict[str, Any], scratch: Path, processes: int, **environment: str) -> PreloadedPopen:
+    """Start the agent of a run in scratch/run whose workers are impatient; scratch/results gets how they end."""
+    (scratch / "results").mkdir()
+    (scratch / "spec.json").write_text(job_of(spec).to_json())
+    command = [sys.executable, "-m", "dpo_trainer", "agent", *_rendezvous({}), f"--nproc-per-node={processes}"]
+    command += ["--max-restarts=0", "-m", "dpo_testing.impatient", "worker", f"--spec={scratch / 'spec.json'}"]
+    command += [f"--run-dir={scratch / 'run'}", f"--events={scratch / 'events'}"]
+    variables = {**os.environ, "PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1", NOTES: str(scratch / "processes")}
+    with (scratch / "log").open("wb") as log:
+        return PreloadedPopen(
+            [*command, "--results", str(scratch / "results")],
+            env={**variables, **environment},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 @pytest.mark.skipif(not usable(), reason="needs forked processes")
@@ -25,18 +47,10 @@ def test_a_process_that_stops_is_named_by_the_others(slow_spec: dict[str, Any], 
     # Only steps, and more than the test can miss: elsewhere the others wait without this limit.
     changes = {"training": {"maxSteps": 2000, "validationInterval": 5000}, "checkpoint": {"everySteps": 5000}}
     spec = merged(slow_spec, changes)
-    folder, results = tmp_path / "run", tmp_path / "results"
-    results.mkdir()
-    (tmp_path / "spec.json").write_text(job_of(spec).to_json())
-    command = [sys.executable, "-m", "dpo_trainer", "agent", *_rendezvous({}), "--nproc-per-node=3", "--max-restarts=0"]
-    command += ["-m", "dpo_testing.impatient", "worker", f"--spec={tmp_path / 'spec.json'}", f"--run-dir={folder}"]
-    variables = {**os.environ, "PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1", NOTES: str(tmp_path / "processes")}
-    with (tmp_path / "log").open("wb") as log:
-        child = PreloadedPopen(
-            [*command, "--results", str(results)], env=variables, stdout=log, stderr=log, start_new_session=True
-        )
+    results = tmp_path / "results"
+    child = begin(spec, tmp_path, 3)
     try:
-        wait_for_step(folder, 2)
+        wait_for_step(tmp_path / "run", 2)
         os.kill(workers_of(tmp_path)[1], signal.SIGSTOP)
         (results / IMPATIENT).touch()
         code = child.wait(240)
@@ -49,3 +63,35 @@ def test_a_process_that_stops_is_named_by_the_others(slow_spec: dict[str, Any], 
     assert found, words.message
     assert int(found[1]) >= SECONDS - 1
     assert sorted(result.rank for result in read_results(results) if result.explains) in ([0], [2], [0, 2])
+
+
+@pytest.mark.skipif(not usable(), reason="needs forked processes")
+@pytest.mark.parametrize(
+    ("processes", "parallelism", "slow"),
+    [
+        (2, {}, 1),
+        pytest.param(4, {"pipeline": 2, "verify": False}, 3, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_slow_process_is_named(processes: int, parallelism: dict[str, Any], slow: int, tmp_path: Path) -> None:
+    """The others wait for it, in gathers of weights or for its stage's messages, and are not called slow for that."""
+    changes = {
+        "training": {"maxSteps": SLOW_STEPS + 2, "validationInterval": 100},
+        "parallelism": parallelism,
+        "checkpoint": {"everySteps": 100},
+    }
+    child = begin(merged(make(tmp_path, pairs=16), changes), tmp_path, processes, **{SLUGGISH: str(slow)})
+    try:
+        code = child.wait(240)
+    finally:
+        kill(child)
+    log = (tmp_path / "log").read_text()
+    assert code == 0, log
+    steps = [event for event in Finished(tmp_path / "run").events if "train/loss" in event]
+    # A step reports the times of the one before it.
+    assert [step.get("train/slowest_rank") for step in steps] == [None] + [slow] * (SLOW_STEPS + 1)
+    assert min(step["train/slowest_rank_ratio"] for step in steps[1:]) > SLOW_RATIO
+    said = [Progress.from_json(line) for line in (tmp_path / "events").read_text().splitlines()]
+    assert (said[-1].slow_rank, said[-1].slow_rank_host) == (slow, socket.gethostname())
+    assert {one.slow_rank for one in said if one.step < SLOW_STEPS + 1} == {None}
+    assert log.count(f"warning: rank {slow} on {socket.gethostname()} takes ") == 1

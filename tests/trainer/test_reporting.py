@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from dpo_api.metrics import METRICS
 from dpo_testing.runs import merged, run_here
 from dpo_testing.training_world import make
-from dpo_trainer import reporting
+from dpo_trainer import engine, reporting, training
+from dpo_trainer.pace import Slow
 from dpo_trainer.reporting import Reporter, memory_metrics
 from dpo_trainer.run import Run
 
@@ -72,8 +73,10 @@ def test_the_validation_before_the_first_step_passes_no_verdict(
 def test_a_run_exports_exactly_the_rows_of_the_table(
     spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names, types, labels and help texts of /metrics at the end of a run that uses everything, a GPU's memory too."""
+    """Names, types, labels and help texts of /metrics after a run that uses everything, on GPUs and beside others."""
     monkeypatch.setattr(reporting, "memory_metrics", lambda *_: memory_metrics(3, 4))
+    monkeypatch.setattr(training, "utilization", lambda *_: 0.4)
+    monkeypatch.setattr(engine, "slowest", lambda _: Slow(0, 1.0))
     found: dict[str, Metric] = {}
 
     def look(run: Run) -> None:

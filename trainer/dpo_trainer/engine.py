@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from dpo_api.errors import NonFiniteError
+from dpo_api.sizing import step_flops
 from dpo_api.spec import DPOJobSpec
 from dpo_trainer import bridge
 from dpo_trainer.distributed import World
@@ -29,6 +30,7 @@ from dpo_trainer.masters import Masters
 from dpo_trainer.metrics.sums import empty_sums, loss_at_start, means, metric_sums
 from dpo_trainer.model.forward import head_weight, hidden_rows, unwrap
 from dpo_trainer.model.pack import Pack
+from dpo_trainer.pace import OwnTime, slowest, work_of
 from dpo_trainer.reference import Pairs
 from dpo_trainer.waiting import Place
 
@@ -49,7 +51,12 @@ class Engine:
         self.optimizer: Any = None
         self.before_update: Callable[[], None] = lambda: None
         """Called in each step before masters and moments change."""
+        self._config = unwrap(model).dpo_config
+        self.flops = 0.0
+        """What the last step needed, on all ranks; see dpo_api.sizing.flops."""
         self._wrapped: Any = model
+        self._own_time = OwnTime(world.device)
+        self._own_flops = 0.0
         self._dropout_seed = 0
         self._gathers_late = False
         self._forward_backward = get_forward_backward_func()
@@ -93,7 +100,11 @@ class Engine:
         config.finalize_model_grads_func = partial(_reduce, self.world.place)
         if overlap:
             config.no_sync_func = self._wrapped.no_sync  # only the last pack's backward pass starts the reduction
+        config.timers = self._own_time
         self._gathers_late = overlap and distributed
+        if self._gathers_late:
+            for bucket in set(self._wrapped.param_to_bucket_group.values()):
+                bucket.finish_param_sync = self._own_time.without(bucket.finish_param_sync)
 
     def prepare_gradients(self) -> None:
         """Allocate fp32 gradient buffers alone, summed over the ranks as in training. Not with ``prepare_training``."""
@@ -130,19 +141,27 @@ class Engine:
         *,
         rate: float,
         seed: int,
+        prepared: float = 0.0,
     ) -> tuple[dict[str, float], float | None]:
         """Take one optimizer step over this rank's packs of a global batch; return its means and ``loss_at_start``.
 
         pairs: the whole batch. reference: Σ log π_ref; None if the loss needs none. rate: the learning rate of this
-        update. seed: of LoRA's dropout in this step. The means have ``grad_norm``, the norm of the whole gradient
-        before clipping.
+        update. seed: of LoRA's dropout in this step. prepared: seconds that this rank took to make the packs. The means
+        have ``grad_norm``, the norm of the whole gradient before clipping, and the slowest rank of the step before.
         Raises NonFiniteError on all ranks if the loss or the norm is NaN or infinite; the weights are unchanged then.
         """
         self._dropout_seed = seed
         self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        table = self._losses(self._wrapped, pairs, packs, reference, rewards, forward_only=False)
-        result = means(table)
+        before = (self._own_time.seconds, self._own_flops)  # the host has read that step's results: nothing to wait for
+        self._own_flops = step_flops(self._config.facts, work_of(packs, self._config), self.spec.lora)
+        self._own_time.begin(prepared)
+        table, ranks = self._losses(
+            self._wrapped, pairs, packs, reference, rewards, of_rank=(*before, _stage(), self._own_flops)
+        )
+        self._own_time.end()
+        self.flops = float(ranks[:, 3].sum()) / parallel_state.get_pipeline_model_parallel_world_size()
+        result = {**means(table), **_slowest(ranks)}
         self.world.place.part("norm of the gradient")
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -172,7 +191,7 @@ class Engine:
     ) -> Tensor:
         """Return the metrics' sums over all ranks' packs of ``pairs``, without gradient; see metrics.sums."""
         with self._without_training():
-            return self._losses(self.model, pairs, packs, reference, rewards, forward_only=True)
+            return self._losses(self.model, pairs, packs, reference, rewards)[0]
 
     def log_prob_sums(self, pairs: Pairs, packs: Sequence[Pack]) -> Tensor:
         """Return Σ log π of both responses of ``pairs`` [n], which are distinct: [n, 2] float64 on the CPU.
@@ -212,12 +231,13 @@ class Engine:
         packs: Sequence[Pack],
         reference: PairValues | None,
         rewards: PairValues,
-        *,
-        forward_only: bool,
-    ) -> Tensor:
+        of_rank: tuple[float, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
         """Run the packs through the loss and return the metrics' global sums, [rows, 2] float64 on the CPU.
 
-        They are NaN unless the ranks counted just the pairs of the batch.
+        They are NaN unless the ranks counted just the pairs of the batch. of_rank: in training, n numbers of this rank,
+        which travel with the sums; also returns those of all ranks, [ranks, n] float64. Only the first one of its
+        tensor-parallel ranks has any: the others' are 0. Empty: forward only.
         """
         table = empty_sums(self.world.device)
         counted = torch.zeros(2, dtype=torch.float64, device=self.world.device)
@@ -231,10 +251,17 @@ class Engine:
             counted.add_(_count(pack.pairs))
             return losses.total.sum(), losses.denominator.sum().int()
 
-        self._run(model, packs, consume, forward_only=forward_only)
-        total = self.world.sum_of_owners(torch.cat((table, counted[None])))
+        self._run(model, packs, consume, forward_only=not of_rank)
+        sums = torch.cat((table, counted[None]))
+        ranks = torch.zeros(self.world.size, len(of_rank), dtype=torch.float64, device=self.world.device)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            ranks[self.world.rank] = ranks.new_tensor(of_rank)
+        if not self.world.owns_numbers:
+            sums.zero_()
+        both = self.world.sum_of_all(torch.cat((sums.flatten(), ranks.flatten())))
+        total, ranks = both[: sums.numel()].view_as(sums), both[sums.numel() :].view_as(ranks)
         all_once = torch.equal(total[-1], _count(torch.from_numpy(pairs)))
-        return total[:-1] if all_once else torch.full_like(total[:-1], torch.nan)
+        return total[:-1] if all_once else torch.full_like(total[:-1], torch.nan), ranks
 
     def _wait_for_head(self) -> None:
         """Wait for the LM head's weight: it is used directly, so no module's forward hook waits for its bucket."""
@@ -277,6 +304,16 @@ class Engine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+def _stage() -> int:
+    return int(parallel_state.get_pipeline_model_parallel_rank())
+
+
+def _slowest(ranks: Tensor) -> dict[str, float]:
+    """Return the slowest rank for the metrics; nothing where no other rank does the same work."""
+    found = slowest(ranks[:, :3])
+    return {} if found is None else {"slowest_rank": float(found.rank), "slowest_rank_ratio": found.ratio}
 
 
 def _reduce(place: Place, *arguments: Any, **options: Any) -> None:

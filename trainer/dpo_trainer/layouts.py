@@ -17,12 +17,14 @@ from dpo_api.sizing import (
     Choice,
     Hardware,
     Layout,
+    Product,
     Refusal,
     candidates,
     choose,
     hardware_named,
     layout_of,
     memory_of_stage,
+    product_named,
     set_sizes,
     stages,
     with_layout,
@@ -103,6 +105,11 @@ def hardware_here(processes: int) -> Hardware | None:
     here = torch.cuda.get_device_properties(torch.cuda.current_device())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or min(processes, torch.cuda.device_count())
     return with_memory(divided(processes, local, here.name), here.total_memory)
+
+
+def product_here() -> Product | None:
+    """Return the product of this process's GPU; None on CPU, and for one that the table does not have."""
+    return product_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def divided(processes: int, local: int, name: str | None) -> Hardware:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dpo_api.manifest import DPOJob
-from dpo_api.metrics import MEMORY_PEAK, MEMORY_PREDICTED
+from dpo_api.metrics import MEMORY_PEAK, MEMORY_PREDICTED, SLOWEST_RANK, SLOWEST_RATIO
 from dpo_api.plan import Plan
 from dpo_api.progress import Phase
 from dpo_api.texts import size
@@ -20,6 +20,7 @@ from dpo_trainer.distributed import World
 from dpo_trainer.metrics.hub import Hub
 from dpo_trainer.metrics.prometheus import PrometheusMetrics
 from dpo_trainer.metrics.writer import without_meaningless
+from dpo_trainer.pace import Slow, Slowness
 from dpo_trainer.rundir import RunDirectory
 
 _TIMED: frozenset[Phase] = frozenset({"reference", "validate"})
@@ -29,7 +30,8 @@ _TIMED: frozenset[Phase] = frozenset({"reference", "validate"})
 class Reporter:
     """The reports of one attempt. ``latest`` holds the newest metrics, the same on every rank.
 
-    ``predicted_memory``: bytes that rank 0's GPU was predicted to take; None on CPU.
+    ``predicted_memory``: bytes that rank 0's GPU was predicted to take; None on CPU. ``hosts``: of all ranks; empty on
+    other ranks than 0 and in a run of one.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Reporter:
         self.last_checkpoint: int | None = None
         self._place = world.place
         self.predicted_memory: int | None = None
+        self.hosts: list[str] = []
+        self._slowness = Slowness()
         self._hub = Hub(job, port=port, host=host, events=events) if world.is_main else None
 
     def begin(self, directory: RunDirectory, layout: str = "") -> None:
@@ -143,6 +147,7 @@ class Reporter:
             self._hub.write(step, named)
             self._hub.prometheus.add("dpo_train_tokens_total", tokens)
             self._hub.prometheus.add("dpo_data_wait_seconds_total", waited)
+            self._paced(named)
             self._hub.progress.step(
                 step,
                 epoch=values["epoch"],
@@ -151,6 +156,24 @@ class Reporter:
                 pairs=pairs,
                 metrics=named,
                 at_start=at_start,
+            )
+
+    def _paced(self, named: dict[str, float]) -> None:
+        """Report a rank that stays slow, and print a warning when it becomes so."""
+        assert self._hub is not None  # noqa: S101 - rank 0 alone calls this
+        if SLOWEST_RANK not in named:
+            return
+        former = self._slowness.now
+        self._slowness.add(Slow(int(named[SLOWEST_RANK]), named[SLOWEST_RATIO]))
+        now = self._slowness.now
+        if now == former:
+            return
+        host = self.hosts[now.rank] if now is not None and self.hosts else ""
+        self._hub.progress.slow(now, host)
+        if now is not None:
+            self.note(
+                f"warning: rank {now.rank}{f' on {host}' if host else ''} takes {now.ratio:.1f} times as long as the"
+                " median for its own part of a step"
             )
 
     def validated(self, step: int, values: dict[str, float], *, at_start: float | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -85,6 +86,8 @@ class Run:
         self.directory.attempt = self._on_main(lambda: self.directory.look(options.attempt))
         self.reporter.begin(self.directory, self._decision.layout.short)
         self.reporter.predicted_memory = self._decision.predicted_memory
+        if world.size > 1:
+            self.reporter.hosts = world.to_main(socket.gethostname()) or []
         if self._decision.said:
             self.reporter.note(self._decision.said)
         self._settled = False

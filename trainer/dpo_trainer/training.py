@@ -8,6 +8,7 @@ import torch
 
 from dpo_api.errors import StoppedError
 from dpo_api.plan import Plan
+from dpo_api.sizing import utilization
 from dpo_api.spec import DPOJobSpec
 from dpo_trainer.batches import DataSet, Packer
 from dpo_trainer.checkpoint import store as checkpoints
@@ -17,6 +18,7 @@ from dpo_trainer.checkpoint.state import collect, restore
 from dpo_trainer.data.order import batch_pairs, validation_batches
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
+from dpo_trainer.layouts import product_here
 from dpo_trainer.metrics.sums import loss_at_start, means
 from dpo_trainer.model.dropout import key_of
 from dpo_trainer.reference import Pairs
@@ -84,6 +86,7 @@ class Training:
         self._consumed = 0
         self._validated = True  #: whether the validation due at this step has been done
         self.saver = Saver(directory, world, background=spec.checkpoint.async_save)
+        self._product = product_here()
         engine.before_update = self._before_update
 
     def resume_from(self, newest: SavedCheckpoint | None) -> None:
@@ -158,6 +161,7 @@ class Training:
             self.inputs.train.rewards,
             rate=rate,
             seed=key_of("dropout", self.spec.training.seed, step),
+            prepared=waited,
         )
         self.step += 1
         self._consumed += len(pairs)
@@ -169,6 +173,9 @@ class Training:
             "step_time": seconds,
             "tokens_per_second": tokens / seconds,
         }
+        share = utilization(self.spec, self.engine.flops, seconds, self.world.size, self._product)
+        if share is not None:
+            values["mfu"] = share
         self.reporter.stepped(
             self.step,
             values,

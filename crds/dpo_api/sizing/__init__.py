@@ -1,7 +1,8 @@
 """What a run takes of its GPUs, and the choice of the layout that fits them.
 
-``products`` is the table of GPUs; ``memory`` predicts bytes and ``speed`` seconds; ``choice`` chooses the sizes that a
-spec leaves out. Nothing here needs torch or a GPU: the same functions run in `dpo validate` and in a pod.
+``products`` is the table of GPUs; ``memory`` predicts bytes and ``speed`` seconds; ``flops`` counts what a step
+computes; ``choice`` chooses the sizes that a spec leaves out. Nothing here needs torch or a GPU: the same functions run
+in `dpo validate` and in a pod.
 """
 
 from dpo_api.sizing.choice import (
@@ -16,6 +17,7 @@ from dpo_api.sizing.choice import (
     memory_limit,
     without_sizes,
 )
+from dpo_api.sizing.flops import Work, seen_keys, step_flops, utilization
 from dpo_api.sizing.layout import SIZES, Layout, layout_of, set_sizes, with_layout
 from dpo_api.sizing.memory import Memory, checkpoint_bytes, memory_of, memory_of_stage
 from dpo_api.sizing.parameters import Stage, parameters, stages
@@ -33,6 +35,7 @@ __all__ = [
     "Product",
     "Refusal",
     "Stage",
+    "Work",
     "candidates",
     "checkpoint_bytes",
     "choose",
@@ -46,9 +49,12 @@ __all__ = [
     "parameters",
     "product_named",
     "product_of",
+    "seen_keys",
     "set_sizes",
     "stages",
+    "step_flops",
     "step_seconds",
+    "utilization",
     "with_layout",
     "without_sizes",
 ]

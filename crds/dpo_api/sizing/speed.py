@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpo_api.models import ModelFacts
+from dpo_api.sizing.flops import head_flops, passes
 from dpo_api.sizing.layout import Layout
 from dpo_api.sizing.memory import key_width, value_bytes
 from dpo_api.sizing.parameters import Stage, matrices_of_layer, stages, trained_of_rank
@@ -69,15 +70,15 @@ def compute_seconds(
 ) -> float:
     """Seconds of a stage's matrix products for one pack, forward and backward.
 
-    A matrix of k parameters costs 2k FLOPs per token forward, 2k for the gradient of its input and, if it is trained,
-    2k for its own. Recomputation repeats the forward pass of the layer or of its MLP, and the LM head always does.
+    FLOPs are counted as in ``flops``, and what is repeated besides: by recomputation the forward pass of the layer or
+    of its MLP, and always that of the LM head.
     """
-    trains = spec.lora is None
+    times = passes(trained=spec.lora is None)
     layer, mlp = matrices_of_layer(model), 3 * model.hidden * model.ffn
     repeated = {"none": 0, "selective": mlp, "full": layer}[layout.recomputation]
-    flops = 2.0 * len(stage.layers) * (layer * (3 if trains else 2) + repeated)
+    flops = 2.0 * len(stage.layers) * (layer * times + repeated)
     if stage.last:
-        flops += 2.0 * model.vocab * model.hidden * (4 if trains else 3)
+        flops += head_flops(model) * (times + 1)
     efficiency = EFFICIENCY * tokens / (tokens + HALF_TOKENS * layout.tensor)
     slower = 1 if spec.training.precision == "bf16" else 16  # fp32 outside the tensor cores
     return flops * tokens * slower / (layout.tensor * hardware.product.tflops * 1e12 * efficiency)

@@ -529,6 +529,26 @@ class Reason(Row, Enum):
         remedy="Read rank 0's log. Set runPolicy.stallTimeoutSeconds to restart such attempts automatically.",
     )
 
+    RanksKeepPace = Row(
+        word="RanksKeepPace",
+        topic="invariant",
+        meaning="No process is much slower than the others.",
+        remedy="Nothing.",
+    )
+    RankIsSlow = Row(
+        word="RankIsSlow",
+        topic="invariant",
+        event="Warning",
+        meaning=(
+            "For five steps one process has taken at least 1.5 times as long as the median for its own part of a step,"
+            " and the others wait for it. Tensor-parallel processes of one model look alike."
+        ),
+        remedy=(
+            "Look at the node of the pod that the message names: a GPU that is throttled (`nvidia-smi -q -d"
+            " PERFORMANCE`), other work on its CPUs, slow storage."
+        ),
+    )
+
     # -- events only
 
     PyTorchJobCreated = Row(

@@ -25,6 +25,7 @@ _WATCHED = frozenset(
         ConditionType.Finite,
         ConditionType.Learning,
         ConditionType.TrainingStalled,
+        ConditionType.SlowRank,
     )
 )
 """The conditions about the run itself; the others add nothing to the state."""

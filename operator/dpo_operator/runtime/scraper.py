@@ -214,6 +214,7 @@ def _matters(old: Scrape, new: Scrape) -> bool:
     return (
         old.progress.phase != new.progress.phase
         or old.progress.attempt != new.progress.attempt
+        or old.progress.slow_rank != new.progress.slow_rank
         or (old.progress.step == 0) != (new.progress.step == 0)
     )
 

@@ -402,8 +402,9 @@ def test_a_run_directory_that_held_the_finished_run(stage: Stage) -> None:
     *("Learning AboveChance", "Learning TooEarly", "Learning AtChance", "Learning MarginNegative"),
     *("event AtChance", "event MarginNegative", "TrainingStalled StepsAdvance", "TrainingStalled NoStep"),
     *("event NoStep", "event CheckpointSaved", "Learning=Unknown"),
+    *("SlowRank RanksKeepPace", "SlowRank RankIsSlow", "event RankIsSlow"),
     *(f"{kind}={truth}" for truth in ("True", "False") for kind in (
-        "ProgressAvailable", "ReferenceConsistent", "Finite", "Learning", "TrainingStalled",
+        "ProgressAvailable", "ReferenceConsistent", "Finite", "Learning", "TrainingStalled", "SlowRank",
     )),
 )  # fmt: skip
 def test_what_trainers_say(stage: Stage) -> None:
@@ -412,11 +413,15 @@ def test_what_trainers_say(stage: Stage) -> None:
         trainers = {n: stack.enter_context(FakeTrainer.of(pod)) for n, pod in pods.items()}
 
         first = {"well": math.log(2), "wrong": 2.0}
+        slow = {1000: 5}
 
         def say(name: str, step: int, acc: float, margin: float, **more: float | None) -> None:
-            seen = {"train/acc": acc, "train/rewards_margin": margin, "train/loss": 0.6, **more}
+            seen: dict[str, float | None]
+            seen = {"train/acc": acc, "train/rewards_margin": margin, "train/loss": 0.6, "train/slowest_rank": 5.0}
+            seen |= more
             metrics = {key.replace("_saved", ""): value for key, value in seen.items() if value is not None}
             trainers[name].say(step=step, total=2000, metrics=metrics, lastCheckpointStep=step - step % 1000,
+                               slowRank=slow.get(step),
                                firstPreferenceLoss=first.get(name),
                                expectedFirstPreferenceLoss=math.log(2))  # fmt: skip
             eventually(lambda: (stage.jobs.status(name).get("progress") or {}).get("step") == step,

@@ -467,6 +467,43 @@ def test_a_job_without_nodes_has_no_conditions_about_stall_or_progress(
     assert cluster.event_reasons().count("NoStep") == 1
 
 
+def test_a_slow_rank_is_a_condition_until_it_is_slow_no_more() -> None:
+    cluster = running()
+    paced = {**FINE, "train/slowest_rank": 5.0, "train/slowest_rank_ratio": 1.1}
+    cluster.say(step=3, metrics=FINE)
+    cluster.settle()
+    assert cluster.condition("SlowRank") is None, "one process, or nothing to compare yet"
+    cluster.say(step=4, metrics=paced)
+    cluster.settle()
+    assert cluster.condition("SlowRank") == ("False", "RanksKeepPace")
+    cluster.say(step=9, metrics=paced, slow_rank=5, slow_rank_ratio=1.84, slow_rank_host="job-1-worker-0")
+    cluster.settle()
+    text = "Rank 5 on job-1-worker-0 takes 1.8 times as long as the median for its own part of a step."
+    assert cluster.condition("SlowRank") == ("True", "RankIsSlow")
+    assert message_of(cluster, "SlowRank") == text
+    cluster.advance(60)
+    cluster.say(step=12, metrics=paced, slow_rank=5, slow_rank_ratio=2.5, slow_rank_host="job-1-worker-0")
+    cluster.settle()
+    assert message_of(cluster, "SlowRank") == text, "the same rank: not worth a write"
+    cluster.advance(60)
+    cluster.say(step=13, metrics=paced, slow_rank=55)
+    cluster.settle()
+    assert message_of(cluster, "SlowRank").startswith("Rank 55 takes many times as long")
+    cluster.say(step=20, metrics=paced)
+    cluster.settle()
+    assert cluster.condition("SlowRank") == ("False", "RanksKeepPace")
+    assert cluster.event_reasons().count("RankIsSlow") == 1
+    suspend(cluster)
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.condition("SlowRank") is None, "it was of pods that are gone"
+
+
+def message_of(cluster: SimCluster, kind: str) -> str:
+    return str(next(each["message"] for each in cluster.status["conditions"] if each["type"] == kind))
+
+
 def test_a_stall_that_ends_the_job_stays_in_its_attempt() -> None:
     cluster = running(runPolicy={"stallTimeoutSeconds": 120, "maxRestarts": 0})
     cluster.say(step=5, metrics=FINE)

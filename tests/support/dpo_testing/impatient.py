@@ -2,19 +2,26 @@
 
 Until then it is as patient as ever, so that a slow machine ends no run early. As `python -m dpo_testing.impatient
 worker …` the file is IMPATIENT in the folder of results.
+With SLUGGISH in its environment, that rank sleeps in each forward pass in
+training.
 """
 
 import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
 
 # isort: split
+import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from dpo_trainer import waiting
+from dpo_trainer import engine, waiting
 from dpo_trainer.entry import main
 
 SECONDS = 10
 IMPATIENT = "impatient"
+SLUGGISH = "DPO_TESTING_SLUGGISH"
+NAP_SECONDS = 0.4
 
 
 def hurry(flag: Path) -> None:
@@ -30,4 +37,12 @@ def hurry(flag: Path) -> None:
 
 if __name__ == "__main__":
     hurry(Path(sys.argv[sys.argv.index("--results") + 1]) / IMPATIENT)
+    if os.environ.get(SLUGGISH) == os.environ["RANK"]:
+        quick = engine.hidden_rows
+
+        def hidden_rows(model: Any, *rest: Any) -> Any:
+            time.sleep(NAP_SECONDS if model.training else 0.0)
+            return quick(model, *rest)
+
+        engine.hidden_rows = hidden_rows
     sys.exit(main())

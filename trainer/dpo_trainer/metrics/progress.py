@@ -10,6 +10,7 @@ from typing import Protocol
 
 from dpo_api.progress import Phase, Progress
 from dpo_trainer.metrics.writer import summary
+from dpo_trainer.pace import Slow
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,13 @@ class ProgressTracker:
             self._unwritten = True
             self._update(warnings=(*self._state.warnings, *warnings))
             self._emit(always=True)
+
+    def slow(self, slow: Slow | None, host: str = "") -> None:
+        """Report the rank that stays slow, with its host; None: there is none, or no longer."""
+        if slow is None:
+            self._update(slow_rank=None, slow_rank_ratio=None, slow_rank_host="")
+        else:
+            self._update(slow_rank=slow.rank, slow_rank_ratio=slow.ratio, slow_rank_host=host[:253])
 
     def finished(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report that the run was complete before this attempt started."""
