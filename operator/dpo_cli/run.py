@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -16,7 +17,7 @@ from typing import BinaryIO
 
 from rich.console import Console
 
-from dpo_api.errors import DPOError, NotFoundError, Outcome
+from dpo_api.errors import DPOError, NotFoundError, Outcome, UsageError
 from dpo_api.findings import Finding
 from dpo_api.manifest import DPOJob
 from dpo_api.progress import LastWords, Progress
@@ -27,6 +28,7 @@ from dpo_cli import machine, trainer
 from dpo_cli.console import headline, print_error, print_findings, stderr, stdout
 from dpo_cli.events import EventTail
 from dpo_cli.jobs import LoadedJob, load_one
+from dpo_cli.joining import Member, member
 from dpo_cli.layouts import layout_rows
 from dpo_cli.report import SUMMARY, Written, read_spec, write_report
 from dpo_cli.screen import Screen, clean, open_screen
@@ -82,22 +84,36 @@ def run(options: RunOptions) -> int:
 
     Raises DPOError for errors before the training starts.
     """
+    place = member(os.environ)
+    if place is not None and options.processes is not None:
+        raise UsageError(
+            f"--processes {options.processes}: {place.starter} has started {place.size} processes, and each is one of"
+            f" the run; remove --processes, or start one `dpo run` without {place.starter}"
+        )
     loaded = load_one(options.file, options.settings, options.name)
     job = loaded.job
     trainer.require_trainer()
+    if place is not None and not place.is_main:
+        options = replace(options, port=None)  # rank 0 serves
     if options.port is not None:
         machine.check_port(options.host, options.port)
     gpus, product = machine.gpus()
-    processes, notes = choose_processes(options.processes, job.spec.resources, gpus)
-    hardware = hardware_named(1, processes, product) if gpus else None
+    if place is None:
+        processes, notes = choose_processes(options.processes, job.spec.resources, gpus)
+        nodes = (1, processes)
+    else:
+        processes, notes, nodes = place.size, [], place.nodes(gpus)
+    hardware = hardware_named(*nodes, product) if gpus else None
     ignored = ignored_here(job.spec)
     if ignored:
         notes.append(f"ignored: applies to clusters only: {', '.join(ignored)}")
-    verdict = _preflight(options, loaded, processes, notes, hardware)
+    main = place is None or place.is_main
+    verdict = _preflight(options, loaded, nodes, notes, hardware, quiet=not main)
     if not verdict.valid:
         return verdict.outcome.exit_code
     run_dir = options.output or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
-    return _Run(job, run_dir, processes, options, {str(finding) for finding in verdict.findings}).go()
+    shown = {str(finding) for finding in verdict.findings}
+    return _Run(job, run_dir, processes, options, shown, place, gpus).go()
 
 
 def ignored_here(spec: DPOJobSpec) -> list[str]:
@@ -141,10 +157,19 @@ def choose_processes(asked: int | None, resources: Resources, gpus: int) -> tupl
 
 
 def _preflight(
-    options: RunOptions, loaded: LoadedJob, processes: int, notes: Sequence[str], hardware: Hardware | None
+    options: RunOptions,
+    loaded: LoadedJob,
+    nodes: tuple[int, int],
+    notes: Sequence[str],
+    hardware: Hardware | None,
+    *,
+    quiet: bool,
 ) -> Verdict:
-    """Check everything that the job refers to, and print the findings."""
-    here = Resources(nodes=1, processes_per_node=processes)
+    """Check everything that the job refers to, and print the findings unless another process does.
+
+    nodes: their number, and that of processes on each.
+    """
+    here = Resources(nodes=nodes[0], processes_per_node=nodes[1])
     spec = loaded.job.spec.model_copy(update={"resources": here})
     if options.output is not None:  # checked like checkpoint.uri
         spec = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"uri": options.output})})
@@ -152,6 +177,8 @@ def _preflight(
     verdict = judge_job(options.file, loaded.document, job, Options(here=True, hardware=hardware))
     if options.output is not None:
         verdict = replace(verdict, findings=tuple(_blame_output(finding) for finding in verdict.findings))
+    if quiet:
+        return verdict
     console = stdout() if verdict.valid else stderr()
     if not verdict.valid:
         console.print(f"{options.file}: {headline(verdict.findings)}", style="bold")
@@ -172,8 +199,23 @@ def _blame_output(finding: Finding) -> Finding:
 class _Run:
     """One run of the trainer, from its temporary files to the summary."""
 
-    def __init__(self, job: DPOJob, run_dir: str, processes: int, options: RunOptions, shown: set[str]) -> None:
-        """``shown``: findings that were printed already; the trainer may report the same ones."""
+    def __init__(
+        self,
+        job: DPOJob,
+        run_dir: str,
+        processes: int,
+        options: RunOptions,
+        shown: set[str],
+        place: Member | None,
+        gpus: int,
+    ) -> None:
+        """``shown``: findings that were printed already; the trainer may report the same ones.
+
+        ``place``: of this process among others that joined it; ``gpus``: how many are visible here.
+        """
+        self._place = place
+        self._variables = {} if place is None else place.environment(gpus)
+        self._is_main = place is None or place.is_main
         self._job = job
         self._run_dir = run_dir
         self._processes = processes
@@ -199,6 +241,7 @@ class _Run:
                 grace_seconds=spec.checkpoint.grace_period_seconds,
                 port=self._options.port,
                 host=self._options.host,
+                joined=self._place is not None,
             )
             launch.spec.write_text(self._job.to_json(), encoding="utf-8")
             log_path = self._log_path(scratch)
@@ -216,7 +259,8 @@ class _Run:
 
     def _log_path(self, scratch: Path) -> Path:
         folder = local_path_of(self._run_dir)
-        return (scratch if folder is None else folder) / LOG
+        name = LOG if self._is_main or self._place is None else f"trainer-{self._place.rank}.log"
+        return (scratch if folder is None else folder) / name
 
     def _open_log(self, path: Path) -> BinaryIO:
         try:
@@ -229,17 +273,17 @@ class _Run:
 
     def _train(self, launch: trainer.Launch, log: BinaryIO) -> tuple[int, LastWords]:
         """Start the trainer and show its progress until it ends; return the exit code and the termination message."""
-        job, started = self._job, counted(self._processes, "process", "processes")
-        self._console.print(f"{job.metadata.name}  {started} · run directory {self._run_dir}", style="bold")
+        job = self._job
+        self._print_start()
         tail = EventTail(launch.events)
         requests = trainer.Requests()
         with ExitStack() as stack:
             stack.enter_context(requests.listen())
-            child = trainer.start(launch.command(), log, environment_of(job.spec))
+            child = trainer.start(launch.command(), log, {**self._variables, **environment_of(job.spec)})
             screen: Screen = stack.enter_context(open_screen(self._console))
 
             # Python and torch take seconds to load; until then the trainer reports nothing.
-            screen.show([Progress(phase="starting", observed_at=time.time())], time.time())
+            screen.show([Progress(phase="starting", observed_at=time.time())] if self._is_main else [], time.time())
 
             def look() -> None:
                 events = tail.read()
@@ -270,8 +314,18 @@ class _Run:
         words = trainer.last_words(launch.last_words, child.returncode)
         return words.known_outcome.exit_code, words
 
+    def _print_start(self) -> None:
+        started = counted(self._processes, "process", "processes")
+        started += "" if self._place is None else f" of {self._place.starter}"
+        if self._is_main:
+            self._console.print(f"{self._job.metadata.name}  {started} · run directory {self._run_dir}", style="bold")
+
     def _sum_up(self, words: LastWords) -> None:
         """Write summary.json and report.html into the run directory, and print how the run ended."""
+        if not self._is_main:
+            if words.known_outcome not in (Outcome.Succeeded, Outcome.Stopped):
+                print_error(stderr(), words.known_outcome, words.message)
+            return
         written: Written | None = None
         try:
             spec = read_spec(self._store, self._run_dir)

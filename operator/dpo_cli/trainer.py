@@ -48,12 +48,16 @@ class Launch:
     grace_seconds: int
     port: int | None = None
     host: str = "127.0.0.1"
+    joined: bool = False
+    """Whether this process is one of a run that another program has started; its variables say which."""
 
     def command(self) -> list[str]:
         """Return the trainer's command line."""
         words = [*MODULE, "launch", f"--spec={self.spec}", f"--run-dir={self.run_dir}", f"--events={self.events}"]
         words += [f"--last-words={self.last_words}", f"--processes={self.processes}"]
         words += [f"--grace-seconds={self.grace_seconds}"]
+        if self.joined:
+            words.append("--joined")
         return words if self.port is None else [*words, f"--port={self.port}", f"--host={self.host}"]
 
 

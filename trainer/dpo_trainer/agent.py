@@ -123,7 +123,7 @@ def end(
         time.sleep(0.05)
 
 
-def _report_signal(results: Path, rank: int, number: int) -> None:
+def report_signal(results: Path, rank: int, number: int) -> None:
     """Write the result of a process that a signal ended, unless it did so itself or the signal says nothing."""
     found = of_signal(number, gpu=Path("/dev/nvidiactl").exists())
     if found is not None and not RankResult.path(results, rank).exists():
@@ -159,7 +159,7 @@ def agent(argv: Sequence[str]) -> int:
         torchrun(list(argv))
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
-            _report_signal(results, rank, -failure.exitcode)
+            report_signal(results, rank, -failure.exitcode)
         return 1
     except SignalException:
         return Outcome.Stopped.exit_code

@@ -40,6 +40,11 @@ def command_line() -> argparse.ArgumentParser:
         type=int,
         help="processes on this node (default: PET_NPROC_PER_NODE, the spec's, one per GPU, 1)",
     )
+    launch.add_argument(
+        "--joined",
+        action="store_true",
+        help="run one process, with its place from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT",
+    )
     launch.add_argument("--spec-digest", help="sha256:… of the spec's file; with another one nothing is started")
     launch.add_argument("--last-words", type=Path, help="file to write the outcome to (a pod's termination message)")
     launch.add_argument(

@@ -22,7 +22,7 @@ from dpo_api.manifest import load_manifest
 from dpo_api.progress import LastWords
 from dpo_api.spec import DPOJobSpec, Resources
 from dpo_api.validation import refuse_errors
-from dpo_trainer.agent import LOCAL_RENDEZVOUS
+from dpo_trainer.agent import LOCAL_RENDEZVOUS, report_signal
 from dpo_trainer.parent import follow_parent
 from dpo_trainer.results import read_results, summarise
 
@@ -54,8 +54,11 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
     except DPOError as error:
         return LastWords(outcome=error.outcome.name, message=str(error))
     processes = arguments.processes or processes_here(os.environ, job.spec.resources)
-    command = [sys.executable, "-m", "dpo_trainer", "agent", *_rendezvous(os.environ), f"--nproc-per-node={processes}"]
-    command += ["--max-restarts=0", "-m", "dpo_trainer", "worker", "--results", str(results)]
+    command = [sys.executable, "-m", "dpo_trainer"]
+    if not arguments.joined:
+        command += ["agent", *_rendezvous(os.environ), f"--nproc-per-node={processes}", "--max-restarts=0"]
+        command += ["-m", "dpo_trainer"]
+    command += ["worker", "--results", str(results)]
     for name in ("spec", "run_dir", "attempt", "events", "port", "host"):
         value = getattr(arguments, name)
         if value is not None:
@@ -63,7 +66,8 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
     environment = {**os.environ, **switches(job.spec)}
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(max(1.0, arguments.grace_seconds - MARGIN_SECONDS)))
     # torchrun would set this to 1, with a warning, when several processes share a node. Share the cores evenly instead.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if arguments.joined else processes
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // beside)))
     follow_parent()
     code = 0
     with _Forwarding() as stop:
@@ -72,6 +76,8 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
             child = subprocess.Popen(command, env=environment, start_new_session=True)
             stop.to(child)
             code = child.wait()
+    if arguments.joined and code < 0:
+        report_signal(results, int(os.environ["RANK"]), -code)
     return summarise(read_results(results), code, asked=stop.asked)
 
 
