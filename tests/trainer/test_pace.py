@@ -1,6 +1,7 @@
 """The time of a rank's own part of a step, and which rank is slower."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,7 +64,10 @@ def ranks(*rows: tuple[float, float, float]) -> torch.Tensor:
         ([(1, 8, 0), (1, 8, 0), (9, 8, 1), (18, 8, 1)], Slow(3, 2.0)),  # the last stage has the LM head
         ([(1, 8, 0), (9, 8, 1)], None),  # each alone in its stage
         ([(1, 8, 0), (1, 1, 0)], None),  # a filler's pack is overhead
-        ([(1, 8, 0), (0, 0, 0), (2, 8, 0), (0, 0, 0)], Slow(2, 2.0)),  # only the first of tensor ranks has numbers
+        (
+            [(1, 8, 0), (0, 0, 0), (2, 8, 0), (0, 0, 0)],
+            Slow(2, 2.0),
+        ),  # one of each pair has numbers
         ([(0, 0, 0), (0, 0, 0)], None),  # no step yet
     ],
 )
@@ -114,3 +118,5 @@ def test_the_work_of_packs() -> None:
     window = (1 + 2 + 3 + 3) + (3 + 3) + (3 + 3 + 3)
     assert work_of([shared], config) == Work(tokens=9, rows=5, seen=2 * whole + window)
     assert work_of([shared, shared], config).seen == 2 * (2 * whole + window)
+    half = replace(shared, rows=shared.rows[:2], context_size=2)
+    assert work_of([half], config) == Work(4.5, 2, (2 * whole + window) / 2), "of two context-parallel ranks"

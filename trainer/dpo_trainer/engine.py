@@ -153,12 +153,9 @@ class Engine:
         self._dropout_seed = seed
         self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        before = (self._own_time.seconds, self._own_flops)  # the host has read that step's results: nothing to wait for
-        self._own_flops = step_flops(self._config.facts, work_of(packs, self._config), self.spec.lora)
+        of_rank = self._of_rank(packs)
         self._own_time.begin(prepared)
-        table, ranks = self._losses(
-            self._wrapped, pairs, packs, reference, rewards, of_rank=(*before, _stage(), self._own_flops)
-        )
+        table, ranks = self._losses(self._wrapped, pairs, packs, reference, rewards, of_rank)
         self._own_time.end()
         self.flops = float(ranks[:, 3].sum()) / parallel_state.get_pipeline_model_parallel_world_size()
         result = {**means(table), **_slowest(ranks)}
@@ -173,6 +170,18 @@ class Engine:
         self.before_update()
         self._update(norm, rate)
         return {**result, "grad_norm": norm}, loss_at_start(table)
+
+    def _of_rank(self, packs: Sequence[Pack]) -> tuple[float, ...]:
+        """Return what all ranks learn of this one: time and work in the step before, its stage, its work in this one.
+
+        Ranks that compute the same packs wait for each other within the passes, so that only the first one's time is
+        compared. Tensor-parallel ranks have the same work, and context-parallel ranks each their share.
+        """
+        # The host has read the results of that step: there is nothing to wait for.
+        before = (self._own_time.seconds, self._own_flops) if self.world.is_first_of_pack else (0.0, 0.0)
+        self._own_flops = step_flops(self._config.facts, work_of(packs, self._config), self.spec.lora)
+        counted = self._own_flops if parallel_state.get_tensor_model_parallel_rank() == 0 else 0.0
+        return (*before, float(parallel_state.get_pipeline_model_parallel_rank()), counted)
 
     def _update(self, norm: float, rate: float) -> None:
         """Clip by the known norm, set the learning rate, and let Adam update the masters."""
@@ -236,8 +245,7 @@ class Engine:
         """Run the packs through the loss and return the metrics' global sums, [rows, 2] float64 on the CPU.
 
         They are NaN unless the ranks counted just the pairs of the batch. of_rank: in training, n numbers of this rank,
-        which travel with the sums; also returns those of all ranks, [ranks, n] float64. Only the first one of its
-        tensor-parallel ranks has any: the others' are 0. Empty: forward only.
+        which travel with the sums; also returns those of all ranks, [ranks, n] float64. Empty: forward only.
         """
         table = empty_sums(self.world.device)
         counted = torch.zeros(2, dtype=torch.float64, device=self.world.device)
@@ -254,7 +262,7 @@ class Engine:
         self._run(model, packs, consume, forward_only=not of_rank)
         sums = torch.cat((table, counted[None]))
         ranks = torch.zeros(self.world.size, len(of_rank), dtype=torch.float64, device=self.world.device)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
+        if of_rank:
             ranks[self.world.rank] = ranks.new_tensor(of_rank)
         if not self.world.owns_numbers:
             sums.zero_()
@@ -304,10 +312,6 @@ class Engine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-
-
-def _stage() -> int:
-    return int(parallel_state.get_pipeline_model_parallel_rank())
 
 
 def _slowest(ranks: Tensor) -> dict[str, float]:

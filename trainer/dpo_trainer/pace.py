@@ -29,7 +29,7 @@ class OwnTime:
     """Times a rank's forward and backward passes of one step. It never waits for the GPU.
 
     Megatron-Core's schedule calls it as its ``config.timers``, around each pass of a pack and not while a stage waits
-    for another one. Tensor-parallel ranks wait for each other within the passes: they look alike.
+    for another one. Tensor- and context-parallel ranks wait for each other within the passes: they look alike.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -110,14 +110,18 @@ class _Timer:
 
 
 def work_of(packs: Sequence[Pack], config: ModelConfig) -> Work:
-    """Return what the packs are for the model, padding left out."""
+    """Return what this rank computes of the packs, padding left out."""
     windows = Counter(config.window_of(layer) for layer in range(config.num_layers))
-    seen = 0
+    tokens = rows = seen = 0.0
     for pack in packs:
+        share = 1 / pack.context_size  # its segments are those of the whole pack, its rows those of this rank
+        tokens += share * pack.used
+        rows += len(pack.rows)
         for segment in pack.segments:
             before = 0 if segment.parent is None else pack.segments[segment.parent].length
-            seen += sum(layers * seen_keys(segment.length, before, window) for window, layers in windows.items())
-    return Work(tokens=sum(pack.used for pack in packs), rows=sum(len(pack.rows) for pack in packs), seen=seen)
+            keys = sum(layers * seen_keys(segment.length, before, window) for window, layers in windows.items())
+            seen += share * keys
+    return Work(tokens, rows, seen)
 
 
 @dataclass(frozen=True)

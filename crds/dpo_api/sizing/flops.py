@@ -20,18 +20,18 @@ from dpo_api.spec import DPOJobSpec, Lora
 class Work:
     """What some sequences are for a model, with a prompt that two responses share counted once."""
 
-    tokens: int
+    tokens: float
     """Tokens that pass through the layers."""
-    rows: int
+    rows: float
     """Tokens whose logits are computed: those of responses."""
-    seen: int
+    seen: float
     """Keys that queries see, over all tokens and layers: the causal half of attention."""
 
 
 def seen_keys(length: int, before: int = 0, window: int | None = None) -> int:
-    """Return how many keys ``length`` tokens see that follow ``before`` others; each sees itself and what precedes it.
+    """Return how many keys ``length`` tokens see that follow ``before`` others; its own and all before it are seen.
 
-    window: the most that one sees, itself included.
+    window: most keys of a token, its own included.
     """
 
     def first(count: int) -> int:

@@ -541,7 +541,7 @@ class Reason(Row, Enum):
         event="Warning",
         meaning=(
             "For five steps one process has taken at least 1.5 times as long as the median for its own part of a step,"
-            " and the others wait for it. Tensor-parallel processes of one model look alike."
+            " and the others wait for it. Processes that share a pack look alike."
         ),
         remedy=(
             "Look at the node of the pod that the message names: a GPU that is throttled (`nvidia-smi -q -d"

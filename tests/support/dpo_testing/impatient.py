@@ -2,8 +2,7 @@
 
 Until then it is as patient as ever, so that a slow machine ends no run early. As `python -m dpo_testing.impatient
 worker …` the file is IMPATIENT in the folder of results.
-With SLUGGISH in its environment, that rank sleeps in each forward pass in
-training.
+With SLUGGISH in its environment, that rank sleeps in each forward pass in training.
 """
 
 import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
