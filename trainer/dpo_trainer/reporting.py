@@ -30,8 +30,8 @@ _TIMED: frozenset[Phase] = frozenset({"reference", "validate"})
 class Reporter:
     """The reports of one attempt. ``latest`` holds the newest metrics, the same on every rank.
 
-    ``predicted_memory``: bytes that rank 0's GPU was predicted to take; None on CPU. ``hosts``: of all ranks; empty on
-    other ranks than 0 and in a run of one.
+    ``predicted_memory``: bytes that rank 0's GPU was predicted to take; None on CPU. ``hosts``: of all ranks; empty in
+    a run of one.
     """
 
     def __init__(
@@ -68,6 +68,13 @@ class Reporter:
         if self._hub is not None:
             print(text, flush=True)
 
+    def warn(self, *texts: str) -> None:
+        """Print warnings to the log, and report them to those who follow the run."""
+        for text in texts:
+            self.note(f"warning: {text}")
+        if self._hub is not None:
+            self._hub.progress.warn(texts)
+
     def loaded(self, read: int, seconds: float) -> None:
         """Report that the model's weights are loaded. read: bytes that all ranks read."""
         rate = f" ({size(read / seconds)}/s)" if seconds > 0 else ""
@@ -80,10 +87,7 @@ class Reporter:
         """
         if self._hub is None:
             return
-        said = [*(str(finding) for finding in plan.warnings), *warnings]
-        for text in said:
-            self.note(f"warning: {text}")
-        self._hub.progress.warn(said)
+        self.warn(*(str(finding) for finding in plan.warnings), *warnings)
         figures = self._hub.prometheus
         figures.set("dpo_train_planned_steps", plan.total_steps)
         figures.set("dpo_data_pairs", plan.train_pairs)
@@ -171,8 +175,8 @@ class Reporter:
         host = self.hosts[now.rank] if now is not None and self.hosts else ""
         self._hub.progress.slow(now, host)
         if now is not None:
-            self.note(
-                f"warning: rank {now.rank}{f' on {host}' if host else ''} takes {now.ratio:.1f} times as long as the"
+            self.warn(
+                f"rank {now.rank}{f' on {host}' if host else ''} takes {now.ratio:.1f} times as long as the"
                 " median for its own part of a step"
             )
 

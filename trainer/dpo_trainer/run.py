@@ -31,6 +31,7 @@ from dpo_trainer.formats.huggingface import load_weights, open_checkpoint
 from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.layout_check import compare
 from dpo_trainer.layouts import Decision
+from dpo_trainer.links import judge, measure
 from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora
 from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable, complete, reference_key
@@ -87,7 +88,7 @@ class Run:
         self.reporter.begin(self.directory, self._decision.layout.short)
         self.reporter.predicted_memory = self._decision.predicted_memory
         if world.size > 1:
-            self.reporter.hosts = world.to_main(socket.gethostname()) or []
+            self.reporter.hosts = world.from_main(world.to_main(socket.gethostname()))
         if self._decision.said:
             self.reporter.note(self._decision.said)
         self._settled = False
@@ -145,6 +146,7 @@ class Run:
         if self._finished_before():
             return
         self.reporter.phase("starting")
+        self._check_links()
         inputs = self._index()
         model, fingerprint, form = self._load()
         index = inputs.train.index
@@ -194,6 +196,17 @@ class Run:
         self.reporter.phase("done", message=f"already complete; model: {self.model_uri}")
         self.reporter.close()
         return True
+
+    def _check_links(self) -> None:
+        """Name slow links between GPUs. On CPU a run is too short, and too slow, for it to matter."""
+        if self.world.size == 1 or self.world.device.type != "cuda":
+            return
+        self.reporter.phase("starting", message="measuring the links between GPUs")
+        links = measure(self.world, self.reporter.hosts)
+        if links:
+            found = judge(links, self.reporter.hosts)
+            self.reporter.note(found.summary)
+            self.reporter.warn(*found.warnings)
 
     def _index(self) -> Inputs:
         """Read the model's config, tokenise all data, derive the plan."""
