@@ -106,12 +106,25 @@ def base(world: Path) -> Base:
     return of
 
 
-@pytest.mark.parametrize(("layout", "variant"), GRID)
-def test_a_layout_is_one_trajectory(layout: str, variant: str, base: Base, tmp_path: Path) -> None:
+FRESH = [
+    ("TP2 PP2, sequence, full recomputation", "LoRA with dropout"),
+    ("DP2 TP2", "tied, selective recomputation"),
+    ("CP3", "window"),
+]
+"""Started by `python -m`: their interpreters import for themselves."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "variant", "preloaded"),
+    [pytest.param(*case.values, True, marks=case.marks) for case in GRID]
+    + [pytest.param(*case, False, marks=pytest.mark.nightly) for case in FRESH],
+)
+def test_a_layout_is_one_trajectory(layout: str, variant: str, preloaded: bool, base: Base, tmp_path: Path) -> None:
     spec, expected = base(variant)
     # A reference of its own: computed in this layout, not read from the base run's cache.
     changed = merged(LAYOUTS[layout].of(spec), {"reference": {"cacheURI": str(tmp_path / "reference")}})
-    got = run_processes(changed, tmp_path / "out", processes=LAYOUTS[layout].processes, scratch=tmp_path / "scratch")
+    scratch, processes = tmp_path / "scratch", LAYOUTS[layout].processes
+    got = run_processes(changed, tmp_path / "out", processes=processes, scratch=scratch, preloaded=preloaded)
     assert differences(expected, got) == []
     split = {"tensor", "pipeline", "context"} & LAYOUTS[layout].parallelism.keys()
     assert ("layout verified: " in (tmp_path / "scratch" / "log").read_text()) == bool(split)

@@ -138,9 +138,11 @@ def finish(child: subprocess.Popen[bytes], scratch: Path, *, code: int = 0, time
     return words
 
 
-def run_processes(spec: Mapping[str, Any], folder: Path, *, processes: int, scratch: Path) -> Finished:
-    """Run through the launcher to the end."""
-    finish(start(spec, folder, processes=processes, scratch=scratch), scratch)
+def run_processes(
+    spec: Mapping[str, Any], folder: Path, *, processes: int, scratch: Path, preloaded: bool = True
+) -> Finished:
+    """Run through the launcher to the end; ``preloaded`` as for ``start``."""
+    finish(start(spec, folder, processes=processes, scratch=scratch, preloaded=preloaded), scratch)
     return Finished(folder)
 
 
