@@ -6,7 +6,7 @@ more keys it sees, and each of these pairs sees the same number (Dubey et al., T
 one rank after the other, so a chunk's keys are intervals of it, and the plan of `varlen` needs no other form.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -83,11 +83,8 @@ def sequences_of(pack: Pack) -> tuple[Piece, ...]:
 
     def moved(interval: Interval) -> Iterator[Interval]:
         low, high = interval
-        while low < high:
-            _, last, by = held[bisect_right(firsts, low) - 1]
-            last = min(last, high)
-            yield low + by, last + by
-            low = last
+        for first, last, by in held[bisect_right(firsts, low) - 1 : bisect_left(firsts, high)]:
+            yield max(first, low) + by, min(last, high) + by
 
     cursor = pack.context_rank * pack.length
     end = cursor + pack.length
