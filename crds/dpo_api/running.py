@@ -49,8 +49,7 @@ class Parallelism(Section):
         default=1,
         ge=1,
         le=64,
-        description="Processes that share the tokens of each pack, for packs of 64k tokens and more. Default 1: it is"
-        " not chosen.",
+        description="Processes that share the tokens of each pack, for very long texts. Default 1: it is not chosen.",
     )
     sequence: Bool = Field(
         default=False,

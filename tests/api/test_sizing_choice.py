@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,6 +143,14 @@ def test_a_context_size_is_kept_and_the_rest_is_chosen() -> None:
     assert " C2 " in layout.short
     assert "context 2 (set)" in layout_text(layout, found.chosen)
     assert "context 2" in sizes_text(layout)
+
+
+@pytest.mark.parametrize(("context", "seconds", "rest"), [(1, 35.5, (1, "full")), (4, 29.7, (2, "none"))])
+def test_the_times_of_long_texts_in_the_documentation(context: int, seconds: float, rest: tuple[int, str]) -> None:
+    best = chosen(LLAMA_8B, sized(**{"parallelism.context": context, "data.maxLength": 32_768}), H200).best
+    assert (best.layout.tensor, best.layout.recomputation) == rest
+    assert round(best.seconds, 1) == seconds
+    assert str(seconds) in (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
 
 
 def test_a_context_size_that_divides_no_number_of_processes_is_named() -> None:
