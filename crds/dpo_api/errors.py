@@ -61,6 +61,12 @@ class Outcome(Enum):
         "A file, object, bucket, volume or model that the manifest names does not exist.",
     )
     PortInUse = "PortInUse", 12, "permanent", "Another process uses the metrics or rendezvous port."
+    WrongLayout = (
+        "WrongLayout",
+        13,
+        "permanent",
+        "A layout that divides the model does not compute what one process does.",
+    )
     Usage = "Usage", 64, "permanent", "The command line is not valid."
     StorageUnavailable = (
         "StorageUnavailable",
@@ -175,6 +181,12 @@ class PortInUseError(DPOError):
     """See Outcome.PortInUse."""
 
     outcome = Outcome.PortInUse
+
+
+class WrongLayoutError(DPOError):
+    """See Outcome.WrongLayout."""
+
+    outcome = Outcome.WrongLayout
 
 
 class UsageError(DPOError):

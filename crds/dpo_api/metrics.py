@@ -274,8 +274,8 @@ OPERATOR: tuple[Metric, ...] = (
     Metric(
         "dpo_job_condition",
         "gauge",
-        "1 while a condition about the run is True, 0 while it is False: ProgressAvailable, ReferenceConsistent,"
-        " Finite, Learning, TrainingStalled, SlowRank.",
+        "1 while a condition about the run is True, 0 while it is False: ProgressAvailable, LayoutVerified,"
+        " ReferenceConsistent, Finite, Learning, TrainingStalled, SlowRank.",
         labels=(*_JOB, "condition"),
     ),
     Metric("dpo_job_attempt", "gauge", "Number of the current or last attempt.", labels=_JOB),

@@ -99,6 +99,15 @@ class Progress(_Message):
     layout: str = Field(
         default="", max_length=64, description="Sizes of tensor, pipeline and data parallelism, such as `T8 P2 D2`."
     )
+    layout_verified: bool | None = Field(
+        default=None,
+        description="Whether the layout computes what one process does. Not set: not compared; see `layoutVerdict`.",
+    )
+    layout_verdict: str = Field(
+        default="",
+        max_length=1024,
+        description="The largest differences, or why they are not known. Empty: no verdict.",
+    )
     slow_rank: int | None = Field(
         default=None, ge=0, description="Process that has been much slower than the others for several steps, from 0."
     )

@@ -54,6 +54,10 @@ class ConditionType(Enum):
     Succeeded = "Succeeded", "The run finished and its model was exported."
     Failed = "Failed", "The job ended without a model, or was rejected; the message gives the cause."
     ProgressAvailable = "ProgressAvailable", "The trainer responds to the operator's requests for its progress."
+    LayoutVerified = (
+        "LayoutVerified",
+        "A layout that divides the model computes what one process does. Unknown: it was not compared.",
+    )
     ReferenceConsistent = (
         "ReferenceConsistent",
         "The first loss has the value for policy = reference (ln 2 for dpo). False: wrong reference or data.",

@@ -50,6 +50,8 @@ def fail(draft: Draft, reason: Reason, message: str) -> None:
         draft.update(final_metrics=dict(former.metrics))
     if reason is Reason.NonFinite:
         draft.condition(ConditionType.Finite, "False", Reason.LossNotFinite, message)
+    if reason is Reason.WrongLayout:
+        draft.condition(ConditionType.LayoutVerified, "False", Reason.LayoutDiffers, message)
     _end(draft, reason, message, "Failed")
 
 

@@ -27,6 +27,7 @@ class Transition(NamedTuple):
 
 
 INVARIANTS: tuple[tuple[ConditionType, Literal["True", "False"]], ...] = (
+    (ConditionType.LayoutVerified, "False"),
     (ConditionType.ReferenceConsistent, "False"),
     (ConditionType.Finite, "False"),
     (ConditionType.Learning, "False"),

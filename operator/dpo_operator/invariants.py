@@ -33,6 +33,7 @@ def apply(draft: Draft) -> None:
     # Progress of an earlier attempt says nothing about this one.
     if attempt.running_time is None or (progress.observed_at or "") < attempt.running_time:
         return
+    _layout(draft)
     _reference(draft)
     _finite(draft, progress)
     if draft.view.spec.dpo.has_preference:
@@ -45,6 +46,16 @@ def withdraw(draft: Draft, types: Collection[ConditionType] = _OF_ATTEMPT) -> No
     """Remove conditions about pods that no longer hold nodes; the attempt still records why it ended."""
     named = {each.value for each in types}
     draft.update(conditions=tuple(c for c in draft.status.conditions if c.type not in named))
+
+
+def _layout(draft: Draft) -> None:
+    """Report what the trainer found when it compared the layout with one process. A wrong one ends the attempt."""
+    said = said_now(draft)
+    if said is None or not said.layout_verdict:
+        return
+    truth: Truth = "Unknown" if said.layout_verified is None else "True" if said.layout_verified else "False"
+    reasons = {"True": Reason.LayoutAgrees, "False": Reason.LayoutDiffers, "Unknown": Reason.LayoutNotCompared}
+    draft.condition(ConditionType.LayoutVerified, truth, reasons[truth], f"Layout {clean(said.layout_verdict, 1024)}.")
 
 
 def _reference(draft: Draft) -> None:

@@ -34,6 +34,7 @@ TABLE = {
     "Communication": (75, "retryable"),
     "LayoutTooLarge": (76, "infrastructure"),
     "DeviceFailed": (77, "infrastructure"),
+    "WrongLayout": (13, "permanent"),
     "Stopped": (143, "infrastructure"),
 }
 

@@ -13,6 +13,7 @@ from dpo_api.sizing import (
     PRODUCTS,
     Layout,
     checkpoint_bytes,
+    comparison_bytes,
     memory_of,
     memory_of_stage,
     parameters,
@@ -43,6 +44,19 @@ def layout(tensor: int, data: int, **sizes: Any) -> Layout:
 )
 def test_parameters_are_those_of_the_published_models(model: ModelFacts, count: int) -> None:
     assert parameters(model) == count
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "bytes_each"),
+    [
+        # Two layers of 218,112,000, embedding and LM head of 525,336,576 each, the last norm; weights and gradients.
+        ({}, 2 * 218_112_000 + 2 * 525_336_576 + 4096, 8),
+        ({"parallelism.pipeline": 4}, 4 * 218_112_000 + 2 * 525_336_576 + 4096, 8),
+        ({"lora": {"rank": 32, "targetModules": ["attention_qkv"]}}, 2 * 218_112_000 + 2 * 525_336_576 + 4096, 4),
+    ],
+)
+def test_the_comparison_of_a_layout(changes: dict[str, Any], count: int, bytes_each: int) -> None:
+    assert comparison_bytes(LLAMA_8B, sized(**changes)) == count * bytes_each
 
 
 def test_a_whole_8b_on_eight_gpus() -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_api.sizing import Layout
 from dpo_testing.gloo import run_ranks
 from dpo_testing.layout_ranks import check
 from dpo_testing.models import reference_model, save_folder
-from dpo_trainer.layout_check import Numbers, judge
+from dpo_testing.sizes import LLAMA_8B, sized
+from dpo_trainer.layout_check import Numbers, judge, too_large
 
 
 def numbers(log_probs: float = -50.0, gradient: tuple[float, ...] = (2.0, 1.0, -1.0)) -> Numbers:
@@ -39,6 +41,18 @@ def test_another_gradient_is_wrong_and_named(gradient: tuple[float, ...]) -> Non
 def test_bf16_is_measured_by_its_own_distance_from_fp32(layout: float, verified: bool) -> None:
     """One rank's bf16 is 0.1 from fp32, so the layout may be 0.3 from it."""
     assert judge(numbers(layout), numbers(-50.0), numbers(-50.1)).verified is verified
+
+
+def test_a_comparison_that_takes_more_memory_than_training_is_left_out() -> None:
+    """8B on T8: 5.5 GiB of weights without gradients; a pack of 512 tokens needs less than 1 GiB."""
+    lora = sized(**{"lora": {"rank": 8, "targetModules": ["attention_qkv"]}, "parallelism.tensor": 8})
+    small = Layout(8, 1, 1, 1, sequence=True, recomputation="full", pack_tokens=512)
+    verdict = too_large(lora, LLAMA_8B, small)
+    assert verdict is not None
+    assert verdict.verified is None
+    assert str(verdict).startswith("not verified: the comparison takes 5.5 GiB of rank 0's GPU, and training only ")
+    whole = Layout(2, 1, 1, 4, sequence=True, recomputation="none", pack_tokens=8192)
+    assert too_large(sized(**{"parallelism.tensor": 2}), LLAMA_8B, whole) is None
 
 
 @pytest.mark.slow

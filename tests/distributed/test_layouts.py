@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dpo_api.progress import Progress
 from dpo_testing.runs import Finished, merged, run_here, run_processes
 from dpo_testing.training_world import make
 from dpo_testing.trajectories import differences
@@ -131,3 +132,6 @@ def test_a_layout_is_one_trajectory(layout: str, variant: str, preloaded: bool, 
     assert differences(expected, got) == []
     split = {"tensor", "pipeline", "context"} & LAYOUTS[layout].parallelism.keys()
     assert ("layout verified: " in (tmp_path / "scratch" / "log").read_text()) == bool(split)
+    said = Progress.from_json((scratch / "events").read_bytes().splitlines()[-1])
+    assert said.layout_verified is (True if split else None)
+    assert said.layout_verdict.startswith("verified: log-probs and gradients are those of one rank") is bool(split)

@@ -21,9 +21,11 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from dpo_api.models import ModelConfig
+from dpo_api.models import ModelConfig, ModelFacts
 from dpo_api.models.stages import layers_of_stages
+from dpo_api.sizing import Layout, comparison_bytes, cut_layers, memory_of_stage, stages
 from dpo_api.spec import DPOJobSpec
+from dpo_api.texts import size
 from dpo_trainer.data.collate import PairTokens, TokenIds, make_pack
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
@@ -64,6 +66,22 @@ class Verdict:
             return f"not verified: {self.reason}"
         figures = f"largest relative differences: log-probs {self.log_probs:.1e}, gradients {self.gradients:.1e}"
         return f"{'verified' if self.verified else 'wrong'}: {self.reason} ({figures})"
+
+
+def too_large(spec: DPOJobSpec, model: ModelFacts, layout: Layout) -> Verdict | None:
+    """Return the verdict that nothing was compared, if that takes more of rank 0's GPU than training; else None.
+
+    The limit is what training will take beside the weights, so that a run that fits is never ended by its check.
+    """
+    needed = comparison_bytes(model, spec)
+    first = memory_of_stage(model, spec, layout, stages(model.layers, layout.pipeline)[0])
+    allowed = first.total - first.weights
+    if needed <= allowed:
+        return None
+    return Verdict(
+        None,
+        f"the comparison takes {size(needed)} of rank 0's GPU, and training only {size(allowed)} beside the weights",
+    )
 
 
 def compare(
@@ -152,7 +170,7 @@ class _Cut:
         """The model's layers that take part: the first of each stage; with one stage, the first two."""
         stages = self.spec.parallelism.pipeline
         if stages == 1:
-            return list(range(min(2, self.config.num_layers)))
+            return list(range(cut_layers(self.config.num_layers, stages)))
         return [span[0] for span in layers_of_stages(self.config.num_layers, stages)]
 
     def in_layout(self, model: Any, names: Sequence[str]) -> Numbers:

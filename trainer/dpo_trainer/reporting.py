@@ -75,6 +75,12 @@ class Reporter:
         if self._hub is not None:
             self._hub.progress.warn(texts)
 
+    def verified(self, verified: bool | None, verdict: str) -> None:
+        """Report what the comparison of the layout with one process found."""
+        self.note(f"layout {verdict}")
+        if self._hub is not None:
+            self._hub.progress.verified(verified, verdict)
+
     def loaded(self, read: int, seconds: float) -> None:
         """Report that the model's weights are loaded. read: bytes that all ranks read."""
         rate = f" ({size(read / seconds)}/s)" if seconds > 0 else ""

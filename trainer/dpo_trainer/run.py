@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from dpo_api.errors import DPOError, IncompatibleCheckpointError, InternalError, Outcome, StoppedError
+from dpo_api.errors import DPOError, IncompatibleCheckpointError, Outcome, StoppedError, WrongLayoutError
 from dpo_api.manifest import DPOJob
 from dpo_api.models import read_config
 from dpo_api.plan import make_plan
@@ -29,7 +29,7 @@ from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there
 from dpo_trainer.formats.huggingface import load_weights, open_checkpoint
 from dpo_trainer.formats.start import StartWeights
-from dpo_trainer.layout_check import compare
+from dpo_trainer.layout_check import compare, too_large
 from dpo_trainer.layouts import Decision
 from dpo_trainer.links import judge, measure
 from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
@@ -268,18 +268,22 @@ class Run:
         return model, loaded.fingerprint, "transformer-engine" if use_transformer_engine(backend) else "local"
 
     def _check_layout(self, model: Any, inputs: Inputs) -> None:
-        """Compare the layout with one rank. Raises InternalError if they disagree."""
+        """Compare the layout with one rank. Raises WrongLayoutError if they disagree."""
         if self.world.size == self.world.data_size or not self.spec.parallelism.verify:
             return
         self.reporter.phase("starting", message="comparing the layout with one rank")
         index = inputs.train.index
-        verdict = compare(self.spec, self.world, model, self._source, index, index.n, self._backend)
+        verdict = None
+        if self._decision.predicted_memory is not None:  # of a GPU: host memory is not so scarce
+            verdict = too_large(self.spec, self.config.facts, self._decision.layout)
+        if verdict is None:
+            verdict = compare(self.spec, self.world, model, self._source, index, index.n, self._backend)
+        self.reporter.verified(verdict.verified, str(verdict))
         if verdict.verified is False:
-            raise InternalError(
+            raise WrongLayoutError(
                 f"this layout does not compute what one rank does: {verdict.reason}; use another spec.parallelism or "
                 "image, and please report it"
             )
-        self.reporter.note(f"layout {verdict}")
 
     # -- the reference
 

@@ -19,7 +19,14 @@ from dpo_api.sizing.choice import (
 )
 from dpo_api.sizing.flops import Work, seen_keys, step_flops, utilization
 from dpo_api.sizing.layout import SIZES, Layout, layout_of, set_sizes, with_layout
-from dpo_api.sizing.memory import Memory, checkpoint_bytes, memory_of, memory_of_stage
+from dpo_api.sizing.memory import (
+    Memory,
+    checkpoint_bytes,
+    comparison_bytes,
+    cut_layers,
+    memory_of,
+    memory_of_stage,
+)
 from dpo_api.sizing.parameters import Stage, parameters, stages
 from dpo_api.sizing.products import PRODUCTS, Product, product_named, product_of
 from dpo_api.sizing.speed import Hardware, step_seconds
@@ -39,6 +46,8 @@ __all__ = [
     "candidates",
     "checkpoint_bytes",
     "choose",
+    "comparison_bytes",
+    "cut_layers",
     "hardware_named",
     "hardware_of",
     "implemented",

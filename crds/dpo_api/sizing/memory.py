@@ -9,7 +9,7 @@ optimizer's state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from dpo_api.models import ModelFacts
 from dpo_api.sizing.layout import Layout
@@ -19,6 +19,7 @@ from dpo_api.sizing.parameters import (
     adapter_modules,
     adapter_shape,
     group_width,
+    parameters,
     parameters_of_rank,
     query_width,
     stages,
@@ -189,6 +190,20 @@ def memory_of(model: ModelFacts, spec: DPOJobSpec, layout: Layout) -> Memory:
     """Predict the bytes of a GPU of the stage that takes the most."""
     found = (memory_of_stage(model, spec, layout, stage) for stage in stages(model.layers, layout.pipeline))
     return max(found, key=lambda memory: memory.total)
+
+
+def cut_layers(layers: int, pipeline: int) -> int:
+    """Layers of the cut model in which the trainer compares a layout with one process: two, or one of each stage."""
+    return min(layers, max(2, pipeline))
+
+
+def comparison_bytes(model: ModelFacts, spec: DPOJobSpec) -> int:
+    """Bytes of rank 0's GPU while a layout is compared: the cut model, whole, with its gradients, in fp32.
+
+    In bf16 it is there in bf16 before, which takes less. The activations of four short pairs are left out.
+    """
+    cut = replace(model, layers=cut_layers(model.layers, spec.parallelism.pipeline))
+    return 4 * parameters(cut) + (4 * parameters(cut) if spec.lora is None else 0)
 
 
 def checkpoint_bytes(model: ModelFacts, spec: DPOJobSpec, layout: Layout) -> int:

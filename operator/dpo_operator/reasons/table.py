@@ -374,6 +374,11 @@ class Reason(Row, Enum):
     AccessDenied = cause_of(Outcome.AccessDenied, "Check storage.credentialsSecretRef or the service account's role.")
     NotFound = cause_of(Outcome.NotFound, "Check the address that the message names.")
     PortInUse = cause_of(Outcome.PortInUse, "Remove the sidecar that uses port 9400 or 23456.")
+    WrongLayout = cause_of(
+        Outcome.WrongLayout,
+        "Set another spec.parallelism, or use another image or other nodes (a GPU may compute wrong results), and"
+        " report it with the message.",
+    )
     Usage = cause_of(Outcome.Usage, "The image is older than the operator: use one of the same version.")
     StorageUnavailable = cause_of(
         Outcome.StorageUnavailable, "Check the S3 service; raise runPolicy.maxRestarts to survive a long outage."
@@ -529,6 +534,25 @@ class Reason(Row, Enum):
         remedy="Read rank 0's log. Set runPolicy.stallTimeoutSeconds to restart such attempts automatically.",
     )
 
+    LayoutAgrees = Row(
+        word="LayoutAgrees",
+        topic="invariant",
+        meaning="In this layout, the log-probs and gradients of a few pairs are those of one process.",
+        remedy="Nothing.",
+    )
+    LayoutDiffers = Row(
+        word="LayoutDiffers",
+        topic="invariant",
+        event="Warning",
+        meaning="In this layout, log-probs or gradients are not those of one process. Training does not start.",
+        remedy="See WrongLayout, for which the attempt has ended.",
+    )
+    LayoutNotCompared = Row(
+        word="LayoutNotCompared",
+        topic="invariant",
+        meaning="The comparison of the layout with one process would take too long or too much memory.",
+        remedy="Nothing, or run the same layout once with a smaller model of the family.",
+    )
     RanksKeepPace = Row(
         word="RanksKeepPace",
         topic="invariant",

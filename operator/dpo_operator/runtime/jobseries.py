@@ -21,6 +21,7 @@ _WATCHED = frozenset(
     kind.value
     for kind in (
         ConditionType.ProgressAvailable,
+        ConditionType.LayoutVerified,
         ConditionType.ReferenceConsistent,
         ConditionType.Finite,
         ConditionType.Learning,

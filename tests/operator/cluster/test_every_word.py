@@ -71,6 +71,7 @@ def stage(cluster: ControlPlane, kubelet: FakeKubelet) -> Iterator[Stage]:
     *(f"{kind} RestartsExhausted" for kind in ENDED),
     *("state Failed", "state Restarting", "Progressing Restarting", "event Restarting", "event Failed"),
     *("Finished=True", "Failed=True", "Stalled=True", "Succeeded=False", "Progressing=False", "Finite=False"),
+    *("LayoutVerified LayoutDiffers", "LayoutVerified=False", "event LayoutDiffers"),
 )
 def test_causes_that_a_pod_shows(stage: Stage) -> None:
     memory = {"nodes": 1, "gpusPerNode": 0, "memory": "1Gi"}
@@ -403,6 +404,7 @@ def test_a_run_directory_that_held_the_finished_run(stage: Stage) -> None:
     *("event AtChance", "event MarginNegative", "TrainingStalled StepsAdvance", "TrainingStalled NoStep"),
     *("event NoStep", "event CheckpointSaved", "Learning=Unknown"),
     *("SlowRank RanksKeepPace", "SlowRank RankIsSlow", "event RankIsSlow"),
+    *("LayoutVerified LayoutAgrees", "LayoutVerified=True", "LayoutVerified LayoutNotCompared"),
     *(f"{kind}={truth}" for truth in ("True", "False") for kind in (
         "ProgressAvailable", "ReferenceConsistent", "Finite", "Learning", "TrainingStalled", "SlowRank",
     )),
@@ -421,7 +423,8 @@ def test_what_trainers_say(stage: Stage) -> None:
             seen |= more
             metrics = {key.replace("_saved", ""): value for key, value in seen.items() if value is not None}
             trainers[name].say(step=step, total=2000, metrics=metrics, lastCheckpointStep=step - step % 1000,
-                               slowRank=slow.get(step),
+                               slowRank=slow.get(step), layoutVerified=True if name == "well" else None,
+                               layoutVerdict="verified",
                                firstPreferenceLoss=first.get(name),
                                expectedFirstPreferenceLoss=math.log(2))  # fmt: skip
             eventually(lambda: (stage.jobs.status(name).get("progress") or {}).get("step") == step,

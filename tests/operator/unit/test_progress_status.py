@@ -467,6 +467,35 @@ def test_a_job_without_nodes_has_no_conditions_about_stall_or_progress(
     assert cluster.event_reasons().count("NoStep") == 1
 
 
+@pytest.mark.parametrize(
+    ("verified", "expected"),
+    [(True, ("True", "LayoutAgrees")), (False, ("False", "LayoutDiffers")), (None, ("Unknown", "LayoutNotCompared"))],
+)
+def test_what_the_comparison_of_the_layout_found(verified: bool | None, expected: tuple[str, str]) -> None:
+    cluster = running()
+    cluster.say(phase="index", step=0)
+    cluster.settle()
+    assert cluster.condition("LayoutVerified") is None, "nothing divides the model, or it is not loaded yet"
+    cluster.say(phase="reference", step=0, done=1, of=9, layout_verified=verified, layout_verdict="verified: 1.2e-07")
+    cluster.settle()
+    assert cluster.condition("LayoutVerified") == expected
+    assert message_of(cluster, "LayoutVerified") == "Layout verified: 1.2e-07."
+    assert cluster.event_reasons().count("LayoutDiffers") == (verified is False)
+
+
+def test_a_wrong_layout_ends_the_job_and_says_so() -> None:
+    """The trainer ends before anybody asks it again: its termination message is what is left."""
+    cluster = running()
+    cluster.end_pod("job-1-master-0", Outcome.WrongLayout, message="log-probs differ by 1.0e-03")
+    cluster.settle()
+    cluster.kill_leaving()
+    cluster.settle()
+    assert cluster.condition("LayoutVerified") == ("False", "LayoutDiffers")
+    assert "log-probs differ by 1.0e-03" in message_of(cluster, "LayoutVerified")
+    assert cluster.condition("Failed") == ("True", "WrongLayout")
+    assert cluster.created == ["job-1"]
+
+
 def test_a_slow_rank_is_a_condition_until_it_is_slow_no_more() -> None:
     cluster = running()
     paced = {**FINE, "train/slowest_rank": 5.0, "train/slowest_rank_ratio": 1.1}

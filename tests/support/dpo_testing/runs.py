@@ -141,8 +141,9 @@ def finish(child: subprocess.Popen[bytes], scratch: Path, *, code: int = 0, time
 def run_processes(
     spec: Mapping[str, Any], folder: Path, *, processes: int, scratch: Path, preloaded: bool = True
 ) -> Finished:
-    """Run through the launcher to the end; ``preloaded`` as for ``start``."""
-    finish(start(spec, folder, processes=processes, scratch=scratch, preloaded=preloaded), scratch)
+    """Run through the launcher to the end; ``preloaded`` as for ``start``. ``scratch`` gets the events, too."""
+    events = (f"--events={scratch / 'events'}",)
+    finish(start(spec, folder, processes=processes, scratch=scratch, more=events, preloaded=preloaded), scratch)
     return Finished(folder)
 
 

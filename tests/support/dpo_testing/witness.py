@@ -90,7 +90,7 @@ _ENDS_OF_JOBS = {"RestartsExhausted", "RestartsWithoutProgress", "DeadlineExceed
 _INVARIANTS = {
     "Scrape": "ProgressAvailable", "Policy": "ReferenceConsistent", "Loss": "Finite", "AboveChance": "Learning",
     "TooEarly": "Learning", "AtChance": "Learning", "MarginNegative": "Learning", "StepsAdvance": "TrainingStalled",
-    "NoStep": "TrainingStalled", "Rank": "SlowRank",
+    "NoStep": "TrainingStalled", "Rank": "SlowRank", "Layout": "LayoutVerified",
 }  # fmt: skip
 """The condition of each invariant's reason, by how it begins."""
 

@@ -87,6 +87,10 @@ class ProgressTracker:
             self._update(warnings=(*self._state.warnings, *warnings))
             self._emit(always=True)
 
+    def verified(self, verified: bool | None, verdict: str) -> None:
+        """Report what the comparison of the layout with one process found; None: it was not made."""
+        self._update(layout_verified=verified, layout_verdict=verdict[:1024])
+
     def slow(self, slow: Slow | None, host: str = "") -> None:
         """Report the rank that stays slow, with its host; None: there is none, or no longer."""
         if slow is None:
