@@ -161,8 +161,12 @@ def test_every_section_but_one_is_immutable_and_the_message_names_it() -> None:
         for field in ("acceptedSpecDigest", "configMap"):  # 0.1.0 wrote only the second
             assert f"has(oldSelf.status.{field})" in rule["rule"]
         # A transition rule on the field itself would let it be added or removed.
+        new, old = f"self.spec.{name}", f"oldSelf.spec.{name}"
+        kept = f"{new} == {old}"
         if name not in at(".spec")["required"]:
-            assert f"has(self.spec.{name}) == has(oldSelf.spec.{name})" in rule["rule"]
+            kept = f"(has({new}) ? has({old}) && {kept} : !has({old}))"
+        # The spec first: a rule that reads the status at each write costs the API server twice as much.
+        assert rule["rule"].startswith(f"{kept} || !(")
 
 
 def test_rules_blame_a_field_that_exists() -> None:
