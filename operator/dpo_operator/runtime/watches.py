@@ -7,26 +7,29 @@ it connects treats the cancellation as a pause and continues, and ``kopf.operato
 daemon or delete handler is registered: kopf writes nothing to any object, neither finalizers nor annotations, so it can
 be abandoned at any time.
 
-kopf reads a list faster than it passes its objects on, and keeps something about every object that it has passed on. A
-cluster may have a hundred thousand pods of finished jobs, so the pages of lists are taken here, before kopf sees them,
-and the next page is read when the cache has taken the last one; kopf remembers nothing.
+kopf reads a list faster than it passes its objects on, keeps something about every object that it has passed on, and
+needs a millisecond of CPU time to pass one on. So objects are taken from its responses before it sees them: the pages
+of lists, of which the next one is read when the cache has taken the last one, and the events of watches. kopf sees
+empty pages, and bookmarks, which say from which version on it has to watch again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
+import json
 import logging
 import threading
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
+from typing import Any, cast
 
 import aiohttp
 import kopf
-from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
+from yarl import URL
 
 from dpo_operator.runtime.resources import Resource
 
@@ -44,7 +47,12 @@ _AT_ONCE = 50
 
 _log = logging.getLogger(__name__)
 
-_Take = Callable[[Resource, list[dict[str, Any]]], Awaitable[None]]
+_CHANGES = frozenset({"ADDED", "MODIFIED", "DELETED"})
+
+_Event = tuple[str | None, dict[str, Any]]
+"""The type, None for an object of a list, and the object."""
+
+_Take = Callable[[Resource, list[_Event]], Awaitable[None]]
 
 
 class _Backoffs:
@@ -56,45 +64,89 @@ class _Backoffs:
             yield 10.0
 
 
-class _NoEssence(kopf.AnnotationsDiffBaseStorage):
-    """Keeps no copy of each object's last handled state, since no handler here needs the differences."""
+class _Bookmarks:
+    """The body of a watch as kopf sees it: the events are taken, and only their versions are left."""
 
-    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:  # noqa: ARG002 - kopf's names
-        return kopf.BodyEssence({})
+    def __init__(self, content: aiohttp.StreamReader, take: Callable[[list[_Event]], Awaitable[None]]) -> None:
+        self._content = content
+        self._take = take
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._content, name)
+
+    async def iter_chunked(self, size: int) -> AsyncIterator[bytes]:
+        """Yield whole lines; the last one may be cut off."""
+        rest = b""
+        async for data in self._content.iter_chunked(size):
+            *lines, rest = (rest + data).split(b"\n")
+            seen = await self._without_changes(lines)
+            if seen:
+                yield seen
+        if rest:
+            yield rest
+
+    async def _without_changes(self, lines: Iterable[bytes]) -> bytes:
+        """Take the events that change an object, and return a bookmark in their place, and the other events."""
+        taken: list[_Event] = []
+        left: list[bytes] = []
+        version = None
+        for line in filter(None, lines):
+            event = json.loads(line)
+            if event.get("type") in _CHANGES:
+                taken.append((event["type"], event["object"]))
+                version = event["object"]["metadata"]["resourceVersion"]
+            else:
+                left += [*_bookmark(version), line]
+                version = None
+        if taken:
+            await self._take(taken)
+        return b"".join(line + b"\n" for line in (*left, *_bookmark(version)))
 
 
-class _NoMemories(ResourceMemories):
-    """Keeps nothing between two events of an object: 2 KiB for each object that has ever changed."""
+def _bookmark(version: str | None) -> list[bytes]:
+    """Return the line that tells kopf the version up to which it has seen everything; none without a version."""
+    if version is None:
+        return []
+    return [json.dumps({"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": version}}}).encode()]
 
-    async def recall(self, raw_body: Any, **options: Any) -> ResourceMemory:
-        return await super().recall(raw_body, **{**options, "ephemeral": True})
 
+def _responses(resources: tuple[Resource, ...], take: _Take) -> type[aiohttp.ClientResponse]:
+    """Return the class of responses that hand the objects of lists and watches to ``take`` and show kopf none."""
 
-def _pages(resources: tuple[Resource, ...], take: _Take) -> type[aiohttp.ClientResponse]:
-    """Return the class of responses that hand the objects of lists to ``take`` and show kopf empty pages."""
+    def watched(url: URL) -> Resource | None:
+        for resource in resources:
+            if url.path.endswith(f"/{resource.plural}") and f"{resource.api}/" in url.path:
+                return resource
+        return None
 
-    class Page(aiohttp.ClientResponse):
+    class Response(aiohttp.ClientResponse):
+        async def start(self, connection: Any) -> aiohttp.ClientResponse:
+            await super().start(connection)
+            resource = watched(self.url)
+            if resource is not None and self.status == 200 and self.url.query.get("watch") == "true":
+                events = _Bookmarks(self.content, functools.partial(take, resource))
+                self.content = cast("aiohttp.StreamReader", events)
+            return self
+
         async def json(self, **options: Any) -> Any:
             found = await super().json(**options)
-            path = self.url.path
-            for resource in resources:
-                is_list = path.endswith(f"/{resource.plural}") and f"{resource.api}/" in path
-                if is_list and isinstance(found, dict) and found.get("items"):
-                    items, found["items"] = found["items"], []
-                    await take(resource, items)
+            resource = watched(self.url)
+            if resource is not None and isinstance(found, dict) and found.get("items"):
+                items, found["items"] = found["items"], []
+                await take(resource, [(None, item) for item in items])
             return found
 
-    return Page
+    return Response
 
 
-def _session(info: kopf.ConnectionInfo, pages: type[aiohttp.ClientResponse]) -> kopf.AiohttpSession:
+def _session(info: kopf.ConnectionInfo, responses: type[aiohttp.ClientResponse]) -> kopf.AiohttpSession:
     """Return what kopf would make of credentials, with a class of responses."""
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
         headers=info.as_http_headers(),
         proxy=info.proxy_url,
         trust_env=bool(info.trust_env),
-        response_class=pages,
+        response_class=responses,
     )
     return kopf.AiohttpSession(
         server=str(info.server), default_namespace=info.default_namespace, aiohttp_session=session,
@@ -140,14 +192,11 @@ class Watches:
         login: Callable[[], kopf.ConnectionInfo],
         namespaces: Collection[str],
         hear: Hear,
-        *,
-        queue_limit: int = 64,
     ) -> None:
         """``hear`` is called in the loop that runs when ``serve`` is called."""
         self._login = login
         self._namespaces = tuple(namespaces)
         self._hear = hear
-        self._limit = queue_limit
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._end: Callable[[], None] = _nothing
@@ -235,7 +284,6 @@ class Watches:
             tasks = await kopf.spawn_tasks(
                 registry=self._registry(resources, loop, stop),
                 settings=self._settings(resources),
-                memories=_NoMemories(),
                 standalone=True,
                 clusterwide=not self._namespaces,
                 namespaces=self._namespaces,
@@ -252,39 +300,36 @@ class Watches:
     ) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
 
-        async def take(resource: Resource, items: list[dict[str, Any]]) -> None:
-            for part in itertools.batched(items, _AT_ONCE):
+        async def take(resource: Resource, events: list[_Event]) -> None:
+            for part in itertools.batched(events, _AT_ONCE):
                 if not stop.is_set():
                     await self._give(loop, resource, part)
 
-        pages = _pages(resources, take)
+        responses = _responses(resources, take)
 
         @kopf.on.login(registry=registry)
         async def login(**_: Any) -> kopf.AiohttpSession:
-            return _session(await asyncio.to_thread(self._login), pages)
+            return _session(await asyncio.to_thread(self._login), responses)
 
-        def listen(resource: Resource) -> None:
-            @kopf.on.event(
-                group=resource.group, version=resource.version, plural=resource.plural,
-                registry=registry, id=f"hear-{resource.plural}",
-            )  # fmt: skip
-            async def hear(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 - kopf's name
-                if not stop.is_set():
-                    loop.call_soon_threadsafe(self._hear, resource, type, dict(body))
+        async def never(**_: Any) -> None:
+            """Is not called, since kopf sees no objects; it watches only kinds that have a handler."""
 
         for resource in resources:
-            listen(resource)
+            kopf.on.event(
+                group=resource.group, version=resource.version, plural=resource.plural,
+                registry=registry, id=f"never-{resource.plural}",
+            )(never)  # fmt: skip
         return registry
 
-    async def _give(self, loop: asyncio.AbstractEventLoop, resource: Resource, items: Iterable[dict[str, Any]]) -> None:
-        """Let the main loop hear objects of a list, and wait until it has."""
+    async def _give(self, loop: asyncio.AbstractEventLoop, resource: Resource, events: Iterable[_Event]) -> None:
+        """Let the main loop hear objects, and wait until it has."""
         inner = asyncio.get_running_loop()
         heard = asyncio.Event()
 
         def hear() -> None:
             try:
-                for item in items:
-                    self._hear(resource, None, item)
+                for kind, item in events:
+                    self._hear(resource, kind, item)
             finally:
                 with contextlib.suppress(RuntimeError):  # kopf's loop is closed: it has ended
                     inner.call_soon_threadsafe(heard.set)
@@ -304,14 +349,10 @@ class Watches:
         settings.watching.chunk_size = 250
         settings.watching.server_timeout = 300  # the API server accepts only whole seconds
         settings.watching.reconnect_backoff = 0.5
-        settings.queueing.worker_limit = self._limit
-        # A kopf worker is occupied until its object has been quiet for this long. At 0 it would take no second event.
-        settings.queueing.idle_timeout = 0.01
-        settings.queueing.exit_timeout = 0.5
         # kopf stores nothing in objects; if a later version does, it uses our own names.
         settings.persistence.finalizer = "dpo-operator.dev/finalizer"
         settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix="dpo-operator.dev")
-        settings.persistence.diffbase_storage = _NoEssence(prefix="dpo-operator.dev")
+        settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix="dpo-operator.dev")
         for resource in resources:
             if resource.selector:
                 settings.watching.label_selectors[resource.group, resource.version, resource.plural] = resource.selector
