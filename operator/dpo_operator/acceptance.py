@@ -89,9 +89,9 @@ def _to_pin(draft: Draft) -> tuple[str, str, int] | None:
     view = draft.view
     name = names.config_map(view.name, view.uid)
     image = view.spec.image or draft.settings.trainer_image
-    if not pinning.is_known(draft, name):
-        if not view.children:  # a new job: it needs both answers, so both are asked for in one pass
-            _is_checked(draft, image)
+    # A job with PyTorchJobs was accepted before, and its status was lost. Any other one finds an earlier ConfigMap when
+    # it creates its own.
+    if view.children and not pinning.is_known(draft, name):
         return None
     before = view.observed.config_map
     if before is None:
@@ -99,7 +99,7 @@ def _to_pin(draft: Draft) -> tuple[str, str, int] | None:
     if (taken := pinning.name_taken(draft, before)) is not None:
         _wait(draft, *taken)
         return None
-    text = pytorchjob.pinned_spec(before)  # the job was accepted before, and its status was lost
+    text = pytorchjob.pinned_spec(before)
     if pinning.is_of_this_spec(draft, text):
         return pytorchjob.pinned_image(before) or image, text, pytorchjob.pinned_contract(before)
     lost = f"The job's status was lost, and its ConfigMap {name} holds another spec than the DPOJob."
@@ -155,7 +155,8 @@ def _is_checked(draft: Draft, image: str) -> bool:
     if answer is not None and answer.generation == view.generation:
         return True
     body = pytorchjob.build_child(view.job, view.identity, 1, image, draft.settings)
-    draft.act(CheckChild(body, view.generation))
+    likeness = pytorchjob.likeness(view.job, view.identity, image, draft.settings)
+    draft.act(CheckChild(body, view.generation, likeness))
     return False
 
 

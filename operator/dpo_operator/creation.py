@@ -180,7 +180,10 @@ def lacks_spec(draft: Draft) -> bool:
 def _pinned(draft: Draft) -> bool:
     """Whether the ConfigMap with the accepted spec is there or is created in this pass; if not, report why."""
     name = str(draft.status.config_map)
-    if not pinning.is_known(draft, name):
+    if draft.attempt is not None and not pinning.is_known(draft, name):  # before the first attempt there is none
+        return False
+    if draft.attempt is None and pinning.adopt(draft):
+        draft.follow()  # the PyTorchJob must not be created before the status names what it runs
         return False
     obstacle = pinning.ensure(draft, name)
     if obstacle is not None:

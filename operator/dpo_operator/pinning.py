@@ -43,6 +43,26 @@ def is_of_this_spec(draft: Draft, text: str) -> bool:
         return False
 
 
+def adopt(draft: Draft) -> bool:
+    """Take image, digest and launch contract from a ConfigMap that a new job finds; return whether they differ.
+
+    The job was accepted before, with the same spec, and its status was lost.
+    """
+    found, accepted = draft.view.observed.config_map, draft.status.accepted_spec_digest
+    if found is None or accepted is None or name_taken(draft, found) is not None:
+        return False
+    text = pytorchjob.pinned_spec(found)
+    if not is_of_this_spec(draft, text):
+        return False
+    former = draft.status
+    draft.update(
+        image=pytorchjob.pinned_image(found) or former.image,
+        accepted_spec_digest=pytorchjob.digest(text),
+        launch_contract=pytorchjob.pinned_contract(found),
+    )
+    return draft.status != former
+
+
 def launch(draft: Draft) -> Launch:
     """Return what an accepted job has pinned of its command line."""
     return Launch(draft.status.launch_contract or FIRST, draft.status.accepted_spec_digest)
@@ -51,7 +71,7 @@ def launch(draft: Draft) -> Launch:
 def ensure(draft: Draft, name: str) -> Obstacle | None:
     """Create an accepted job's ConfigMap if there is none. Return what prevents that, or is wrong with the one there.
 
-    Call it once ``is_known``. A job that version 0.1.0 accepted has no digest; its spec could not be edited since.
+    A job that version 0.1.0 accepted has no digest; its spec could not be edited since.
     """
     view, accepted = draft.view, draft.status.accepted_spec_digest
     found = view.observed.config_map

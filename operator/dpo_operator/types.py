@@ -129,6 +129,8 @@ class CheckChild:
 
     body: dict[str, Any]
     generation: int
+    likeness: str
+    """Equal for PyTorchJobs that get the same answer: after one was accepted, others need no request for a while."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_api.manifest import API_VERSION, KIND, DPOJob
@@ -179,6 +179,20 @@ def build_child(
         "metadata": metadata,
         "spec": {"nprocPerNode": str(processes(spec)), "runPolicy": policy, "pytorchReplicaSpecs": specs},
     }
+
+
+def likeness(job: DPOJob, identity: Identity, image: str, settings: Settings) -> str:
+    """Return a digest that is equal for first PyTorchJobs of one namespace whose pods are alike, as in a sweep.
+
+    They may differ in what no check of the API server is about: the DPOJob's name, UID and age, which are in names,
+    labels and the owner, and the trainer's command line.
+    """
+    child = build_child(job, replace(identity, name="job", uid="", created=0), 1, image, settings)
+    for replica in child["spec"]["pytorchReplicaSpecs"].values():
+        for container in replica["template"]["spec"]["containers"]:
+            if container["name"] == CONTAINER:
+                del container["command"]
+    return digest(json.dumps(child, sort_keys=True))
 
 
 def queue_of(job: DPOJob, identity: Identity, settings: Settings) -> str | None:

@@ -7,7 +7,9 @@ process that is killed between two actions only has to run the pass again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +38,12 @@ from dpo_operator.types import (
 _TOO_LARGE = ("request is too large", "send message larger than max")
 """etcd's words for an object that is too large. The API server answers them with 400 or 500."""
 
+_CONSENT_SECONDS = 60.0
+"""How long the API server's consent to a PyTorchJob counts for others whose pods are alike."""
+
+_CONSENTS = 1000
+"""How many kinds of pods are remembered."""
+
 _REFUSALS = frozenset({400, 403, 404, 413, 422})
 
 _log = logging.getLogger(__name__)
@@ -48,10 +56,13 @@ class Outdated(Exception):  # noqa: N818 - not an error: the job has changed
 class Performer:
     """Sends requests to the API server, and adds their results to the cache before the watches deliver them."""
 
-    def __init__(self, client: Client, cache: Cache) -> None:
+    def __init__(self, client: Client, cache: Cache, clock: Callable[[], float] = time.monotonic) -> None:
         """Act through ``client``."""
         self._client = client
         self._cache = cache
+        self._clock = clock
+        self._consents: OrderedDict[str, float] = OrderedDict()
+        """By likeness of PyTorchJobs: until when none of them needs a dry run."""
 
     async def perform(self, key: Key, observed: Observed, actions: Iterable[Action]) -> Observed | None:
         """Perform actions in order. Return None when all are done, or what is observed now that one brought news.
@@ -70,8 +81,8 @@ class Performer:
                 return await self._create_once(CONFIG_MAPS, namespace, observed, body, "config_map")
             case CreateNetworkPolicy(body):
                 return await self._create_once(NETWORK_POLICIES, namespace, observed, body, "network_policy")
-            case CheckChild(body, generation):
-                return await self._check(namespace, observed, body, generation)
+            case CheckChild(body, generation, likeness):
+                return await self._check(namespace, observed, body, generation, likeness)
             case CreateChild(body):
                 return await self._create_child(namespace, observed, body)
             case LookUpChild(name):
@@ -106,14 +117,26 @@ class Performer:
             return replace(observed, **found)
         return None
 
-    async def _check(self, namespace: str, observed: Observed, body: Object, generation: int) -> Observed:
+    async def _check(
+        self, namespace: str, observed: Observed, body: Object, generation: int, likeness: str
+    ) -> Observed:
         refusal = None
-        try:
-            await self._client.create(CHILDREN, namespace, body, dry_run=True)
-        except ApiError as error:
-            if error.status != 409:  # the name is taken, so the object passed admission
-                refusal = _refusal(error)
+        if self._consents.get(likeness, float("-inf")) < self._clock():
+            try:
+                await self._client.create(CHILDREN, namespace, body, dry_run=True)
+            except ApiError as error:
+                if error.status != 409:  # the name is taken, so the object passed admission
+                    refusal = _refusal(error)
+            self._note(likeness, consent=refusal is None)
         return replace(observed, check=ChildCheck(generation, refusal))
+
+    def _note(self, likeness: str, *, consent: bool) -> None:
+        """Remember the answer to a dry run; a refusal counts for its own job alone."""
+        self._consents.pop(likeness, None)
+        if consent:
+            self._consents[likeness] = self._clock() + _CONSENT_SECONDS
+        while len(self._consents) > _CONSENTS:
+            self._consents.popitem(last=False)
 
     async def _create_child(self, namespace: str, observed: Observed, body: Object) -> Observed | None:
         name = body["metadata"]["name"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from dataclasses import replace
@@ -315,6 +316,58 @@ def test_a_job_whose_status_is_lost_keeps_its_image() -> None:
     cluster.settings = replace(cluster.settings, trainer_image="trainer:newer")
     cluster.settle()
     assert (cluster.status["image"], cluster.status["acceptedSpecDigest"]) == ("trainer:test", digest)
+
+
+def pinned_only() -> SimCluster:
+    """Return a cluster where the job's ConfigMap exists, and neither its status nor a PyTorchJob."""
+    cluster = SimCluster()
+    cluster.reconcile()
+    with pytest.raises(Crash):
+        cluster.reconcile(budget=1)
+    assert cluster.config_maps
+    assert cluster.job is not None
+    del cluster.job["status"]
+    return cluster
+
+
+def test_a_new_job_that_finds_its_config_map_takes_what_it_pins() -> None:
+    cluster = pinned_only()
+    (pinned,) = cluster.config_maps.values()
+    digest = pytorchjob.digest(pinned["data"]["spec.json"])
+    pinned["data"]["launchContract"] = "1"
+    cluster.settings = replace(cluster.settings, trainer_image="trainer:newer")
+    cluster.settle()
+    status = cluster.status
+    assert (status["image"], status["acceptedSpecDigest"], status["launchContract"]) == ("trainer:test", digest, 1)
+    assert cluster.created == ["job-1"]
+    trainer = cluster.children["job-1"]["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
+    assert trainer["image"] == "trainer:test"
+    assert "--spec-digest" not in trainer["command"]
+
+
+def test_a_config_map_that_a_new_job_finds_is_taken_before_anything_runs() -> None:
+    """Killed after any write: what runs is what the status says."""
+    for budget in range(6):
+        cluster = pinned_only()
+        cluster.settings = replace(cluster.settings, trainer_image="trainer:newer")
+        with contextlib.suppress(Crash):
+            cluster.reconcile()
+            cluster.reconcile(budget=budget)
+        if cluster.created:
+            assert cluster.status["image"] == "trainer:test"
+        cluster.settle()
+        assert cluster.status["image"] == "trainer:test"
+
+
+def test_a_config_map_with_another_spec_that_a_new_job_finds_starts_nothing() -> None:
+    cluster = pinned_only()
+    cluster.edit_spec(dpo={"beta": 0.3})
+    cluster.settle()
+    assert cluster.condition("Progressing") == ("False", "PinnedSpecChanged")
+    assert cluster.created == []
+    cluster.config_maps.clear()
+    cluster.sleep()
+    assert cluster.created == ["job-1"]
 
 
 def test_a_job_whose_status_is_lost_and_whose_spec_is_edited_is_not_mixed_up() -> None:
@@ -1247,10 +1300,19 @@ def test_many_attempts_keep_the_first_and_the_newest(monkeypatch: pytest.MonkeyP
     assert cluster.status["chargedRestarts"] == 11
 
 
-def test_a_new_job_needs_one_pass_for_both_questions() -> None:
+def test_a_new_job_asks_one_question() -> None:
+    """Its ConfigMap is not looked for: that it exists shows when it is created."""
     cluster = SimCluster()
+    observed = cluster.observed()
+    decision = reconcile(observed, START, cluster.settings)
+    assert [type(a).__name__ for a in decision.actions] == ["CheckChild"]
+    decision = reconcile(replace(observed, check=ChildCheck(1)), START, cluster.settings)
+    assert [type(a).__name__ for a in decision.actions] == ["EmitEvent", "PatchStatus"]
+    cluster.reconcile()
     decision = reconcile(cluster.observed(), START, cluster.settings)
-    assert [type(a).__name__ for a in decision.actions] == ["LookUpConfigMap", "CheckChild"]
+    assert [type(a).__name__ for a in decision.actions] == [
+        "CreateConfigMap", "CreateNetworkPolicy", "CreateChild", "EmitEvent", "PatchStatus",
+    ]  # fmt: skip
 
 
 def test_another_operator_does_no_harm() -> None:
