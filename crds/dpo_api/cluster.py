@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
 
 from dpo_api import overlay
 from dpo_api.findings import Finding
 from dpo_api.spec import DPOJobSpec, Section, StorageAccess
 
 
+_URIS = frozenset({"uri", "cache_uri", "architecture_uri"})
+
+
 def uris(section: Section, prefix: str = "spec") -> Iterator[tuple[str, str, StorageAccess | None]]:
     """Yield (field, URI, access override) for every storage URI of a spec, in the order of its fields."""
-    for attribute, field in type(section).model_fields.items():
-        value = getattr(section, attribute)
-        name = f"{prefix}.{field.alias or attribute}"
-        if attribute in {"uri", "cache_uri", "architecture_uri"} and isinstance(value, str):
-            yield name, value, getattr(section, "storage", None)
+    for attribute, name in _places(type(section)):
+        value, where = getattr(section, attribute), f"{prefix}.{name}"
+        if isinstance(value, str):
+            yield where, value, getattr(section, "storage", None)
         elif isinstance(value, Section):
-            yield from uris(value, name)
+            yield from uris(value, where)
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
                 if isinstance(item, Section):
-                    yield from uris(item, f"{name}[{index}]")
+                    yield from uris(item, f"{where}[{index}]")
+
+
+@functools.cache
+def _places(section: type[Section]) -> tuple[tuple[str, str], ...]:
+    """Return attribute and field of what may hold URIs: most fields hold none, and each pass looks for them."""
+    return tuple(
+        (attribute, field.alias or attribute)
+        for attribute, field in section.model_fields.items()
+        if attribute in _URIS or any(isinstance(kind, type) and issubclass(kind, Section) for kind in _kinds(field))
+    )
+
+
+def _kinds(field: FieldInfo) -> Iterator[Any]:
+    """Yield the types that a field's annotation names."""
+    left: list[Any] = [field.annotation]
+    while left:
+        kind = left.pop()
+        yield kind
+        left += get_args(kind)
 
 
 def check(spec: DPOJobSpec) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_api.cluster import uris
 from dpo_api.crd import custom_resource_definition
 from dpo_api.fields import PATTERN_HINTS
 from dpo_api.findings import ManifestError
@@ -141,3 +142,26 @@ def test_garbage_is_a_finding_and_never_another_exception(path: tuple[Any, ...],
 def test_garbage_for_a_manifest_is_a_finding(value: Any) -> None:
     with pytest.raises(ManifestError):
         parse_job(value)
+
+
+def places(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Yield field and value of every URI in a document."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in {"uri", "cacheURI", "architectureURI"}:
+                yield f"{where}.{key}", inner
+            else:
+                yield from places(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from places(inner, f"{where}[{index}]")
+
+
+@pytest.mark.parametrize("name", ["complete", "other-forms"])
+def test_every_uri_of_a_spec_is_found(name: str) -> None:
+    document = load_documents(ROOT / f"tests/golden/api/v1alpha1/{name}.yaml")[0].value
+    document["spec"]["data"]["train"] += [{"uri": "s3://prefs/more.jsonl", "storage": {"region": "eu-2"}}]
+    found = list(uris(parse_job(document).spec))
+    assert sorted((where, uri) for where, uri, _ in found) == sorted(places(document["spec"], "spec"))
+    last = f"spec.data.train[{len(document['spec']['data']['train']) - 1}].uri"
+    assert [access.region for where, _, access in found if where == last and access is not None] == ["eu-2"]
