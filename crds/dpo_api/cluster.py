@@ -12,7 +12,6 @@ from dpo_api import overlay
 from dpo_api.findings import Finding
 from dpo_api.spec import DPOJobSpec, Section, StorageAccess
 
-
 _URIS = frozenset({"uri", "cache_uri", "architecture_uri"})
 
 

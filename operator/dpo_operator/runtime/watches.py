@@ -75,7 +75,7 @@ class _Bookmarks:
         return getattr(self._content, name)
 
     async def iter_chunked(self, size: int) -> AsyncIterator[bytes]:
-        """Yield whole lines; the last one may be cut off."""
+        """Yield whole lines, and what the end of the connection left of the last one."""
         rest = b""
         async for data in self._content.iter_chunked(size):
             *lines, rest = (rest + data).split(b"\n")

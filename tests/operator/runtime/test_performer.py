@@ -33,7 +33,7 @@ def new_job(name: str, namespace: str = "team", **spec: Any) -> Observed:
 
 
 class Asked:
-    """An API server that judges dry runs, and a performer whose clock stands until it is moved."""
+    """An API server that judges dry runs, and a performer with a clock of its own."""
 
     def __init__(self) -> None:
         self.now = 0.0
