@@ -61,10 +61,10 @@ class LocalBackend:
             with os.scandir(base) as entries:
                 return sorted(e.name + "/" * e.is_dir() for e in entries if not e.name.endswith(_TEMPORARY))
 
-    def read(self, location: Location, start: int, length: int | None, if_match: str | None) -> bytes:
+    def read(self, location: Location, start: int, length: int | None, known: ObjectInfo | None) -> bytes:
         """Return ``length`` bytes from ``start`` (fewer at the end of the file)."""
         with _translated(str(location)), self.path(location).open("rb") as file:
-            _check(file, str(location), if_match)
+            _check(file, str(location), known.etag or None if known else None)
             file.seek(start)
             return file.read(length)
 

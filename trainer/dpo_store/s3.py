@@ -211,14 +211,13 @@ class S3Backend:
         answer = self._run("s3://", self.client.list_buckets)
         return [bucket["Name"] for bucket in answer.get("Buckets", ()) if "Name" in bucket]
 
-    def read(self, location: Location, start: int, length: int | None, if_match: str | None) -> bytes:
+    def read(self, location: Location, start: int, length: int | None, known: ObjectInfo | None) -> bytes:
         """Return ``length`` bytes from ``start`` (fewer at the end of the object)."""
-        info = self.stat(location)
+        info = known or self.stat(location)
         stop = info.size if length is None else min(info.size, start + length)
         if start >= stop:
             return b""
-        wanted = ObjectInfo(info.uri, info.size, info.etag if if_match is None else if_match)
-        return b"".join(self.fetch(location, wanted, start, stop))
+        return b"".join(self.fetch(location, info, start, stop))
 
     def fetch(
         self,

@@ -91,13 +91,15 @@ class Store:
 
     # -- reading
 
-    def read(self, uri: str, start: int = 0, length: int | None = None, if_match: str | None = None) -> bytes:
+    def read(self, source: str | ObjectInfo, start: int = 0, length: int | None = None) -> bytes:
         """Return ``length`` bytes from ``start``, fewer at the end, all by default.
 
-        With ``if_match`` an object whose etag differs is an ObjectChangedError.
+        For an ObjectInfo S3 gets one request, for an address two. An object that has changed since it was described is
+        an ObjectChangedError.
         """
-        location = uris.parse(uri)
-        return self._backend(location).read(location, start, length, if_match)
+        known = None if isinstance(source, str) else source
+        location = uris.parse(source if isinstance(source, str) else source.uri)
+        return self._backend(location).read(location, start, length, known)
 
     def stream(
         self, source: str | ObjectInfo, chunk: int = CHUNK, read_ahead: int = READ_AHEAD, start: int = 0

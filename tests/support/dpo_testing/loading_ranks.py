@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from dpo_api.errors import DPOError
 from dpo_api.models import read_config
-from dpo_store import Store, open_store
+from dpo_store import ObjectInfo, Store, open_store
 from dpo_testing.megatron_ranks import join
 from dpo_trainer.formats import delivery
 from dpo_trainer.formats.export import export
@@ -43,8 +43,9 @@ class Recorder:
     def stat(self, uri: str) -> Any:
         return self.store.stat(uri)
 
-    def read(self, uri: str, start: int = 0, length: int | None = None, if_match: str | None = None) -> bytes:
-        found = self.store.read(uri, start, length, if_match)
+    def read(self, source: str | ObjectInfo, start: int = 0, length: int | None = None) -> bytes:
+        found = self.store.read(source, start, length)
+        uri = source if isinstance(source, str) else source.uri
         if uri.endswith(".safetensors"):
             self.ranges.append((uri, start, start + len(found)))
         return found

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_api.errors import DPOError, InvalidModelError, NoSpaceError, NotFoundError
 from dpo_api.models import ModelConfig, read_config
+from dpo_store import ObjectInfo
 from dpo_testing.models import (
     VARIANTS,
     VOCABULARY,
@@ -318,9 +319,9 @@ class Recorder:
     def stat(self, uri: str) -> Any:
         return self.store.stat(uri)
 
-    def read(self, uri: str, start: int = 0, length: int | None = None, if_match: str | None = None) -> bytes:
+    def read(self, source: str | ObjectInfo, start: int = 0, length: int | None = None) -> bytes:
         self.ranges.append((start, length))
-        found: bytes = self.store.read(uri, start, length, if_match)
+        found: bytes = self.store.read(source, start, length)
         return found
 
 

@@ -164,6 +164,16 @@ def test_a_change_under_way_is_found(store: Store, flaky: Store, proxy: FaultPro
         list(flaky.stream(uri, chunk=CHUNK, read_ahead=1))
 
 
+def test_a_range_of_a_described_object_is_one_request(store: Store, flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    info = flaky.stat(uri)
+    proxy.clear()
+    assert flaky.read(info, 5, 100) == DATA[5:105]
+    assert [(seen.method, seen.range) for seen in proxy.seen] == [("GET", "bytes=5-104")]
+    store.write(uri, DATA[::-1])
+    with pytest.raises(ObjectChangedError):
+        flaky.read(info, 5, 100)
+
+
 def test_a_server_that_ignores_if_match_is_found_out(flaky: Store, proxy: FaultProxy, uri: str) -> None:
     proxy.add("etag", skip=2)
     with pytest.raises(ObjectChangedError, match="its ETag is another"):

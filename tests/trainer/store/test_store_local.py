@@ -105,7 +105,7 @@ def test_a_file_that_changes_is_an_error(disk: Store, tmp_path: Path) -> None:
     with pytest.raises(ObjectChangedError):
         list(disk.stream(info))
     with pytest.raises(ObjectChangedError):
-        disk.read(uri, if_match=info.etag)
+        disk.read(info)
 
 
 def test_a_reader_sees_the_old_file_or_the_new(disk: Store, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_api.errors import InvalidModelError
+from dpo_store import ObjectInfo
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,25 +38,13 @@ _BLOCK = 16 << 20
 _PARALLEL_READS = 4
 
 
-class Found(Protocol):
-    """A store's description of one object."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-
-    @property
-    def etag(self) -> str:
-        """Changes when the object changes."""
-
-
 class RangeStore(Protocol):
     """The part of dpo_store.Store that reading needs."""
 
-    def stat(self, uri: str) -> Any:
-        """Describe one object (see Found); NotFoundError if it is absent."""
+    def stat(self, uri: str) -> ObjectInfo:
+        """Describe one object; NotFoundError if it is absent."""
 
-    def read(self, uri: str, start: int = ..., length: int | None = ..., if_match: str | None = ...) -> bytes:
+    def read(self, source: str | ObjectInfo, start: int = ..., length: int | None = ...) -> bytes:
         """Return ``length`` bytes from ``start``."""
 
 
@@ -69,7 +58,7 @@ class TensorInfo:
     end: int
 
 
-Description = tuple[int, str | None, int, dict[str, tuple[str, list[int], int, int]]]
+Description = tuple[int, str, int, dict[str, tuple[str, list[int], int, int]]]
 """A file's size and ETag, the bytes of its header, and its tensors: dtype, shape, start, end."""
 
 
@@ -85,15 +74,14 @@ class SafetensorsFile:
         self.store = store
         self.uri = uri
         if known is not None:
-            self.size, self.etag, self.header_bytes, entries = known
+            size, etag, self.header_bytes, entries = known
+            self._object = ObjectInfo(uri, size, etag)
             self.tensors = {
                 name: TensorInfo(dtype, tuple(shape), start, end)
                 for name, (dtype, shape, start, end) in entries.items()
             }
             return
-        found = store.stat(uri)
-        self.size = found.size
-        self.etag = found.etag or None
+        self._object = store.stat(uri)
         header = self._read_header()
         self.header_bytes = 8 + len(header)
         self.tensors = self._check(header)
@@ -101,14 +89,19 @@ class SafetensorsFile:
     def describe(self) -> Description:
         """Return what the header says, of JSON's types."""
         entries = {name: (info.dtype, list(info.shape), info.start, info.end) for name, info in self.tensors.items()}
-        return self.size, self.etag, self.header_bytes, entries
+        return self.size, self._object.etag, self.header_bytes, entries
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._object.size
 
     def _fail(self, why: str) -> InvalidModelError:
         return InvalidModelError(f"{self.uri}: not a usable safetensors file: {why}; copy or download it again")
 
     def _read_header(self) -> bytes:
         # Two reads, so that every byte of a model is read once.
-        first = self.store.read(self.uri, 0, min(self.size, 8), self.etag) if self.size else b""
+        first = self.store.read(self._object, 0, min(self.size, 8)) if self.size else b""
         if len(first) < 8:
             raise self._fail(f"it holds {self.size} bytes")
         length = int.from_bytes(first[:8], "little")
@@ -118,7 +111,7 @@ class SafetensorsFile:
             raise self._fail(
                 f"it is truncated: its header alone takes {8 + length:,} bytes, the file has {self.size:,}"
             )
-        return self.store.read(self.uri, 8, length, self.etag) if length else b""
+        return self.store.read(self._object, 8, length) if length else b""
 
     def _check(self, header: bytes) -> dict[str, TensorInfo]:
         try:
@@ -182,7 +175,7 @@ class SafetensorsFile:
 
         def fetch(offset: int) -> None:
             length = min(_BLOCK, len(view) - offset)
-            block = self.store.read(self.uri, start + offset, length, self.etag)
+            block = self.store.read(self._object, start + offset, length)
             if len(block) != length:
                 raise self._fail(f"it ended {length - len(block):,} bytes early while being read")
             view[offset : offset + length] = block
