@@ -18,6 +18,7 @@ from dpo_testing.faults import FaultProxy, fault_proxy
 from dpo_testing.runs import Finished, finish, job_of, kill, merged, run_here, start
 from dpo_testing.s3server import S3Server, need, s3_server
 from dpo_testing.training_world import LORA, make
+from dpo_trainer.checkpoint import store as checkpoints
 from dpo_trainer.distributed import World
 from dpo_trainer.run import Run, RunOptions
 from dpo_trainer.stopping import StopRequest
@@ -111,6 +112,12 @@ def assert_same(undisturbed: Finished, store: Store, uri: str) -> None:
         assert (tensor - weights[name]).abs().max() < 1e-5, name
 
 
+def ranges_read(proxy: FaultProxy, path: str) -> list[tuple[int, int]]:
+    """The ranges (first byte, end) of an object that were read, in their order in the object."""
+    found = (re.fullmatch(r"bytes=(\d+)-(\d+)", seen.range) for seen in proxy.seen if seen.path.endswith(path))
+    return sorted((int(match[1]), int(match[2]) + 1) for match in found if match)
+
+
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
@@ -162,7 +169,13 @@ def test_a_kill_during_a_slow_checkpoint_leaves_the_older_one(
         kill(child)
     assert complete(store, uri) == [EVERY]
     assert any(re.search(second, info.uri) for info in store.list(f"{uri}/checkpoints/"))  # half of one lies there
-    resume(through(spec, server.endpoint), uri)
+    sizes = {info.uri.removeprefix(f"{uri}/"): info.size for info in store.list(f"{uri}/checkpoints/")}
+    file = f"checkpoints/step-{EVERY:06d}/__0_0.distcp"
+    proxy.clear()
+    resume(through(spec, proxy.endpoint), uri)
+    starts, ends = zip(*ranges_read(proxy, file), strict=True)
+    assert (*starts, sizes[file]) == (0, *ends), "not each byte was read once"
+    assert len(starts) > 2, "the file was copied"
     assert complete(store, uri) == [EVERY, 2 * EVERY, STEPS]
     assert json.loads(store.read(f"{uri}/export.json"))["attempt"] == 2
     assert_same(undisturbed, store, uri)
@@ -204,8 +217,9 @@ def test_killed_at_random_moments_of_uploads_in_the_background(
 
 
 def test_a_stop_finishes_the_upload_in_the_background(
-    undisturbed: Finished, spec: dict[str, Any], server: S3Server, proxy: FaultProxy, store: Store, world: Path
-) -> None:
+    undisturbed: Finished, spec: dict[str, Any], server: S3Server, proxy: FaultProxy, store: Store, world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """The stop waits for it, and saves the step that was reached meanwhile."""
     uri, scratch = "s3://runs/background", world / "background"
     mine, files = merged(spec, {"checkpoint": {"async": True}}), rf"step-{EVERY:06d}/.*distcp"
@@ -223,5 +237,6 @@ def test_a_stop_finishes_the_upload_in_the_background(
             kill(child)
     assert words["step"] >= EVERY
     assert complete(store, uri) == sorted({EVERY, words["step"]})
+    monkeypatch.setattr(checkpoints, "MOST_READ", 0.0)  # as if its parts were needed by many ranks: it is copied
     resume(through(mine, server.endpoint), uri)
     assert_same(undisturbed, store, uri)

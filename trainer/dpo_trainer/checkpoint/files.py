@@ -3,15 +3,23 @@
 The ranks exchange no pickles: each says as JSON what it has written, and rank 0 makes the table from that.
 """
 
+import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Size, Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+    _StoragePrefix,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -36,6 +44,12 @@ TABLE = ".metadata"
 
 Written = list[Any]
 """One written box as JSON: key, whole shape, offsets, sizes, file, first byte, bytes."""
+
+Part = tuple[str, int, int]
+"""A part of a file: its name, the first byte and the number of bytes."""
+
+Fetch = Callable[[str, int, int], bytes]
+"""Reads a ``Part``."""
 
 _FORMAT_1 = {
     "master.": ("optimizer.state.param.", "optimizer.state.fp32_param.", ""),
@@ -114,32 +128,86 @@ def table(written: Sequence[Written]) -> bytes:
     return pickle.dumps(Metadata(dict(tensors), storage_data=places))
 
 
-def read(folder: Path, boxes: Sequence[Box], version: int) -> None:
-    """Fill the boxes from a checkpoint of format ``version``, whose table has been checked (``check_metadata``).
+class Reading:
+    """The parts of a checkpoint's files that some boxes are in."""
 
-    Raises ValueError if the checkpoint lacks a value or has a tensor of another shape.
-    """
-    reader = FileSystemReader(folder)
-    metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, is_coordinator=False)
-    own: dict[str, list[Box]] = {}
-    for box in boxes:
-        own.setdefault(box.key, []).append(box)
-    items: list[ReadItem] = []
-    places: dict[MetadataIndex, Tensor] = {}
-    for key, wanted in own.items():
-        name = key if version > 1 else _name_in_format_1(key, metadata)
-        saved = metadata.state_dict_metadata.get(name)
-        if not isinstance(saved, TensorStorageMetadata):
-            raise ValueError(f"it has no tensor {name}")  # noqa: TRY004 - about the file, not an argument
-        _check_shape(name, tuple(saved.size), wanted[0].whole, version)
-        found = create_read_items_for_chunk_list(name, saved, [_chunk(box) for box in wanted])
-        count = sum(item.lengths.numel() for item in found)
-        if count != sum(box.values.numel() for box in wanted):
-            raise ValueError(f"parts of tensor {name} are missing")
-        items += found
-        places |= {MetadataIndex(name, Size(box.offsets)): box.values for box in wanted}
-    reader.read_data(LoadPlan(items), _Target(places))
+    def __init__(self, folder: Path, boxes: Sequence[Box], version: int) -> None:
+        """Read the folder's table of contents, which has been checked (``check_metadata``). version: of the format.
+
+        Raises ValueError if the checkpoint lacks a value or has a tensor of another shape.
+        """
+        self._metadata = FileSystemReader(folder).read_metadata()
+        own: dict[str, list[Box]] = {}
+        for box in boxes:
+            own.setdefault(box.key, []).append(box)
+        items: list[ReadItem] = []
+        places: dict[MetadataIndex, Tensor] = {}
+        for key, wanted in own.items():
+            name = key if version > 1 else _name_in_format_1(key, self._metadata)
+            saved = self._metadata.state_dict_metadata.get(name)
+            if not isinstance(saved, TensorStorageMetadata):
+                raise ValueError(f"it has no tensor {name}")  # noqa: TRY004 - about the file, not an argument
+            _check_shape(name, tuple(saved.size), wanted[0].whole, version)
+            found = create_read_items_for_chunk_list(name, saved, [_chunk(box) for box in wanted])
+            count = sum(item.lengths.numel() for item in found)
+            if count != sum(box.values.numel() for box in wanted):
+                raise ValueError(f"parts of tensor {name} are missing")
+            items += found
+            places |= {MetadataIndex(name, Size(box.offsets)): box.values for box in wanted}
+        self._items = sorted(items, key=lambda item: self._part(item.storage_index))
+        self._places = places
+
+    def _part(self, index: MetadataIndex) -> Part:
+        found = self._metadata.storage_data[index]
+        return found.relative_path, found.offset, found.length
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of these parts."""
+        return sum(length for _, _, length in {self._part(item.storage_index) for item in self._items})
+
+    @property
+    def bytes_of_all(self) -> int:
+        """Bytes of all parts of the checkpoint."""
+        return sum(length for _, _, length in {self._part(index) for index in self._metadata.storage_data})
+
+    def from_folder(self, folder: Path) -> None:
+        """Fill the boxes from the files in a local folder."""
+        self._fill(FileSystemReader(folder))
+
+    def from_ranges(self, fetch: Fetch) -> None:
+        """Fill the boxes from parts of files. Memory: twice the largest part."""
+        self._fill(_RangeReader(fetch))
+
+    def _fill(self, reader: FileSystemReader) -> None:
+        reader.set_up_storage_reader(self._metadata, is_coordinator=False)
+        reader.read_data(LoadPlan(self._items), _Target(self._places))
+
+
+class _Names(FileSystem):
+    """Opens nothing: a file is its name."""
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:  # noqa: ARG002 - of the class
+        """Yield the file's name."""
+        yield path.name
+
+
+class _RangeReader(FileSystemReader):
+    """Reads each part by ``fetch``; once if the items that need it follow each other."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        super().__init__("")
+        self.fs = _Names()
+        self._fetch = fetch
+        self._last: tuple[Part, bytes] | None = None
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        part = (str(file), sinfo.offset, sinfo.length)
+        if self._last is None or self._last[0] != part:
+            self._last = None
+            self._last = part, self._fetch(*part)
+        return io.BytesIO(self._last[1])
 
 
 def _name_in_format_1(key: str, metadata: Metadata) -> str:

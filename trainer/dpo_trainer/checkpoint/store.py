@@ -8,12 +8,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dpo_api.errors import IncompatibleCheckpointError
-from dpo_store import local_path_of
+import torch
+
+from dpo_api.errors import DPOError, IncompatibleCheckpointError, NotFoundError
+from dpo_store import ObjectInfo, Store, local_path_of
 from dpo_store.errors import from_os_error
 from dpo_trainer.checkpoint import files
 from dpo_trainer.checkpoint.boxes import Box
@@ -24,6 +27,15 @@ from dpo_trainer.rundir import MARKER, RunDirectory, SavedCheckpoint
 
 _PROBE_BYTES = 1 << 20
 """If the disk has less free space than this after a failed write, it is full."""
+
+MOST_READ = 2.0
+"""A start reads parts of files while the ranks together read at most this many times what the nodes would copy.
+
+In the layout that saved, they read the checkpoint once, and each node would copy the whole of it. In another one,
+several ranks may need the same part.
+"""
+_BLOCK = 16 << 20
+_PARALLEL_READS = 4
 
 FORMAT = 2
 """Version of the format; incremented when older versions cannot read it.
@@ -127,17 +139,66 @@ def read_marker(run: RunDirectory, saved: SavedCheckpoint) -> Marker:
 
 
 def load(run: RunDirectory, world: World, boxes: Sequence[Box], saved: SavedCheckpoint, version: int) -> None:
-    """Fill the boxes with the checkpoint's values. version: the format that its marker has. A collective."""
-    with _readable(run, world, saved.uri) as folder:
+    """Fill the boxes with the checkpoint's values. version: the format that its marker has. A collective.
+
+    From S3 a rank reads the parts of the files that its boxes are in, or, where the ranks together would read far more
+    than the nodes if each copied the checkpoint, the nodes copy it.
+    """
+    local = local_path_of(saved.uri)
+    with _table(run, saved.uri) as folder:
         check_metadata(folder / files.TABLE, saved.uri)
-        try:
-            files.read(folder, boxes, version)
-        except Exception as error:
-            raise IncompatibleCheckpointError(
-                f"{saved.uri} cannot be read ({type(error).__name__}: {str(error).strip().partition('\n')[0][:300]}); "
-                "delete that folder to resume from an older one"
-            ) from error
-        world.barrier()
+        with _incompatible_if_unreadable(saved.uri):
+            reading = files.Reading(folder, boxes, version)
+    if local is None and not _is_little(reading, world):
+        with _copied(run, world, saved.uri) as folder, _incompatible_if_unreadable(saved.uri):
+            reading.from_folder(folder)
+            world.barrier()
+        return
+    with _incompatible_if_unreadable(saved.uri):
+        if local is not None:
+            reading.from_folder(local)
+        else:
+            reading.from_ranges(_Ranges(run.store, saved.uri))
+    world.barrier()
+
+
+def _is_little(reading: files.Reading, world: World) -> bool:
+    """Whether the ranks together read at most MOST_READ times what the nodes would copy. A collective."""
+    own = torch.tensor([reading.bytes, float(world.local_rank == 0)], dtype=torch.float64)
+    needed, nodes = world.sum_of_all(own).tolist()
+    return bool(needed <= MOST_READ * nodes * reading.bytes_of_all)
+
+
+class _Ranges:
+    """Reads parts of a checkpoint's files from a store, large ones by several requests at a time."""
+
+    def __init__(self, store: Store, uri: str) -> None:
+        self._store, self._uri = store, uri
+        self._objects: dict[str, ObjectInfo] = {}
+
+    def __call__(self, name: str, start: int, length: int) -> bytes:
+        if name not in self._objects:
+            self._objects[name] = self._store.stat(f"{self._uri}/{name}")
+        found, end = self._objects[name], start + length
+
+        def fetch(at: int) -> bytes:
+            return self._store.read(found, at, min(_BLOCK, end - at))
+
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            return b"".join(pool.map(fetch, range(start, end, _BLOCK)))
+
+
+@contextmanager
+def _incompatible_if_unreadable(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DPOError) and not isinstance(error, NotFoundError):
+            raise  # of the storage
+        raise IncompatibleCheckpointError(
+            f"{uri} cannot be read ({type(error).__name__}: {str(error).strip().partition('\n')[0][:300]}); "
+            "delete that folder to resume from an older one"
+        ) from error
 
 
 @contextmanager
@@ -158,11 +219,21 @@ def _no_space_if_full(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _readable(run: RunDirectory, world: World, uri: str) -> Iterator[Path]:
+def _table(run: RunDirectory, uri: str) -> Iterator[Path]:
+    """Yield a local folder that has the checkpoint's table of contents, if the checkpoint has one."""
     local = local_path_of(uri)
     if local is not None:
         yield local
         return
+    with tempfile.TemporaryDirectory(prefix="dpo-checkpoint-") as name:
+        with suppress(NotFoundError):
+            run.store.download(f"{uri}/{files.TABLE}", Path(name) / files.TABLE)
+        yield Path(name)
+
+
+@contextmanager
+def _copied(run: RunDirectory, world: World, uri: str) -> Iterator[Path]:
+    """Yield a local folder with the whole checkpoint, one for each node. A collective."""
     with _scratch(world) as folder:
         if world.local_rank == 0:
             run.store.download_tree(uri + "/", folder)
