@@ -84,7 +84,7 @@ class Reporter:
     def loaded(self, read: int, seconds: float) -> None:
         """Report that the model's weights are loaded. read: bytes that all ranks read."""
         rate = f" ({size(read / seconds)}/s)" if seconds > 0 else ""
-        self.note(f"read {size(read)} of weights in {seconds:.1f} s{rate}")
+        self.note(f"read {read:,} bytes of weights in {seconds:.1f} s{rate}")
 
     def indexed(self, plan: Plan, stats: dict[str, Any], warnings: Sequence[str] = ()) -> None:
         """Report the run's length and the pairs that were dropped.
