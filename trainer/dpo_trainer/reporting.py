@@ -157,7 +157,6 @@ class Reporter:
             self._hub.write(step, named)
             self._hub.prometheus.add("dpo_train_tokens_total", tokens)
             self._hub.prometheus.add("dpo_data_wait_seconds_total", waited)
-            self._paced(named)
             self._hub.progress.step(
                 step,
                 epoch=values["epoch"],
@@ -167,6 +166,7 @@ class Reporter:
                 metrics=named,
                 at_start=at_start,
             )
+            self._paced(named)  # after the step that it is of, and not with the one before
 
     def _paced(self, named: dict[str, float]) -> None:
         """Report a rank that stays slow, and print a warning when it becomes so."""
