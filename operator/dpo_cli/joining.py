@@ -39,8 +39,8 @@ class Member:
 
     def environment(self, gpus: int) -> dict[str, str]:
         """Return the variables of the training process; gpus: how many are visible to it."""
-        # With srun --gpus-per-task=1 each sees its own GPU alone.
-        local_rank = 0 if gpus == 1 else self.local_rank
+        # With srun --gpus-per-task=1 each task has its own GPU alone.
+        local_rank = 0 if gpus == 1 and self.starter == "srun" else self.local_rank
         found = {
             "RANK": self.rank,
             "WORLD_SIZE": self.size,

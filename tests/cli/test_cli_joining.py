@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,8 @@ def test_what_a_training_process_gets() -> None:
     own = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07", "MASTER_PORT": "14713", "LOCAL_WORLD_SIZE": "4"}
     assert found.environment(gpus=4) == {**own, "LOCAL_RANK": "1"}
     assert found.environment(gpus=1) == {**own, "LOCAL_RANK": "0"}, "srun --gpus-per-task=1"
+    lacking = replace(found, starter="torchrun").environment(gpus=1)
+    assert lacking["LOCAL_RANK"] == "1", "the trainer says that it has no GPU"
     assert found.nodes(gpus=4) == (2, 4)
     assert Member("torchrun", 0, 6, 0, None, "a", 1).nodes(gpus=4) == (6, 1)
     assert Member("torchrun", 0, 8, 0, None, "a", 1).nodes(gpus=4) == (2, 4)
