@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +11,16 @@ import pytest
 
 from dpo_api.errors import Outcome
 from dpo_api.progress import Progress
+from dpo_testing.agents import begin
 from dpo_testing.impatient import IMPATIENT, SECONDS, SLUGGISH
-from dpo_testing.preloaded import NOTES, PreloadedPopen, usable
-from dpo_testing.runs import PACKAGES, Finished, job_of, kill, merged, wait_for_step
+from dpo_testing.preloaded import usable
+from dpo_testing.runs import Finished, kill, merged, wait_for_step
 from dpo_testing.training_world import make
 from dpo_testing.trajectories import workers_of
-from dpo_trainer.launch import _rendezvous
 from dpo_trainer.pace import SLOW_RATIO, SLOW_STEPS
 from dpo_trainer.results import read_results, summarise
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruption")]
-
-
-def begin(spec: dict[str, Any], scratch: Path, processes: int, **environment: str) -> PreloadedPopen:
-    """Start the agent of a run in scratch/run whose workers are impatient; scratch/results gets how they end."""
-    (scratch / "results").mkdir()
-    (scratch / "spec.json").write_text(job_of(spec).to_json())
-    command = [sys.executable, "-m", "dpo_trainer", "agent", *_rendezvous({}), f"--nproc-per-node={processes}"]
-    command += ["--max-restarts=0", "-m", "dpo_testing.impatient", "worker", f"--spec={scratch / 'spec.json'}"]
-    command += [f"--run-dir={scratch / 'run'}", f"--events={scratch / 'events'}"]
-    variables = {**os.environ, "PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1", NOTES: str(scratch / "processes")}
-    with (scratch / "log").open("wb") as log:
-        return PreloadedPopen(
-            [*command, "--results", str(scratch / "results")],
-            env={**variables, **environment},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
 
 
 @pytest.mark.skipif(not usable(), reason="needs forked processes")

@@ -2,24 +2,27 @@
 
 Until then it is as patient as ever, so that a slow machine ends no run early. As `python -m dpo_testing.impatient
 worker …` the file is IMPATIENT in the folder of results.
-With SLUGGISH in its environment, that rank sleeps in each forward pass in training.
+With SLUGGISH in its environment, that rank sleeps in each forward pass in training. With COUNTING, the FLOPs of a step
+are in place of its utilization, which needs a GPU.
 """
 
 import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
 
 # isort: split
+import importlib
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from dpo_trainer import engine, waiting
+from dpo_trainer import waiting
 from dpo_trainer.entry import main
 
 SECONDS = 10
 IMPATIENT = "impatient"
 SLUGGISH = "DPO_TESTING_SLUGGISH"
+COUNTING = "DPO_TESTING_COUNTING"
 NAP_SECONDS = 0.4
 
 
@@ -37,6 +40,7 @@ def hurry(flag: Path) -> None:
 if __name__ == "__main__":
     hurry(Path(sys.argv[sys.argv.index("--results") + 1]) / IMPATIENT)
     if os.environ.get(SLUGGISH) == os.environ["RANK"]:
+        engine: Any = importlib.import_module("dpo_trainer.engine")
         quick = engine.hidden_rows
 
         def hidden_rows(model: Any, *rest: Any) -> Any:
@@ -44,4 +48,7 @@ if __name__ == "__main__":
             return quick(model, *rest)
 
         engine.hidden_rows = hidden_rows
+    if COUNTING in os.environ:
+        training: Any = importlib.import_module("dpo_trainer.training")
+        training.utilization = lambda _spec, flops, *_: flops
     sys.exit(main())
