@@ -232,7 +232,7 @@ def estimate_lines(store: Store, objects: Sequence[ObjectInfo]) -> int | None:
     for info in objects:
         if info.uri.endswith(COMPRESSED):
             return None
-        head = store.read(info.uri, 0, min(info.size, SAMPLE_BYTES), info.etag or None) if info.size else b""
+        head = store.read(info, 0, min(info.size, SAMPLE_BYTES)) if info.size else b""
         if info.size <= SAMPLE_BYTES:
             total += sum(1 for line in head.split(b"\n") if line.strip())
         else:
