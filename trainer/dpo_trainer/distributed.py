@@ -71,15 +71,8 @@ class World:
         timeout_seconds: of each collective. ``waiting.Watch`` ends a run in which a rank waits too long for a step.
         Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a run of one process.
         """
-        for name, value in {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }.items():
-            os.environ.setdefault(name, value)
-        rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        rank, size, local_rank = (int(os.environ.get(name, value)) for name, value in alone.items())
         gpu = torch.cuda.is_available()
         if gpu:
             check_device(local_rank, torch.cuda.device_count())

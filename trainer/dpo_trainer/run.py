@@ -216,8 +216,8 @@ class Run:
         refuse_errors(self.spec, self.config.facts)
 
         def progress(at: IndexProgress) -> None:
-            if self.stop.reason is not None:  # no collective: others wait for this one, or read alone
-                raise StoppedError(f"{self.stop.reason} during the index pass; the same command starts it again")
+            if self.stop.wanted:  # no collective: others wait for this one, or read alone
+                raise StoppedError(f"{self.stop.reason()} during the index pass; the same command starts it again")
             self.reporter.phase("index", done=at.pairs, message=f"{at.name}: {at.tokens:,} tokens")
 
         indexes = build_indexes(

@@ -262,7 +262,7 @@ class Training:
 
     def _stop_here(self) -> None:
         """Save this step unless it is saved already or there is no time for it, and raise StoppedError."""
-        reason = self.world.from_main((self.stop.reason or "asked to stop") if self.world.is_main else None)
+        reason = self.stop.reason(self.world)
         if self.step == 0:
             raise StoppedError(f"{reason} before the first step; the same command starts again")
         self._complete_checkpoint()

@@ -17,10 +17,7 @@ from dpo_testing.cli import PACKAGES, Said
 from dpo_testing.preloaded import PreloadedPopen, usable
 from dpo_testing.s3server import no_aws
 
-_UNSET = (
-    *("COLUMNS", "FORCE_COLOR", "NO_COLOR", "DPO_PVC_ROOT", "DPO_CA_BUNDLE", "PET_NPROC_PER_NODE"),
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),  # of a run in the process of the tests
-)
+_UNSET = ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "DPO_PVC_ROOT", "DPO_CA_BUNDLE", "PET_NPROC_PER_NODE")
 _TRACES = ("Traceback", "most recent call last", '  File "')
 
 
