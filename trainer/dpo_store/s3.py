@@ -6,6 +6,7 @@ import builtins  # `list` is a method here
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -16,6 +17,7 @@ from dpo_store.options import ObjectInfo, RetryPolicy, StorageOptions, Timing
 from dpo_store.uris import Location
 
 if TYPE_CHECKING:
+    from botocore.loaders import Loader as BotocoreLoader
     from botocore.session import Session as BotocoreSession
     from mypy_boto3_s3 import S3Client
 
@@ -36,11 +38,21 @@ _OTHERS_KEYS: Final = (
 )
 
 
+@cache
+def service_descriptions() -> BotocoreLoader:
+    """Return what botocore knows of AWS's services. It keeps what it has parsed: most of the CPU of a new client."""
+    from botocore.loaders import create_loader
+    from botocore.session import get_session
+
+    return create_loader(get_session().get_config_variable("data_path"))
+
+
 def _chain(options: StorageOptions) -> BotocoreSession:
     """Return boto3's usual search for keys; without the environment where its keys are another endpoint's."""
     from botocore.session import get_session
 
     session = get_session()
+    session.register_component("data_loader", service_descriptions())
     if not options.environment_keys:
         session.get_component("credential_provider").remove("env")
     return session

@@ -240,7 +240,8 @@ def _life_with_kills(cluster: ControlPlane, kubelet: FakeKubelet, when: str, wri
             assert (Counter(kills)["POST pytorchjobs"], Counter(kills)["DELETE dpojobs"]) == (3 if every else 1, 1)
             done = Counter(call.kind for call in proxy.calls)
             assert (done["POST pytorchjobs"], done["DELETE dpojobs"]) == (3, 1)
-            assert len(proxy.calls) <= len(writes) + 4
+            # The number of status writes depends on what each look finds. A pass that brings about the next would show.
+            assert len(proxy.calls) <= 2 * len(writes), done
 
 
 def _kill_at_each_new_write(

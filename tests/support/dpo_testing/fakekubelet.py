@@ -11,6 +11,7 @@ import datetime as dt
 import itertools
 import json
 import os
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,8 @@ class FakeKubelet:
         self._live = [f"node-{index}" for index in range(nodes)]
         self._held: set[str] = set()
         self._deaf: set[str] = set()
+        self._news: queue.SimpleQueue[Object | None] = queue.SimpleQueue()
+        """All pods by key; a watch's event; or None: what may happen to pods has changed."""
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._turn = itertools.count()
@@ -59,7 +62,7 @@ class FakeKubelet:
         """Register the nodes and begin."""
         for name in self._live:
             self._register(name)
-        for target in (self._renew_leases, self._run_pods):
+        for target in (self._renew_leases, self._watch_pods, self._run_pods):
             thread = threading.Thread(target=target, name=f"kubelet-{target.__name__}", daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -77,6 +80,7 @@ class FakeKubelet:
     def release(self, namespace: str) -> None:
         """Let the pods of a namespace run again."""
         self._held.discard(namespace)
+        self._news.put(None)
 
     def keep_terminating(self, namespace: str) -> None:
         """Let deleted pods of a namespace terminate until ``finish_terminating``."""
@@ -85,11 +89,13 @@ class FakeKubelet:
     def finish_terminating(self, namespace: str) -> None:
         """Let deleted pods of a namespace go."""
         self._deaf.discard(namespace)
+        self._news.put(None)
 
     def add_node(self, name: str) -> None:
         """Register one more node."""
         self._register(name)
         self._live.append(name)
+        self._news.put(None)
 
     def lose_node(self, name: str) -> None:
         """Stop a node: its lease is renewed no more and its pods are out of reach."""
@@ -124,33 +130,69 @@ class FakeKubelet:
             self._api.create(LEASES, LEASE_NAMESPACE, {"metadata": {"name": name}, "spec": spec})
 
     def _renew_leases(self) -> None:
-        while not self._stop.wait(1.0):
+        while not self._stop.wait(3.0):
             for name in tuple(self._live):
                 with contextlib.suppress(ApiError, OSError, urllib3.exceptions.HTTPError):
                     self._renew(name)
 
     # -- pods ---------------------------------------------------------------------------------------------------------
 
-    def _run_pods(self) -> None:
-        while not self._stop.wait(0.15):
+    def _watch_pods(self) -> None:
+        while not self._stop.is_set():
             # The API server may be away: a kubelet tries again.
             with contextlib.suppress(ApiError, OSError, urllib3.exceptions.HTTPError):
-                for pod in self._api.list(PODS, resourceVersion="0"):
-                    self._step(pod)
+                listed = self._api.call("GET", path_of(PODS))
+                self._news.put({_key(pod): pod for pod in listed["items"]})
+                version = listed["metadata"]["resourceVersion"]
+                while not self._stop.is_set():
+                    query = f"watch=true&timeoutSeconds=2&resourceVersion={version}"
+                    for line in self._api.stream(f"{self._api.url}{path_of(PODS)}?{query}"):
+                        event = json.loads(line)
+                        if event["type"] == "ERROR":  # too old: list again
+                            raise ApiError(event["object"]["code"], event["object"]["reason"], "the watch has ended")
+                        version = event["object"]["metadata"]["resourceVersion"]
+                        self._news.put(event)
+            self._stop.wait(0.15)
 
-    def _step(self, pod: Object) -> None:
+    def _run_pods(self) -> None:
+        """Take one step with each pod that has changed; one that failed is tried again until the pod changes."""
+        pods: dict[str, Object] = {}
+        due: set[str] = set()
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                news = self._news.get(timeout=0.15 if due else 1.0)
+                if news is None:  # a test has changed what may happen
+                    due.update(pods)
+                elif "type" not in news:
+                    pods, due = news, set(news)
+                elif news["type"] == "DELETED":
+                    pods.pop(_key(news["object"]), None)
+                else:
+                    pods[_key(news["object"])] = news["object"]
+                    due.add(_key(news["object"]))
+            if not self._news.empty():
+                continue  # the newest state first
+            for key in tuple(due):
+                if key not in pods or self._step(pods[key]):
+                    due.discard(key)
+
+    def _step(self, pod: Object) -> bool:
+        """Do what is next for a pod; return False if that failed and should be tried again."""
         namespace, node = pod["metadata"]["namespace"], pod["spec"].get("nodeName")
         phase = pod.get("status", {}).get("phase", "Pending")
-        with contextlib.suppress(ApiError):
+        try:
             if pod["metadata"].get("deletionTimestamp"):
                 if namespace not in self._deaf and (node is None or node in self._live):
                     self._end_deleted(pod)
             elif namespace in self._held or phase != "Pending":
-                return
+                pass
             elif node is None:
                 self._bind(pod)
             elif node in self._live:
                 self._run(pod)
+        except (ApiError, OSError, urllib3.exceptions.HTTPError):
+            return False
+        return True
 
     def _bind(self, pod: Object) -> None:
         name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
@@ -267,6 +309,10 @@ class FakeKubelet:
         pod = self._api.get(PODS, namespace, name)
         condition = {**_condition("PodScheduled", "False"), "reason": "Unschedulable", "message": message}
         self._set(pod, {"phase": "Pending", "conditions": [condition]})
+
+
+def _key(pod: Object) -> str:
+    return f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
 
 
 def _condition(kind: str, status: str = "True") -> Object:

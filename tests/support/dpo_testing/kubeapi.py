@@ -156,13 +156,15 @@ def eventually[T](
     """
     seconds *= PATIENCE
     deadline = time.monotonic() + seconds
+    pause = 0.05
     while True:
         seen = look()
         if until(seen):
             return seen
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:.0f} s: {what}; last seen: {_short(seen)}")
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.25)  # many tests wait at once, and each look costs several processes milliseconds
 
 
 def _short(seen: object) -> str:

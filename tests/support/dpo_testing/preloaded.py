@@ -61,6 +61,7 @@ PRELOADED = (
     "megatron.core.models.mimo.optimizer",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "boto3",
+    "dpo_store.s3",
 )
 """What the server imports."""
 
@@ -405,6 +406,8 @@ def _main() -> None:
     preload = sys.argv[2:]
     for module in preload:
         __import__(module)
+    if s3 := sys.modules.get("dpo_store.s3"):
+        s3.service_descriptions().load_service_model("s3", "service-2")
     busy = [task for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]  # noqa: PTH208
     if busy:
         raise RuntimeError(f"importing {', '.join(preload)} has started {len(busy)} threads, which no fork has")
