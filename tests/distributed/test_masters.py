@@ -105,7 +105,11 @@ def expected(spec: dict[str, Any], world: Path) -> Tensor:
     return moved
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["distributed optimizer", "plain optimizer"])
+@pytest.mark.parametrize(
+    "distributed",
+    [True, pytest.param(False, marks=pytest.mark.nightly)],
+    ids=["distributed optimizer", "plain optimizer"],
+)
 def test_bf16_masters_follow_an_fp32_run(
     distributed: bool, spec: dict[str, Any], world: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

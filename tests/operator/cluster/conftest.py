@@ -1,7 +1,7 @@
 """One control plane a group of modules, one operator a module or test, one namespace a test.
 
-These tests mostly wait: for leases that run out, for back-offs, for pods to end. Three groups, each with a control
-plane of its own, wait at the same time. A new module goes to the group that takes the least time.
+These tests mostly wait: for leases that run out, for back-offs, for pods to end. Two groups, each with a control plane
+of its own, wait at the same time. A new module goes to the group that takes less time.
 """
 
 from __future__ import annotations
@@ -15,17 +15,8 @@ from dpo_testing.fakekubelet import FakeKubelet
 from dpo_testing.jobs import Jobs
 from dpo_testing.operatorprocess import OperatorProcess
 
-SECOND = (
-    "test_api_proxy",
-    "test_chart_installed",
-    "test_clock_and_zombie",
-    "test_e2e_on_a_shared_cluster",
-    "test_every_word",
-)
-"""The modules of the second group."""
-
-THIRD = ("test_chaos", "test_dpo_command", "test_kueue", "test_limits", "test_node_lost")
-"""Those of the third; all others make the first."""
+SECOND = ("test_chaos", "test_clock_and_zombie", "test_dpo_command", "test_kueue", "test_limits", "test_node_lost")
+"""The modules of the second group; all others make the first."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -34,11 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "tests/operator/cluster/" in item.path.as_posix():
             item.add_marker(pytest.mark.cluster)
             # A control plane is expensive: all tests of a group run in the process that has it.
-            number = 2 if item.path.stem in SECOND else 3 if item.path.stem in THIRD else 1
-            item.add_marker(pytest.mark.xdist_group(f"cluster-{number}"))
+            item.add_marker(pytest.mark.xdist_group(f"cluster-{2 if item.path.stem in SECOND else 1}"))
 
 
-@pytest.fixture(scope="package")  # ends with the group's last test: an idle control plane takes a tenth of a core
+@pytest.fixture(scope="package")  # ends with the group's last test: an idle control plane takes a quarter of a core
 def cluster() -> Iterator[ControlPlane]:
     plane = ControlPlane()
     try:

@@ -41,7 +41,9 @@ def serving(cluster: ControlPlane, proxy: ChaosProxy, namespace: str, *flags: st
         assert process.exceptions() == []
 
 
-@pytest.mark.parametrize("fault", ["refused", "throttled", "slow"])
+@pytest.mark.parametrize(
+    "fault", ["refused", *(pytest.param(fault, marks=pytest.mark.nightly) for fault in ("throttled", "slow"))]
+)
 def test_events_that_cannot_be_read_cost_nothing_but_words(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str, fault: str
 ) -> None:
@@ -84,7 +86,10 @@ def test_events_that_cannot_be_read_cost_nothing_but_words(
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(413, "Request entity too large: limit is 3145728"), (500, "etcdserver: request is too large")],
+    [
+        pytest.param(413, "Request entity too large: limit is 3145728", marks=pytest.mark.nightly),
+        (500, "etcdserver: request is too large"),
+    ],
 )
 def test_a_status_that_is_refused_for_its_size_is_written_smaller(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str, status: int, message: str
@@ -292,7 +297,7 @@ RELIST_LATER = "--relist-seconds=3600"
 """Leaves the operator to its watches: no comparison with the cluster makes good what they miss."""
 
 
-@pytest.mark.parametrize("status", [410, 404])
+@pytest.mark.parametrize("status", [410, pytest.param(404, marks=pytest.mark.nightly)])
 def test_watches_that_end_permanently_are_restarted(
     cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str, status: int
 ) -> None:

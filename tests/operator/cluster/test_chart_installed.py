@@ -238,6 +238,7 @@ def test_helm_test_fails_with_a_reason_and_passes_once_it_is_gone(release: Relea
     eventually(lambda: api.find(claim, release.served, play.name) is None, what="the claim is gone")
 
 
+@pytest.mark.nightly  # tests/charts/test_chart_trial.py has what it says, the end-to-end suite runs `helm test`
 def test_helm_test_reports_a_spec_that_cannot_run(release: Release, kubelet: FakeKubelet) -> None:
     release.upgrade(test={"spec": {"tokenizer": {"uri": "/no/volume/of/the/pods"}}})
     play = Play(release, kubelet)

@@ -48,7 +48,7 @@ def test_another_installation_is_refused_and_stays(cluster: ControlPlane, given:
     assert "deletionTimestamp" not in cluster.admin.get(DEFINITIONS, None, DEFINITION)["metadata"]
 
 
-@pytest.mark.parametrize("name", [story.JOBS, release.NAMESPACE])
+@pytest.mark.parametrize("name", [pytest.param(story.JOBS, marks=pytest.mark.nightly), release.NAMESPACE])
 def test_a_namespace_of_somebody_else_is_refused_and_stays(
     cluster: ControlPlane, given: real.Cluster, installed_by_the_story: None, jobs: Jobs, name: str
 ) -> None:

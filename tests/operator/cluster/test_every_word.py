@@ -42,7 +42,8 @@ from dpo_testing.podends import ENDS, job_of
 from dpo_testing.stage import DECLARED, Stage, columns, sees
 from dpo_testing.witness import Witness, every_word
 
-pytestmark = pytest.mark.slow
+# test_life.py, test_limits.py and tests/operator/unit have the states and reasons that jobs meet most.
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 DONE = last_words("Succeeded", step=64, total=64, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
 ENDED = ("Finished", "Failed", "Succeeded", "Stalled")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import NODES, FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
@@ -11,6 +13,7 @@ from dpo_testing.operatorprocess import OperatorProcess
 DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
 
 
+@pytest.mark.nightly  # the controllers wait for a minute; tests/operator/unit has the decision
 def test_a_lost_node_costs_one_uncharged_attempt(cluster: ControlPlane, kubelet: FakeKubelet, namespace: str) -> None:
     jobs = Jobs(cluster.admin, namespace)
     # The shipped toleration is 30 s; a shorter one only shortens the test.

@@ -370,7 +370,9 @@ def test_the_selfcheck_finds_the_shipped_role_enough(cluster: ControlPlane, name
     assert all("all namespaces: cannot" in line for line in lines if line.startswith("lacks"))
 
 
-@pytest.mark.parametrize("right", [("", "pods", "watch"), (OURS, "dpojobs/status", "patch")])
+@pytest.mark.parametrize(
+    "right", [("", "pods", "watch"), pytest.param((OURS, "dpojobs/status", "patch"), marks=pytest.mark.nightly)]
+)
 def test_the_selfcheck_names_the_right_that_is_missing(cluster: ControlPlane, namespace: str, right: Right) -> None:
     who = account(cluster, namespace, rbac.role(namespace, rules=lacking(right)))
     eventually(lambda: may(cluster, who, "", "events", "list"), what="the authorizer knows the role")

@@ -13,6 +13,7 @@ import json
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ NODES = ("v1", "nodes")
 LEASES = ("coordination.k8s.io/v1", "leases")
 LEASE_NAMESPACE = "kube-node-lease"
 PORT = 9400
+STOP = 0.3
+"""Seconds that the containers of a deleted pod take to stop. At once would be sooner than controllers see the deletion."""
 _NETWORK = 130 + os.getpid() % 120
 """Second octet of this process's pods: trainers listen on a fixed port, and two test runs may share a machine."""
 
@@ -49,6 +52,8 @@ class FakeKubelet:
         self._deaf: set[str] = set()
         self._news: queue.SimpleQueue[Object | None] = queue.SimpleQueue()
         """All pods by key; a watch's event; or None: what may happen to pods has changed."""
+        self._stopping: dict[str, float] = {}
+        """Moment at which a deleted pod has stopped, by uid."""
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._turn = itertools.count()
@@ -148,14 +153,14 @@ class FakeKubelet:
                     query = f"watch=true&timeoutSeconds=2&resourceVersion={version}"
                     for line in self._api.stream(f"{self._api.url}{path_of(PODS)}?{query}"):
                         event = json.loads(line)
-                        if event["type"] == "ERROR":  # too old: list again
-                            raise ApiError(event["object"]["code"], event["object"]["reason"], "the watch has ended")
+                        if event.get("type") not in {"ADDED", "MODIFIED", "DELETED"}:
+                            raise OSError(f"list again: {event}")
                         version = event["object"]["metadata"]["resourceVersion"]
                         self._news.put(event)
             self._stop.wait(0.15)
 
     def _run_pods(self) -> None:
-        """Take one step with each pod that has changed; one that failed is tried again until the pod changes."""
+        """Take one step with each pod that has changed; one that is not done is tried again."""
         pods: dict[str, Object] = {}
         due: set[str] = set()
         while not self._stop.is_set():
@@ -177,12 +182,14 @@ class FakeKubelet:
                     due.discard(key)
 
     def _step(self, pod: Object) -> bool:
-        """Do what is next for a pod; return False if that failed and should be tried again."""
+        """Do what is next for a pod; return False if that failed or is not due yet, and should be tried again."""
         namespace, node = pod["metadata"]["namespace"], pod["spec"].get("nodeName")
         phase = pod.get("status", {}).get("phase", "Pending")
         try:
             if pod["metadata"].get("deletionTimestamp"):
                 if namespace not in self._deaf and (node is None or node in self._live):
+                    if time.monotonic() < self._stopping.setdefault(pod["metadata"]["uid"], time.monotonic() + STOP):
+                        return False
                     self._end_deleted(pod)
             elif namespace in self._held or phase != "Pending":
                 pass

@@ -174,6 +174,7 @@ def test_no_tensor_holds_all_rows_by_all_words() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # the elements of the largest tensor are counted above
 def test_peak_memory_is_under_a_third_of_the_naive_form() -> None:
     flags = ["--vocabulary=32000", "--hidden=64", "--rows=1024"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
