@@ -40,7 +40,10 @@ def prometheus(
 
 
 def disturbable(cluster: Cluster, name: str) -> Object:
-    return quickstart(cluster, name, training=FAULTS, every_steps=EVERY)
+    """A long run on two nodes, of one process each: starting a process takes most of the time of these tests."""
+    body = quickstart(cluster, name, training=FAULTS, every_steps=EVERY)
+    body["spec"]["resources"]["processesPerNode"] = 1
+    return body
 
 
 def checkpointed(progress: Progress) -> bool:
@@ -147,10 +150,12 @@ def survive(
     """Disturb a run after a checkpoint and before half of it; it must end as if nothing had been.
 
     ``attempts``: how many it takes in the end. None: one or two, of whose pods the first ones are gone after ``fault``.
-    ``parallelism``: the layout of its four processes; by default each holds the whole model.
+    ``parallelism``: it has two processes a node, in this layout; by default one, which holds the whole model.
     """
     body = disturbable(run.cluster, run.name)
-    body["spec"]["parallelism"] = parallelism or {}
+    if parallelism is not None:
+        body["spec"]["resources"]["processesPerNode"] = 2
+        body["spec"]["parallelism"] = parallelism
     run.create(body)
     with steps.step(f"{what}: until the fault"):
         before = run.wait_step(1, checkpointed)

@@ -109,7 +109,7 @@ def test_a_jump_of_the_clock_repeats_nothing_and_loses_nothing(
     assert max(told.values()) == 2
 
 
-@pytest.mark.nightly  # tests/operator/unit has the same with a clock of its own
+@pytest.mark.nightly  # tests/operator/unit/test_clock_jumps.py has the decisions
 def test_a_jump_of_the_clock_while_pods_start_costs_one_attempt_and_no_more(
     cluster: ControlPlane, kubelet: FakeKubelet, namespace: str, tmp_path: Path
 ) -> None:

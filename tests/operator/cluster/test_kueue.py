@@ -138,7 +138,7 @@ def test_readmission_within_the_grace_period_costs_an_uncharged_attempt(
     assert (status["restarts"], status["chargedRestarts"]) == (1, 0)
 
 
-@pytest.mark.nightly  # a child is created from the job alone: tests/operator/unit has its labels
+@pytest.mark.nightly  # tests/operator/unit/test_life.py has the queue of each attempt
 def test_a_restart_queues_again_by_its_own_priority(jobs: Jobs, kubelet: FakeKubelet, kueue: Kueue) -> None:
     queue = kueue.queue(jobs.namespace, gpus=ONE_JOB)
     jobs.create(queued("flaky", queue, nodes=2, maxRestarts=1, priorityClass="low", restartPriorityClass="high"))

@@ -13,7 +13,7 @@ from dpo_testing.operatorprocess import OperatorProcess
 DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
 
 
-@pytest.mark.nightly  # the controllers wait for a minute; tests/operator/unit has the decision
+@pytest.mark.nightly  # it waits for a minute; tests/operator/unit has the decision
 def test_a_lost_node_costs_one_uncharged_attempt(cluster: ControlPlane, kubelet: FakeKubelet, namespace: str) -> None:
     jobs = Jobs(cluster.admin, namespace)
     # The shipped toleration is 30 s; a shorter one only shortens the test.

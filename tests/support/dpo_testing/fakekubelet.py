@@ -26,7 +26,7 @@ LEASES = ("coordination.k8s.io/v1", "leases")
 LEASE_NAMESPACE = "kube-node-lease"
 PORT = 9400
 STOP = 0.3
-"""Seconds that the containers of a deleted pod take to stop. At once would be sooner than controllers see the deletion."""
+"""Seconds that the containers of a deleted pod take to stop. At once would be before controllers see it."""
 _NETWORK = 130 + os.getpid() % 120
 """Second octet of this process's pods: trainers listen on a fixed port, and two test runs may share a machine."""
 
