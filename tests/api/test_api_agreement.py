@@ -72,7 +72,10 @@ PLACES = [path for path in leaves(SCHEMA["properties"]["spec"], COMPLETE["spec"]
 
 
 def changed(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
-    document = copy.deepcopy(COMPLETE)
+    """The complete manifest with one other value; for a section's field, without the sections that may be absent."""
+    sections = {*SCHEMA["properties"]["spec"]["required"], path[1]}
+    spec = {name: section for name, section in COMPLETE["spec"].items() if name in sections}
+    document = copy.deepcopy({**COMPLETE, "spec": spec})
     target: Any = document
     for part in path[:-1]:
         target = target[part]

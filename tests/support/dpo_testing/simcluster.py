@@ -5,8 +5,8 @@ It performs a decision's actions as the process does, and keeps count of everyth
 
 from __future__ import annotations
 
-import copy
 import json
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -61,6 +61,11 @@ def manifest(**spec: Any) -> Object:
     }
 
 
+def _copied[T](value: T) -> T:
+    """Return a deep copy, in a quarter of copy.deepcopy's time."""
+    return pickle.loads(pickle.dumps(value))  # type: ignore[no-any-return]  # noqa: S301 - our own objects
+
+
 def merged(target: Any, patch: Any) -> Any:
     """Apply a JSON merge patch (RFC 7386)."""
     if not isinstance(patch, dict):
@@ -80,7 +85,7 @@ class SimCluster:
     def __init__(self, job: Object | None = None, settings: Settings | None = None) -> None:
         self.now = START
         self.settings = settings or Settings(trainer_image="trainer:test")
-        self.job: Object | None = copy.deepcopy(job or manifest())
+        self.job: Object | None = _copied(job or manifest())
         self.job["metadata"] |= {
             "uid": "uid-1",
             "generation": 1,
@@ -117,10 +122,10 @@ class SimCluster:
         """Return what a process with fresh caches sees."""
         assert self.job is not None
         return Observed(
-            job=copy.deepcopy(self.job),
-            children=copy.deepcopy(list(self.children.values())),
-            pods=copy.deepcopy(list(self.pods.values())),
-            events=copy.deepcopy(self.cluster_events),
+            job=_copied(self.job),
+            children=_copied(list(self.children.values())),
+            pods=_copied(list(self.pods.values())),
+            events=_copied(self.cluster_events),
             scrape=self.scrape,
             backend_installed=self.backend_installed,
         )
@@ -172,26 +177,26 @@ class SimCluster:
                     return replace(observed, refusals={**observed.refusals, name: self.refuse[name]})
                 if name in self.config_maps:
                     return replace(observed, config_map=self.config_maps[name])
-                self.config_maps[name] = copy.deepcopy(body)
+                self.config_maps[name] = _copied(body)
             case CreateNetworkPolicy(body):
                 name = body["metadata"]["name"]
                 if name in self.refuse:
                     return replace(observed, refusals={**observed.refusals, name: self.refuse[name]})
                 if name in self.network_policies:
                     return replace(observed, network_policy=self.network_policies[name])
-                self.network_policies[name] = copy.deepcopy(body)
+                self.network_policies[name] = _copied(body)
             case CreateChild(body):
                 return self._create_child(body, observed)
             case LookUpChild(name):
                 found = self.children.get(name)
                 if found is None:
                     return replace(observed, absent=observed.absent | {name})
-                return replace(observed, children=[*observed.children, copy.deepcopy(found)])
+                return replace(observed, children=[*observed.children, _copied(found)])
             case LookUpConfigMap(name):
                 pinned = self.config_maps.get(name)
                 if pinned is None:
                     return replace(observed, absent=observed.absent | {name})
-                return replace(observed, config_map=copy.deepcopy(pinned))
+                return replace(observed, config_map=_copied(pinned))
             case DeleteChild(name, uid):
                 child = self.children.get(name)
                 if child is not None and child["metadata"]["uid"] == uid:
@@ -201,7 +206,7 @@ class SimCluster:
                 assert uid == self.job["metadata"]["uid"]
                 self.job = None
             case EmitEvent(body):
-                self.events.setdefault(body["metadata"]["name"], copy.deepcopy(body))
+                self.events.setdefault(body["metadata"]["name"], _copied(body))
             case PatchStatus(body):
                 assert body["metadata"]["resourceVersion"] == self.job["metadata"]["resourceVersion"]
                 status = json.loads(json.dumps(merged(self.job.get("status", {}), body["status"])))
@@ -218,10 +223,10 @@ class SimCluster:
         if name in self.refuse:
             return replace(observed, refusals={**observed.refusals, name: self.refuse[name]})
         if name in self.children:
-            return replace(observed, children=[*observed.children, copy.deepcopy(self.children[name])])
+            return replace(observed, children=[*observed.children, _copied(self.children[name])])
         alive = [n for n, pod in self.pods.items() if pod["status"]["phase"] == "Running" and not self._silent(pod)]
         assert not alive, f"{name} was created while {alive} may still write"
-        child = copy.deepcopy(body)
+        child = _copied(body)
         self._uids += 1
         child["metadata"] |= {"uid": f"child-{self._uids}", "creationTimestamp": clock.to_text(self.now)}
         if self.queue_holds:
@@ -248,12 +253,14 @@ class SimCluster:
 
     def settle(self, *, passes: int = 40) -> None:
         """Let operator and training-operator work until nothing is due at this moment."""
+        before = self._snapshot()
         for _ in range(passes):
-            before = self._snapshot()
             self.controller()
             self.reconcile()
-            if self._snapshot() == before and (self.job is None or self.decision.wake != 0):
+            after = self._snapshot()
+            if after == before and (self.job is None or self.decision.wake != 0):
                 return
+            before = after
         raise AssertionError("does not settle: " + json.dumps(self.status, indent=1))
 
     def _snapshot(self) -> str:
@@ -390,7 +397,7 @@ class SimCluster:
             "containerStatuses": [{"name": "pytorch", "state": {"terminated": terminated}}],
         }
         if pod["metadata"].get("deletionTimestamp") is not None:
-            self.leaving = copy.deepcopy(pod)
+            self.leaving = _copied(pod)
 
     def kill_leaving(self) -> None:
         """Kubelets end and remove every pod that was asked to go."""
@@ -424,7 +431,7 @@ class SimCluster:
     def edit_spec(self, **sections: Any) -> None:
         """Change sections of the spec, as an author does who corrects a rejected job."""
         assert self.job is not None
-        self.job["spec"] |= copy.deepcopy(sections)
+        self.job["spec"] |= _copied(sections)
         self.job["metadata"]["generation"] += 1
         self.touch()
 
