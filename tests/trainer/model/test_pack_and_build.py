@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,17 @@ from megatron.core import parallel_state
 
 from dpo_api.errors import InvalidSpecError
 from dpo_api.models import ModelConfig
-from dpo_testing.models import plain_pack, shared_pack, single_process, token_stream
+from dpo_testing.models import (
+    load_model,
+    plain_pack,
+    reference_model,
+    save_folder,
+    shared_pack,
+    single_process,
+    token_stream,
+)
 from dpo_trainer.model.build import build_model
+from dpo_trainer.model.forward import hidden_rows
 from dpo_trainer.model.pack import Pack, Segment
 
 SHARED = shared_pack([tuple(token_stream(n) for n in (4, 3, 2)), tuple(token_stream(n) for n in (2, 1, 5))], padding=2)  # type: ignore[arg-type]
@@ -82,3 +92,18 @@ def test_dtypes_follow_the_precision() -> None:
         model = build_model(CONFIG, precision=precision)  # type: ignore[arg-type]
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert model.rope_frequencies.dtype == torch.float32
+
+
+def test_a_linear_layer_is_one_matrix_product(tmp_path: Path) -> None:
+    """Where the strides of [S, 1, H] differ from (H, H, 1), torch.matmul with a frozen weight makes S products."""
+    strides: dict[str, tuple[int, ...]] = {}
+    with single_process():
+        model = load_model(save_folder(reference_model("llama"), tmp_path / "model"))
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}:
+                module.register_forward_pre_hook(
+                    lambda _module, given, name=name: strides.update({name: given[0].stride()})
+                )
+        hidden_rows(model, plain_pack([token_stream(37)]))
+    assert len(strides) == 4 * model.dpo_config.num_layers
+    assert [name for name, (token, row, unit) in strides.items() if (token, unit) != (row, 1)] == []

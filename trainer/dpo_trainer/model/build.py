@@ -16,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from dpo_api.errors import InvalidSpecError
 from dpo_api.models import Activation, ModelConfig, Norm
@@ -81,9 +82,19 @@ def build_model(
             # Our attention applies the rotary embedding itself, by the pack's position ids.
             position_embedding_type="none",
         )
+    if model.pre_process:
+        model.embedding.register_forward_hook(_as_matrix)
     model.dpo_config = config
     model.register_buffer("rope_frequencies", inverse_frequencies(config).to(bridge.device()), persistent=False)
     return model
+
+
+def _as_matrix(_module: Any, _arguments: Any, embedded: Tensor) -> Tensor:
+    """Return the embedding's output, [S, 1, H], with strides (H, H, 1) in place of (H, S · H, 1).
+
+    With the latter, torch.matmul with a frozen weight makes S products with S copies of the weight of the one product.
+    """
+    return embedded.flatten(0, 1).unsqueeze(1)
 
 
 def padded_vocabulary(size: int, tensor: int) -> int:
