@@ -201,7 +201,9 @@ def predictions(folder: Path, sizes: argparse.Namespace) -> dict[str, int]:
     held = memory.weights + memory.gradients + memory.optimizer
     largest = 2 * sizes.hidden * max(sizes.vocabulary, sizes.ffn)  # a rank holds at most one tensor beside its part
     loading = memory.weights + largest
-    return {"load": loading, "step": memory.total, "save": memory.total + saving, "export": held + saving}
+    # The tensor-parallel parts of a tensor, the whole one, and the one that is being written.
+    exporting = held + saving + 3 * largest
+    return {"load": loading, "step": memory.total, "save": memory.total + saving, "export": exporting}
 
 
 def main() -> None:

@@ -201,7 +201,8 @@ class _Writing:
             mine = next((file for file in together if self._ranks[file.writer] == dist.get_rank()), None)
             with _FileWriter(self._store, self._address, mine) as writer:
                 for file, slot, names in _turns(together, self._slot_of):
-                    tensors = self._gathered(slot, file.writer)
+                    dtypes = {dtype for name, _, dtype in file.tensors if name in names}
+                    tensors = self._gathered(slot, file.writer, dtypes.pop() if len(dtypes) == 1 else None)
                     if tensors is not None:
                         for name in names:
                             writer.put(tensors[name])
@@ -209,8 +210,11 @@ class _Writing:
         return error
 
     @torch.no_grad()
-    def _gathered(self, slot: Slot, writer: int) -> dict[str, Tensor] | None:
-        """Return the slot's tensors on the rank that writes them, None on the stage's other ranks. A collective."""
+    def _gathered(self, slot: Slot, writer: int, dtype: torch.dtype | None) -> dict[str, Tensor] | None:
+        """Return the slot's tensors on the rank that writes them, None on the stage's other ranks. A collective.
+
+        dtype: of all of them in the file, in which the parts are sent; None if they differ.
+        """
         data, tensor = divmod(writer, self._size)
         mine = parallel_state.get_data_parallel_rank(with_context_parallel=True) == data
         parameter = target(self._gpt, slot)
@@ -219,7 +223,7 @@ class _Writing:
             return None
         if self._value_of is not None:
             part = self._value_of(slot.parameter, part)
-        parts = _parts_on(tensor, slot, part.detach(), self._size)
+        parts = _parts_on(tensor, slot, part.detach().to(dtype or part.dtype), self._size)
         if parts is None:
             return None
         return dict(zip(slot.sources, dissolve(slot, whole(slot.kind, parts), self._gpt.dpo_config), strict=True))

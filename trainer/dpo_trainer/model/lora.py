@@ -297,7 +297,8 @@ def merged_value(model: Any, *, base: Value | None = None, trained: Trained | No
         delta: Tensor = adapter.delta(trained)
         own = own.to(delta.device, torch.float32)
         # Adding a delta of 0 would turn -0 into 0, so such weights are left unchanged.
-        return torch.where(delta == 0, own, own + delta)
+        unchanged = delta == 0
+        return torch.where(unchanged, own, delta.add_(own), out=delta)
 
     return value
 
