@@ -501,7 +501,7 @@ def main() -> int:
     parser.add_argument("--idle", type=float, default=60.0, help="seconds over which idle CPU is measured")
     parser.add_argument("--finished", type=int, default=10_000, help="finished jobs of 8 pods; 0: not that part")
     options = parser.parse_args()
-    plane = ControlPlane(nodes=False)
+    plane = ControlPlane(nodes=False, frugal=False)
     try:
         plane.start(training_operator=False)
         plane.install_crd(pytorchjob_crd())

@@ -8,9 +8,11 @@ import torch
 
 from dpo_api.sizing import Layout
 from dpo_testing.gloo import run_ranks
-from dpo_testing.layout_ranks import check
+from dpo_testing.layout_ranks import check, run_wrongly
 from dpo_testing.models import reference_model, save_folder
+from dpo_testing.runs import merged
 from dpo_testing.sizes import LLAMA_8B, sized
+from dpo_testing.training_world import make
 from dpo_trainer.layout_check import Numbers, judge, too_large
 
 
@@ -63,3 +65,15 @@ def test_a_wrongly_cut_weight_is_found_on_every_rank(tmp_path: Path) -> None:
     assert one == other
     assert [line.partition(":")[0] for line in one] == ["verified", "verified", "wrong"], one
     assert "differ" in one[2]
+
+
+@pytest.mark.slow
+def test_a_run_whose_layout_is_wrong_ends_on_every_rank_before_its_first_step(tmp_path: Path) -> None:
+    spec = merged(make(tmp_path), {"parallelism": {"tensor": 2}})
+    run_ranks(2, run_wrongly, spec, str(tmp_path / "run"), str(tmp_path))
+    (outcome, words), other = ((tmp_path / str(rank)).read_text().split("\n", 1) for rank in range(2))
+    assert [outcome, words] == other
+    assert outcome == "WrongLayout"
+    assert "use another spec.parallelism" in words
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()

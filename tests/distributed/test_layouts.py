@@ -68,12 +68,17 @@ STEADY_EPS = 1e-6
 
 CHOSEN = [
     ("TP2", "vocabulary of 385"),
+    ("TP2, sequence", "LoRA with dropout"),
+    ("TP4 of 2 groups", "all weights"),
     ("PP2", "tied, selective recomputation"),
+    ("PP3 of 4 layers", "LoRA, one stage's layers"),
     ("TP2 PP2, sequence, full recomputation", "all weights"),
+    ("DP2", "SFT alone, no validation"),
     ("DP2 TP2", "LoRA with dropout"),
+    ("DP2 PP2", "window"),
     ("CP2", "all weights"),
 ]
-"""Each kind of parallelism once or more: `make test`. The others are nightly."""
+"""Each kind of parallelism and each variant once or more: `make test`. The others are nightly."""
 
 GRID = [
     pytest.param(layout, variant, marks=[] if (layout, variant) in CHOSEN else [pytest.mark.nightly])

@@ -59,11 +59,13 @@ _NODE_CONTROLLERS = (
 class ControlPlane:
     """One cluster without a kubelet. ``admin`` talks to it with every right."""
 
-    def __init__(self, *, nodes: bool = True) -> None:
+    def __init__(self, *, nodes: bool = True, frugal: bool = True) -> None:
         """Make folders, certificates and choose ports; ``start`` runs the programs.
 
         ``nodes``: whether the controllers run that take pods from nodes that are lost or were never there.
+        ``frugal``: save CPU, in ways that a measurement of the API server must not.
         """
+        self._frugal = frugal
         self._controllers = (*_CONTROLLERS, *_NODE_CONTROLLERS) if nodes else _CONTROLLERS
         self.folder = Path(tempfile.mkdtemp(prefix="dpo-cluster-"))
         self._pki = self.folder / "pki"
@@ -126,7 +128,12 @@ class ControlPlane:
                 stdout=log,
                 stderr=log,
                 # Memory is cheaper here than the CPU that garbage collection takes.
-                env={**os.environ, "NO_PROXY": "127.0.0.1,localhost", "GOGC": "300", **(env or {})},
+                env={
+                    **os.environ,
+                    "NO_PROXY": "127.0.0.1,localhost",
+                    **({"GOGC": "300"} if self._frugal else {}),
+                    **(env or {}),
+                },
                 cwd=self.folder,
                 # Test processes come and go by SIGINT too; these end by our own hand only.
                 start_new_session=True,
@@ -162,7 +169,7 @@ class ControlPlane:
             # Watch caches of a hundred kinds that no test uses cost memory and seconds.
             "--default-watch-cache-size=50", "--profiling=false",
             # An idle API server takes a third less without it. The tests' clients are exempt from it as administrators.
-            "--enable-priority-and-fairness=false",
+            *(["--enable-priority-and-fairness=false"] if self._frugal else []),
             # Host clocks of test machines jump; leases of the API server itself do not matter here.
             "--anonymous-auth=false",
         ]  # fmt: skip

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 
 import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
+from dpo_api.errors import DPOError
 from dpo_api.models import read_config
 from dpo_store import open_store
 from dpo_testing.models import token_stream
 from dpo_testing.runs import job_of
+from dpo_trainer import run
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.huggingface import Checkpoint, load_weights
 from dpo_trainer.layout_check import Verdict, compare
 from dpo_trainer.model.build import Precision, build_model
+from dpo_trainer.stopping import StopRequest
 
 PAIRS = 5
 
@@ -63,3 +66,22 @@ def _verdict(world: World, folder: str, precision: Precision, *, harm: bool = Fa
     if harm:
         swap_gate_and_up(model)
     return compare(spec, world, model, source, Pairs(), PAIRS, "auto")
+
+
+def run_wrongly(rank: int, spec: dict[str, Any], out: str, results: str) -> None:
+    """Train with a weight that the last rank alone cuts wrongly; write the outcome of the error and its message."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    world = World.join(tensor=2)
+    load = run.load_weights
+
+    def load_wrongly(model: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(model, *args, **kwargs)
+        if rank == 1:
+            swap_gate_and_up(model)
+        return loaded
+
+    run.load_weights = load_wrongly
+    try:
+        run.Run(job_of(spec), world, StopRequest(), run.RunOptions(run_dir=out)).execute()
+    except DPOError as error:
+        Path(results, str(rank)).write_text(f"{error.outcome.value}\n{error}")
