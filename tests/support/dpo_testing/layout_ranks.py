@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -72,16 +73,15 @@ def run_wrongly(rank: int, spec: dict[str, Any], out: str, results: str) -> None
     """Train with a weight that the last rank alone cuts wrongly; write the outcome of the error and its message."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     world = World.join(tensor=2)
-    load = run.load_weights
 
     def load_wrongly(model: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = load(model, *args, **kwargs)
+        loaded = load_weights(model, *args, **kwargs)
         if rank == 1:
             swap_gate_and_up(model)
         return loaded
 
-    run.load_weights = load_wrongly
-    try:
-        run.Run(job_of(spec), world, StopRequest(), run.RunOptions(run_dir=out)).execute()
-    except DPOError as error:
-        Path(results, str(rank)).write_text(f"{error.outcome.value}\n{error}")
+    with patch.object(run, "load_weights", load_wrongly):
+        try:
+            run.Run(job_of(spec), world, StopRequest(), run.RunOptions(run_dir=out)).execute()
+        except DPOError as error:
+            Path(results, str(rank)).write_text(f"{error.outcome.value}\n{error}")
