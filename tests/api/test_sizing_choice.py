@@ -223,6 +223,7 @@ def test_the_hardware_is_what_the_spec_asks_for() -> None:
     assert unknown == gpus("H100-80GB", per_node=4, known=False)
 
 
+@pytest.mark.slow
 def test_more_gpus_never_refuse_what_fewer_fit() -> None:
     for model, changes, product in itertools.product(
         (MISTRAL_7B, LLAMA_8B, LLAMA_70B), ({}, LORA), ("A100-40GB", "H100-80GB", "H200", "L4")

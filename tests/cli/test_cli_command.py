@@ -130,6 +130,7 @@ def test_the_documented_exit_codes_are_the_ones_in_use() -> None:
 CLUSTER = ("submit", "status", "logs", "suspend", "resume", "retry", "delete", "top")
 
 
+@pytest.mark.slow
 def test_help_of_cluster_commands_loads_no_api() -> None:
     for command in CLUSTER:
         code = f"import sys; from dpo_cli.__main__ import run; run(['{command}', '--help']); print(sorted(sys.modules))"

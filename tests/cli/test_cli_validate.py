@@ -217,6 +217,7 @@ def test_compressed_files_are_not_estimated(world: World, dpo: Dpo) -> None:
     assert "1 epoch in batches of 10 pairs · --deep counts them" in said.out
 
 
+@pytest.mark.slow
 def test_deep_counts_pairs(world: World, replay: Replay) -> None:
     index = {"train": {"pairs": 87}, "validation": {"heldout": {"pairs": 20}}}
     said = replay.run({"index": index}, "validate", "--deep", world.write())
@@ -224,6 +225,7 @@ def test_deep_counts_pairs(world: World, replay: Replay) -> None:
     assert "8 of 10 pairs = 1 epoch of 87 pairs (8 steps an epoch, 7 pairs left over an epoch)\n" in said.out
 
 
+@pytest.mark.slow
 def test_deep_shows_what_is_wrong_with_the_data(world: World, replay: Replay) -> None:
     message = "2 of 100 lines of the train data cannot be used:\n  train.jsonl:7: not JSON\n  train.jsonl:9: no prompt"
     words = {"outcome": "InvalidData", "message": message}
@@ -234,6 +236,7 @@ def test_deep_shows_what_is_wrong_with_the_data(world: World, replay: Replay) ->
     assert found[1:] == ["             train.jsonl:7: not JSON", "             train.jsonl:9: no prompt"]
 
 
+@pytest.mark.slow
 def test_an_index_pass_that_crashes_is_an_internal_error(world: World, replay: Replay) -> None:
     said = replay.run({"log": "Segmentation fault", "code": 1}, "validate", "--deep", world.write())
     assert said.code == 1

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dpo_api.manifest import parse_job
 from dpo_operator.backend.pytorchjob import Identity, build_child, spec_json
 from dpo_operator.config import Settings
@@ -33,6 +35,7 @@ def worker_environment(launcher: subprocess.Popen[bytes], timeout: float = 120) 
     raise AssertionError(f"no worker was seen; the launcher's exit code is {launcher.poll()}")
 
 
+@pytest.mark.slow
 def test_the_kernels_variables_reach_the_workers(tmp_path: Path) -> None:
     job = parse_job(
         manifest(

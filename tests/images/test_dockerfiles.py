@@ -251,6 +251,7 @@ def test_without_a_builder_it_says_what_to_start() -> None:
     assert "no builder answers" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_operators_modules_need_only_what_its_image_has() -> None:
     """Imports everything of the operator where what the image leaves out cannot be found."""
     text = (
@@ -266,6 +267,7 @@ def test_the_operators_modules_need_only_what_its_image_has() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_kubeconfig_with_a_program_is_refused_in_one_sentence_where_its_package_is_missing(tmp_path: Path) -> None:
     config = tmp_path / "config"
     user = {"name": "u", "user": {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "true"}}}

@@ -74,6 +74,7 @@ def test_flags_that_do_not_fit_are_refused(flags: list[str], said: str, capsys: 
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tls.crt").write_text("x")
     command = [
