@@ -70,7 +70,6 @@ def test_the_graph_is_whole_and_tells_no_path(folder: Path, image: str) -> None:
     assert str(ROOT) not in json.dumps(found)
 
 
-@pytest.mark.nightly
 def test_an_image_as_built_is_listed_from_its_own_inventory(tmp_path: Path) -> None:
     """Here this machine is the image: its Python packages and, on Debian, its system's."""
     script = (ROOT / "hack/image/inventory.py").read_text()

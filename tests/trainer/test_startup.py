@@ -74,7 +74,6 @@ def test_what_was_hidden_can_be_imported_afterwards() -> None:
     assert {"wandb", "torch.utils.tensorboard"} <= found
 
 
-@pytest.mark.nightly
 def test_what_is_loaded_already_is_left_alone() -> None:
     found = imported("import wandb\nimport dpo_trainer.worker\nimport sys; assert sys.modules['wandb'] is wandb")
     assert "wandb" in found

@@ -150,11 +150,7 @@ class FakeKubelet:
                 self._news.put({_key(pod): pod for pod in listed["items"]})
                 version = listed["metadata"]["resourceVersion"]
                 while not self._stop.is_set():
-                    query = f"watch=true&timeoutSeconds=2&resourceVersion={version}"
-                    for line in self._api.stream(f"{self._api.url}{path_of(PODS)}?{query}"):
-                        event = json.loads(line)
-                        if event.get("type") not in {"ADDED", "MODIFIED", "DELETED"}:
-                            raise OSError(f"list again: {event}")
+                    for event in self._api.watch(PODS, version):
                         version = event["object"]["metadata"]["resourceVersion"]
                         self._news.put(event)
             self._stop.wait(0.15)

@@ -94,6 +94,15 @@ class Api:
             *lines, rest = (rest + part).split(b"\n")
             yield from lines
 
+    def watch(self, resource: tuple[str, str], version: str) -> Iterator[Object]:
+        """Yield what happens to all objects of a kind after ``version``, for 2 s. Raises ApiError if there is a gap."""
+        query = f"watch=true&timeoutSeconds=2&resourceVersion={version}"
+        for line in self.stream(f"{self.url}{path_of(resource)}?{query}"):
+            event = json.loads(line)
+            if event.get("type") not in {"ADDED", "MODIFIED", "DELETED"}:  # too old, or the CRD was changed
+                raise ApiError(410, "Gone", f"the watch has a gap: {event}")
+            yield event
+
     def get(self, resource: tuple[str, str], namespace: str | None, name: str) -> Object:
         found: Object = self.call("GET", path_of(resource, namespace, name))
         return found

@@ -7,7 +7,6 @@ A word has the place that it was seen in: ``state Queued``, ``Progressing Starti
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from typing import Self
 
@@ -71,19 +70,16 @@ class Witness:
     def _run(self) -> None:
         while not self._stop.is_set():
             with contextlib.suppress(ApiError, OSError, urllib3.exceptions.HTTPError):
-                if not self._watch():
+                try:
+                    self._watch()
+                except ApiError:
                     self._list()
 
-    def _watch(self) -> bool:
-        """Watch for a while, from where the last watch ended, so that no version is missed; False if there is a gap."""
-        query = f"watch=true&timeoutSeconds=2&resourceVersion={self._version}"
-        for line in self._api.stream(f"{self._api.url}{path_of(DPOJOBS)}?{query}"):
-            news = json.loads(line)
-            if news.get("type") not in {"ADDED", "MODIFIED", "DELETED"}:  # as after a change of the CRD
-                return False
+    def _watch(self) -> None:
+        """Watch for a while, from where the last watch ended, so that no version is missed."""
+        for news in self._api.watch(DPOJOBS, self._version):
             self._version = news["object"]["metadata"]["resourceVersion"]
             self._take(news["object"])
-        return True
 
 
 _ENDS_OF_JOBS = {"RestartsExhausted", "RestartsWithoutProgress", "DeadlineExceeded"}
