@@ -27,12 +27,13 @@ TRIAL = "trial"
 def values(
     *, init_container: bool = True, operator: str = OPERATOR_IMAGE, trainer: str = TRAINER_IMAGE, **more: Any
 ) -> dict[str, Any]:
-    """Return the values of an installation; a trainer is looked at every two seconds, to see short jobs pass."""
+    """Return the values of an installation. To see short jobs pass, operator and Prometheus scrape a trainer often."""
     return {
         "image": _parts(operator),
         "trainer": {"image": _parts(trainer)},
         "trainingOperator": {"initContainer": {"create": init_container, "name": TEMPLATE}},
         "settings": {"scrape-seconds": 2, "progress-write-seconds": 2},
+        "monitoring": {"trainer": {"interval": "1s"}},
         "test": {"storage": {"claim": TRIAL}},
         **more,
     }
