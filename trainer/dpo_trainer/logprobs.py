@@ -1,31 +1,38 @@
-"""Log-probabilities of response tokens from hidden states, without ever storing a [rows, vocabulary] matrix.
+"""Log-probabilities of response tokens from hidden states, with a bound on what the LM head keeps.
 
 With a vocabulary of 128k, the logits of 8,192 tokens take 4 GiB in fp32, and autograd keeps several such tensors. Here
-the LM head is part of the function: it processes the rows in chunks, keeps one number per row (the log of the softmax's
-denominator) and recomputes each chunk's logits in the backward pass. This costs one more GEMM of the head.
+the LM head is part of the function. For its backward pass it keeps one matrix of the rows' dtype, which the logits are
+turned into in place, for as many rows as a budget of bytes allows. It recomputes the logits of the other rows chunk by
+chunk, which costs one more GEMM for them. If the head is frozen, the forward pass computes the gradient of the rows up
+to a factor for each row, and nothing is kept or recomputed.
+
+With peak a row's largest logit and mass = Σ exp(logit − peak), the kept matrix m is exp(logit − peak), less the mass at
+the label. Since ∂ log p(label) / ∂ logit_v = [v = label] − p(v) = −m_v / mass, backward is two GEMMs, and the incoming
+gradient scales [R, H] values, not [R, V].
 
 Only rows that predict a response token are passed in; prompts and padding never go through the LM head.
 """
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
-"""Maximum size of one chunk's fp32 logits, which sets the default chunk. Peak memory is about twice this."""
+from dpo_api.sizing.head import (
+    ALIGNMENT,
+    CPU_BLOCK_BYTES,
+    CPU_BUDGET_BYTES,
+    GPU_BLOCK_BYTES,
+    GPU_BUDGET_BYTES,
+    HeadChunks,
+    head_chunks,
+)
 
-
-def default_chunk(rows: int, vocabulary: int) -> int:
-    """Return the rows per chunk whose fp32 logits take at most CHUNK_BYTES: ⌊64 MiB / (4 B · vocabulary)⌋, at least 1.
-
-    524 rows for a vocabulary of 32,000, 130 for 128,256; ``vocabulary`` is this rank's part of it. Chunks have equal
-    sizes, because the GEMMs of a small last chunk would be inefficient.
-    """
-    most = max(1, CHUNK_BYTES // (4 * max(1, vocabulary)))
-    chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+PRODUCT_BYTES = 64 * 2**20
+"""Most bytes of a bf16 product that is added to an fp32 gradient where the GEMM itself cannot add it."""
 
 
 def response_log_probs(
@@ -33,21 +40,22 @@ def response_log_probs(
     weight: Tensor,
     labels: Tensor,
     *,
-    chunk: int | None = None,
+    chunks: HeadChunks | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocabulary: int | None = None,
 ) -> Tensor:
     """log softmax(rows · weightᵀ)[label] of every row.
 
     rows: [R, H] hidden states after the final norm. weight: [V, H], the LM head, in the rows' dtype; with ``tp_group``
-    this rank's [V / T, H] slice, rank t holding the vocabulary from t·V/T on. labels: [R] int64. chunk: rows whose
-    logits exist at the same time (None: ``default_chunk``); it changes the result only by rounding. vocabulary: its
-    real size, if V was padded to a multiple of T; the rows of ``weight`` from there on take no part.
+    this rank's [V / T, H] slice, rank t holding the vocabulary from t·V/T on. labels: [R] int64. chunks: which
+    rows are kept for backward, and which are computed again (None: ``head_chunks`` for the device's budget); this
+    changes the result only by rounding. vocabulary: its real size, if V was padded to a multiple of T; the rows of
+    ``weight`` from there on take no part.
 
     Returns [R] in fp32 (float64 for float64 rows), equal on all ranks of ``tp_group``: logits in the rows' dtype, the
     softmax in fp32. Gradients: of rows, complete on each rank (summed over ``tp_group`` here); of weight, this rank's
     slice, summed over chunks in fp32 and returned once in the weight's dtype, as an ordinary gradient. Hooks on the
-    parameter (Megatron-Core's main_grad, tied embeddings) therefore work as usual, and a frozen weight costs nothing.
+    parameter (Megatron-Core's main_grad, tied embeddings) therefore work as usual.
 
     Raises ValueError for shapes that do not match, and IndexError for a label outside the vocabulary on CPU. On an
     accelerator this check would wait for the device; there the log-probability is NaN and the run's check for finite
@@ -60,10 +68,13 @@ def response_log_probs(
         )
     if rows.dtype != weight.dtype:
         raise ValueError(f"rows are {rows.dtype} and the LM head {weight.dtype}: cast one of them")
-    if chunk is None:
-        chunk = default_chunk(rows.shape[0], weight.shape[0])
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}: at least one row is needed")
+    differentiable = torch.is_grad_enabled()
+    if chunks is None:
+        budget = CPU_BUDGET_BYTES if rows.device.type == "cpu" else GPU_BUDGET_BYTES
+        keep = differentiable and weight.requires_grad
+        chunks = head_chunks(rows.shape[0], weight.shape[0], rows.element_size(), budget, keep=keep)
+    if chunks.kept < rows.shape[0] and chunks.size < 1:
+        raise ValueError(f"a chunk has {chunks.size} rows: at least one is needed")
     if tp_group is not None and tp_group.size() == 1:
         tp_group = None
     shards = 1 if tp_group is None else tp_group.size()
@@ -73,8 +84,215 @@ def response_log_probs(
         raise IndexError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, the vocabulary from 0 to {vocabulary - 1}"
         )
-    result: Tensor = _ResponseLogProbs.apply(rows, weight, labels, chunk, tp_group, vocabulary)
+    first = 0 if tp_group is None else tp_group.rank() * weight.shape[0]
+    columns = min(weight.shape[0], max(0, vocabulary - first))
+    result: Tensor = _ResponseLogProbs.apply(
+        rows, weight, labels, chunks, _Shard(first, columns, tp_group), differentiable
+    )
     return result
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's part of the vocabulary: the ids from ``first`` on. ``columns`` of them are no padding."""
+
+    first: int
+    columns: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def width(self) -> int:
+        """Columns that are computed: one at least, because torch has no largest number of none."""
+        return max(1, self.columns)
+
+    def of(self, table: Tensor) -> Tensor:
+        """The rows [columns, H] of a table [V / T, H] that are no padding."""
+        return table[: self.width]
+
+    def local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels [C] as columns of this part, [C, 1] (0 if outside), and whether they are inside, [C]."""
+        inside = (labels >= self.first) & (labels < self.first + self.columns)
+        return torch.where(inside, labels - self.first, 0).unsqueeze(1), inside
+
+    def reduce(self, values: Tensor, operation: Any) -> None:
+        """Reduce over the ranks that share the vocabulary, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, operation, group=self.group)
+
+
+class _ResponseLogProbs(torch.autograd.Function):
+    """See response_log_probs. "The matrix" is that of m, see the top of this file."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunks: HeadChunks,
+        shard: _Shard,
+        differentiable: bool,
+    ) -> Tensor:
+        need_rows, need_weight = (needed and differentiable for needed in ctx.needs_input_grad[:2])
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        log_probs, peak, mass = (torch.empty(rows.shape[0], dtype=dtype, device=rows.device) for _ in range(3))
+        # Of a frozen head, the gradient of the rows is known up to a factor: that of the matrix times the head.
+        product = torch.empty_like(rows) if need_rows and not need_weight else None
+        kept, spare = None, None
+        for start, stop in chunks.parts(rows.shape[0]):
+            part = slice(start, stop)
+            keep = need_weight and stop <= chunks.kept
+            matrix = _logits(rows[part], weight, shard, spare)
+            figures = _softmax(matrix, labels[part], shard, keep=keep or product is not None)
+            log_probs[part], peak[part], mass[part] = figures
+            if keep or product is not None:
+                _subtract_label(matrix, labels[part], shard, log_probs[part], mass[part])
+            if product is not None:
+                torch.mm(matrix, shard.of(weight), out=product[part])
+            kept, spare = (matrix, None) if keep else (kept, matrix)
+        if product is None:
+            ctx.save_for_backward(mass, product, rows, weight, labels, log_probs, peak, kept)
+        else:
+            ctx.save_for_backward(mass, product)
+        ctx.chunks, ctx.shard = chunks, shard
+        return log_probs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        need_rows, need_weight = ctx.needs_input_grad[:2]
+        mass, product, *others = ctx.saved_tensors
+        scale = grad.div(mass).neg_().unsqueeze(1)  # of each row of the matrix
+        rows_grad, weight_grad = None, None
+        if need_weight:
+            product, weight_grad = _products(ctx.chunks, ctx.shard, mass, scale, *others, need_rows=need_rows)
+        if need_rows:
+            rows_grad = torch.mul(product, scale, out=torch.empty_like(product))
+            ctx.shard.reduce(rows_grad, dist.ReduceOp.SUM)
+        return rows_grad, weight_grad, None, None, None, None
+
+
+def _products(
+    chunks: HeadChunks,
+    shard: _Shard,
+    mass: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    log_probs: Tensor,
+    peak: Tensor,
+    kept: Tensor | None,
+    *,
+    need_rows: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """The matrix times the head, [R, H], if wanted, and the head's gradient: matrixᵀ times the scaled rows, [V, H]."""
+    parts = chunks.parts(rows.shape[0])
+    product = torch.empty_like(rows) if need_rows else None
+    # A single part needs no fp32 sum: its GEMM rounds once, at the end.
+    total = torch.empty_like(weight, dtype=weight.dtype if len(parts) == 1 else mass.dtype)
+    total[shard.width if parts else 0 :].zero_()
+    spare = None
+    for start, stop in parts:
+        part = slice(start, stop)
+        if kept is not None and stop <= chunks.kept:
+            matrix = kept
+        else:
+            matrix = spare = _logits(rows[part], weight, shard, spare)
+            _exponentiate(matrix, peak[part], keep=True)
+            _subtract_label(matrix, labels[part], shard, log_probs[part], mass[part])
+        if product is not None:
+            torch.mm(matrix, shard.of(weight), out=product[part])
+        _add_product(shard.of(total), matrix, (rows[part] * scale[part]).to(rows.dtype), first=start == 0)
+    return product, total.to(weight.dtype)
+
+
+def _logits(rows: Tensor, weight: Tensor, shard: _Shard, spare: Tensor | None) -> Tensor:
+    """[C, H], [V, H] -> [C, columns] in the rows' dtype, as in every LM head; in ``spare`` if that is given.
+
+    Each row begins at a multiple of ALIGNMENT values. A part of the vocabulary that is padding alone gives one column
+    of -inf, so that its probability and its gradient are 0.
+    """
+    if spare is None:
+        wide = ALIGNMENT * -(-shard.width // ALIGNMENT)
+        spare = torch.empty(rows.shape[0], wide, dtype=rows.dtype, device=rows.device)[:, : shard.width]
+    logits = torch.mm(rows, shard.of(weight).t(), out=spare[: rows.shape[0]])
+    return logits if shard.columns else logits.fill_(-torch.inf)
+
+
+def _softmax(logits: Tensor, labels: Tensor, shard: _Shard, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The label's log-probability, the largest logit and Σ exp(logit − peak) over the whole vocabulary, [C] each.
+
+    If ``keep``, the logits become exp(logit − peak); if not, they may become anything.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    index, inside = shard.local(labels)
+    target = logits.gather(1, index).squeeze(1).to(dtype)
+    peak = logits.amax(1).to(dtype).clamp_(min=torch.finfo(dtype).min)  # a part may be padding alone
+    shard.reduce(peak, dist.ReduceOp.MAX)
+    mass = _exponentiate(logits, peak, keep=keep)
+    figures = torch.stack((torch.where(inside, target - peak, 0), inside.to(dtype), mass))
+    shard.reduce(figures, dist.ReduceOp.SUM)
+    target, owned, mass = figures.unbind()
+    return torch.where(owned == 1, target - mass.log(), torch.nan), peak, mass
+
+
+def _exponentiate(logits: Tensor, peak: Tensor, *, keep: bool) -> Tensor:
+    """logits [C, V] -> exp(logit − peak), in place if ``keep``; returns the sums of its rows, [C].
+
+    In fp32 (float64 for float64) and in blocks of a few rows, each of which stays in a cache from one operation to the
+    next.
+    """
+    mass = torch.empty_like(peak)
+    block = (CPU_BLOCK_BYTES if logits.device.type == "cpu" else GPU_BLOCK_BYTES) // (4 * logits.shape[1])
+    for start in range(0, logits.shape[0], max(1, block)):
+        part = slice(start, start + max(1, block))
+        narrow, peaks = logits[part], peak[part].unsqueeze(1)
+        exps = narrow.sub_(peaks) if narrow.dtype == peak.dtype else narrow - peaks
+        torch.sum(exps.exp_(), 1, out=mass[part])
+        if keep and exps is not narrow:
+            narrow.copy_(exps)
+    return mass
+
+
+def _subtract_label(exps: Tensor, labels: Tensor, shard: _Shard, log_probs: Tensor, mass: Tensor) -> None:
+    """exp(logit − peak) -> −mass · ∂ log p / ∂ logit, in place: at the label, (p − 1) · mass.
+
+    p − 1 is expm1(log p), because in bf16 p itself would be 1 where it is above 0.998.
+    """
+    index, inside = shard.local(labels)
+    changed = (torch.expm1(log_probs) * mass).to(exps.dtype).unsqueeze(1)
+    exps.scatter_(1, index, torch.where(inside.unsqueeze(1), changed, exps.gather(1, index)))
+
+
+@cache
+def _adds_in_fp32(device: torch.device) -> bool:
+    """Whether a GEMM of bf16 can add to an fp32 matrix on this device: torch has it on CUDA only."""
+    if device.type != "cuda":
+        return False
+    total, ones = torch.ones(8, 8, device=device), torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 9).all())
+
+
+def _add_product(total: Tensor, matrix: Tensor, rows: Tensor, *, first: bool) -> None:
+    """total [V, H] += matrixᵀ [V, C] · rows [C, H], where total may be fp32 and the operands bf16; = if ``first``."""
+    beta = 0 if first else 1
+    if matrix.dtype == total.dtype:
+        total.addmm_(matrix.t(), rows, beta=beta)
+        return
+    if _adds_in_fp32(total.device):
+        torch.addmm(total, matrix.t(), rows, out_dtype=torch.float32, beta=beta, out=total)
+        return
+    # The product exists in bf16 before it is added, so it is computed in blocks: else it would be a second [V, H].
+    block = max(1, PRODUCT_BYTES // (matrix.element_size() * total.shape[1]))
+    for start in range(0, total.shape[0], block):
+        product = matrix[:, start : start + block].t() @ rows
+        part = total[start : start + block]
+        part.copy_(product) if first else part.add_(product)
 
 
 def sums_by_owner(
@@ -89,7 +307,10 @@ def sums_by_owner(
     tokens has sum 0 and count 0.
     """
     sums = torch.zeros(n_owners, dtype=torch.float64, device=log_probs.device).index_add(0, owners, log_probs.double())
-    counts = torch.bincount(owners, minlength=n_owners)
+    # Not bincount, which reads the largest owner on the host.
+    counts = torch.zeros(n_owners, dtype=torch.int64, device=owners.device).index_add(
+        0, owners, torch.ones_like(owners)
+    )
     if group is None or group.size() == 1:
         return sums, counts
     sums, of_all = _SumOverRanks.apply(torch.stack((sums, counts.double())), group)
@@ -109,100 +330,3 @@ class _SumOverRanks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-class _ResponseLogProbs(torch.autograd.Function):
-    """See response_log_probs. Saves the inputs, which exist anyway, and one number per row for the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        chunk: int,
-        tp_group: dist.ProcessGroup | None,
-        vocabulary: int,
-    ) -> Tensor:
-        first = 0 if tp_group is None else tp_group.rank() * weight.shape[0]
-        real = min(weight.shape[0], max(0, vocabulary - first))  # rows of this rank's slice that are no padding
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        # For every row, over this rank's part of the vocabulary: [R] each.
-        peak = torch.empty(rows.shape[0], dtype=dtype, device=rows.device)
-        mass = torch.empty_like(peak)  # Σ exp(logit − peak)
-        target = torch.empty_like(peak)  # the label's logit; 0 where another rank holds it
-        owned = torch.empty_like(peak)  # 1 where this rank holds the label
-        for start in range(0, rows.shape[0], chunk):
-            part = slice(start, start + chunk)
-            logits = _logits(rows[part], weight, dtype, real)  # [C, V / T]
-            index, inside = _local(labels[part], first, weight.shape[0])
-            owned[part] = inside
-            target[part] = logits.gather(1, index.unsqueeze(1)).squeeze(1) * inside
-            peak[part] = logits.amax(1).clamp_(min=torch.finfo(dtype).min)  # a slice may be padding alone
-            mass[part] = logits.sub_(peak[part].unsqueeze(1)).exp_().sum(1)
-            del logits  # before the next chunk's are made
-        if tp_group is not None:
-            # Two reductions for the whole batch instead of two per chunk.
-            shared = peak.clone()
-            dist.all_reduce(shared, dist.ReduceOp.MAX, group=tp_group)
-            parts = torch.stack((mass * (peak - shared).exp(), target, owned))
-            dist.all_reduce(parts, dist.ReduceOp.SUM, group=tp_group)
-            peak, (mass, target, owned) = shared, parts.unbind()
-        log_mass = peak + mass.log()  # log Σ exp(logit)
-        ctx.save_for_backward(rows, weight, labels, log_mass)
-        ctx.chunk, ctx.tp_group, ctx.first, ctx.real = chunk, tp_group, first, real
-        return torch.where(owned == 1, target - log_mass, torch.nan)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        """∂ log p(label) / ∂ logit_v = [v = label] − p(v), chunk by chunk."""
-        rows, weight, labels, log_mass = ctx.saved_tensors
-        need_rows, need_weight = ctx.needs_input_grad[:2]
-        rows_grad = torch.empty_like(rows) if need_rows else None
-        # A single chunk needs no fp32 sum: its GEMM rounds once, at the end.
-        single = ctx.chunk >= rows.shape[0] > 0
-        sum_dtype = weight.dtype if single else log_mass.dtype
-        weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
-        for start in range(0, rows.shape[0] if need_rows or need_weight else 0, ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            slope = _logits(rows[part], weight, log_mass.dtype, ctx.real)  # [C, V / T], in place from here on
-            slope.sub_(log_mass[part].unsqueeze(1)).exp_().neg_()
-            index, inside = _local(labels[part], ctx.first, weight.shape[0])
-            slope.scatter_add_(1, index.unsqueeze(1), inside.unsqueeze(1).to(slope.dtype))
-            slope = slope.mul_(grad[part].unsqueeze(1)).to(rows.dtype)
-            if rows_grad is not None:
-                torch.mm(slope, weight, out=rows_grad[part])
-            if weight_grad is not None:
-                _add_product(weight_grad, slope, rows[part])
-            del slope
-        if rows_grad is not None and ctx.tp_group is not None:
-            dist.all_reduce(rows_grad, dist.ReduceOp.SUM, group=ctx.tp_group)
-        return rows_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None, None
-
-
-def _logits(rows: Tensor, weight: Tensor, dtype: torch.dtype, real: int) -> Tensor:
-    """[C, H], [V, H] -> new [C, V] in ``dtype``, first rounded to the rows' dtype as in every LM head.
-
-    Columns from ``real`` on are padding: -inf, so that their probability and their gradient are 0.
-    """
-    logits = (rows @ weight.t()).to(dtype)
-    logits[:, real:] = -torch.inf
-    return logits
-
-
-def _local(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
-    """Labels [C] as indices into this rank's slice of the vocabulary (0 if outside), and whether they are inside."""
-    inside = (labels >= first) & (labels < first + size)
-    return torch.where(inside, labels - first, 0), inside
-
-
-def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
-    """total [V, H] += slopeᵀ [V, C] · rows [C, H], where total is fp32 and the operands may be bf16."""
-    if slope.dtype == total.dtype:
-        total.addmm_(slope.t(), rows)
-        return
-    # The product exists in bf16 before it is added, so it is computed in blocks: else it would be a second [V, H].
-    block = max(1, CHUNK_BYTES // (2 * total.shape[1]))
-    for start in range(0, total.shape[0], block):
-        total[start : start + block].add_(slope[:, start : start + block].t() @ rows)

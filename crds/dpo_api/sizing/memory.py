@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from dpo_api.models import ModelFacts
+from dpo_api.sizing.head import GPU_BLOCK_BYTES, GPU_BUDGET_BYTES, HeadChunks, head_bytes, head_chunks
 from dpo_api.sizing.layout import Layout
 from dpo_api.sizing.parameters import (
     Stage,
@@ -26,9 +27,6 @@ from dpo_api.sizing.parameters import (
     trained_of_rank,
 )
 from dpo_api.spec import DPOJobSpec, Lora
-
-CHUNK_BYTES = 64 * 2**20
-"""Most bytes of one chunk's fp32 logits. About two chunks exist at a time: the logits, and what is made from them."""
 
 FREE_SHARE = 0.1
 """Share of a GPU's memory that a prediction leaves free: the CUDA context, NCCL's buffers, fragmentation, the error."""
@@ -156,16 +154,33 @@ def adapter_bytes(model: ModelFacts, lora: Lora | None, layout: Layout, stage: S
     return round(kept * adapter_bytes_per_token(model, lora, layout, value) * layout.pack_tokens / layout.context)
 
 
-def logits_bytes(model: ModelFacts, layout: Layout) -> int:
-    """Two chunks of fp32 logits: 128 MiB, or less if the whole pack's are less."""
+def chunks_of(model: ModelFacts, layout: Layout, value: int, *, trained: bool) -> HeadChunks:
+    """How the LM head divides the largest pack, of whose S/C tokens each may be a response's."""
     rows = layout.pack_tokens // layout.context
-    return 2 * min(CHUNK_BYTES, 4 * rows * -(-model.vocab // layout.tensor))
+    return head_chunks(rows, columns_of(model, layout), value, GPU_BUDGET_BYTES, keep=trained)
+
+
+def columns_of(model: ModelFacts, layout: Layout) -> int:
+    """A rank's part of the vocabulary: V/T."""
+    return -(-model.vocab // layout.tensor)
+
+
+def logits_bytes(model: ModelFacts, layout: Layout, value: int, *, trained: bool) -> int:
+    """The LM head's matrices of rows × V/T: 2SV/T bytes in bf16, at most 2 GiB.
+
+    A frozen head needs one chunk at a time, at most 256 MiB. In bf16, the softmax is computed in 32 MiB of fp32.
+    """
+    held = head_bytes(chunks_of(model, layout, value, trained=trained), columns_of(model, layout), value)
+    return held + (min(GPU_BLOCK_BYTES, 2 * held) if value == 2 else 0)
 
 
 def head_gradient_bytes(model: ModelFacts, layout: Layout, value: int) -> int:
-    """The LM head's gradient of one pack: an fp32 sum over chunks and, in bf16, its rounded copy: 6Vh/T bytes."""
-    table = -(-model.vocab // layout.tensor) * model.hidden
-    return table * (6 if value == 2 else 4)
+    """The LM head's gradient of one pack: 2Vh/T bytes in bf16, if all rows are kept.
+
+    If not, chunks are added in fp32 and, in bf16, the sum is then rounded: 6Vh/T.
+    """
+    single = len(chunks_of(model, layout, value, trained=True).parts(layout.pack_tokens // layout.context)) <= 1
+    return columns_of(model, layout) * model.hidden * (value if single or value == 4 else 6)
 
 
 def memory_of_stage(model: ModelFacts, spec: DPOJobSpec, layout: Layout, stage: Stage) -> Memory:
@@ -181,7 +196,7 @@ def memory_of_stage(model: ModelFacts, spec: DPOJobSpec, layout: Layout, stage: 
         optimizer=optimizer_bytes(trained, value, shards),
         activations=round(activation_bytes_per_token(model, layout, stage, value) * tokens),
         adapter_activations=adapter_bytes(model, lora, layout, stage, value),
-        logits=logits_bytes(model, layout) if stage.last else 0,
+        logits=logits_bytes(model, layout, value, trained=lora is None) if stage.last else 0,
         head_gradient=head_gradient_bytes(model, layout, value) if stage.last and lora is None else 0,
     )
 

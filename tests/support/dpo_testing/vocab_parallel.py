@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_api.sizing.head import HeadChunks
 from dpo_trainer.logprobs import response_log_probs
 
 
@@ -30,22 +31,31 @@ def numbers(rows: int, hidden: int, vocabulary: int) -> tuple[Tensor, Tensor, Te
 
 
 def check_rank(rank: int) -> None:
-    """Compare this rank's slice with the whole, chunked in three ways; AssertionError at a difference."""
-    for chunk in (1, 7, 13):
-        check_chunk(rank, chunk)
+    """Compare this rank's slice with the whole in several divisions and vocabularies; AssertionError at a difference.
+
+    Of a vocabulary of 10 or less, the second rank's part is padding alone.
+    """
+    for chunks in (HeadChunks(0, 1), HeadChunks(0, 7), HeadChunks(13, 0), HeadChunks(5, 3)):
+        for vocabulary in (20, 17, 10, 9):
+            check_chunks(rank, chunks, vocabulary, frozen=False)
+            check_chunks(rank, chunks, vocabulary, frozen=True)
 
 
-def check_chunk(rank: int, chunk: int) -> None:
-    """Compare this rank's slice with the whole for one size of chunks."""
+def check_chunks(rank: int, chunks: HeadChunks, vocabulary: int, *, frozen: bool) -> None:
+    """Compare this rank's slice with the whole for one division and one size of the vocabulary."""
     rows, weight, labels, upstream = numbers(rows=13, hidden=6, vocabulary=20)
-    expected, expected_rows_grad, expected_weight_grad = whole(rows, weight, labels, upstream)
+    weight[:vocabulary] += torch.linspace(0, 40, vocabulary, dtype=torch.float64).unsqueeze(1)  # far apart
+    labels %= vocabulary
+    expected, expected_rows_grad, expected_weight_grad = whole(rows, weight[:vocabulary], labels, upstream)
     group = dist.group.WORLD
     assert group is not None
     size = weight.shape[0] // group.size()
     mine = slice(rank * size, (rank + 1) * size)
-    features, part = rows.clone().requires_grad_(), weight[mine].clone().requires_grad_()
-    log_probs = response_log_probs(features, part, labels, chunk=chunk, tp_group=group)
+    features, part = rows.clone().requires_grad_(), weight[mine].clone().requires_grad_(not frozen)
+    log_probs = response_log_probs(features, part, labels, chunks=chunks, tp_group=group, vocabulary=vocabulary)
     torch.testing.assert_close(log_probs.detach(), expected)
-    rows_grad, part_grad = torch.autograd.grad(log_probs, (features, part), upstream)
+    rows_grad, *weight_grad = torch.autograd.grad(log_probs, (features,) if frozen else (features, part), upstream)
     torch.testing.assert_close(rows_grad, expected_rows_grad)
-    torch.testing.assert_close(part_grad, expected_weight_grad[mine])
+    padded = torch.zeros_like(weight)
+    padded[:vocabulary] = expected_weight_grad
+    torch.testing.assert_close(weight_grad, [] if frozen else [padded[mine]])
