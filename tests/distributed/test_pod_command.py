@@ -35,6 +35,9 @@ def worker_environment(launcher: subprocess.Popen[bytes], timeout: float = 120) 
     raise AssertionError(f"no worker was seen; the launcher's exit code is {launcher.poll()}")
 
 
+KERNELS = ("NVTE_", "CUBLAS_", "PYTORCH_")
+
+
 @pytest.mark.slow
 def test_the_kernels_variables_reach_the_workers(tmp_path: Path) -> None:
     job = parse_job(
@@ -59,7 +62,7 @@ def test_the_kernels_variables_reach_the_workers(tmp_path: Path) -> None:
     }
     command = [here.get(word, word) for word in container["command"]]
     assert set(here.values()) <= set(command)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("NVTE_", "CUBLAS_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(KERNELS)}
     own = {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
     variables = {**inherited, **own, "PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     with (tmp_path / "log").open("wb") as log:
@@ -68,10 +71,11 @@ def test_the_kernels_variables_reach_the_workers(tmp_path: Path) -> None:
         seen = worker_environment(launcher)
     finally:
         kill(launcher)
-    assert {name: value for name, value in seen.items() if name.startswith(("NVTE_", "CUBLAS_"))} == {
+    assert {name: value for name, value in seen.items() if name.startswith(KERNELS)} == {
         "NVTE_FLASH_ATTN": "0",  # the field takes precedence over the pod's own variable
         "NVTE_FUSED_ATTN": "1",
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
         "NVTE_DEBUG": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }

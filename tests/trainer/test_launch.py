@@ -12,7 +12,7 @@ from dpo_operator.backend.pytorchjob import digest
 from dpo_testing.runs import job_of
 from dpo_trainer.distributed import check_device
 from dpo_trainer.entry import command_line
-from dpo_trainer.launch import launch, processes_here, switches
+from dpo_trainer.launch import allocator, launch, processes_here, switches
 from dpo_trainer.results import RankResult, read_results, summarise
 
 SPEC: dict[str, Any] = {"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}}
@@ -26,6 +26,13 @@ def test_switches_are_set_only_where_the_spec_asks() -> None:
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
+
+
+def test_the_allocators_settings_give_way_to_those_of_the_environment() -> None:
+    """torch reads both names; the second is the older one."""
+    assert allocator({"PATH": "/bin"}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert allocator({name: "max_split_size_mb:64"}) == {}
 
 
 @pytest.mark.parametrize(

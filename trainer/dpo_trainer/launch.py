@@ -63,7 +63,7 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
         value = getattr(arguments, name)
         if value is not None:
             command += [f"--{name.replace('_', '-')}={value}"]
-    environment = {**os.environ, **switches(job.spec)}
+    environment = {**os.environ, **allocator(os.environ), **switches(job.spec)}
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(max(1.0, arguments.grace_seconds - MARGIN_SECONDS)))
     # torchrun would set this to 1, with a warning, when several processes share a node. Share the cores evenly instead.
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if arguments.joined else processes
@@ -141,6 +141,17 @@ def switches(spec: DPOJobSpec) -> dict[str, str]:
     if spec.training.deterministic:
         found["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch refuses deterministic cuBLAS without it
     return found
+
+
+def allocator(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings of torch's allocator on GPUs; none if the environment has some.
+
+    Packs differ in length, and so do their tensors. Without segments that grow, memory that is free in pieces of other
+    sizes cannot be used.
+    """
+    if environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def processes_here(environment: Mapping[str, str], resources: Resources) -> int:

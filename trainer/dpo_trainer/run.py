@@ -32,6 +32,7 @@ from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.layout_check import compare, too_large
 from dpo_trainer.layouts import Decision
 from dpo_trainer.links import judge, measure
+from dpo_trainer.model.attend import form_of
 from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora
 from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable, complete, reference_key
@@ -243,11 +244,13 @@ class Run:
         )
 
     def _load(self) -> tuple[Any, str, str]:
-        """Return the start model with LoRA's adapters, its fingerprint, and the implementation of its layers."""
+        """Return the start model with LoRA's adapters, its fingerprint, and what computes its layers."""
         self.reporter.phase("starting", message="loading the model")
         training, asked = self.spec.training, self.spec.transformer_engine.enabled
         backend: Backend = "auto" if asked is None else "transformer_engine" if asked else "local"
         torch.use_deterministic_algorithms(training.deterministic)
+        # Nothing here reads memory before it is written, and filling each new tensor takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a property
         model = build_model(
             self.config,
             precision=training.precision,
@@ -265,7 +268,9 @@ class Run:
         if self.spec.lora is not None:
             attach_lora(model, self.spec.lora, seed=training.seed)
         self.stop.leave_before_training(self.world, "loading")
-        return model, loaded.fingerprint, "transformer-engine" if use_transformer_engine(backend) else "local"
+        linears = "transformer-engine" if use_transformer_engine(backend) else "local"
+        attention = form_of(self.world.device, model.config.params_dtype, self.config.head_dim)
+        return model, loaded.fingerprint, f"{linears} linears, {attention} attention"
 
     def _check_layout(self, model: Any, inputs: Inputs) -> None:
         """Compare the layout with one rank. Raises WrongLayoutError if they disagree."""

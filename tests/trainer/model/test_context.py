@@ -1,5 +1,6 @@
 """Context parallelism without processes: each rank's share of a pack, and its attention over the gathered keys."""
 
+import importlib
 from itertools import product
 from typing import Any
 
@@ -9,19 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_testing import flashattention
 from dpo_testing.pairs import Pairs, pack_of
 from dpo_trainer.data.collate import FILLER_PAIR, make_pack
-from dpo_trainer.model.attend import attend, attend_by_piece, window_mask
+from dpo_trainer.model.attend import attend, attend_at_once, attend_by_piece
 from dpo_trainer.model.context import chunks_of, sequences_of, share_of
 from dpo_trainer.model.pack import Pack, Segment
 from dpo_trainer.model.varlen import Piece, pieces_of, plan_of, spread
 
+CALLS = pytest.mark.parametrize(
+    "calls", [attend, attend_by_piece, attend_at_once], ids=["on CPU", "by piece", "at once"]
+)
 FORMS = {
     "shared": pack_of(0, 1, 2, 3),
     "unshared": pack_of(0, 1, 2, 3, share=False),
     "without rejected": pack_of(0, 1, 2, 3, with_rejected=False),
 }
 HEADS, GROUPS, SIZE = 4, 2, 8
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernel for sequences of unlike lengths runs on GPUs only."""
+    attend_module = importlib.import_module("dpo_trainer.model.attend")
+    monkeypatch.setattr(attend_module, "varlen_kernel", lambda: (flashattention.varlen_attn, True))
 
 
 def shares(pack: Pack, size: int, multiple: int = 1) -> list[Pack]:
@@ -118,9 +130,7 @@ def rows_of(part: Pack, whole: Pack) -> Tensor:
 
 def run(q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Piece, ...], calls: Any, window: int | None) -> Tensor:
     plan = plan_of(pieces, len(k))
-    sizes = [None if piece.padding else (piece.length, piece.key_count) for piece in pieces]
-    masks = [None if pair is None or window is None else window_mask(*pair, window, q) for pair in sizes]
-    result: Tensor = calls(q, spread(k, plan), spread(v, plan), plan, masks, None)
+    result: Tensor = calls(q, spread(k, plan), spread(v, plan), plan, window, None)
     return result
 
 
@@ -128,7 +138,7 @@ CASES = list(product(["shared", "without rejected"], (2, 3), (None, 7)))
 
 
 @pytest.mark.parametrize(("form", "ranks", "window"), CASES, ids=[f"{f}-{r}-{w}" for f, r, w in CASES])
-@pytest.mark.parametrize("calls", [attend, attend_by_piece], ids=["on CPU", "by piece"])
+@CALLS
 def test_the_ranks_attention_is_that_of_one(form: str, ranks: int, window: int | None, calls: Any) -> None:
     """Each token's output, and the sums over ranks of dK and dV, which the reduce-scatter makes."""
     whole = FORMS[form]
@@ -168,7 +178,7 @@ def test_nothing_leaks_between_responses_on_any_rank(ranks: int) -> None:
             assert set((seen % 3).tolist()) <= ({0, 2} if 2 in (asks % 3).tolist() else {0, 1})
 
 
-@pytest.mark.parametrize("calls", [attend, attend_by_piece], ids=["on CPU", "by piece"])
+@CALLS
 def test_a_rank_without_tokens_has_gradients_of_zero(calls: Any) -> None:
     """So that it takes part in the others' reductions. A filler's 3 tokens are too few for four ranks."""
     part = share_of(make_pack(Pairs(), [FILLER_PAIR], share=True), 1, 4)

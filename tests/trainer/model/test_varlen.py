@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo_testing import flashattention
 from dpo_testing.models import load_model, reference_model, save_folder, shared_pack, single_process, token_stream
-from dpo_testing.pairs import pack_of
-from dpo_trainer.model.attend import attend, attend_by_piece, window_mask
+from dpo_testing.pairs import Pairs, pack_of
+from dpo_trainer.data.collate import make_pack
+from dpo_trainer.model.attend import attend, attend_at_once, attend_by_piece, form_of, varlen_kernel
 from dpo_trainer.model.attention import PackAttention, PackContext
+from dpo_trainer.model.context import sequences_of, share_of
 from dpo_trainer.model.forward import hidden_rows
 from dpo_trainer.model.pack import Pack, Segment
 from dpo_trainer.model.rotary import rotate
-from dpo_trainer.model.varlen import Piece, Spread, pieces_of, plan_of, spread
+from dpo_trainer.model.varlen import Piece, Spread, VarlenPlan, pieces_of, plan_of, spread, window_mask
 
 SHARED = shared_pack(
     [(token_stream(4), token_stream(3), token_stream(2)), (token_stream(2), token_stream(1), token_stream(5))],
@@ -153,15 +158,28 @@ def context_of(pack: Pack) -> PackContext:
     return PackContext(pack=pack, frequencies=torch.rand(SIZE // 2, generator=torch.Generator().manual_seed(5)))
 
 
+CALLS = pytest.mark.parametrize(
+    "calls", [attend, attend_by_piece, attend_at_once], ids=["on CPU", "by piece", "at once"]
+)
+"""The last two are what GPUs run: here with the CPU's kernels, and with what takes the place of FlashAttention."""
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernel for sequences of unlike lengths runs on GPUs only."""
+    attend_module = importlib.import_module("dpo_trainer.model.attend")
+    monkeypatch.setattr(attend_module, "varlen_kernel", lambda: (flashattention.varlen_attn, True))
+
+
 CASES = list(product(FORMS, HEADS, (None, 7, 16, 500)))
 
 
 @pytest.mark.parametrize(("form", "heads", "window"), CASES, ids=[f"{f}-{h}:{g}-{w}" for f, (h, g), w in CASES])
-@pytest.mark.parametrize("calls", [attend, attend_by_piece], ids=["on CPU", "by piece"])
+@CALLS
 def test_attention_is_that_of_one_mask(
     form: str, heads: tuple[int, int], window: int | None, calls: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs, dQ, dK and dV. ``by piece`` is what GPUs run, here with the CPU's kernels."""
+    """Outputs, dQ, dK and dV."""
     monkeypatch.setattr("dpo_trainer.model.attention.attend", calls)
     pack, inputs = FORMS[form], inputs_of(FORMS[form], *heads)
     context = context_of(pack)
@@ -184,7 +202,7 @@ def test_a_torch_whose_flash_attention_has_no_groups(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("calls", [attend, attend_by_piece], ids=["on CPU", "by piece"])
+@CALLS
 @pytest.mark.parametrize("window", [None, 7])
 def test_another_scale(calls: Any, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_trainer.model.attention.attend", calls)
@@ -247,6 +265,134 @@ def test_nothing_leaks_between_responses() -> None:
             assert touched[prompt.start : prompt.end].all()
             assert touched[asked.start : asked.end].all()
             assert touched.sum() == prompt.length + asked.length
+
+
+# -- one call for all sequences
+
+
+def test_torchs_kernel_takes_what_we_pass() -> None:
+    """Its own function, on tensors without storage: shapes and dtypes of outputs and gradients, with 2 groups."""
+    pack = FORMS["shared"]
+    plan = plan_of(pieces_of(pack.segments, pack.length), pack.length).to("meta")
+    kernel, has_groups = varlen_kernel.__wrapped__()
+    assert kernel is not flashattention.varlen_attn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo_trainer.model.attend.varlen_kernel", lambda: (kernel, has_groups))
+        for window in (None, 7):
+            query, key, value = (
+                torch.empty(rows, heads, SIZE, dtype=torch.bfloat16, device="meta", requires_grad=True)
+                for rows, heads in ((pack.length, 8), (len(plan.keys), 2), (len(plan.keys), 2))
+            )
+            out = attend_at_once(query, key, value, plan, window, None)
+            assert out.shape == (pack.length, 8 * SIZE)
+            for gradient, of in zip(
+                torch.autograd.grad(out.sum(), (query, key, value)), (query, key, value), strict=True
+            ):
+                assert (gradient.shape, gradient.dtype) == (of.shape, of.dtype)
+
+
+def test_a_kernel_without_a_parameter_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of torch 2.11: fewer key heads are handed on."""
+    pack, inputs = FORMS["shared"], inputs_of(FORMS["shared"], 8, 2)
+    plan = context_of(pack).plan
+    q, k, v = (x.squeeze(1) for x in inputs)
+    expected = attend(q, spread(k, plan), spread(v, plan), plan, None, None)
+    monkeypatch.setattr("dpo_trainer.model.attend.varlen_kernel", lambda: (flashattention.without_head_check, False))
+    found = attend_at_once(q, spread(k, plan), spread(v, plan), plan, None, None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "channels", "capability", "form"),
+    [
+        ("cpu", torch.bfloat16, 128, (9, 0), "cpu"),
+        ("cuda", torch.bfloat16, 128, (9, 0), "varlen"),
+        ("cuda", torch.float16, 256, (8, 0), "varlen"),
+        ("cuda", torch.float32, 128, (9, 0), "pieces"),
+        ("cuda", torch.bfloat16, 264, (9, 0), "pieces"),
+        ("cuda", torch.bfloat16, 124, (9, 0), "pieces"),
+        ("cuda", torch.float16, 128, (7, 5), "pieces"),
+    ],
+)
+def test_which_form_a_device_has(
+    kind: str,
+    dtype: torch.dtype,
+    channels: int,
+    capability: tuple[int, int],
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert form_of(torch.device(kind), dtype, channels) == form
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[VarlenPlan, int]:
+    """Sequences of a random pack, or of one of the ranks that share it; and how many keys its ranks have."""
+    numbers = st.integers(1, 40)
+    sizes = draw(st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=4))
+    pack = make_pack(
+        Pairs(sizes),
+        range(len(sizes)),
+        share=draw(st.booleans()),
+        with_rejected=draw(st.booleans()),
+        pad_to_multiple=draw(st.sampled_from([1, 8, 32])),
+    )
+    ranks = draw(st.sampled_from([1, 1, 2, 3]))
+    own = share_of(pack, draw(st.integers(0, ranks - 1)), ranks, 4)
+    return plan_of(sequences_of(own), ranks * own.length), own.length
+
+
+def outputs_and_gradients(
+    calls: Any, plan: VarlenPlan, rows: int, heads: tuple[int, int], window: int | None
+) -> list[Tensor]:
+    """The output, dQ, dK and dV of random queries, keys and values."""
+    draw = torch.Generator().manual_seed(rows)
+    shapes = ((rows, heads[0]), (len(plan.keys), heads[1]), (len(plan.keys), heads[1]))
+    inputs = [torch.randn(*shape, 8, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    out = calls(*inputs, plan, window, None)
+    weight = torch.randn(out.shape, generator=draw, dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
+
+
+@given(plans(), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.one_of(st.none(), st.integers(1, 60)))
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_one_call_is_the_loop_over_pieces(
+    drawn: tuple[VarlenPlan, int], heads: tuple[int, int], window: int | None
+) -> None:
+    """Outputs and all gradients, over random packs, shares of packs, windows, groups and padding."""
+    plan, rows = drawn
+    found = outputs_and_gradients(attend_at_once, plan, rows, heads, window)
+    for got, expected in zip(found, outputs_and_gradients(attend_by_piece, plan, rows, heads, window), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    for piece, first in zip(plan.pieces, plan.cu_q.tolist(), strict=False):
+        if piece.padding:
+            assert bool((found[0][first : first + piece.length] == 0).all())
+
+
+def test_a_wrong_window_shows() -> None:
+    """By one key: the loop's result is another one then, so the property above would fail."""
+    plan, rows = context_of(FORMS["shared"]).plan, FORMS["shared"].length
+    exact = outputs_and_gradients(attend_by_piece, plan, rows, (4, 2), 7)
+    for window in (6, 8):
+        for right, wrong in zip(exact, outputs_and_gradients(attend_at_once, plan, rows, (4, 2), window), strict=True):
+            assert float((right - wrong).abs().max()) > 0.01
+
+
+def test_a_chosen_response_that_rejected_sees_shows() -> None:
+    segments = FORMS["shared"].segments
+    rows = FORMS["shared"].length
+    right = context_of(FORMS["shared"]).plan
+    leaks = [
+        replace(piece, keys=((segments[0].start, segments[1].end), piece.keys[1])) if index == 1 else piece
+        for index, piece in enumerate(right.pieces)
+    ]
+    own = [slice(piece.start, piece.end) for piece in right.pieces]
+    wrong = plan_of(leaks, rows)
+    x = torch.randn(3, rows, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    one, other = (attend_at_once(x[0], spread(x[1], p), spread(x[2], p), p, None, None) for p in (right, wrong))
+    assert torch.equal(one[own[0]], other[own[0]])
+    assert float((one[own[1]] - other[own[1]]).abs().max()) > 0.01
 
 
 # -- what is called and saved
@@ -344,8 +490,8 @@ def test_a_window_saves_one_mask_for_all_layers() -> None:
     layer: Callable[..., Tensor] = attention(7)
     inputs = inputs_of(pack, 8, 2, torch.float32)
     layer(*inputs, None, packed_seq_params=context)
-    made = context.masks(7, inputs[0])
+    made = context.plan.masks(7, inputs[0])
     layer(*inputs, None, packed_seq_params=context)
-    assert context.masks(7, inputs[0]) is made
+    assert context.plan.masks(7, inputs[0]) is made
     sizes = {(piece.length, piece.key_count) for piece in context.plan.pieces if not piece.padding}
     assert len({mask.data_ptr() for mask in made if mask is not None}) == sum(keys > 7 for _, keys in sizes)

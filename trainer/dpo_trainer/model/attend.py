@@ -1,65 +1,130 @@
-"""softmax(QKᵀ/√d)V for each sequence of a plan. Nothing of size queries · keys is stored, except a window's mask.
+"""softmax(QKᵀ/√d)V for each sequence of a plan, in the form that suits the device (``form_of``).
 
-On the CPU one autograd function calls torch's flash attention for CPUs, which has no causal mask aligned to the lower
+``varlen``: on GPUs one call of torch's FlashAttention for all sequences of the plan. It needs no mask: its causal mask
+is aligned to the lower right corner, and a window is a number.
+
+``pieces``: where that kernel does not compute (fp32, heads wider than 256), one ``scaled_dot_product_attention`` a
+sequence, with a mask where there is a window.
+
+``cpu``: one autograd function calls torch's flash attention for CPUs, which has no causal mask aligned to the lower
 right corner: ``scaled_dot_product_attention`` would take its quadratic form. The keys before the queries' own and the
 queries' own keys are two calls, merged by their log-sum-exp. FlashAttention's backward pass needs only the output and
 the log-sum-exp of the whole row (Dao et al., FlashAttention, 2022, algorithm 4), so two calls with the merged ones give
 the gradients of the whole.
+
+Nothing of size queries · keys is stored, except a window's mask. With ``torch.use_deterministic_algorithms`` the
+backward passes of all forms are deterministic.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_trainer.model.varlen import Interval, VarlenPlan
+from dpo_trainer.model.varlen import Interval, Masks, VarlenPlan
 
-Masks = Sequence[Tensor | None]
-"""For each sequence: None for causal, or what is added to the scores, [L, K] in the queries' dtype."""
+Form = Literal["cpu", "varlen", "pieces"]
+
+WIDEST_HEAD = 256
+"""Channels of a head that FlashAttention computes with at most; they must also be a multiple of 8 (Dao, 2023)."""
 
 
-def window_mask(queries: int, keys: int, window: int, like: Tensor) -> Tensor | None:
-    """What is added to a sequence's scores when each query sees itself and the ``window`` - 1 keys before it.
+def form_of(device: torch.device, dtype: torch.dtype, channels: int) -> Form:
+    """Return how attention is computed there, for values of this type and heads of this number of channels.
 
-    Returns [queries, keys], 0 or -inf, of ``like``'s dtype and device; None if no query has more keys than that.
+    The results of the forms differ by rounding.
     """
-    if keys <= window:
-        return None
-    before = keys - queries
-    rows = torch.arange(before, keys, device=like.device)[:, None]
-    columns = torch.arange(keys, device=like.device)[None, :]
-    visible = (columns <= rows) & (rows - columns < window)
-    # GPU kernels read rows that start at multiples of 8 elements; others are copied at every call.
-    mask = like.new_zeros(queries, -(-keys // 8) * 8)[:, :keys]
-    return mask.masked_fill_(~visible, float("-inf"))
+    if device.type == "cpu":
+        return "cpu"
+    return "varlen" if channels % 8 == 0 and _has_flash(device, dtype, channels) else "pieces"
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, masks: Masks, scale: float | None) -> Tensor:
+def _has_flash(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether FlashAttention computes this: 16-bit numbers on GPUs of compute capability 8.0 or later."""
+    if dtype not in (torch.bfloat16, torch.float16) or channels > WIDEST_HEAD or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, window: int | None, scale: float | None
+) -> Tensor:
     """Attend within each sequence of the plan.
 
-    query: [S, heads, d]; key, value: [K, groups, d], the plan's key rows. scale: of the scores, None for 1/√d.
-    Returns [S, heads · d], zero for padding.
+    query: [S, heads, d]; key, value: [K, groups, d], the plan's key rows. window: keys that a query sees, its own
+    included; None for all before it. scale: of the scores, None for 1/√d. Returns [S, heads · d], zero for padding.
     """
-    if query.device.type == "cpu":
-        out: Tensor = _OnCPU.apply(query, key, value, plan, masks, scale)
+    form = form_of(query.device, query.dtype, query.shape[-1])
+    if form == "cpu":
+        out: Tensor = _OnCPU.apply(query, key, value, plan, plan.masks(window, query), scale)
         return out
-    return attend_by_piece(query, key, value, plan, masks, scale)
+    by_form = attend_at_once if form == "varlen" else attend_by_piece
+    return by_form(query, key, value, plan, window, scale)
+
+
+def attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, window: int | None, scale: float | None
+) -> Tensor:
+    """Do what ``attend`` does with one call of FlashAttention for sequences of unlike lengths."""
+    if plan.is_padding:
+        return _nothing(query, key, value)
+    kernel, has_groups = varlen_kernel()
+    grouped = {"enable_gqa": True} if has_groups and query.shape[1] != key.shape[1] else {}
+    # FlashAttention counts the keys before a query, the model those with its own. -1 is no bound.
+    left = -1 if window is None or window >= plan.max_k else window - 1
+    out: Tensor = kernel(
+        query,
+        key,
+        value,
+        plan.cu_q,
+        plan.cu_k,
+        plan.max_q,
+        plan.max_k,
+        scale=scale,
+        window_size=(left, 0),
+        **grouped,
+    )
+    return _without_padding(out, plan).flatten(1)
+
+
+@cache
+def varlen_kernel() -> tuple[Callable[..., Any], bool]:
+    """Return torch's function, and whether fewer key heads than query heads must be announced to it.
+
+    Without that parameter (torch 2.11) it hands any number of key heads on to the kernel.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # its import takes most of a second: torch's compiler
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _without_padding(out: Tensor, plan: VarlenPlan) -> Tensor:
+    """Return [S, heads, d] with zeros for padding, whose tokens attend to themselves within the call.
+
+    As a sequence of their own they have finite outputs: rows that no sequence covers would not be written at all.
+    """
+    if not any(piece.padding for piece in plan.pieces):
+        return out
+    # The kernel has saved its output for the backward pass, so it is not changed in place.
+    parts = zip(plan.pieces, out.split([piece.length for piece in plan.pieces]), strict=True)
+    return torch.cat([torch.zeros_like(rows) if piece.padding else rows for piece, rows in parts])
 
 
 def attend_by_piece(
-    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, masks: Masks, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, window: int | None, scale: float | None
 ) -> Tensor:
-    """Do what ``attend`` does with one call of ``scaled_dot_product_attention`` a sequence, for GPUs."""
+    """Do what ``attend`` does with one call of ``scaled_dot_product_attention`` a sequence."""
+    if plan.is_padding:
+        return _nothing(query, key, value)
+    masks = plan.masks(window, query)
     # split's backward is one concatenation; slicing's would write a whole zero stream for every piece.
     queries = query.split([piece.length for piece in plan.pieces])
     counts = [piece.key_count for piece in plan.pieces]
-    if all(piece.padding for piece in plan.pieces):
-        nothing: Tensor = _Nothing.apply(query, key, value)
-        return nothing
     outputs: list[Tensor] = []
     for piece, q, k, v, mask in zip(plan.pieces, queries, key.split(counts), value.split(counts), masks, strict=True):
         if piece.padding:
@@ -67,6 +132,11 @@ def attend_by_piece(
         else:
             outputs.append(_call(q, k, v, mask, scale))
     return torch.cat(outputs)
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    zeros: Tensor = _Nothing.apply(query, key, value)
+    return zeros
 
 
 class _Nothing(torch.autograd.Function):
@@ -86,8 +156,8 @@ class _Nothing(torch.autograd.Function):
 def _call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """One sequence: query [L, heads, d]; key, value [K, groups, d]. Returns [L, heads · d]."""
     grouped = query.shape[1] != key.shape[1]
-    if grouped and (mask is not None or query.dtype == torch.float32):
-        # Only the flash kernel has groups, and it takes neither masks nor fp32.
+    if grouped and (mask is not None or not _has_flash(query.device, query.dtype, query.shape[-1])):
+        # Only the flash kernel has groups, and it takes no masks. The others would give way to the quadratic form.
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
         grouped = False

@@ -1,6 +1,6 @@
 """Attention over a pack: rotary embedding, then one attention call over the sequences of its plan."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from dpo_trainer.model.attend import Masks, attend, window_mask
+from dpo_trainer.model.attend import attend
 from dpo_trainer.model.context import gathered, sequences_of
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.model.rotary import rotate, rotation
@@ -25,7 +25,6 @@ class PackContext(PackedSeqParams):
 
     pack: Pack
     frequencies: Tensor  # fp32 [head_dim / 2]
-    _masks: dict[tuple[int | None, torch.dtype], Masks] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.qkv_format = "pack"
@@ -40,18 +39,6 @@ class PackContext(PackedSeqParams):
     def rotation(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of every token's position."""
         return rotation(self.pack.position_ids, self.frequencies)
-
-    def masks(self, window: int | None, like: Tensor) -> Masks:
-        """Each sequence's mask of ``like``'s dtype; None where the window leaves every key in sight.
-
-        Made once for all layers of a window: a mask is as large as the scores of one head.
-        """
-        found = self._masks.get((window, like.dtype))
-        if found is None:
-            sizes = [None if piece.padding else (piece.length, piece.key_count) for piece in self.plan.pieces]
-            made = {} if window is None else {pair: window_mask(*pair, window, like) for pair in set(sizes) if pair}
-            found = self._masks[window, like.dtype] = [None if pair is None else made.get(pair) for pair in sizes]
-        return found
 
 
 class PackAttention(torch.nn.Module):
@@ -95,5 +82,4 @@ class PackAttention(torch.nn.Module):
         turned = rotate(query.squeeze(1), cosines, sines)
         keys = spread(gathered(rotate(key.squeeze(1), cosines, sines), context.pack), context.plan)
         values = spread(gathered(value.squeeze(1), context.pack), context.plan)
-        masks = context.masks(self.window, turned)
-        return attend(turned, keys, values, context.plan, masks, self.softmax_scale).unsqueeze(1)
+        return attend(turned, keys, values, context.plan, self.window, self.softmax_scale).unsqueeze(1)

@@ -7,7 +7,7 @@ right corner; Dao, FlashAttention-2, 2023).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +19,9 @@ from dpo_trainer.model.pack import Segment
 
 Interval = tuple[int, int]
 """Rows [first, last) of the stream."""
+
+Masks = Sequence[Tensor | None]
+"""For each sequence: None for causal, or what is added to the scores, [L, K] in the queries' dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,26 @@ class VarlenPlan:
     unseen: Tensor  #: int64, the stream rows that no sequence sees
     repeats: tuple[tuple[Tensor, Tensor], ...]
     """(stream rows, their second key rows), then their third, and so on: int64, no row twice in one tensor."""
+    _masks: dict[tuple[int, torch.dtype], Masks] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def is_padding(self) -> bool:
+        """Whether no sequence holds tokens: a context-parallel rank may have none of a short pack."""
+        return all(piece.padding for piece in self.pieces)
+
+    def masks(self, window: int | None, like: Tensor) -> Masks:
+        """Each sequence's mask of ``like``'s dtype and device; None where the window leaves every key in sight.
+
+        Made once for all layers of a window: a mask is as large as the scores of one head.
+        """
+        if window is None:
+            return [None] * len(self.pieces)
+        found = self._masks.get((window, like.dtype))
+        if found is None:
+            sizes = [None if piece.padding else (piece.length, piece.key_count) for piece in self.pieces]
+            made = {pair: window_mask(*pair, window, like) for pair in set(sizes) if pair}
+            found = self._masks[window, like.dtype] = [None if pair is None else made[pair] for pair in sizes]
+        return found
 
     @property
     def gathers(self) -> bool:
@@ -132,6 +155,22 @@ def plan_of(pieces: Sequence[Piece], size: int) -> VarlenPlan:
         unseen=(uses == 0).nonzero().squeeze(1),
         repeats=tuple((copied[turn == j], order[turn == j]) for j in rounds),
     )
+
+
+def window_mask(queries: int, keys: int, window: int, like: Tensor) -> Tensor | None:
+    """What is added to a sequence's scores when each query sees itself and the ``window`` - 1 keys before it.
+
+    Returns [queries, keys], 0 or -inf, of ``like``'s dtype and device; None if no query has more keys than that.
+    """
+    if keys <= window:
+        return None
+    before = keys - queries
+    rows = torch.arange(before, keys, device=like.device)[:, None]
+    columns = torch.arange(keys, device=like.device)[None, :]
+    visible = (columns <= rows) & (rows - columns < window)
+    # GPU kernels read rows that start at multiples of 8 elements; others are copied at every call.
+    mask = like.new_zeros(queries, -(-keys // 8) * 8)[:, :keys]
+    return mask.masked_fill_(~visible, float("-inf"))
 
 
 def spread(x: Tensor, plan: VarlenPlan) -> Tensor:
