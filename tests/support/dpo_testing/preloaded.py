@@ -49,6 +49,7 @@ MODULES = (
     "dpo_testing.checkpoint_ranks",
     "dpo_testing.gloo",
     "dpo_testing.impatient",
+    "dpo_testing.gpu_phase",
 )
 PRELOADED = (
     "dpo_trainer.worker",
