@@ -215,7 +215,10 @@ def _logits(rows: Tensor, weight: Tensor, shard: _Shard, spare: Tensor | None) -
     """
     if spare is None:
         wide = ALIGNMENT * -(-shard.width // ALIGNMENT)
-        spare = torch.empty(rows.shape[0], wide, dtype=rows.dtype, device=rows.device)[:, : shard.width]
+        whole = torch.empty(rows.shape[0], wide, dtype=rows.dtype, device=rows.device)
+        # A GEMM of bf16 on CPUs with AMX multiplies what follows a row's end by 0: a NaN there would spread.
+        whole[:, shard.width :].zero_()
+        spare = whole[:, : shard.width]
     logits = torch.mm(rows, shard.of(weight).t(), out=spare[: rows.shape[0]])
     return logits if shard.columns else logits.fill_(-torch.inf)
 
