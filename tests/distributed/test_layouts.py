@@ -1,5 +1,7 @@
 """Every layout of a run over processes gives one trajectory: losses, rewards, gradient norms and exported weights."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +10,9 @@ from typing import Any
 import pytest
 
 from dpo_api.progress import Progress
-from dpo_testing.runs import Finished, merged, run_here, run_processes
+from dpo_testing.runs import ROOT, Finished, merged, run_here, run_processes
 from dpo_testing.training_world import make
-from dpo_testing.trajectories import differences
+from dpo_testing.trajectories import differences, figures, unlike
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("layouts")]
 
@@ -108,6 +110,17 @@ def base(world: Path) -> Base:
         return done[variant]
 
     return of
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_process_gives_the_committed_trajectory(variant: str, base: Base, tmp_path: Path) -> None:
+    """What changes every layout in the same way changes no layout beside another: it is seen here."""
+    _, run = base(variant)
+    kept = ROOT / "tests" / "golden" / "trajectory" / f"{re.sub('[^a-z0-9]+', '-', variant.lower())}.json"
+    made = tmp_path / kept.name
+    made.write_text(json.dumps(figures(run), indent=1) + "\n")
+    expected = json.loads(kept.read_text()) if kept.exists() else {}
+    assert unlike(expected, figures(run)) == [], f"if the change is meant: cp {made} {kept}"
 
 
 FRESH = [

@@ -16,22 +16,42 @@ REWARD_NOISE = 1e-6
 TOLERANCE = 1e-5
 
 
+Figures = dict[str, list[float]]
+"""Series by name."""
+
+
 def differences(one: Finished, other: Finished) -> list[str]:
     """Sentences that say where two runs differ; none when they are one trajectory."""
-    found = [] if other.steps == one.steps else [f"the steps are {other.steps}, not {one.steps}"]
-    for key in (*SERIES, *REWARDS):
-        expected, got = np.array(one.series(key)), np.array(other.series(key))
-        if expected.shape != got.shape:
-            found.append(f"{key} has {len(got)} values, not {len(expected)}")
-            continue
-        noise = REWARD_NOISE if key in REWARDS else 0.0
-        bad = np.abs(got - expected) > TOLERANCE * np.abs(expected) + noise
-        found += [f"{key}[{i}] is {got[i]!r}, not {expected[i]!r}" for i in np.flatnonzero(bad)[:2]]
+    found = unlike(_series(one), _series(other))
     for name, tensor in one.weights.items():
         gap = (tensor - other.weights[name]).abs().max().item()
-        if gap > TOLERANCE:
+        if not gap <= TOLERANCE:
             found.append(f"{name} ends {gap:.1e} away")
     return found
+
+
+def figures(run: Finished) -> Figures:
+    """What a file can keep of a run: its series, and the Euclidean norm of each exported tensor."""
+    ends = {f"norm of {name}": [tensor.double().norm().item()] for name, tensor in run.weights.items()}
+    return _series(run) | ends
+
+
+def unlike(expected: Figures, got: Figures) -> list[str]:
+    """Sentences that say where figures differ by more than the tolerance; NaN is like NaN alone."""
+    found = [f"{key} is only in one of them" for key in sorted(expected.keys() ^ got.keys())]
+    for key in expected.keys() & got.keys():
+        one, other = np.array(expected[key]), np.array(got[key])
+        if one.shape != other.shape:
+            found.append(f"{key} has {len(other)} values, not {len(one)}")
+            continue
+        noise = REWARD_NOISE if key in REWARDS else 0.0
+        bad = ~np.isclose(other, one, rtol=TOLERANCE, atol=noise, equal_nan=True)
+        found += [f"{key}[{i}] is {other[i]!r}, not {one[i]!r}" for i in np.flatnonzero(bad)[:2]]
+    return found
+
+
+def _series(run: Finished) -> Figures:
+    return {"step": [float(step) for step in run.steps], **{key: run.series(key) for key in (*SERIES, *REWARDS)}}
 
 
 def checkpoints_in(folder: Path) -> list[int]:
