@@ -6,11 +6,13 @@ process that is killed between two actions only has to run the pass again.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from dpo_operator import size
@@ -67,13 +69,26 @@ class Performer:
     async def perform(self, key: Key, observed: Observed, actions: Iterable[Action]) -> Observed | None:
         """Perform actions in order. Return None when all are done, or what is observed now that one brought news.
 
+        The ConfigMap and the NetworkPolicy are created at the same time: the PyTorchJob needs both.
+
         Raises ApiError and Unreachable for what may pass (429, 5xx, no answer), and Outdated.
         """
-        for action in actions:
-            news = await self._one(key[0], observed, action)
-            if news is not None:
-                return news
+        for free, group in groupby(actions, lambda each: isinstance(each, CreateConfigMap | CreateNetworkPolicy)):
+            for together in [list(group)] if free else ([action] for action in group):
+                news = await self._at_once(key[0], observed, together)
+                if news is not None:
+                    return news
         return None
+
+    async def _at_once(self, namespace: str, observed: Observed, actions: Iterable[Action]) -> Observed | None:
+        """Perform actions that do not need each other at the same time; one with news is enough for the next round."""
+        answers = await asyncio.gather(
+            *(self._one(namespace, observed, action) for action in actions), return_exceptions=True
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return next((answer for answer in answers if isinstance(answer, Observed)), None)
 
     async def _one(self, namespace: str, observed: Observed, action: Action) -> Observed | None:  # noqa: C901, PLR0911 - one case for each action
         match action:
