@@ -39,6 +39,13 @@ def test_the_parts_are_all_rows_in_order() -> None:
     assert HeadChunks(0, 4).parts(0) == HeadChunks(0, 0).parts(0) == []
 
 
+def test_the_bytes_of_a_division() -> None:
+    assert head_bytes(HeadChunks(6, 4), 57, 2) == 10 * 64 * 2
+    assert head_chunks(24, 57, 4, 24 * 64 * 4, keep=True) == HeadChunks(24, 0)
+    # Of 23 rows, two are a chunk's.
+    assert head_chunks(24, 57, 4, 24 * 64 * 4 - 1, keep=True) == HeadChunks(21, 2)
+
+
 def test_the_budgets_hold_what_they_are_made_for() -> None:
     assert head_chunks(8192, 128_256, 2, GPU_BUDGET_BYTES, keep=True) == HeadChunks(8192, 0)
     assert head_chunks(2048, 128_256, 4, CPU_BUDGET_BYTES, keep=True) == HeadChunks(2048, 0)

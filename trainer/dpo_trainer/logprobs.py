@@ -146,12 +146,12 @@ class _ResponseLogProbs(torch.autograd.Function):
             figures = _softmax(matrix, labels[part], shard, keep=keep or product is not None)
             log_probs[part], peak[part], mass[part] = figures
             if keep or product is not None:
-                _subtract_label(matrix, labels[part], shard, log_probs[part], mass[part])
+                _subtract_mass(matrix, labels[part], shard, mass[part])
             if product is not None:
                 torch.mm(matrix, shard.of(weight), out=product[part])
             kept, spare = (matrix, None) if keep else (kept, matrix)
         if product is None:
-            ctx.save_for_backward(mass, product, rows, weight, labels, log_probs, peak, kept)
+            ctx.save_for_backward(mass, product, rows, weight, labels, peak, kept)
         else:
             ctx.save_for_backward(mass, product)
         ctx.chunks, ctx.shard = chunks, shard
@@ -180,7 +180,6 @@ def _products(
     rows: Tensor,
     weight: Tensor,
     labels: Tensor,
-    log_probs: Tensor,
     peak: Tensor,
     kept: Tensor | None,
     *,
@@ -200,7 +199,7 @@ def _products(
         else:
             matrix = spare = _logits(rows[part], weight, shard, spare)
             _exponentiate(matrix, peak[part], keep=True)
-            _subtract_label(matrix, labels[part], shard, log_probs[part], mass[part])
+            _subtract_mass(matrix, labels[part], shard, mass[part])
         if product is not None:
             torch.mm(matrix, shard.of(weight), out=product[part])
         _add_product(shard.of(total), matrix, (rows[part] * scale[part]).to(rows.dtype), first=start == 0)
@@ -231,7 +230,7 @@ def _softmax(logits: Tensor, labels: Tensor, shard: _Shard, *, keep: bool) -> tu
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     index, inside = shard.local(labels)
     target = logits.gather(1, index).squeeze(1).to(dtype)
-    peak = logits.amax(1).to(dtype).clamp_(min=torch.finfo(dtype).min)  # a part may be padding alone
+    peak = logits.amax(1).to(dtype)
     shard.reduce(peak, dist.ReduceOp.MAX)
     mass = _exponentiate(logits, peak, keep=keep)
     figures = torch.stack((torch.where(inside, target - peak, 0), inside.to(dtype), mass))
@@ -258,14 +257,10 @@ def _exponentiate(logits: Tensor, peak: Tensor, *, keep: bool) -> Tensor:
     return mass
 
 
-def _subtract_label(exps: Tensor, labels: Tensor, shard: _Shard, log_probs: Tensor, mass: Tensor) -> None:
-    """exp(logit − peak) -> −mass · ∂ log p / ∂ logit, in place: at the label, (p − 1) · mass.
-
-    p − 1 is expm1(log p), because in bf16 p itself would be 1 where it is above 0.998.
-    """
+def _subtract_mass(exps: Tensor, labels: Tensor, shard: _Shard, mass: Tensor) -> None:
+    """exp(logit − peak) -> −mass · ∂ log p / ∂ logit, in place: less the mass, in fp32, at the label."""
     index, inside = shard.local(labels)
-    changed = (torch.expm1(log_probs) * mass).to(exps.dtype).unsqueeze(1)
-    exps.scatter_(1, index, torch.where(inside.unsqueeze(1), changed, exps.gather(1, index)))
+    exps.scatter_(1, index, (exps.gather(1, index) - torch.where(inside, mass, 0).unsqueeze(1)).to(exps.dtype))
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from dpo_api.sizing.head import HeadChunks, head_bytes, head_chunks
 from dpo_testing import vocab_parallel
 from dpo_testing.gloo import run_ranks
-from dpo_trainer.logprobs import response_log_probs, sums_by_owner
+from dpo_trainer.logprobs import _Shard, _softmax, response_log_probs, sums_by_owner
 
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "logprob_memory.py"
 
@@ -90,12 +90,18 @@ def test_large_logits_do_not_overflow(chunks: HeadChunks) -> None:
 
 @pytest.mark.parametrize("chunks", [HeadChunks(1, 0), again(1)], ids=str)
 def test_a_label_that_is_nearly_certain_has_a_gradient_in_bf16(chunks: HeadChunks) -> None:
-    """p = 0.99909: it is 1 in bf16, and so 1 - p there is 0."""
+    """p = 0.99909: in bf16 it is 1, and so is the mass."""
     rows, weight = torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16)
     _, rows_grad, weight_grad = ours(rows, weight, torch.tensor([0]), torch.ones(1), chunks)
     other = 1 / (1 + math.exp(7))
     assert rows_grad.item() == pytest.approx(7 * other, rel=1e-2)
     assert weight_grad.flatten().tolist() == pytest.approx([other, -other], rel=1e-2)
+
+
+def test_a_label_that_no_rank_holds_gives_nan() -> None:
+    """On an accelerator, which does not look at the labels before."""
+    found, _, _ = _softmax(torch.randn(2, 8), torch.tensor([3, 4]), _Shard(first=0, columns=4, group=None), keep=False)
+    assert found.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("chunks", [HeadChunks(17, 0), HeadChunks(6, 4), again(5)], ids=str)
@@ -266,17 +272,21 @@ def saving() -> Iterator[list[Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fitting", [1, 7, 8, 23, 24, 100])
 def test_what_is_saved_for_backward_keeps_the_budget(fitting: int, dtype: torch.dtype) -> None:
-    """Saved of 24 rows, of which 1 to 100 fit: one matrix of whole rows, the inputs, and three numbers for each row."""
-    rows, weight = torch.randn(24, 4).to(dtype).requires_grad_(), torch.randn(56, 4).to(dtype).requires_grad_()
+    """Saved of 24 rows, of which 1 to 100 fit: one matrix of whole rows, the inputs, and two numbers for each row.
+
+    Each row of the matrix begins at a multiple of 8 values.
+    """
+    rows, weight = torch.randn(24, 4).to(dtype).requires_grad_(), torch.randn(53, 4).to(dtype).requires_grad_()
     budget = fitting * 56 * rows.element_size()
-    chunks = head_chunks(24, 56, rows.element_size(), budget, keep=True)
-    assert head_bytes(chunks, 56, rows.element_size()) <= budget
+    chunks = head_chunks(24, 53, rows.element_size(), budget, keep=True)
+    assert head_bytes(chunks, 53, rows.element_size()) <= budget
     with saving() as saved:
-        response_log_probs(rows, weight, torch.randint(0, 56, (24,)), chunks=chunks).sum().backward()
-    matrices = [x for x in saved if x.dim() == 2 and x.shape[1] == 56]
+        response_log_probs(rows, weight, torch.randint(0, 53, (24,)), chunks=chunks).sum().backward()
+    matrices = [x for x in saved if x.dim() == 2 and x.shape[1] == 53]
+    assert {x.stride() for x in matrices} <= {(56, 1)}
     assert sum(x.untyped_storage().nbytes() for x in matrices) == chunks.kept * 56 * rows.element_size() <= budget
     others = [x for x in saved if x.dim() == 1 and x.dtype.is_floating_point]
-    assert [tuple(x.shape) for x in others] == [(24,)] * 3
+    assert [tuple(x.shape) for x in others] == [(24,)] * 2
     assert len(saved) == len(matrices) + len(others) + 3
 
 
