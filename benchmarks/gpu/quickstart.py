@@ -28,6 +28,7 @@ def run(report: Report, small: bool) -> None:
         spec["data"] |= {"train": [{"uri": str(preferences / "train.jsonl")}]}
         spec["data"]["validation"] = [{"name": "heldout", "uri": str(preferences / "valid.jsonl")}]
         spec["training"] |= {"learningRate": 1e-3, "epochs": 1, "precision": "fp32" if bridge.needed() else "bf16"}
+        spec["dpo"]["sftWeight"] = 0.0  # which alone would make the model prefer what was chosen
         if small:
             spec["resources"] = {"processesPerNode": 1}
             spec["training"] |= {"maxSteps": 4, "globalBatchSize": 8}
