@@ -30,12 +30,16 @@ from dpo_trainer.masters import Masters
 from dpo_trainer.metrics.sums import empty_sums, loss_at_start, means, metric_sums
 from dpo_trainer.model.forward import head_weight, hidden_rows, unwrap
 from dpo_trainer.model.pack import Pack
+from dpo_trainer.model.transfer import loaded
 from dpo_trainer.pace import OwnTime, slowest, work_of
 from dpo_trainer.reference import Pairs
 from dpo_trainer.waiting import Place
 
-Consume = Callable[[Pack, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(pack, sums [P, 2] with gradient, counts [P, 2]) -> (numerator of the loss, its denominator), both scalars."""
+Consume = Callable[..., tuple[Tensor, Tensor]]
+"""(pack, sums [P, 2] with gradient, counts [P, 2], constants …) -> (the loss's numerator, its denominator), scalars."""
+
+Constants = Callable[[Pack], Sequence[Tensor]]
+"""What ``consume`` needs of a pack beside the pass: tensors on the CPU, which are sent to the GPU with the pack."""
 
 PairValues = Callable[[Tensor], Tensor]
 """Dataset indices [P] (-1: filler) -> [P, 2] float64, one column per response."""
@@ -211,17 +215,21 @@ class Engine:
         gets NaN.
         """
         place = {int(pair): row for row, pair in enumerate(pairs)}
-        table = torch.zeros(len(pairs), 3, dtype=torch.float64)  # the two sums, and how often the pair was counted
+        found: list[Tensor] = []  # a pack each; the host waits for them once, at the end
 
-        def consume(pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-            for pair, value in zip(pack.pairs.tolist(), sums.detach().cpu(), strict=True):
-                if pair >= 0:
-                    table[place[pair], :2] = value
-                    table[place[pair], 2] += 1
+        def consume(_pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+            found.append(sums.detach())
             return sums.sum(), counts.sum().int()
 
         with self._without_training():
             self._run(self.model, packs, consume, forward_only=True)
+        table = torch.zeros(len(pairs), 3, dtype=torch.float64)  # the two sums, and how often the pair was counted
+        if found:  # a pipeline stage that is not the last has none
+            order = torch.cat([pack.pairs for pack in packs])
+            real = order >= 0
+            rows = torch.tensor([place[pair] for pair in order[real].tolist()], dtype=torch.int64)
+            values = torch.cat(found).cpu()[real]
+            table.index_add_(0, rows, torch.cat((values, values.new_ones(len(rows), 1)), 1))
         total = self.world.sum_of_owners(table)
         return torch.where(total[:, 2:] == 1, total[:, :2], torch.nan)
 
@@ -252,16 +260,19 @@ class Engine:
         table = empty_sums(self.world.device)
         counted = torch.zeros(2, dtype=torch.float64, device=self.world.device)
 
-        def consume(pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-            of_reference = reference(pack.pairs).to(sums.device) if reference is not None else None
-            losses = pair_losses(
-                sums, counts, of_reference, rewards(pack.pairs).to(sums.device), self.spec.dpo, pack.pairs >= 0
-            )
+        def constants(pack: Pack) -> list[Tensor]:
+            known = [] if reference is None else [reference(pack.pairs)]
+            return [_count(pack.pairs), rewards(pack.pairs), *known]
+
+        def consume(
+            pack: Pack, sums: Tensor, counts: Tensor, count: Tensor, of_data: Tensor, of_reference: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
+            losses = pair_losses(sums, counts, of_reference, of_data, self.spec.dpo, pack.pairs >= 0)
             table.add_(metric_sums(losses))
-            counted.add_(_count(pack.pairs))
+            counted.add_(count)
             return losses.total.sum(), losses.denominator.sum().int()
 
-        self._run(model, packs, consume, forward_only=not of_rank)
+        self._run(model, packs, consume, forward_only=not of_rank, constants=constants)
         sums = torch.cat((table, counted[None]))
         ranks = torch.zeros(self.world.size, len(of_rank), dtype=torch.float64, device=self.world.device)
         if of_rank:
@@ -280,10 +291,18 @@ class Engine:
             if bucket is not None:
                 bucket.finish_param_sync()
 
-    def _run(self, model: Any, packs: Sequence[Pack], consume: Consume, *, forward_only: bool) -> None:
+    def _run(
+        self,
+        model: Any,
+        packs: Sequence[Pack],
+        consume: Consume,
+        *,
+        forward_only: bool,
+        constants: Constants = lambda _pack: (),
+    ) -> None:
         """Run Megatron-Core's schedule over the packs: forward, loss, backward, then the reduction of gradients."""
 
-        def loss_of(pack: Pack, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def loss_of(pack: Pack, others: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             self._wait_for_head()
             log_probs = response_log_probs(
                 rows,
@@ -294,15 +313,16 @@ class Engine:
             )
             group = parallel_state.get_context_parallel_group()
             sums, counts = sums_by_owner(log_probs, pack.owners, 2 * len(pack.pairs), group=group)
-            numerator, denominator = consume(pack, sums.view(-1, 2), counts.view(-1, 2))
+            numerator, denominator = consume(pack, sums.view(-1, 2), counts.view(-1, 2), *others)
             if self.world.context_rank > 0:  # Megatron-Core adds all ranks' denominators, and the first has this one
                 denominator = torch.zeros_like(denominator)
             return numerator, denominator, {}
 
         def forward_step(iterator: Iterator[Pack], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             self.world.place.touch()
-            pack = next(iterator).to(self.world.device)
-            return hidden_rows(chunk, pack, self._dropout_seed), partial(loss_of, pack)
+            here = next(iterator)
+            pack, others = loaded(here, constants(here), self.world.device)
+            return hidden_rows(chunk, pack, self._dropout_seed), partial(loss_of, pack, others)
 
         self.world.place.part("forward pass" if forward_only else "forward and backward passes")
         self._forward_backward(
@@ -343,5 +363,5 @@ def bucket_elements(model: Any) -> int:
 
 def _count(pairs: Tensor) -> Tensor:
     """Return [2] float64: how many pairs there are, fillers (-1) left out, and the sum of their indices."""
-    real = pairs[pairs >= 0].double()
-    return torch.stack((real.new_tensor(float(real.numel())), real.sum()))
+    real = pairs >= 0
+    return torch.stack((real.sum(), (pairs * real).sum())).double()

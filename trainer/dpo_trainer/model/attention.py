@@ -32,6 +32,8 @@ class PackContext(PackedSeqParams):
     @cached_property
     def plan(self) -> VarlenPlan:
         """The pack's sequences; with context parallelism, this rank's, over the keys of all ranks."""
+        if self.pack.plan is not None:
+            return self.pack.plan
         plan = plan_of(sequences_of(self.pack), self.pack.context_size * self.pack.length)
         return plan.to(self.pack.tokens.device)
 

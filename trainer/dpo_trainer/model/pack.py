@@ -5,11 +5,14 @@ segments, and rotary embedding and sliding windows read the position ids. Packin
 and running an unpacked batch are the same code with other segments.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dpo_trainer.model.varlen import VarlenPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Pack:
     pairs: Tensor  #: [P] int64, dataset index of each pair; -1 marks a filler pair of zero weight
     context_rank: int = 0  #: of the ranks that share the pack
     context_size: int = 1  #: how many share it
+    plan: "VarlenPlan | None" = None  #: of its attention, on the tensors' device, once ``transfer.loaded`` has made it
 
     @property
     def length(self) -> int:
@@ -60,19 +64,6 @@ class Pack:
     def used(self) -> int:
         """Tokens that belong to a segment, of the whole pack."""
         return sum(segment.length for segment in self.segments)
-
-    def to(self, device: torch.device | str) -> "Pack":
-        """The same pack with its tensors on ``device``."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device),
-            position_ids=self.position_ids.to(device),
-            origins=self.origins.to(device),
-            rows=self.rows.to(device),
-            labels=self.labels.to(device),
-            owners=self.owners.to(device),
-            pairs=self.pairs.to(device),
-        )
 
     def validate(self) -> None:
         """Raise ValueError when a whole pack breaks its own rules (a bug in this software, not a user's mistake)."""
