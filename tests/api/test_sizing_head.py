@@ -48,4 +48,4 @@ def test_the_bytes_of_a_division() -> None:
 
 def test_the_budgets_hold_what_they_are_made_for() -> None:
     assert head_chunks(8192, 128_256, 2, GPU_BUDGET_BYTES, keep=True) == HeadChunks(8192, 0)
-    assert head_chunks(2048, 128_256, 4, CPU_BUDGET_BYTES, keep=True) == HeadChunks(2048, 0)
+    assert head_chunks(4096, 128_256, 4, CPU_BUDGET_BYTES, keep=True) == HeadChunks(4096, 0)
