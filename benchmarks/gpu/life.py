@@ -70,7 +70,7 @@ def job_of(folder: Path, small: bool) -> DPOJob:
         "data": {"train": [{"uri": str(folder / "world" / "preferences" / "train.jsonl")}], "maxLength": 96},
         "training": {
             "globalBatchSize": 4 if small else 16,
-            "maxSteps": 12 if small else 300,
+            "maxSteps": 12 if small else 120,
             "learningRate": 1e-4,
             "precision": "fp32" if bridge.needed() else "bf16",
             "deterministic": True,

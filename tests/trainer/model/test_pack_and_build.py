@@ -20,8 +20,9 @@ from dpo_testing.models import (
     single_process,
     token_stream,
 )
-from dpo_trainer.model.build import build_model
+from dpo_trainer.model.build import block_spec, build_model, transformer_config
 from dpo_trainer.model.forward import hidden_rows
+from dpo_trainer.model.norm import RMSNorm
 from dpo_trainer.model.pack import Pack, Segment
 
 SHARED = shared_pack([tuple(token_stream(n) for n in (4, 3, 2)), tuple(token_stream(n) for n in (2, 1, 5))], padding=2)  # type: ignore[arg-type]
@@ -84,6 +85,19 @@ def test_sizes_that_do_not_divide_the_model(
 def test_transformer_engine_asked_for_where_it_cannot_be() -> None:
     with pytest.raises(InvalidSpecError, match=r"spec\.transformerEngine\.enabled is true, but"):
         build_model(CONFIG, backend="transformer_engine")
+
+
+@pytest.mark.usefixtures("_world")
+def test_transformer_engine_has_the_linear_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are the same modules with it and without it."""
+    column, row = type("Column", (), {}), type("Row", (), {})
+    monkeypatch.setattr("dpo_trainer.model.build.transformer_engine_linears", lambda: (column, row))
+    spec = block_spec(replace(CONFIG, qk_norm=True), transformer_config(CONFIG, precision="bf16"), True)
+    layer = spec.layer_specs[0].submodules
+    attention = layer.self_attention.submodules
+    norms = (layer.input_layernorm, layer.pre_mlp_layernorm, attention.q_layernorm, attention.k_layernorm)
+    assert {*norms, spec.layer_norm} == {RMSNorm}
+    assert (attention.linear_qkv, attention.linear_proj) == (column, row)
 
 
 @pytest.mark.usefixtures("_world")

@@ -36,7 +36,7 @@ Backend = Literal["auto", "local", "transformer_engine"]
 Recomputation = Literal["none", "selective", "full"]
 
 NORMS: dict[Norm, tuple[str, Any]] = {"rms": ("RMSNorm", RMSNorm)}
-"""A family's norm → (Megatron-Core's name of it, our module without Transformer Engine)."""
+"""A family's norm → (Megatron-Core's name of it, our module)."""
 
 ACTIVATIONS: dict[Activation, dict[str, Any]] = {"swiglu": {"gated_linear_unit": True, "activation_func": F.silu}}
 """A family's activation → Megatron-Core's settings of it."""
@@ -54,7 +54,7 @@ def build_model(
     """Build this rank's part of the model, with uninitialised weights, on this process's device.
 
     Needs ``parallel_state`` to be initialised: the tensor and pipeline sizes and this rank's place are read from it.
-    backend: whose linear layers and norms; "auto" takes Transformer Engine where a GPU and the library are present.
+    backend: whose linear layers; "auto" takes Transformer Engine where a GPU and the library are present.
     recomputation: "selective" recomputes the MLP in the backward pass, "full" every layer.
     Returns a GPTModel whose attention reads a Pack; call it through dpo_trainer.model.forward. Raises InvalidSpecError
     when the parallel sizes do not divide the model.
@@ -184,16 +184,14 @@ def block_spec(config: ModelConfig, transformer: Any, transformer_engine: bool) 
     """The transformer block: Megatron-Core's layer around our attention and norms.
 
     Norms stay separate from the linear layers with Transformer Engine too: an adapter needs the norm's output, and
-    state dicts keep the same names on both backends.
+    state dicts keep the same names on both backends. They are ours on both: torch's kernel is fused, and Transformer
+    Engine prepares its norm, an operation that could be fused with others, again at every call.
     """
     column: Any = AdaptableColumnParallelLinear
     row: Any = AdaptableRowParallelLinear
     norm: Any = NORMS[config.row.norm][1]
     if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
-
         column, row = transformer_engine_linears()
-        norm = TENorm
     windows = tuple(config.window_of(layer) for layer in range(config.num_layers))
     attention = SelfAttentionSubmodules(
         linear_qkv=column,
