@@ -20,7 +20,8 @@ from dpo_trainer.formats.huggingface import load_weights
 from dpo_trainer.model.build import build_model
 from gpu.report import Report
 from gpu.speed import ONE_BILLION
-from gpu.world import Pairs, Trained, alone, conversation_lengths, llama, seconds, spec_of
+from gpu.timing import seconds
+from gpu.world import Pairs, Trained, alone, conversation_lengths, llama, spec_of
 
 BETA = 0.1
 PARITY = 5e-3

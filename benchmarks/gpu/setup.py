@@ -11,7 +11,7 @@ from dpo_api.sizing import product_named
 from dpo_trainer import bridge
 from dpo_trainer.launch import allocator
 from gpu.report import Report
-from gpu.world import seconds
+from gpu.timing import seconds
 
 
 def run(report: Report, small: bool) -> None:

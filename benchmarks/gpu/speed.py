@@ -18,7 +18,8 @@ from dpo_trainer.distributed import World
 from dpo_trainer.model.build import use_transformer_engine
 from dpo_trainer.reference import ReferenceTable
 from gpu.report import Report
-from gpu.world import Trained, alone, conversation_lengths, llama, seconds, spec_of, synchronize
+from gpu.timing import seconds, synchronize
+from gpu.world import Trained, alone, conversation_lengths, llama, spec_of
 
 LORA = {"lora": {"rank": 16, "alpha": 32, "targetModules": ["all"]}}
 

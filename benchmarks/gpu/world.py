@@ -4,8 +4,7 @@ Numbers that a golden result depends on come from the bits of PCG64, which are t
 every machine. torch.randn on another processor differs in the last bits.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ from dpo_api.manifest import parse_job
 from dpo_api.models import ModelConfig, parse_config
 from dpo_api.sizing import layout_of, memory_of
 from dpo_api.spec import DPOJobSpec
-from dpo_trainer import bridge
 from dpo_trainer.data.collate import TokenIds, make_pack
 from dpo_trainer.data.packing import pack_batch, pair_cost
 from dpo_trainer.distributed import World
@@ -174,21 +172,3 @@ class Trained:
         """What dpo_api.sizing says that a GPU needs for a step."""
         spec = self.engine.spec
         return memory_of(self.engine._config.facts, spec, layout_of(spec, 1)).total
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if not bridge.needed():
-        torch.cuda.synchronize()
-
-
-def seconds(work: Callable[[], Any], times: int = 1) -> float:
-    """The shortest of several runs, the GPU's work included."""
-    found: list[float] = []
-    for _ in range(times):
-        synchronize()
-        began = time.perf_counter()
-        work()
-        synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
