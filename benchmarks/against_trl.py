@@ -203,13 +203,13 @@ class Bench:
         def began(phase: str) -> float | None:
             return next((float(event["observedAt"]) for event in seen if event["phase"] == phase), None)
 
-        steps, training, measuring = run.series("train/step_time"), began("train"), began("reference")
-        assert training is not None
-        reference = training - measuring if measuring is not None else 0.0
+        steps, first, before = run.series("train/step_time"), began("train"), began("reference")
+        assert first is not None
+        reference = first - before if before is not None else 0.0
         return {
             "losses": run.series("train/loss"), "grad_norms": run.series("train/grad_norm"),
             "seconds": sum(steps) + reference, "reference_s": reference,
-            "first_step_after_s": training + steps[0] - begin, "peak_mib": peak, "folder": str(out / "run"),
+            "first_step_after_s": first + steps[0] - begin, "peak_mib": peak, "folder": str(out / "run"),
         }  # fmt: skip
 
     def trl(self, name: str, *, lora: bool, precomputed: bool, micro: int, adapter: str | None) -> dict[str, Any]:
