@@ -65,27 +65,27 @@ def test_a_whole_8b_on_eight_gpus() -> None:
         "weights": 2 * 8_030_261_248,
         "gradients": 4 * 8_030_261_248,
         "optimizer": 12 * 1_003_782_656,  # an eighth of them
-        "activations": 32 * (16 * 4096 + 6 * 1024 + 10 * 14336) * 8192,
+        "activations": 32 * (16 * 4096 + 6 * 1024 + 6 * 14336) * 8192,
         "adapter_activations": 0,
         "logits": 2 * 8192 * 128_256 + 33_554_432,  # all rows are kept, and 32 MiB of fp32
         "head_gradient": 2 * 128_256 * 4096,
     }
-    assert found.total == 119783979008
+    assert found.total == 104751593472
 
 
 def test_recomputation_of_an_8b() -> None:
     selective = memory_of(LLAMA_8B, sized(), layout(1, 8, recomputation="selective"))
-    assert selective.activations == (32 * (16 * 4096 + 6 * 1024) + 10 * 14336) * 8192 == 19964887040
+    assert selective.activations == (32 * (16 * 4096 + 6 * 1024) + 6 * 14336) * 8192 == 19495124992
     full = memory_of(LLAMA_8B, sized(), layout(1, 8, recomputation="full"))
-    assert full.activations == (32 * 2 * 4096 + 16 * 4096 + 6 * 1024 + 10 * 14336) * 8192 == 3909091328
+    assert full.activations == (32 * 2 * 4096 + 16 * 4096 + 6 * 1024 + 6 * 14336) * 8192 == 3439329280
 
 
 def test_tensor_parallelism_divides_by_tokens_only_with_sequence() -> None:
     with_sequence = memory_of(LLAMA_8B, sized(), layout(2, 4))
-    assert with_sequence.activations == 32 * (16 * 4096 + 6 * 1024 + 10 * 14336) // 2 * 8192
+    assert with_sequence.activations == 32 * (16 * 4096 + 6 * 1024 + 6 * 14336) // 2 * 8192
     # 10h of the 16h are norms, residuals and a temporary, which every rank then holds as a whole.
     without = memory_of(LLAMA_8B, sized(), layout(2, 4, sequence=False))
-    assert without.activations == 32 * (10 * 4096 + (6 * 4096 + 6 * 1024 + 10 * 14336) // 2) * 8192
+    assert without.activations == 32 * (10 * 4096 + (6 * 4096 + 6 * 1024 + 6 * 14336) // 2) * 8192
     # Matrices are halved, the 65 norms are not.
     halves = (8_030_261_248 - 65 * 4096) // 2 + 65 * 4096
     assert with_sequence.weights == 2 * halves
@@ -95,7 +95,7 @@ def test_tensor_parallelism_divides_by_tokens_only_with_sequence() -> None:
 def test_context_parallelism_divides_tokens_and_optimizer_but_not_keys() -> None:
     """Two ranks with 4,096 of a pack's 8,192 tokens each, and 2 x 4.5 rows of keys and values, 1024 wide, for each."""
     found = memory_of(LLAMA_8B, sized(), layout(1, 4, context=2))
-    assert found.activations == 32 * (16 * 4096 + 18 * 1024 + 10 * 14336) * 4096
+    assert found.activations == 32 * (16 * 4096 + 18 * 1024 + 6 * 14336) * 4096
     assert found.optimizer == 12 * 1_003_782_656  # an eighth: 4 x 2 ranks
     assert found.weights == 2 * 8_030_261_248
     assert checkpoint_bytes(LLAMA_8B, sized(), layout(1, 4, context=2)) == 12 * 1_003_782_656
@@ -113,7 +113,7 @@ def test_a_whole_70b_in_four_stages() -> None:
     assert first.optimizer == 12 * (layers + table)
     # The first stage keeps four packs of 20 layers, the second three, the last one.
     token = (16 * 8192 + 6 * 1024) // 8
-    mlp = 10 * 28672 // 8
+    mlp = 6 * 28672 // 8
     assert first.activations == (80 * token + mlp) * 4096
     assert middle.activations == (60 * token + mlp) * 4096
     assert last.activations == (20 * token + mlp) * 4096
@@ -132,7 +132,7 @@ def test_an_adapter_on_a_70b() -> None:
     assert found.optimizer == 12 * adapter
     assert found.head_gradient == 0
     assert found.logits == 2 * 8192 * 16_032 + 33_554_432  # one chunk of 256 MiB or less
-    assert found.activations == (80 * 2 * 8192 + 16 * 8192 + 6 * 1024 + 10 * 28672) // 8 * 8192
+    assert found.activations == (80 * 2 * 8192 + 16 * 8192 + 6 * 1024 + 6 * 28672) // 8 * 8192
     # One layer's, because the layer is recomputed: the inner vector and the gathered input, in bf16.
     assert found.adapter_activations == 2 * (32 + 8192) * 8192
     assert checkpoint_bytes(LLAMA_70B, spec, layout(8, 1)) == 12 * adapter
@@ -158,7 +158,7 @@ def test_fp32_has_no_second_masters() -> None:
         4 * 8_030_261_248,
         8 * 1_003_782_656,
     )
-    assert found.activations == 2 * 32 * (16 * 4096 + 6 * 1024 + 10 * 14336) * 8192
+    assert found.activations == 2 * 32 * (16 * 4096 + 6 * 1024 + 6 * 14336) * 8192
 
 
 def test_without_the_distributed_optimizer_each_rank_holds_all_of_its_state() -> None:

@@ -100,11 +100,8 @@ def key_rows(layout: Layout) -> float:
 
 
 def mlp_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:
-    """What one layer's MLP keeps of a token: 5F values, 10F bytes in bf16.
-
-    Gate and up, the activation of gate, a copy of up (Megatron-Core adds an offset, 0, to it) and their product.
-    """
-    return value * 5 * model.ffn / layout.tensor
+    """What one layer's MLP keeps of a token: 3F values, 6F bytes in bf16: gate, up, and silu(gate) · up."""
+    return value * 3 * model.ffn / layout.tensor
 
 
 def input_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:
@@ -116,8 +113,8 @@ def activation_bytes_per_token(model: ModelFacts, layout: Layout, stage: Stage, 
     """What a stage keeps of a token, in bytes.
 
     Stage i of P computes up to P - i packs forward before the first of them comes back, and keeps all of them. What
-    recomputation makes again exists once. none: (P - i) L/P (16h + 6kv + 10F); selective: (P - i) L/P (16h + 6kv) +
-    10F; full: (P - i) L/P 2h + 16h + 6kv + 10F, all divided by T.
+    recomputation makes again exists once. none: (P - i) L/P (16h + 6kv + 6F); selective: (P - i) L/P (16h + 6kv) +
+    6F; full: (P - i) L/P 2h + 16h + 6kv + 6F, all divided by T.
     """
     kept = len(stage.layers) * (layout.pipeline - stage.index)
     attention, mlp = (part(model, layout, value) for part in (attention_bytes_per_token, mlp_bytes_per_token))

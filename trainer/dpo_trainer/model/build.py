@@ -22,6 +22,7 @@ from dpo_api.errors import InvalidSpecError
 from dpo_api.models import Activation, ModelConfig, Norm
 from dpo_api.models.stages import layers_of_stages
 from dpo_trainer import bridge
+from dpo_trainer.model.activation import SwiGLU
 from dpo_trainer.model.attention import PackAttention
 from dpo_trainer.model.linear import (
     AdaptableColumnParallelLinear,
@@ -38,8 +39,10 @@ Recomputation = Literal["none", "selective", "full"]
 NORMS: dict[Norm, tuple[str, Any]] = {"rms": ("RMSNorm", RMSNorm)}
 """A family's norm → (Megatron-Core's name of it, our module)."""
 
-ACTIVATIONS: dict[Activation, dict[str, Any]] = {"swiglu": {"gated_linear_unit": True, "activation_func": F.silu}}
-"""A family's activation → Megatron-Core's settings of it."""
+ACTIVATIONS: dict[Activation, tuple[dict[str, Any], type[torch.nn.Module]]] = {
+    "swiglu": ({"gated_linear_unit": True, "activation_func": F.silu}, SwiGLU)
+}
+"""A family's activation → Megatron-Core's settings of it, and the module that computes it."""
 
 
 def build_model(
@@ -154,7 +157,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - not a password; variable_seq_lengths wants it, experts or not
         calculate_per_token_loss=True,  # our loss function returns (sum, number of pairs): divided once, globally
         deterministic_mode=deterministic,
-        **ACTIVATIONS[config.row.activation],
+        **ACTIVATIONS[config.row.activation][0],
+        use_te_activation_func=True,  # Megatron-Core's name for an activation that is a module of the layer spec
         **choices[recomputation],
     )
 
@@ -192,6 +196,7 @@ def block_spec(config: ModelConfig, transformer: Any, transformer_engine: bool) 
     norm: Any = NORMS[config.row.norm][1]
     if transformer_engine:
         column, row = transformer_engine_linears()
+    activation: Any = ACTIVATIONS[config.row.activation][1]
     windows = tuple(config.window_of(layer) for layer in range(config.num_layers))
     attention = SelfAttentionSubmodules(
         linear_qkv=column,
@@ -209,7 +214,9 @@ def block_spec(config: ModelConfig, transformer: Any, transformer_engine: bool) 
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=partial(MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=partial(
+                MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation)
+            ),
             mlp_bda=get_bias_dropout_add,
             # Checkpoints carry the names of fused norms on every backend, as Megatron-Core's own do.
             sharded_state_dict_keys_map={

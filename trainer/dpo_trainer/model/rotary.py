@@ -4,9 +4,11 @@ GPTModel's own rotary takes the stream's order and ignores position ids, so it i
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dpo_api.models import ModelConfig
 
@@ -43,6 +45,29 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
     x: [S, heads, head_dim]; cosines, sines: fp32 [S, 1, head_dim / 2]. Returns x's shape and dtype.
     """
+    turned: Tensor = _Rotate.apply(x, cosines, sines)
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is turned back by the same angle: nothing of x is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _turned(x, cosines, sines, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cosines, sines = ctx.saved_tensors
+        return _turned(grad, cosines, sines, -1), None, None
+
+
+def _turned(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+    turned = torch.empty_like(x, dtype=torch.float32)
+    to_first, to_second = turned.chunk(2, dim=-1)
+    torch.mul(first, cosines, out=to_first).addcmul_(second, sines, value=-direction)
+    torch.mul(second, cosines, out=to_second).addcmul_(first, sines, value=direction)
     return turned.to(x.dtype)

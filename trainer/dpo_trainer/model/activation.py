@@ -1,0 +1,44 @@
+"""The MLP's activation in few passes over memory, and without what autograd would keep of it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class SwiGLU(torch.nn.Module):
+    """silu(gate) · up (Shazeer, GLU Variants Improve Transformer, 2020). Built by the layer spec.
+
+    Megatron-Core's own form keeps silu(gate) and a copy of up for the backward pass, and adds an offset of 0.
+    """
+
+    def __init__(self, config: Any) -> None:  # noqa: ARG002 - Megatron-Core's signature
+        super().__init__()
+
+    def forward(self, x: Tensor, /) -> Tensor:
+        """x: [..., 2F], gate and up side by side. Returns [..., F]."""
+        out: Tensor = _SwiGLU.apply(x)
+        return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Saves its input alone; silu(gate) is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        total = torch.empty_like(x)
+        to_gate, to_up = total.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=to_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+        return total
