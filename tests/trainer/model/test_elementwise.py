@@ -1,4 +1,4 @@
-"""The rotation and the activation, with backward passes of their own, against autograd over their formulas."""
+"""The norm, the rotation and the activation, which have backward passes of their own, against autograd."""
 
 import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor
 
 from dpo_trainer.model.activation import SwiGLU
+from dpo_trainer.model.norm import _OnCPU
 from dpo_trainer.model.rotary import rotate, rotation
 
 
@@ -62,3 +63,22 @@ def test_swiglu_and_its_gradient(dtype: torch.dtype) -> None:
     found, expected = (torch.autograd.grad(out, x, slope, retain_graph=True)[0] for out in (ours, theirs))
     assert torch.equal(found, expected)
     assert saved(ours) == x.nbytes
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "rows apart"])
+def test_a_norm_and_its_gradients(dtype: torch.dtype, apart: float, strided: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, 2, 24, dtype=dtype)
+    x = (x.transpose(0, 1) if strided else x).detach().requires_grad_()
+    weight = torch.randn(24, dtype=dtype, requires_grad=True)
+    ours, theirs = _OnCPU.apply(x, weight, 1e-5), F.rms_norm(x, weight.shape, weight, 1e-5)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=apart)
+    slope = torch.randn_like(ours)
+    found, expected = (torch.autograd.grad(out, (x, weight), slope, retain_graph=True) for out in (ours, theirs))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=apart, atol=apart)
+    assert saved(ours) == x.nbytes + weight.nbytes + 18 * max(4, dtype.itemsize)
+    (alone,) = torch.autograd.grad(_OnCPU.apply(x, weight.detach(), 1e-5), x, slope)
+    assert torch.equal(alone, found[0])
