@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         figures = {
-            "mean": float(result.mean()),
+            "mean": float(result.detach().mean()),
             "rows_grad_norm": float(torch.linalg.vector_norm(rows_grad, dtype=torch.float64)),
             "weight_grad_norm": float(torch.linalg.vector_norm(weight_grad, dtype=torch.float64)),
         }
