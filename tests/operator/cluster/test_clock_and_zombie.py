@@ -166,10 +166,10 @@ def test_a_zombie_of_attempt_1_changes_nothing_of_attempt_2(
         node = old["spec"]["nodeName"]
         kubelet.lose_node(node)
         status = eventually(
-            lambda: jobs.status("undead"),
+            lambda: {**jobs.status("undead"), "nodes": kubelet.readiness()},
             until=lambda status: status["attempts"][0].get("result") == "Failed",
             seconds=60,
-            what="attempt 1 has lost its node",
+            what=f"attempt 1 has lost its node, {node}",
         )
         assert status["attempts"][0]["reason"] == "NodeLost"
         # As long as the pod may live its successor waits; it is given up after its grace period and half a minute.

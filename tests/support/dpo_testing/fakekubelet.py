@@ -106,6 +106,15 @@ class FakeKubelet:
         """Stop a node: its lease is renewed no more and its pods are out of reach."""
         self._live.remove(name)
 
+    def readiness(self) -> dict[str, list[str]]:
+        """What the node controller makes of each node: the status of its condition Ready, and its taints."""
+        found: dict[str, list[str]] = {}
+        for node in self._api.list(NODES):
+            ready = [c["status"] for c in node.get("status", {}).get("conditions", ()) if c["type"] == "Ready"]
+            taints = [f"{taint['key']}:{taint['effect']}" for taint in node["spec"].get("taints", ())]
+            found[node["metadata"]["name"]] = ready + taints
+        return found
+
     def _register(self, name: str) -> None:
         capacity = {"cpu": "64", "memory": "256Gi", "pods": "1000", "nvidia.com/gpu": "64"}
         status = {
