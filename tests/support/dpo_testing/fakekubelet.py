@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import urllib3.exceptions
@@ -135,7 +136,7 @@ class FakeKubelet:
     def _renew(self, name: str) -> None:
         # Microseconds are part of a lease's form.
         renewed = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        spec = {"holderIdentity": name, "leaseDurationSeconds": 8, "renewTime": renewed}
+        spec = {"holderIdentity": name, "leaseDurationSeconds": 20, "renewTime": renewed}
         try:
             self._api.patch(LEASES, LEASE_NAMESPACE, name, {"spec": spec})
         except ApiError as error:
@@ -144,10 +145,13 @@ class FakeKubelet:
             self._api.create(LEASES, LEASE_NAMESPACE, {"metadata": {"name": name}, "spec": spec})
 
     def _renew_leases(self) -> None:
-        while not self._stop.wait(3.0):
-            for name in tuple(self._live):
-                with contextlib.suppress(ApiError, OSError, urllib3.exceptions.HTTPError):
-                    self._renew(name)
+        def renew(name: str) -> None:
+            with contextlib.suppress(ApiError, OSError, urllib3.exceptions.HTTPError):
+                self._renew(name)
+
+        with ThreadPoolExecutor(4) as pool:  # each node has a kubelet of its own: one must not wait for another
+            while not self._stop.wait(3.0):
+                list(pool.map(renew, tuple(self._live)))
 
     # -- pods ---------------------------------------------------------------------------------------------------------
 
