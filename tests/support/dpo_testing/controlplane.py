@@ -182,8 +182,8 @@ class ControlPlane:
             f"--kubeconfig={kubeconfig}", "--bind-address=127.0.0.1", f"--secure-port={stable_port()}",
             f"--service-account-private-key-file={self._sa_key}", f"--root-ca-file={self._pki}/ca.crt",
             "--leader-elect=false", "--authentication-skip-lookup", "--controllers=" + ",".join(self._controllers),
-            # A node is lost some seconds after its lease stops; pods leave it as soon as their toleration ends. With fewer
-            # seconds a busy machine makes all leases late, and then the controller evicts nothing.
+            # A node is lost some seconds after its lease stops; pods leave it as soon as their toleration ends. With
+            # fewer seconds a busy machine makes all leases late, and then the controller evicts nothing.
             "--node-monitor-period=1s", "--node-monitor-grace-period=20s", "--node-startup-grace-period=30s",
             "--node-eviction-rate=100", "--secondary-node-eviction-rate=100",
             "--kube-api-qps=200", "--kube-api-burst=400",
