@@ -4,7 +4,7 @@
 
 A random Llama (8 layers × 512, vocabulary 8,192; 32 million parameters) learns from pairs of made-up words. Each run is
 a process of its own and uses all cores. TRL is installed into an environment of its own in the cache directory
-(benchmarks/peers/trl.txt). It runs with the micro-batch in MICRO_BATCHES that is fastest and without gradient
+(benchmarks/peers/trl.txt). It runs with the fastest of two micro-batches and without gradient
 checkpointing, which would make it slower. The pairs are in our order of the first epoch, so both see the same batches.
 
 "counted": the cost of the reference's log-probs is in the time. TRL computes them in each step; ours are computed once,
@@ -62,14 +62,15 @@ class Workload:
     response: int
     batch: int
     steps: int
+    micro_batches: tuple[int, ...]
+    """Those that TRL is tried with."""
 
 
 WORKLOADS = {
-    "dialogue": Workload(110, 45, 16, 4),
-    "long": Workload(768, 96, 8, 3),
-    "short": Workload(24, 12, 32, 4),
+    "dialogue": Workload(110, 45, 16, 4, (2, 4)),
+    "long": Workload(768, 96, 8, 3, (1, 2)),
+    "short": Workload(24, 12, 32, 4, (4, 8)),
 }
-MICRO_BATCHES = {"dialogue": (2, 4), "long": (1, 2), "short": (4, 8)}
 
 
 def write_model(folder: Path) -> None:
@@ -207,8 +208,7 @@ class Bench:
         assert first is not None
         reference = first - before if before is not None else 0.0
         return {
-            "losses": run.series("train/loss"), "grad_norms": run.series("train/grad_norm"),
-            "seconds": sum(steps) + reference, "reference_s": reference,
+            "losses": run.series("train/loss"), "seconds": sum(steps) + reference,
             "first_step_after_s": first + steps[0] - begin, "peak_mib": peak, "folder": str(out / "run"),
         }  # fmt: skip
 
@@ -245,7 +245,8 @@ class Bench:
             adapter = str(Path(first["folder"]) / "model")
         rates = [product_rate()]
         theirs = [
-            self.trl(name, lora=lora, precomputed=False, micro=micro, adapter=adapter) for micro in MICRO_BATCHES[name]
+            self.trl(name, lora=lora, precomputed=False, micro=micro, adapter=adapter)
+            for micro in WORKLOADS[name].micro_batches
         ]
         best = min(theirs, key=lambda run: run["seconds"])["micro_batch"]
         cases: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {"counted": [], "precomputed": []}

@@ -81,11 +81,9 @@ def main() -> None:
     steps = [entry for entry in trainer.state.log_history if "loss" in entry and "train_runtime" not in entry]
     report = {
         "losses": [step["loss"] for step in steps],
-        "grad_norms": [step["grad_norm"] for step in steps],
         "seconds": clock.ends[-1] - clock.began,
         "first_step_at": clock.ends[0],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "threads": torch.get_num_threads(),
     }
     print(json.dumps(report))
 

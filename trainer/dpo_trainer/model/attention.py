@@ -9,10 +9,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from dpo_trainer.model.attend import attend
-from dpo_trainer.model.context import gathered, sequences_of
+from dpo_trainer.model.context import gathered, plan_of_pack
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.model.rotary import rotate, rotation
-from dpo_trainer.model.varlen import VarlenPlan, plan_of, spread
+from dpo_trainer.model.varlen import VarlenPlan, spread
 
 
 @dataclass(kw_only=True)
@@ -31,11 +31,8 @@ class PackContext(PackedSeqParams):
 
     @cached_property
     def plan(self) -> VarlenPlan:
-        """The pack's sequences; with context parallelism, this rank's, over the keys of all ranks."""
-        if self.pack.plan is not None:
-            return self.pack.plan
-        plan = plan_of(sequences_of(self.pack), self.pack.context_size * self.pack.length)
-        return plan.to(self.pack.tokens.device)
+        """The pack's plan, or one that is made here if it came without (``transfer.loaded``)."""
+        return self.pack.plan or plan_of_pack(self.pack).to(self.pack.tokens.device)
 
     @cached_property
     def rotation(self) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from dpo_trainer.model.pack import Pack, Segment
-from dpo_trainer.model.varlen import Interval, Piece, pieces_of
+from dpo_trainer.model.varlen import Interval, Piece, VarlenPlan, pieces_of, plan_of
 
 Chunks = tuple[tuple[Piece, ...], ...]
 """Rank → its chunks: sequences over the whole pack's stream, in its order. Together they have each token once."""
@@ -96,6 +96,11 @@ def sequences_of(pack: Pack) -> tuple[Piece, ...]:
     if cursor < end:
         found.append(Piece(cursor, end, ((cursor, end),), padding=True))
     return tuple(found)
+
+
+def plan_of_pack(pack: Pack) -> VarlenPlan:
+    """Return the plan of a pack's attention, on the CPU: this rank's sequences, over the keys of all ranks."""
+    return plan_of(sequences_of(pack), pack.context_size * pack.length)
 
 
 def gathered(x: Tensor, pack: Pack) -> Tensor:

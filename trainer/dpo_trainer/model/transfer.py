@@ -5,14 +5,15 @@ times: for tokens and positions, for the plan of attention, for the pairs' refer
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_trainer.model.context import sequences_of
+from dpo_trainer.model.context import plan_of_pack
 from dpo_trainer.model.pack import Pack
-from dpo_trainer.model.varlen import plan_of
+from dpo_trainer.model.varlen import VarlenPlan
 
 ALIGNMENT = 16
 """Bytes: each tensor starts at a multiple of this, as kernels that read several elements at a time want it."""
@@ -20,39 +21,22 @@ ALIGNMENT = 16
 
 def loaded(pack: Pack, constants: Sequence[Tensor], device: torch.device) -> tuple[Pack, list[Tensor]]:
     """Return a pack with its plan, and further tensors of any shapes and dtypes, all on ``device``."""
-    plan = plan_of(sequences_of(pack), pack.context_size * pack.length)
+    plan = plan_of_pack(pack)
     if device.type == "cpu":
         return replace(pack, plan=plan), list(constants)
-    of_pack = [pack.tokens, pack.position_ids, pack.origins, pack.rows, pack.labels, pack.owners, pack.pairs]
-    of_plan = [
-        plan.cu_q,
-        plan.cu_k,
-        plan.keys,
-        plan.home,
-        plan.unseen,
-        *(part for pair in plan.repeats for part in pair),
-    ]
-    sent = iter(sent_at_once([*of_pack, *of_plan, *constants], device))
-    moved = replace(
-        pack,
-        tokens=next(sent),
-        position_ids=next(sent),
-        origins=next(sent),
-        rows=next(sent),
-        labels=next(sent),
-        owners=next(sent),
-        pairs=next(sent),
-        plan=replace(
-            plan,
-            cu_q=next(sent),
-            cu_k=next(sent),
-            keys=next(sent),
-            home=next(sent),
-            unseen=next(sent),
-            repeats=tuple((next(sent), next(sent)) for _ in plan.repeats),
-        ),
-    )
-    return moved, list(sent)
+    of_pack, of_plan = _tensors(pack), _tensors(plan)
+    repeats = [part for pair in plan.repeats for part in pair]
+    sent = iter(sent_at_once([*of_pack.values(), *of_plan.values(), *repeats, *constants], device))
+    there: dict[str, Any] = {name: next(sent) for name in of_pack}
+    of_attention: dict[str, Any] = {name: next(sent) for name in of_plan}
+    of_attention["repeats"] = tuple((next(sent), next(sent)) for _ in plan.repeats)
+    return replace(pack, **there, plan=replace(plan, **of_attention)), list(sent)
+
+
+def _tensors(record: Pack | VarlenPlan) -> dict[str, Tensor]:
+    """Return the fields of a data class that are tensors, by name."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def sent_at_once(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
