@@ -67,6 +67,7 @@ def install() -> bool:
     _bridge_random_state()
     _bridge_clipping()
     _bridge_optimizer_state()
+    _bridge_groups_of_one()
     _installed = True
     return True
 
@@ -177,3 +178,23 @@ def _bridge_optimizer_state() -> None:
 
     for name in ("get_parameter_state_dp_zero", "load_parameter_state_from_dp_zero"):
         setattr(DistributedOptimizer, name, _answering(getattr(DistributedOptimizer, name)))
+
+
+def _bridge_groups_of_one() -> None:
+    """In a group of one, gradients are scattered and parameters gathered within their own buffer: nothing has to move.
+
+    NCCL sees that; Gloo copies the whole buffer, three times in a step.
+    """
+    module = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(module, name, _unless_alone(getattr(module, name)))
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def call(output: Tensor, source: Tensor, **options: Any) -> Any:
+        if options["group"].size() == 1 and output.data_ptr() == source.data_ptr():
+            return None
+        return collective(output, source, **options)
+
+    return call

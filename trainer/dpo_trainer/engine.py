@@ -29,6 +29,7 @@ from dpo_trainer.losses import pair_losses
 from dpo_trainer.masters import Masters
 from dpo_trainer.metrics.sums import empty_sums, loss_at_start, means, metric_sums
 from dpo_trainer.model.forward import head_weight, hidden_rows, unwrap
+from dpo_trainer.model.linear import add_weight_gradients_in_place
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.model.transfer import loaded
 from dpo_trainer.pace import OwnTime, slowest, work_of
@@ -101,6 +102,7 @@ class Engine:
                 [self._wrapped],
                 use_gloo_process_groups=self.world.device.type == "cuda",
             )
+        add_weight_gradients_in_place(self.model)
         if self.world.device.type == "cuda":
             torch_adam.fuse(self.optimizer)
         config.finalize_model_grads_func = partial(_reduce, self.world.place)

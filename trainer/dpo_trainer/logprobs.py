@@ -14,7 +14,6 @@ Only rows that predict a response token are passed in; prompts and padding never
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,9 +29,7 @@ from dpo_api.sizing.head import (
     HeadChunks,
     head_chunks,
 )
-
-PRODUCT_BYTES = 64 * 2**20
-"""Most bytes of a bf16 product that is added to an fp32 gradient where the GEMM itself cannot add it."""
+from dpo_trainer.products import add_product
 
 
 def response_log_probs(
@@ -202,7 +199,7 @@ def _products(
             _subtract_mass(matrix, labels[part], shard, mass[part])
         if product is not None:
             torch.mm(matrix, shard.of(weight), out=product[part])
-        _add_product(shard.of(total), matrix, (rows[part] * scale[part]).to(rows.dtype), first=start == 0)
+        add_product(shard.of(total), matrix, (rows[part] * scale[part]).to(rows.dtype), first=start == 0)
     return product, total.to(weight.dtype)
 
 
@@ -261,36 +258,6 @@ def _subtract_mass(exps: Tensor, labels: Tensor, shard: _Shard, mass: Tensor) ->
     """exp(logit − peak) -> −mass · ∂ log p / ∂ logit, in place: less the mass, in fp32, at the label."""
     index, inside = shard.local(labels)
     exps.scatter_(1, index, (exps.gather(1, index) - torch.where(inside, mass, 0).unsqueeze(1)).to(exps.dtype))
-
-
-@cache
-def _adds_in_fp32(device: torch.device) -> bool:
-    """Whether a GEMM of bf16 can add to an fp32 matrix on this device: torch has it on CUDA only."""
-    if device.type != "cuda":
-        return False
-    total, ones = torch.ones(8, 8, device=device), torch.ones(8, 8, dtype=torch.bfloat16, device=device)
-    try:
-        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 9).all())
-
-
-def _add_product(total: Tensor, matrix: Tensor, rows: Tensor, *, first: bool) -> None:
-    """total [V, H] += matrixᵀ [V, C] · rows [C, H], where total may be fp32 and the operands bf16; = if ``first``."""
-    beta = 0 if first else 1
-    if matrix.dtype == total.dtype:
-        total.addmm_(matrix.t(), rows, beta=beta)
-        return
-    if _adds_in_fp32(total.device):
-        torch.addmm(total, matrix.t(), rows, out_dtype=torch.float32, beta=beta, out=total)
-        return
-    # The product exists in bf16 before it is added, so it is computed in blocks: else it would be a second [V, H].
-    block = max(1, PRODUCT_BYTES // (matrix.element_size() * total.shape[1]))
-    for start in range(0, total.shape[0], block):
-        product = matrix[:, start : start + block].t() @ rows
-        part = total[start : start + block]
-        part.copy_(product) if first else part.add_(product)
 
 
 def sums_by_owner(

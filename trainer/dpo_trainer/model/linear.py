@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
+
+from dpo_trainer.products import add_product
 
 
 class _Adaptable:
@@ -14,6 +17,7 @@ class _Adaptable:
     """
 
     adapter: Any
+    weight: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,6 +50,30 @@ class AdaptableColumnParallelLinear(_Adaptable, ColumnParallelLinear):
 
 class AdaptableRowParallelLinear(_Adaptable, RowParallelLinear):
     """Y = XAᵀ with A's columns split over tensor-parallel ranks, and an optional adapter."""
+
+
+class _WeightGradients:
+    """Stands for Apex's extension, by whose name Megatron-Core's layers call a GEMM that adds to ``main_grad``."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: Tensor, gradient: Tensor, main_grad: Tensor) -> None:
+        """main_grad [out, in] += gradientᵀ [out, S] · inputs [S, in]; fp32, and the operands fp32 or bf16."""
+        add_product(main_grad, gradient, inputs, first=False)
+
+
+if not layers._grad_accum_fusion_available:
+    layers.fused_weight_gradient_mlp_cuda = _WeightGradients
+
+
+def add_weight_gradients_in_place(model: nn.Module) -> None:
+    """Let the linear layers' weight gradients be added to ``main_grad`` by the GEMM itself, from now on.
+
+    Otherwise each is written, read again to be added, and needs memory of its own. Call it when ``main_grad`` exists.
+    """
+    for module in model.modules():
+        if isinstance(module, _Adaptable) and getattr(module.weight, "main_grad", None) is not None:
+            name = "gradient_accumulation_fusion"
+            setattr(module, name if hasattr(module, name) else "fuse_wgrad_accumulation", True)
 
 
 def transformer_engine_linears() -> tuple[type[nn.Module], type[nn.Module]]:

@@ -1,0 +1,70 @@
+"""The linear layers' weight gradients are added to Megatron-Core's gradient buffer by the GEMM itself."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_api.models import ModelConfig
+from dpo_testing.models import VOCABULARY
+from dpo_testing.pairs import pack_of
+from dpo_testing.runs import job_of
+from dpo_trainer.distributed import World
+from dpo_trainer.engine import Engine
+from dpo_trainer.model.build import build_model
+from dpo_trainer.products import add_product
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_product_is_added_in_fp32(dtype: torch.dtype, first: bool) -> None:
+    torch.manual_seed(1)
+    matrix, rows = torch.randn(37, 24).to(dtype), torch.randn(37, 16).to(dtype)
+    total = torch.randn(24, 16)
+    wanted = matrix.double().t() @ rows.double() + (0 if first else total.double())
+    add_product(total, matrix, rows, first=first)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total.double(), wanted, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+
+
+def test_the_buffer_gets_the_sum_of_all_packs_and_no_layer_makes_a_gradient_beside_it() -> None:
+    training = {"precision": "fp32"}
+    spec = job_of(
+        {"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}, "training": training}
+    ).spec
+    config = ModelConfig(
+        "llama", VOCABULARY, 32, 48, num_layers=2, num_attention_heads=4, num_query_groups=2, head_dim=8, qkv_bias=True
+    )
+    packs = [pack_of(0, 1), pack_of(2)]
+
+    def consume(_pack: Any, sums: Tensor, _counts: Tensor) -> tuple[Tensor, Tensor]:
+        return sums.sum(), torch.tensor(1, dtype=torch.int32)
+
+    world = World.join()
+    try:
+        model = build_model(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+        engine = Engine(model, spec, world)
+        engine.accumulate_gradients(packs, consume)
+        wanted = {}
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            wanted[name], parameter.grad = parameter.grad, None
+        engine.prepare_training()
+        for _ in range(2):  # the second step starts from zero
+            engine._wrapped.zero_grad_buffer()
+            engine.accumulate_gradients(packs, consume)
+        for name, parameter in model.named_parameters():
+            # Megatron-Core divides by the sum of the packs' denominators.
+            torch.testing.assert_close(parameter.main_grad * len(packs), wanted[name], rtol=1e-5, atol=1e-5, msg=name)
+            linear = name.endswith(
+                ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+            )
+            assert parameter.grad_added_to_main_grad is linear, name
+    finally:
+        world.leave()
