@@ -154,7 +154,9 @@ class Bench:
         self.count = 0
         write_model(folder / "model")
 
-    def _spec(self, name: str, workload: Workload, *, lora: bool, **training: Any) -> dict[str, Any]:
+    def spec(self, name: str, *, lora: bool, **training: Any) -> dict[str, Any]:
+        """The trainer's spec for a workload."""
+        workload = WORKLOADS[name]
         settings = {
             "globalBatchSize": workload.batch, "epochs": 1, "precision": "fp32", "weightDecay": 0.0,
             "learningRate": LORA_RATE if lora else RATE,
@@ -195,7 +197,7 @@ class Bench:
         out = self.folder / f"out {self.count}"
         out.mkdir()
         spec, events = out / "spec.json", out / "events"
-        spec.write_text(job_of(self._spec(name, WORKLOADS[name], lora=lora, **training)).to_json())
+        spec.write_text(job_of(self.spec(name, lora=lora, **training)).to_json())
         command = [sys.executable, "-m", "dpo_trainer", "launch", f"--spec={spec}", f"--run-dir={out / 'run'}"]
         _, begin, peak = self._child([*command, "--processes=1", f"--events={events}"])
         run = Finished(out / "run")
@@ -260,7 +262,7 @@ class Bench:
                 rates.append(product_rate())
         facts = read_config(open_store(), str(self.folder / "model")).facts
         work, count = work_of(rows), len(rows)
-        spec = job_of(self._spec(name, WORKLOADS[name], lora=lora)).spec
+        spec = job_of(self.spec(name, lora=lora)).spec
         found: dict[str, Any] = {"workload": name, "form": "lora" if lora else "full", "gflops": max(rates) / 1e9}
         for case, pairs in cases.items():
             flops = step_flops(facts, work, spec.lora) + (forward_flops(facts, work) if case == "counted" else 0.0)
