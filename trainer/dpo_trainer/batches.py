@@ -1,6 +1,7 @@
 """A data set as the training loop sees it: pairs, rewards, reference sums, and packs of any batch of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,3 +86,26 @@ class Packer:
             for pack in hand
         ]
         return mine, sum(sizes)
+
+
+class Ahead:
+    """A step's packs, made in a thread while the step before it runs. They depend on the step alone."""
+
+    def __init__(self, make: Callable[[int], tuple[list[Pack], int]]) -> None:
+        """``make``: the packs of the update after so many updates, and the tokens of all ranks' packs."""
+        self._make = make
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dpo-packs")
+        self._next: tuple[int, Future[tuple[list[Pack], int]]] | None = None
+
+    def begin(self, step: int) -> None:
+        """Make the packs of this step in the thread."""
+        self._next = step, self._thread.submit(self._make, step)
+
+    def packs(self, step: int) -> tuple[list[Pack], int]:
+        """Return the packs of a step, begun or not. Raises what making them raised."""
+        begun, self._next = self._next, None
+        return begun[1].result() if begun is not None and begun[0] == step else self._make(step)
+
+    def close(self) -> None:
+        """Give up what was begun."""
+        self._thread.shutdown(cancel_futures=True)

@@ -1,6 +1,7 @@
 """The training loop: steps, validations and checkpoints as planned, and a stop that all ranks agree on."""
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from dpo_api.errors import StoppedError
 from dpo_api.plan import Plan
 from dpo_api.sizing import utilization
 from dpo_api.spec import DPOJobSpec
-from dpo_trainer.batches import DataSet, Packer
+from dpo_trainer.batches import Ahead, DataSet, Packer
 from dpo_trainer.checkpoint import store as checkpoints
 from dpo_trainer.checkpoint.identity import Identity, check_identity
 from dpo_trainer.checkpoint.saving import Saver
@@ -87,6 +88,7 @@ class Training:
         self._validated = True  #: whether the validation due at this step has been done
         self.saver = Saver(directory, world, background=spec.checkpoint.async_save)
         self._product = product_here()
+        self._ahead = Ahead(lambda step: inputs.packer.packs(inputs.train, self._batch(step), world))
         engine.before_update = self._before_update
 
     def resume_from(self, newest: SavedCheckpoint | None) -> None:
@@ -116,6 +118,10 @@ class Training:
 
     def run(self) -> None:
         """Train to the last step. If asked to stop, saves a checkpoint and raises StoppedError."""
+        with closing(self._ahead):
+            self._run()
+
+    def _run(self) -> None:
         plan = self.plan
         if plan.validates_after(self.step) and (self.step == 0 or not self._validated):
             self._validate_or_stop()
@@ -136,16 +142,19 @@ class Training:
     def _batch(self, step: int) -> Pairs:
         """Return the pairs of the update after ``step`` updates."""
         epoch, k = divmod(step, self.plan.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self.inputs.epoch(epoch))
-        return self._epoch[1][k]
+        known = self._epoch
+        if known[0] != epoch:
+            known = self._epoch = (epoch, self.inputs.epoch(epoch))
+        return known[1][k]
 
     def _one_step(self) -> None:
         plan, step = self.plan, self.step
         began = time.monotonic()
         pairs = self._batch(step)
-        packs, tokens = self.inputs.packer.packs(self.inputs.train, pairs, self.world)
+        packs, tokens = self._ahead.packs(step)
         waited = time.monotonic() - began
+        if step + 1 < plan.total_steps:
+            self._ahead.begin(step + 1)
         rate = learning_rate(
             step,
             max_learning_rate=plan.learning_rate,
