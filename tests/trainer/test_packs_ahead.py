@@ -39,14 +39,14 @@ def test_a_steps_packs_are_there_before_the_step_before_it_ends(
         used.append(sorted(pair for pack in own for pair in pack.pairs.tolist()))
         assert used[-1] == sorted(pairs.tolist())
         if len(used) < 4:
-            assert made.acquire(timeout=60), f"the packs after step {len(used)} were not begun"
+            assert made.acquire(timeout=60), f"the packs after step {len(used)} were not started"
         return step(self, pairs, own, *of, **more)
 
     monkeypatch.setattr(Packer, "packs", noted)
     monkeypatch.setattr(Engine, "train_step", waiting)
     finished = run_here(spec_of(tmp_path, monkeypatch), tmp_path / "out")
     assert finished.steps == [1, 2, 3, 4]
-    assert not made.acquire(blocking=False)  # nothing was begun after the last step
+    assert not made.acquire(blocking=False)  # nothing was started after the last step
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("dpo-packs")]
 
 

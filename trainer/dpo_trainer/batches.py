@@ -92,20 +92,20 @@ class Ahead:
     """A step's packs, made in a thread while the step before it runs. They depend on the step alone."""
 
     def __init__(self, make: Callable[[int], tuple[list[Pack], int]]) -> None:
-        """``make``: the packs of the update after so many updates, and the tokens of all ranks' packs."""
+        """``make``: a number of updates → the packs of the update after them, and the tokens of all ranks' packs."""
         self._make = make
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dpo-packs")
         self._next: tuple[int, Future[tuple[list[Pack], int]]] | None = None
 
-    def begin(self, step: int) -> None:
+    def start(self, step: int) -> None:
         """Make the packs of this step in the thread."""
         self._next = step, self._thread.submit(self._make, step)
 
     def packs(self, step: int) -> tuple[list[Pack], int]:
-        """Return the packs of a step, begun or not. Raises what making them raised."""
-        begun, self._next = self._next, None
-        return begun[1].result() if begun is not None and begun[0] == step else self._make(step)
+        """Return the packs of a step: the thread's, or made here if it has not started. Raises what making them raised."""
+        started, self._next = self._next, None
+        return started[1].result() if started is not None and started[0] == step else self._make(step)
 
     def close(self) -> None:
-        """Give up what was begun."""
+        """Give up what was started."""
         self._thread.shutdown(cancel_futures=True)

@@ -154,7 +154,7 @@ class Training:
         packs, tokens = self._ahead.packs(step)
         waited = time.monotonic() - began
         if step + 1 < plan.total_steps:
-            self._ahead.begin(step + 1)
+            self._ahead.start(step + 1)
         rate = learning_rate(
             step,
             max_learning_rate=plan.learning_rate,
