@@ -102,7 +102,7 @@ class Ahead:
         self._next = step, self._thread.submit(self._make, step)
 
     def packs(self, step: int) -> tuple[list[Pack], int]:
-        """Return the packs of a step: the thread's, or made here if it has not started. Raises what making them raised."""
+        """Return a step's packs: the thread's, or made here if it has not started. Raises what making them raised."""
         started, self._next = self._next, None
         return started[1].result() if started is not None and started[0] == step else self._make(step)
 
