@@ -12,15 +12,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from dpo_api.models import ModelConfig
-from dpo_testing.models import VOCABULARY
+from dpo_testing.engines import tiny_engine
 from dpo_testing.pairs import pack_of
-from dpo_testing.runs import job_of
-from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.logprobs import response_log_probs
 from dpo_trainer.model import attend
-from dpo_trainer.model.build import build_model
 from dpo_trainer.model.context import share_of
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.model.transfer import ALIGNMENT, loaded, sent_at_once
@@ -129,22 +125,9 @@ class Reads:
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    spec = job_of({"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}}).spec
-    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"precision": "fp32"})})
-    config = ModelConfig(
-        "llama", VOCABULARY, 32, 48, num_layers=2, num_attention_heads=4, num_query_groups=2, head_dim=8
-    )
-    world = World.join()
-    try:
-        model = build_model(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-        made = Engine(model, spec, world)
+    with tiny_engine() as made:
         made.prepare_training()
         yield made
-    finally:
-        world.leave()
 
 
 def unseen(function: Any) -> Any:

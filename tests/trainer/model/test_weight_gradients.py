@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_api.models import ModelConfig
-from dpo_testing.models import VOCABULARY
+from dpo_testing.engines import tiny_engine
 from dpo_testing.pairs import pack_of
-from dpo_testing.runs import job_of
-from dpo_trainer.distributed import World
-from dpo_trainer.engine import Engine
-from dpo_trainer.model.build import build_model
 from dpo_trainer.products import add_product
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -31,25 +26,13 @@ def test_a_product_is_added_in_fp32(dtype: torch.dtype, first: bool) -> None:
 
 
 def test_the_buffer_gets_the_sum_of_all_packs_and_no_layer_makes_a_gradient_beside_it() -> None:
-    training = {"precision": "fp32"}
-    spec = job_of(
-        {"model": {"huggingFace": {"uri": "m"}}, "data": {"train": [{"uri": "d"}]}, "training": training}
-    ).spec
-    config = ModelConfig(
-        "llama", VOCABULARY, 32, 48, num_layers=2, num_attention_heads=4, num_query_groups=2, head_dim=8, qkv_bias=True
-    )
     packs = [pack_of(0, 1), pack_of(2)]
 
     def consume(_pack: Any, sums: Tensor, _counts: Tensor) -> tuple[Tensor, Tensor]:
         return sums.sum(), torch.tensor(1, dtype=torch.int32)
 
-    world = World.join()
-    try:
-        model = build_model(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-        engine = Engine(model, spec, world)
+    with tiny_engine(qkv_bias=True) as engine:
+        model = engine.model
         engine.accumulate_gradients(packs, consume)
         wanted = {}
         for name, parameter in model.named_parameters():
@@ -66,5 +49,3 @@ def test_the_buffer_gets_the_sum_of_all_packs_and_no_layer_makes_a_gradient_besi
                 ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
             )
             assert parameter.grad_added_to_main_grad is linear, name
-    finally:
-        world.leave()

@@ -1,0 +1,33 @@
+"""An engine with a tiny model, in this process alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dpo_api.models import ModelConfig
+from dpo_testing.models import VOCABULARY
+from dpo_testing.runs import job_of
+from dpo_trainer.distributed import World
+from dpo_trainer.engine import Engine
+from dpo_trainer.model.build import build_model
+
+
+@contextmanager
+def tiny_engine(*, qkv_bias: bool = False) -> Iterator[Engine]:
+    """An engine in fp32 that is not yet prepared for training; two layers of random weights."""
+    data, training = {"train": [{"uri": "d"}]}, {"precision": "fp32"}
+    spec = job_of({"model": {"huggingFace": {"uri": "m"}}, "data": data, "training": training}).spec
+    config = ModelConfig(
+        "llama", VOCABULARY, 32, 48, num_layers=2, num_attention_heads=4, num_query_groups=2, head_dim=8,
+        qkv_bias=qkv_bias,
+    )  # fmt: skip
+    world = World.join()
+    try:
+        model = build_model(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+        yield Engine(model, spec, world)
+    finally:
+        world.leave()
