@@ -16,7 +16,6 @@ prompt; both responses repeat the prompt. The ratio compares places per pair. Th
 import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / package) for package in ("crds", "trainer")]
+
+from peers.memory import status
 
 from dpo_api.spec import Data
 from dpo_store import open_store
@@ -79,25 +80,18 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def peak() -> int:
-    """This process's peak resident memory in bytes. Not ru_maxrss: a child inherits its parent's."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    assert found is not None, "/proc/self/status has no VmHWM"
-    return int(found[1]) * 1024
-
-
 def index(data: Path, tokenizer: Path, cache: Path) -> dict[str, float]:
     """Build the index in this process; pairs, tokens, seconds, and the bytes by which the peak grew."""
     store = open_store()
     loaded = load_tokenizer(tokenizer)
     loaded.encode(["a word"])
-    before, began = peak(), time.perf_counter()
+    before, began = status("VmHWM"), time.perf_counter()
     found = build_index(
         "train", [Source("train", str(data), store)], loaded, Data.model_validate({"train": [{"uri": str(data)}]}),
         cache=cache,
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    return {"pairs": found.n, "tokens": found.stats["tokens"], "seconds": seconds, "grown": peak() - before}
+    return {"pairs": found.n, "tokens": found.stats["tokens"], "seconds": seconds, "grown": status("VmHWM") - before}
 
 
 def one_by_one(data: Path, tokenizer: Path) -> dict[str, float]:

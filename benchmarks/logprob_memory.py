@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from peers.memory import status
 from torch import Tensor
 
 from dpo_api.sizing.head import CPU_BUDGET_BYTES, GPU_BUDGET_BYTES, HeadChunks, head_bytes, head_chunks
@@ -34,13 +35,6 @@ by turns (12 bytes), and some more for what lies beside them. In bf16 it takes n
 def naive(rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """All logits at once, as autograd would have it."""
     return (rows @ weight.t()).float().log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
-
-
-def status(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    assert found is not None, f"/proc/self/status has no {field}"
-    return int(found[1]) * 1024
 
 
 class Peak:

@@ -11,7 +11,6 @@ it had after a first small object. boto3's body is read in blocks of 1 MiB, with
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -20,16 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / package) for package in ("crds", "trainer", "tests/support")]
 
+from peers.memory import status
+
 from dpo_store import open_store
 
 MIB = 2**20
-
-
-def peak() -> int:
-    """This process's peak resident memory in bytes. Not ru_maxrss: a child inherits its parent's."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    assert found is not None, "/proc/self/status has no VmHWM"
-    return int(found[1]) * 1024
 
 
 def read(form: str, key: str) -> int:
@@ -45,11 +39,11 @@ def read(form: str, key: str) -> int:
 def measure(form: str) -> dict[str, float]:
     """Read the small object, then the large one; its bytes, seconds, CPU, and the growth of the peak in bytes."""
     read(form, "small")
-    before, began, cpu = peak(), time.perf_counter(), time.process_time()
+    before, began, cpu = status("VmHWM"), time.perf_counter(), time.process_time()
     size = read(form, "large")
     return {
         "bytes": size, "seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu,
-        "grown": peak() - before,
+        "grown": status("VmHWM") - before,
     }  # fmt: skip
 
 
