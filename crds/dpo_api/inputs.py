@@ -190,7 +190,7 @@ class Tokenizer(Section):
 
 
 class DataSource(Section):
-    """Preference data: one JSON object per line; plain, .gz or .zst."""
+    """Preference data: one JSON object per line (plain, .gz or .zst), or a table in Parquet or Arrow."""
 
     uri: Uri = Field(
         description=f"One object, a prefix that ends in /, or a pattern with *: {URI_FORMS}. Files are read in the"
@@ -205,6 +205,11 @@ class DataSource(Section):
         gt=0,
         le=1000,
         description="How many times an epoch uses each of this source's pairs. Default 1: each pair once.",
+    )
+    format: Literal["jsonl", "parquet", "arrow"] | None = Field(
+        default=None,
+        description="Format of the source's files. Not set: as each file's name ends: .parquet; .arrow, .feather or"
+        " .ipc; any other is JSON lines.",
     )
     storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
 

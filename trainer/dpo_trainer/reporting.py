@@ -15,7 +15,7 @@ from dpo_api.metrics import MEMORY_PEAK, MEMORY_PREDICTED, SLOWEST_RANK, SLOWEST
 from dpo_api.plan import Plan
 from dpo_api.progress import Phase
 from dpo_api.texts import size
-from dpo_trainer.data.records import Reason
+from dpo_trainer.data.problems import Reason
 from dpo_trainer.distributed import World
 from dpo_trainer.metrics.hub import Hub
 from dpo_trainer.metrics.prometheus import PrometheusMetrics

@@ -20,6 +20,11 @@ import sentencepiece
 import zstandard
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from dpo_api.spec import Columns
+from dpo_trainer.data.problems import Problem
+from dpo_trainer.data.records import Record, record_of
+from dpo_trainer.data.rows import load_line
+
 Row = Mapping[str, Any]
 
 VOCABULARY = """
@@ -47,6 +52,12 @@ LLAMA3 = """{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
+
+
+def parse_line(line: bytes, columns: Columns, *, rejected_needed: bool = True) -> Record | Problem:
+    """The record of one line."""
+    row = load_line(line)
+    return row if isinstance(row, Problem) else record_of(row, columns, rejected_needed=rejected_needed)
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

@@ -21,6 +21,7 @@ from dpo_testing.corpora import (
     byte_bpe_tokenizer,
     chat_rows,
     llama_tokenizer,
+    parse_line,
     preference_rows,
     sentencepiece_tokenizer,
     write_jsonl,
@@ -29,7 +30,7 @@ from dpo_trainer.data import cache as cache_module
 from dpo_trainer.data import index as index_module
 from dpo_trainer.data.encode import EncodedPair, PairEncoder
 from dpo_trainer.data.index import IndexProgress, Listener, Source, build_index, build_indexes
-from dpo_trainer.data.records import Record, parse_record
+from dpo_trainer.data.records import Record
 from dpo_trainer.data.spill import PairIndex, SpillWriter
 from dpo_trainer.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -74,7 +75,7 @@ def pairs_of(index: PairIndex) -> list[tuple[list[int], list[int], list[int]]]:
 def alone(row: Row, tokenizer: Tokenizer, **settings: Any) -> EncodedPair:
     """The row encoded without the index."""
     data = Data.model_validate({"train": [{"uri": "x"}], **settings})
-    record = parse_record(json.dumps(row).encode(), data.columns)
+    record = parse_line(json.dumps(row).encode(), data.columns)
     assert isinstance(record, Record)
     result = PairEncoder(tokenizer, data).encode([record])[0]
     assert isinstance(result, EncodedPair)
@@ -485,7 +486,7 @@ def test_the_fingerprint_tells_where_a_pair_is_cut(tmp_path: Path) -> None:
         writer = SpillWriter(tmp_path / name)
         parts = np.split(ids, cuts)
         writer.add(EncodedPair(parts[0], parts[1], parts[2], 1.0, 0.0, truncated=False), 0, 1)
-        writer.finish({"files": ["f"]})
+        writer.finish({"files": ["f"], "formats": ["jsonl"]})
         index = PairIndex.open(tmp_path / name)
         assert index is not None
         assert [part.tolist() for part in index.tokens(0)] == [part.tolist() for part in parts]

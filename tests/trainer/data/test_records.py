@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_api.spec import Columns
-from dpo_trainer.data.records import Problem, Reason, Record, parse_record
+from dpo_testing.corpora import parse_line
+from dpo_trainer.data.problems import Problem, Reason
+from dpo_trainer.data.records import Record
 
 USUAL = Columns()
 
@@ -22,7 +24,7 @@ def reply(text: str) -> dict[str, str]:
 
 
 def parse(row: Any, columns: Columns = USUAL, *, rejected_needed: bool = True) -> Record | Problem:
-    return parse_record(json.dumps(row).encode(), columns, rejected_needed=rejected_needed)
+    return parse_line(json.dumps(row).encode(), columns, rejected_needed=rejected_needed)
 
 
 PAIR = ([user("q")], [reply("good")], [reply("bad")])
@@ -161,7 +163,7 @@ UNUSABLE: list[tuple[bytes | dict[str, Any], Reason, str]] = [
 @pytest.mark.parametrize(("row", "reason", "words"), UNUSABLE)
 def test_unusable_lines_say_why(row: bytes | dict[str, Any], reason: Reason, words: str) -> None:
     line = row if isinstance(row, bytes) else json.dumps(row).encode()
-    problem = parse_record(line, USUAL)
+    problem = parse_line(line, USUAL)
     assert isinstance(problem, Problem)
     assert problem.reason is reason
     assert words in problem.message
@@ -178,12 +180,12 @@ def test_a_column_that_was_asked_for_must_be_there() -> None:
 
 
 def test_a_whole_surrogate_pair_is_a_character() -> None:
-    record = parse_record(b'{"prompt": "\\ud83d\\ude42", "chosen": "a", "rejected": "b"}', USUAL)
+    record = parse_line(b'{"prompt": "\\ud83d\\ude42", "chosen": "a", "rejected": "b"}', USUAL)
     assert record == Record("🙂", "a", "b")
 
 
 def test_a_byte_order_mark_is_skipped() -> None:
-    assert parse_record(b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), USUAL) == Record("q", "good", "bad")
+    assert parse_line(b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), USUAL) == Record("q", "good", "bad")
 
 
 json_values = st.recursive(
@@ -200,4 +202,4 @@ def test_no_json_object_crashes_the_parser(row: dict[str, Any], needed: bool) ->
 
 @given(st.binary(max_size=40))
 def test_no_bytes_crash_the_parser(line: bytes) -> None:
-    assert isinstance(parse_record(line, USUAL), Record | Problem)
+    assert isinstance(parse_line(line, USUAL), Record | Problem)

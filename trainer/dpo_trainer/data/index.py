@@ -1,7 +1,7 @@
-"""The index pass: every line validated and tokenised once, the usable pairs on disk, their number known before
+"""The index pass: every row validated and tokenised once, the usable pairs on disk, their number known before
 training.
 
-Lines are streamed and encoded in batches, so memory is O(buffer); the result is kept in the node's cache under a key of
+Rows are streamed and encoded in batches, so memory is O(buffer); the result is kept in the node's cache under a key of
 everything that changes it. One process of a node builds it while the others wait, and a complete index is reused.
 """
 
@@ -20,7 +20,9 @@ from dpo_api.texts import counted, size
 from dpo_store import ObjectInfo, Store
 from dpo_trainer.data.cache import cache_folder, exclusive, free_bytes, no_space
 from dpo_trainer.data.encode import EncodedPair, PairEncoder
-from dpo_trainer.data.records import Problem, Record, parse_record
+from dpo_trainer.data.problems import Problem
+from dpo_trainer.data.records import Record, names_read, record_of
+from dpo_trainer.data.rows import Format, format_of, place, read_rows
 from dpo_trainer.data.spill import FORMAT, PairIndex, SpillWriter
 from dpo_trainer.data.tally import Tally
 from dpo_trainer.data.tokenizer import Tokenizer
@@ -38,10 +40,26 @@ class Source:
     name: str
     uri: str
     store: Store
+    format: Format | None = None
+    """Of all its files; None: as their names say."""
 
     def files(self) -> list[ObjectInfo]:
         """The objects that the address stands for, in reading order."""
         return self.store.expand(self.uri)
+
+
+@dataclass(frozen=True)
+class _File:
+    """One object to read. ``number``: the position of its source."""
+
+    number: int
+    source: Source
+    info: ObjectInfo
+    format: Format
+
+    def place(self, row: int) -> str:
+        """Name a row in messages."""
+        return place(self.info.uri, self.format, row)
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,7 @@ def build_indexes(
 
     def named(kind: str, sources: Sequence[DataSource]) -> list[Source]:
         return [
-            Source(source.name or f"{kind}-{number}", source.uri, store_of(source))
+            Source(source.name or f"{kind}-{number}", source.uri, store_of(source), source.format)
             for number, source in enumerate(sources)
         ]
 
@@ -135,7 +153,11 @@ def build_index(
     AccessDeniedError, …).
     """
     tell = listener or Listener()
-    files = [(number, source, info) for number, source in enumerate(sources) for info in source.files()]
+    files = [
+        _File(number, source, info, format_of(info.uri, source.format))
+        for number, source in enumerate(sources)
+        for info in source.files()
+    ]
     key = _key(sources, files, tokenizer, data, rejected_needed)
     folder = (cache or cache_folder()) / "index" / key
     index = PairIndex.open(folder)
@@ -160,7 +182,7 @@ def build_index(
 
 def _key(
     sources: Sequence[Source],
-    files: Sequence[tuple[int, Source, ObjectInfo]],
+    files: Sequence[_File],
     tokenizer: Tokenizer,
     data: Data,
     rejected_needed: bool,
@@ -169,7 +191,7 @@ def _key(
     content = {
         "format": FORMAT,
         "sources": [[source.name, source.uri] for source in sources],
-        "files": [[number, info.uri, info.size, info.etag] for number, _, info in files],
+        "files": [[each.number, each.info.uri, each.info.size, each.info.etag, each.format] for each in files],
         "tokenizer": tokenizer.fingerprint,
         "settings": settings,
         "rejected": rejected_needed,
@@ -224,7 +246,7 @@ class _Pass:
         self,
         name: str,
         sources: Sequence[Source],
-        files: Sequence[tuple[int, Source, ObjectInfo]],
+        files: Sequence[_File],
         tokenizer: Tokenizer,
         data: Data,
         rejected_needed: bool,
@@ -236,6 +258,8 @@ class _Pass:
         self._rejected_needed = rejected_needed
         self._listener = listener
         self._encoder = PairEncoder(tokenizer, data)
+        variables = tokenizer.chat.reads if tokenizer.chat is not None else frozenset()
+        self._names = names_read(data.columns, rejected_needed=rejected_needed) | variables
         self._tally = Tally(name, data, [(source.name, source.uri) for source in sources])
         # Whether no record shows that it met a template: rendered here, special tokens in its text, or the same end
         # of all prompts, such as "\nAssistant:".
@@ -257,7 +281,7 @@ class _Pass:
                 self._listener.progress(IndexProgress(self._name, total.lines, total.pairs, total.tokens))
             self._tally.check()
             stats = self._tally.stats(
-                [info.uri for _, _, info in self._files],
+                [(each.info.uri, each.format) for each in self._files],
                 template_date=self._dated and self._rendered,
                 bare=self._bare and len(self._prompt_ends) > 1,
             )
@@ -271,17 +295,19 @@ class _Pass:
         return index
 
     def _batches(self) -> Iterator[list[tuple[int, int, Record | Problem]]]:
-        """Parsed lines as (number of the file, line, result), enough of them to keep the tokenizer busy."""
+        """Parsed rows as (number of the file, row, result), enough of them to keep the tokenizer busy."""
         batch: list[tuple[int, int, Record | Problem]] = []
         held = 0
-        for number, (_, source, info) in enumerate(self._files):
-            for line_number, line in source.store.lines(info):
-                self._read += len(line) + 1
-                if not line.strip():
-                    continue
-                record = parse_record(line, self._data.columns, rejected_needed=self._rejected_needed)
-                batch.append((number, line_number, record))
-                held += len(line)
+        for number, file in enumerate(self._files):
+            for row in read_rows(file.source.store, file.info, file.format, self._names):
+                self._read += row.size
+                record = (
+                    row.content
+                    if isinstance(row.content, Problem)
+                    else record_of(row.content, self._data.columns, rejected_needed=self._rejected_needed)
+                )
+                batch.append((number, row.number, record))
+                held += row.size
                 if len(batch) >= _BATCH_LINES or held >= _BATCH_BYTES:
                     yield batch
                     batch, held = [], 0
@@ -291,17 +317,17 @@ class _Pass:
     def _encode(self, batch: Sequence[tuple[int, int, Record | Problem]], writer: SpillWriter) -> None:
         encoded = iter(self._encoder.encode([item for _, _, item in batch if isinstance(item, Record)]))
         for number, line, item in batch:
-            source, _, info = self._files[number]
+            file = self._files[number]
             result = next(encoded) if isinstance(item, Record) else item
             self._rendered = self._rendered or (isinstance(item, Record) and not isinstance(item.prompt, str))
             if isinstance(result, Problem):
-                self._tally.drop(source, f"{info.uri}:{line}", result)
+                self._tally.drop(file.number, file.place(line), result)
                 continue
             self._bare = self._bare and not (self._rendered or self._encoder.has_special(result))
             if len(self._prompt_ends) < 2:
                 self._prompt_ends.add(tuple(result.prompt[-2:].tolist()))
-            self._tally.keep(source, result, ended=result.truncated or self._encoder.ends(result.chosen))
-            self._note_largest(result, f"{info.uri}:{line}")
+            self._tally.keep(file.number, result, ended=result.truncated or self._encoder.ends(result.chosen))
+            self._note_largest(result, file.place(line))
             if not self._tally.failed:  # once it has failed, the rest is read only to say how many lines are bad
                 writer.add(result, number, line)
 
@@ -316,20 +342,22 @@ class _Pass:
         if lines < self._next_space_check or not writer.written:
             return
         ratio = writer.size / self._read
-        stored = sum(info.size for _, _, info in self._files)
+        stored = sum(each.info.size for each in self._files)
         free = free_bytes(folder)
         if self._next_space_check == 1:
-            text = sum(info.size * (_COMPRESSION if _compressed(info.uri) else 1) for _, _, info in self._files)
+            text = sum(each.info.size * (_COMPRESSION if _compressed(each) else 1) for each in self._files)
             self._listener.message(
                 f"index of {self._name}: {counted(len(self._files), 'object')}, {size(stored)};"
                 f" about {size(round(ratio * max(text, self._read)))} of token ids in {folder}"
                 f" ({size(free)} free)"
             )
         self._next_space_check = max(2 * lines, _FIRST_SPACE_CHECK)
-        rest = round(ratio * max(stored - self._read, 0))  # a lower bound: compressed text is at least its stored size
+        # A lower bound: compressed text is at least its stored size. Tables may hold columns that are not read.
+        lower = sum(each.info.size for each in self._files if each.format == "jsonl")
+        rest = round(ratio * max(lower - self._read, 0))
         if lines >= _FIRST_SPACE_CHECK and rest > free:
             raise no_space(folder, f"the token index of the {self._name} data", writer.size + rest, free)
 
 
-def _compressed(uri: str) -> bool:
-    return uri.endswith((".gz", ".zst"))
+def _compressed(file: _File) -> bool:
+    return file.format != "jsonl" or file.info.uri.endswith((".gz", ".zst"))

@@ -1,4 +1,4 @@
-"""One line of a preference file → one record, or the reason why it cannot be used.
+"""One row of a preference file → one record, or the reason why it cannot be used.
 
 A record's three texts are either all strings or all message lists; the forms found in public data sets are brought to
 these two here, so that nothing later has to ask again:
@@ -11,45 +11,15 @@ these two here, so that nothing later has to ask again:
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, NoReturn
 
 from dpo_api.spec import Columns
+from dpo_trainer.data.problems import Problem, Reason, UnusableError, kind_of
 
 Message = dict[str, Any]
 Messages = list[Message]
-
-
-class Reason(StrEnum):
-    """Why a line is not used; the values are the keys of ``stats["dropped"]`` and of the metrics."""
-
-    BROKEN_JSON = "brokenJson"
-    NOT_AN_OBJECT = "notAnObject"
-    MISSING_KEY = "missingKey"
-    WRONG_TYPE = "wrongType"
-    BAD_MESSAGE = "badMessage"
-    BAD_TOOLS = "badTools"
-    BAD_REWARD = "badReward"
-    BAD_TEXT = "badText"
-    EMPTY_RESPONSE = "emptyResponse"
-    EMPTY_PROMPT = "emptyPrompt"
-    NO_COMMON_PROMPT = "noCommonPrompt"
-    UNSUPPORTED_COLUMN = "unsupportedColumn"
-    TEMPLATE = "template"
-    NOT_A_PREFIX = "promptNotPrefix"
-    OVER_LENGTH = "overLength"
-    NO_ROOM = "noRoomForResponse"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A line that cannot be used. ``message`` is a clause that follows ``file:line: ``."""
-
-    reason: Reason
-    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,32 +53,33 @@ _UNSUPPORTED = {
     "videos": "videos, and only text can be trained on",
 }
 """Columns that other trainers read and this one does not."""
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
 
 
-class _UnusableError(Exception):
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.problem = Problem(reason, message)
-
-
-def parse_record(line: bytes, columns: Columns, *, rejected_needed: bool = True) -> Record | Problem:
-    """Read one line (UTF-8 JSON, a BOM at its start is skipped).
+def record_of(row: Mapping[str, Any], columns: Columns, *, rejected_needed: bool = True) -> Record | Problem:
+    """Read one row.
 
     ``rejected_needed=False`` is SFT alone: the rejected response is neither asked for nor looked at.
     """
     try:
-        return _parse(line, columns, rejected_needed)
-    except _UnusableError as error:
+        return _parse(row, columns, rejected_needed)
+    except UnusableError as error:
         return error.problem
 
 
-def _parse(line: bytes, columns: Columns, rejected_needed: bool) -> Record:
-    row = _load(line)
+def names_read(columns: Columns, *, rejected_needed: bool = True) -> frozenset[str]:
+    """Return the keys of a row that ``record_of`` may read."""
+    found = set(_UNSUPPORTED)
+    for role, usual in _USUAL.items():
+        if rejected_needed or not role.startswith("rejected"):
+            own: str | None = getattr(columns, role)
+            found.update((own,) if own else usual)
+    return frozenset(found)
+
+
+def _parse(row: Mapping[str, Any], columns: Columns, rejected_needed: bool) -> Record:
     for name, what in _UNSUPPORTED.items():
         if row.get(name):
-            raise _UnusableError(
+            raise UnusableError(
                 Reason.UNSUPPORTED_COLUMN, f'"{name}" holds {what}; remove the column if it is not needed'
             )
     chosen_reward = _reward(row, "chosen_reward", columns.chosen_reward)
@@ -122,47 +93,16 @@ def _parse(line: bytes, columns: Columns, rejected_needed: bool) -> Record:
     elif prompt is None:
         _missing(row, "prompt", columns.prompt)
     elif tools:
-        raise _UnusableError(
+        raise UnusableError(
             Reason.BAD_TOOLS,
             "there are tools, but plain strings are not templated, so the model would not see them; write messages, or"
             " remove the tools if the text holds them already",
         )
     for side, response in (("chosen", chosen), ("rejected", rejected)):
         if response is not None and _is_empty(response):
-            raise _UnusableError(Reason.EMPTY_RESPONSE, f"the {side} response is empty")
+            raise UnusableError(Reason.EMPTY_RESPONSE, f"the {side} response is empty")
     held = frozenset(name for name, value in row.items() if value is not None)
     return Record(prompt, chosen, rejected, chosen_reward, rejected_reward, tools or None, held)
-
-
-def _load(line: bytes) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8-sig")  # drops a BOM
-        row = json.loads(text, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise _UnusableError(Reason.BROKEN_JSON, f"not UTF-8 (byte {error.start + 1} of the line)") from error
-    except json.JSONDecodeError as error:
-        problem = error.msg.removesuffix(" at")  # "Unterminated string starting at"
-        raise _UnusableError(Reason.BROKEN_JSON, f"broken JSON: {problem} at column {error.colno}") from error
-    except RecursionError as error:
-        raise _UnusableError(Reason.BROKEN_JSON, "broken JSON: nested too deeply") from error
-    except ValueError as error:  # a number of more digits than Python converts
-        raise _UnusableError(Reason.BROKEN_JSON, f"broken JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise _UnusableError(Reason.NOT_AN_OBJECT, f"the line is {_kind(row)}, expected a JSON object")
-    try:
-        if _SURROGATE.search(text):  # "\ud83d\ude42" is one character, "\ud83d" alone half of one: no text
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise _UnusableError(Reason.BAD_TEXT, "holds half of a surrogate pair (a lone \\ud800–\\udfff)") from error
-    return row
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _UnusableError(Reason.BROKEN_JSON, f"broken JSON: {name} is not a JSON number")
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
 def _find(row: Mapping[str, Any], role: str, name: str | None) -> tuple[str, Any]:
@@ -174,7 +114,7 @@ def _find(row: Mapping[str, Any], role: str, name: str | None) -> tuple[str, Any
 def _missing(row: Mapping[str, Any], role: str, name: str | None) -> NoReturn:
     wanted = " or ".join(f'"{key}"' for key in ((name,) if name else _USUAL[role]))
     keys = ", ".join(f'"{key}"' for key in list(row)[:8]) or "none"
-    raise _UnusableError(
+    raise UnusableError(
         Reason.MISSING_KEY, f"no {wanted} (keys here: {keys}); spec.data.columns.{_camel(role)} names it"
     )
 
@@ -191,9 +131,9 @@ def _reward(row: Mapping[str, Any], role: str, name: str | None) -> float | None
             _missing(row, role, name)
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _UnusableError(Reason.BAD_REWARD, f'"{key}" is {_kind(value)}, expected a number')
+        raise UnusableError(Reason.BAD_REWARD, f'"{key}" is {kind_of(value)}, expected a number')
     if not math.isfinite(value):
-        raise _UnusableError(Reason.BAD_REWARD, f'"{key}" is too large for a number')
+        raise UnusableError(Reason.BAD_REWARD, f'"{key}" is too large for a number')
     return float(value)
 
 
@@ -204,11 +144,11 @@ def _tools(row: Mapping[str, Any], name: str | None) -> list[dict[str, Any]]:
         return []
     tools = _from_json(value)
     if not isinstance(tools, list):
-        raise _UnusableError(Reason.BAD_TOOLS, f'"{key}" is {_kind(tools)}, expected a list of JSON schemas')
+        raise UnusableError(Reason.BAD_TOOLS, f'"{key}" is {kind_of(tools)}, expected a list of JSON schemas')
     schemas = [_from_json(tool) for tool in tools]
     for number, schema in enumerate(schemas):
         if not isinstance(schema, dict):
-            raise _UnusableError(Reason.BAD_TOOLS, f'"{key}"[{number}] is {_kind(schema)}, expected a JSON schema')
+            raise UnusableError(Reason.BAD_TOOLS, f'"{key}"[{number}] is {kind_of(schema)}, expected a JSON schema')
     return schemas
 
 
@@ -235,14 +175,14 @@ def _text(row: Mapping[str, Any], role: str, name: str | None) -> str | Messages
         return value
     if isinstance(value, list):
         return [_message(key, number, message) for number, message in enumerate(value)]
-    raise _UnusableError(Reason.WRONG_TYPE, f'"{key}" is {_kind(value)}, expected a string or a list of messages')
+    raise UnusableError(Reason.WRONG_TYPE, f'"{key}" is {kind_of(value)}, expected a string or a list of messages')
 
 
 def _message(key: str, number: int, message: object) -> Message:
     where = f'"{key}"[{number}]'
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         hint = ' (keys "from" and "value" are not read)' if isinstance(message, dict) and "from" in message else ""
-        raise _UnusableError(Reason.BAD_MESSAGE, f'{where} is not a message with a "role" and a "content"{hint}')
+        raise UnusableError(Reason.BAD_MESSAGE, f'{where} is not a message with a "role" and a "content"{hint}')
     content = message.get("content")
     if isinstance(content, list):
         content = _join_parts(where, content)
@@ -252,7 +192,7 @@ def _message(key: str, number: int, message: object) -> Message:
     if content is None and message.get("tool_calls"):
         return message
     if not isinstance(content, str):
-        raise _UnusableError(Reason.BAD_MESSAGE, f'{where} has {_kind(content)} as "content", expected a string')
+        raise UnusableError(Reason.BAD_MESSAGE, f'{where} has {kind_of(content)} as "content", expected a string')
     return {**message, "content": content}
 
 
@@ -261,18 +201,18 @@ def _check_calls(where: str, calls: object) -> None:
     if calls is None:
         return
     if not isinstance(calls, list):
-        raise _UnusableError(Reason.BAD_MESSAGE, f'{where} has {_kind(calls)} as "tool_calls", expected a list')
+        raise UnusableError(Reason.BAD_MESSAGE, f'{where} has {kind_of(calls)} as "tool_calls", expected a list')
     for number, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict):
             text = f'{where} has a "tool_calls"[{number}] that is not an object with a function'
-            raise _UnusableError(Reason.BAD_MESSAGE, text)
+            raise UnusableError(Reason.BAD_MESSAGE, text)
         arguments = function.get("arguments", {})
         if not isinstance(_from_json(arguments), dict):
             text = (
-                f'{where} has a call whose "arguments" are {_kind(arguments)}, expected an object or JSON text of one'
+                f'{where} has a call whose "arguments" are {kind_of(arguments)}, expected an object or JSON text of one'
             )
-            raise _UnusableError(Reason.BAD_MESSAGE, text)
+            raise UnusableError(Reason.BAD_MESSAGE, text)
 
 
 def with_parsed_arguments(messages: Messages) -> Messages:
@@ -297,7 +237,7 @@ def _join_parts(where: str, parts: list[Any]) -> str:
     for part in parts:
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
-            raise _UnusableError(Reason.BAD_MESSAGE, f"{where} holds a part that is not text")
+            raise UnusableError(Reason.BAD_MESSAGE, f"{where} holds a part that is not text")
         texts.append(text)
     return "".join(texts)
 
@@ -313,7 +253,7 @@ def _as_messages(
 ) -> tuple[Messages, Messages, Messages | None]:
     """Bring every mixture of strings and lists to three message lists."""
     if rejected is not None and isinstance(chosen, list) is not isinstance(rejected, list):
-        raise _UnusableError(Reason.WRONG_TYPE, "one response is a string and the other a list of messages")
+        raise UnusableError(Reason.WRONG_TYPE, "one response is a string and the other a list of messages")
     sides = [_response(side) for side in (chosen, rejected) if side is not None]
     if prompt is None or (isinstance(prompt, str) and _is_conversation(sides)):
         # A string beside whole conversations repeats their first user message (UltraFeedback's form): they say more.
@@ -325,10 +265,10 @@ def _as_messages(
         if size and all(side[:size] == start for side in sides):
             sides = [side[size:] for side in sides]
     if not prompt:
-        raise _UnusableError(Reason.EMPTY_PROMPT, "the prompt holds no message")
+        raise UnusableError(Reason.EMPTY_PROMPT, "the prompt holds no message")
     for side in sides:
         if side and side[0]["role"] in ("user", "system"):
-            raise _UnusableError(
+            raise UnusableError(
                 Reason.NO_COMMON_PROMPT,
                 f'a response begins with a message of role "{side[0]["role"]}", not "assistant"',
             )
@@ -353,7 +293,5 @@ def _split(sides: list[Messages]) -> tuple[Messages, list[Messages]]:
         pairs = zip(sides[0][:most], sides[1][:most], strict=True)
         common = next((number for number, (left, right) in enumerate(pairs) if left != right), most)
     if common == 0:
-        raise _UnusableError(
-            Reason.NO_COMMON_PROMPT, "there is no prompt, and the conversations share no first message"
-        )
+        raise UnusableError(Reason.NO_COMMON_PROMPT, "there is no prompt, and the conversations share no first message")
     return sides[0][:common], [side[common:] for side in sides]

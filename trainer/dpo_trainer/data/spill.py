@@ -26,9 +26,10 @@ from dpo_store.errors import from_os_error
 from dpo_trainer.data.cache import free_bytes, no_space
 from dpo_trainer.data.encode import EncodedPair
 from dpo_trainer.data.packing import pair_cost
+from dpo_trainer.data.rows import place
 from dpo_trainer.data.tokenizer import Ids
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: increase it if the format of these files or the meaning of a setting changes."""
 
 ROW = np.dtype(
@@ -38,7 +39,7 @@ ROW = np.dtype(
         ("chosen", "<i4"),
         ("rejected", "<i4"),
         ("file", "<i4"),  # position in stats["files"]
-        ("line", "<i8"),
+        ("line", "<i8"),  # or row, from 1
         ("chosen_reward", "<f8"),  # NaN: not in the line
         ("rejected_reward", "<f8"),
     ]
@@ -186,6 +187,7 @@ class PairIndex:
         ]
 
     def origin(self, pair: int) -> str:
-        """Return the ``file:line`` of the pair."""
+        """Return the ``file:line`` of the pair; in a table, ``file:row N``."""
         row = self._rows[pair]
-        return f"{self.stats['files'][int(row['file'])]}:{int(row['line'])}"
+        file = int(row["file"])
+        return place(self.stats["files"][file], self.stats["formats"][file], int(row["line"]))

@@ -8,7 +8,8 @@ from dpo_api.errors import InvalidDataError
 from dpo_api.spec import Data
 from dpo_trainer.data.chat import TEMPLATE_DATE
 from dpo_trainer.data.encode import EncodedPair
-from dpo_trainer.data.records import Problem, Reason
+from dpo_trainer.data.problems import Problem, Reason
+from dpo_trainer.data.rows import Format
 
 _SHOWN = 5
 _SEPARATE = "set spec.data.boundary: separate to tokenise the responses on their own"
@@ -152,13 +153,13 @@ class Tally:
             )
         return warnings
 
-    def stats(self, files: list[str], *, template_date: bool, bare: bool = False) -> dict[str, Any]:
+    def stats(self, files: list[tuple[str, Format]], *, template_date: bool, bare: bool = False) -> dict[str, Any]:
         """The JSON that PairIndex.stats holds. ``bare``: there is a chat template, and no text shows a trace of one.
 
         lines, pairs, tokens (prompt + chosen + rejected), longest (prompt with the longer response), truncated,
         dropped (by reason), endInEndToken (chosen responses that do), sources (the same counts for each, with name and
-        uri), files (as read), warnings, templateDate (the date that templates got as today's, null when they do not
-        ask).
+        uri), files (as read), formats (of the files), warnings, templateDate (the date that templates got as today's,
+        null when they do not ask).
         """
         return {
             **self.total.as_dict(),
@@ -167,7 +168,8 @@ class Tally:
                 {"name": name, "uri": uri, **count.as_dict()}
                 for (name, uri), count in zip(self._sources, self._by_source, strict=True)
             ],
-            "files": files,
+            "files": [uri for uri, _ in files],
+            "formats": [found for _, found in files],
             "warnings": self._warnings(bare=bare),
             "templateDate": TEMPLATE_DATE.isoformat() if template_date else None,
         }
