@@ -57,6 +57,17 @@ def test_rope_keys_of_old_and_new_transformers(keys: dict[str, Any]) -> None:
     assert config.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 
 
+NEMOTRON = {"model_type": "nemotron", "hidden_act": ..., "rms_norm_eps": ..., "head_dim": 24}
+
+
+def test_partial_rotary_keys_of_old_and_new_transformers() -> None:
+    assert read(**NEMOTRON).rotary_dim == 12  # transformers' default for Nemotron: one half
+    assert read(**NEMOTRON, partial_rotary_factor=0.25).rotary_dim == 6
+    assert read(**NEMOTRON, rope_parameters={"partial_rotary_factor": 0.25, "rope_theta": 1e4}).rotary_dim == 6
+    assert read(**NEMOTRON, rope_parameters={"rope_theta": 1e4}).rotary_dim == 12
+    assert read(**NEMOTRON, partial_rotary_factor=1.0).rotary_dim is None
+
+
 def test_dtype_keys_of_old_and_new_transformers() -> None:
     assert read(torch_dtype="bfloat16").dtype == read(dtype="bfloat16").dtype == "bfloat16"
     assert read().dtype is None
@@ -76,6 +87,10 @@ def test_families() -> None:
     named = read(**qwen, use_sliding_window=True, layer_types=["sliding_attention", *["full_attention"] * 3])
     assert [named.window_of(i) for i in range(4)] == [100, None, None, None]
     assert read(**{**qwen, "max_window_layers": 4}, use_sliding_window=True).window is None
+    nemotron = read(**NEMOTRON)
+    assert (nemotron.norm, nemotron.activation, nemotron.norm_eps) == ("layernorm1p", "relu2", 1e-5)
+    assert (nemotron.norm_bias, nemotron.gated) == (True, False)
+    assert read(**NEMOTRON, norm_eps=1e-4).norm_eps == 1e-4
     qwen3 = read(model_type="qwen3", num_key_value_heads=2, tie_word_embeddings=True)
     assert (qwen3.qk_norm, qwen3.head_dim, qwen3.tied_embeddings) == (True, 128, True)
 
@@ -101,7 +116,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"low_freq_factor is missing"),
     ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, r"factor is -2"),
     ({"rope_scaling": "linear"}, r'rope_scaling is "linear": it must be an object'),
-    ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0.5"),
+    ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0.5: only full rotary"),
+    ({**NEMOTRON, "partial_rotary_factor": 1.5}, r"partial_rotary_factor is 1.5: of the 24 channels"),
+    ({**NEMOTRON, "partial_rotary_factor": 0.3}, r"partial_rotary_factor is 0.3: of the 24 channels"),
+    ({**NEMOTRON, "hidden_act": "silu"}, r'hidden_act is "silu": only relu2'),
+    ({**NEMOTRON, "attention_bias": True}, r"attention_bias is true: a bias on q, k, v and o_proj"),
+    ({**NEMOTRON, "mlp_bias": True}, r"mlp_bias is true"),
     ({"vocab_size": ...}, r"vocab_size is missing"),
     ({"hidden_size": "64"}, r'hidden_size is "64": it must be a positive integer'),
     ({"num_hidden_layers": 0}, r"num_hidden_layers is 0"),
@@ -121,6 +141,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidModelError, match=rf"m/config\.json: {message}"):
         read(**changes)
+
+
+def test_a_fingerprint_never_changes() -> None:
+    """Cached references and checkpoints are kept under it. These are of versions without the fields that came later."""
+    assert read().fingerprint == "a5ad03885369e0370fce4b5dadcadb78790bed6ad9b0e5af6200293641262c2c"
+    assert (
+        read(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True).fingerprint
+        == "2d6f3e612c424dd0f6cbbd7c65a62533f7318fda34f02d1d2ec8ebc7e0f81ffb"
+    )
+    assert (
+        read(rope_scaling={"rope_type": "llama3", **LLAMA3}).fingerprint
+        == "7db62b2539c0014cb2ef2ea36c9f75d5d8d048aab7cd59935a5192fd342d0901"
+    )
 
 
 def test_the_fingerprint_is_of_what_changes_the_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,14 @@ FORWARD = 3120
 
 def test_a_forward_pass() -> None:
     assert forward_flops(TINY, WORK) == FORWARD
+
+
+def test_an_mlp_without_a_gate_and_its_adapter() -> None:
+    """Two layers of 32 + 16 + 48 (up, down); adapters of 2 x (4 + 6) a layer."""
+    model = replace(TINY, gated=False)
+    assert forward_flops(model, WORK) == FORWARD - 2 * 2 * 24 * 5
+    lora = sized(lora={"rank": 2, "targetModules": ["mlp_fc1"]}).lora
+    assert step_flops(model, WORK, lora) == 2 * (2400 - 480) + 2 * 240 + 3 * 480 + 6 * 2 * 20 * 5
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "desc_act": False}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 4096}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
+NEMOTRON = {"model_type": "nemotron", "hidden_act": "relu2"}
 
 CASES = [
     key("yarn", 'rope_parameters.rope_type is "yarn"', "remove it if no text exceeds", rope_parameters=YARN),
@@ -134,6 +135,9 @@ CASES = [
     key("moe family", 'model_type is "mixtral"', "start from a model of one of these families", model_type="mixtral"),
     key("no family", "model_type is null", "start from a model of one of these families", model_type=...),
     key("family of no name", 'model_type is ["llama"]', "start from a model of one", model_type=["llama"]),
+    key("bias of Nemotron", "attention_bias is true", "use a model without it", **NEMOTRON, attention_bias=True),
+    key("bias of its MLP", "mlp_bias is true", "use a model without it", **NEMOTRON, mlp_bias=True),
+    key("gate of Nemotron", 'hidden_act is "silu"', "only relu2 is supported", **{**NEMOTRON, "hidden_act": "silu"}),
     key("odd head", "head_dim is 15: it must be even", "use a model with an even head size", head_dim=15),
     key("heads", "hidden_size is 50: not divisible by", "set head_dim", hidden_size=50, head_dim=...),
     key("groups", "num_key_value_heads is 3: it must divide", ORIGINAL, num_key_value_heads=3),

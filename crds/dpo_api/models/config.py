@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
-from dpo_api.models.families import FAMILIES, Family
+from dpo_api.models.families import FAMILIES, GATED, NORMS_WITH_BIAS, Activation, Family, Norm
 from dpo_api.models.rope import RopeScaling
 
 
@@ -33,6 +33,10 @@ class ModelFacts:
     qkv_bias: bool = False
     qk_norm: bool = False
     """Whether each query and key head passes a norm."""
+    norm_bias: bool = False
+    """Whether norms have a bias beside their weight."""
+    gated: bool = True
+    """Whether the MLP has a gate beside its up projection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +61,25 @@ class ModelConfig:
     tied_embeddings: bool = False
     max_positions: int = 4096
     dtype: str | None = None  #: "bfloat16", "float16" or "float32" as config.json says; None when it does not
+    # From here on: fields that came later. Their defaults say what every model had before (see ``fingerprint``).
+    norm: Norm = "rms"
+    activation: Activation = "swiglu"
+    rotary_dim: int | None = None  #: channels of a head that the rotary embedding turns, its first ones; None: all
 
     @property
     def row(self) -> Family:
-        """The family's row: norm, activation and the names of the tensors."""
+        """The family's row: the names of the tensors."""
         return FAMILIES[self.family]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate beside its up projection."""
+        return self.activation in GATED
+
+    @property
+    def norm_bias(self) -> bool:
+        """Whether norms have a bias beside their weight."""
+        return self.norm in NORMS_WITH_BIAS
 
     def window_of(self, layer: int) -> int | None:
         """Return the window of the 0-based ``layer``, or None if it sees all earlier tokens."""
@@ -85,11 +103,20 @@ class ModelConfig:
             tied_embeddings=self.tied_embeddings,
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
+            norm_bias=self.norm_bias,
+            gated=self.gated,
         )
 
     @property
     def fingerprint(self) -> str:
         """sha256 of what changes the model's output (the weights' dtype and the position limit do not)."""
-        fields = asdict(self)
-        del fields["dtype"], fields["max_positions"]
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        values = asdict(self)
+        del values["dtype"], values["max_positions"]
+        # A field that came later is left out at its default: a model's fingerprint never changes.
+        for later in fields(self)[_FIELDS_OF_THE_FIRST_FINGERPRINT:]:
+            if values[later.name] == later.default:
+                del values[later.name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+_FIELDS_OF_THE_FIRST_FINGERPRINT = [field.name for field in fields(ModelConfig)].index("dtype") + 1

@@ -13,11 +13,16 @@ from typing import Any, Literal
 from dpo_api.models.keys import Keys
 from dpo_api.models.windows import Windows, all_layers, chosen_layers, no_windows
 
-Norm = Literal["rms"]
-Activation = Literal["swiglu"]
+Norm = Literal["rms", "layernorm1p"]
+"""``rms``: x · w / √(mean(x²) + ε). ``layernorm1p``: (x - mean(x)) · (1 + w) / √(var(x) + ε) + b."""
+Activation = Literal["swiglu", "relu2"]
+"""``swiglu``: silu(gate) · up. ``relu2``: max(up, 0)², without a gate."""
 
-HIDDEN_ACTS: dict[Activation, tuple[str, ...]] = {"swiglu": ("silu", "swish")}
+HIDDEN_ACTS: dict[Activation, tuple[str, ...]] = {"swiglu": ("silu", "swish"), "relu2": ("relu2",)}
 """Activation → the values of config.json's ``hidden_act`` that mean it, the usual one first."""
+GATED: frozenset[Activation] = frozenset({"swiglu"})
+"""Activations of two projections, of which one is the other's gate."""
+NORMS_WITH_BIAS: frozenset[Norm] = frozenset({"layernorm1p"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,8 @@ class TensorNames:
     qk_norm: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     attention_output: str = "self_attn.o_proj"
     mlp_norm: str = "post_attention_layernorm"
-    gate_up: tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """The gate first; the up projection alone where the activation has no gate."""
     down: str = "mlp.down_proj"
 
     def layer(self, number: int) -> str:
@@ -52,10 +58,14 @@ class Family:
     """``model_type`` of its config.json."""
     norm: Norm = "rms"
     activation: Activation = "swiglu"
+    epsilon: str = "rms_norm_eps"
+    """Key of config.json for the norms' epsilon."""
     qkv_bias: bool = False
     """Whether the query, key and value projections have biases."""
     qk_norm: bool = False
     """Whether each query and key head passes a norm before the rotary embedding."""
+    partial_rotary: bool = False
+    """Whether ``partial_rotary_factor`` may be below 1: that share of a head's channels turns."""
     windows: Callable[[Keys, int], Windows] = no_windows
     """Reads which of the layers have a sliding window."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -75,6 +85,16 @@ _ROWS = (
     Family("mistral", windows=all_layers, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     Family("qwen2", qkv_bias=True, windows=chosen_layers, defaults=_QWEN),
     Family("qwen3", qk_norm=True, windows=chosen_layers, refused=_OUTPUT_BIAS, defaults={**_QWEN, "head_dim": 128}),
+    Family(
+        "nemotron",
+        norm="layernorm1p",
+        activation="relu2",
+        epsilon="norm_eps",
+        partial_rotary=True,
+        refused={"attention_bias": "a bias on q, k, v and o_proj", **_MLP_BIAS},
+        defaults={"norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+        tensors=TensorNames(gate_up=("mlp.up_proj",)),
+    ),
 )
 
 FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}

@@ -41,7 +41,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         raise keys.error(
             "head_dim", head_dim, "it must be even, for the rotary embedding; use a model with an even head size"
         )
-    theta, scaling = read_rope(keys)
+    theta, scaling, rotary_dim = read_rope(keys, head_dim, partial=family.partial_rotary)
     window, windowed = family.windows(keys, layers)
     return ModelConfig(
         family=family.name,
@@ -52,7 +52,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=head_dim,
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        norm_eps=keys.number(family.epsilon, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         window=window,
@@ -62,6 +62,9 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         tied_embeddings=bool(keys.get("tie_word_embeddings")),
         max_positions=keys.integer("max_position_embeddings", 4096),
         dtype=_dtype(keys),
+        norm=family.norm,
+        activation=family.activation,
+        rotary_dim=rotary_dim,
     )
 
 

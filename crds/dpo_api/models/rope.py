@@ -47,8 +47,11 @@ TYPES: dict[str, Callable[[Keys, Keys], RopeScaling | None]] = {
 """``rope_type`` → what reads its settings: (the rope's own keys, the model's keys) → scaling."""
 
 
-def read_rope(model: Keys) -> tuple[float, RopeScaling | None]:
-    """Return the rotary base (theta) and the scaling. Raises InvalidModelError for what cannot be reproduced."""
+def read_rope(model: Keys, head_dim: int, *, partial: bool) -> tuple[float, RopeScaling | None, int | None]:
+    """Return the rotary base (theta), the scaling, and the channels of a head that turn: None if all of them do.
+
+    partial: whether the family reads partial_rotary_factor. Raises InvalidModelError for what cannot be reproduced.
+    """
     # transformers ≥ 5 writes rope_parameters alone; older versions rope_theta and rope_scaling.
     key = "rope_parameters" if model.raw.get("rope_parameters") else "rope_scaling"
     raw = model.raw.get(key) or {}
@@ -60,17 +63,29 @@ def read_rope(model: Keys) -> tuple[float, RopeScaling | None]:
         )
     rope = Keys(raw, model.where)
     theta = (rope if "rope_theta" in raw else model).number("rope_theta", 10000.0)
-    partial = raw.get("partial_rotary_factor", model.raw.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        raise model.error(
-            "partial_rotary_factor",
-            partial,
-            "only full rotary embedding (1.0) is supported; use a model of another family",
-        )
     kind = raw.get("rope_type", raw.get("type"))
     read = TYPES.get(kind if kind is not None else "default") if isinstance(kind, str | None) else None
     if read is None:
         *most, last = TYPES
         fix = f"supported are {', '.join(most)} and {last}; remove it if no text exceeds the model's original context"
         raise model.error(f"{key}.rope_type", kind, fix)
-    return theta, read(rope, model)
+    turned = _rotary_dim(rope if "partial_rotary_factor" in raw else model, head_dim, partial=partial)
+    return theta, read(rope, model), turned
+
+
+def _rotary_dim(keys: Keys, head_dim: int, *, partial: bool) -> int | None:
+    share = keys.number("partial_rotary_factor", 1.0)
+    if share != 1 and not partial:
+        raise keys.error(
+            "partial_rotary_factor",
+            share,
+            "only full rotary embedding (1.0) is supported for this family; use a model of another family",
+        )
+    turned = int(head_dim * share)  # as transformers rounds it
+    if share > 1 or turned < 2 or turned % 2:
+        raise keys.error(
+            "partial_rotary_factor",
+            share,
+            f"of the {head_dim} channels of a head, an even number must turn; copy the model's original config.json",
+        )
+    return None if turned == head_dim else turned

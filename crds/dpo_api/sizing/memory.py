@@ -20,6 +20,7 @@ from dpo_api.sizing.parameters import (
     adapter_modules,
     adapter_shape,
     group_width,
+    inner_projections,
     parameters,
     parameters_of_rank,
     query_width,
@@ -100,8 +101,11 @@ def key_rows(layout: Layout) -> float:
 
 
 def mlp_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:
-    """What one layer's MLP keeps of a token: 3F values, 6F bytes in bf16: gate, up, and silu(gate) · up."""
-    return value * 3 * model.ffn / layout.tensor
+    """What one layer's MLP keeps of a token: 3F values, 6F bytes in bf16: gate, up, and silu(gate) · up.
+
+    Without a gate 2F values: max(up, 0) and its square.
+    """
+    return value * (inner_projections(model) + 1) * model.ffn / layout.tensor
 
 
 def input_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> float:

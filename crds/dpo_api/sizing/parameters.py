@@ -36,12 +36,22 @@ def matrices_of_layer(model: ModelFacts) -> int:
     """Parameters of a layer that tensor parallelism divides: q, k, v (and their biases), output, gate, up, down."""
     query, groups = query_width(model), group_width(model)
     qkv = (model.hidden + (1 if model.qkv_bias else 0)) * (query + 2 * groups)
-    return qkv + query * model.hidden + 3 * model.hidden * model.ffn
+    return qkv + query * model.hidden + (inner_projections(model) + 1) * model.hidden * model.ffn
 
 
 def norms_of_layer(model: ModelFacts) -> int:
     """Parameters of a layer that every tensor-parallel rank holds: two norms, and those of query and key heads."""
-    return 2 * model.hidden + (2 * head_width(model) if model.qk_norm else 0)
+    return 2 * norm_parameters(model) + (2 * head_width(model) if model.qk_norm else 0)
+
+
+def norm_parameters(model: ModelFacts) -> int:
+    """Parameters of a norm over the hidden state: its weight, and its bias."""
+    return model.hidden * (2 if model.norm_bias else 1)
+
+
+def inner_projections(model: ModelFacts) -> int:
+    """Projections of the MLP's first layer: gate and up, or up alone."""
+    return 2 if model.gated else 1
 
 
 def head_width(model: ModelFacts) -> int:
@@ -62,7 +72,7 @@ def group_width(model: ModelFacts) -> int:
 def parameters(model: ModelFacts) -> int:
     """Parameters of a whole model, as in its files: tied embeddings count once."""
     tables = model.vocab * model.hidden * (1 if model.tied_embeddings else 2)
-    return model.layers * (matrices_of_layer(model) + norms_of_layer(model)) + tables + model.hidden
+    return model.layers * (matrices_of_layer(model) + norms_of_layer(model)) + tables + norm_parameters(model)
 
 
 def parameters_of_rank(model: ModelFacts, layout: Layout, stage: Stage) -> int:
@@ -77,7 +87,7 @@ def parameters_of_rank(model: ModelFacts, layout: Layout, stage: Stage) -> int:
     if stage.first:
         count += table
     if stage.last:
-        count += model.hidden
+        count += norm_parameters(model)
         count += 0 if model.tied_embeddings and stage.first else table
     return count
 
@@ -93,7 +103,7 @@ def adapter_shape(model: ModelFacts, module: str) -> tuple[int, int]:
     return {
         "attention_qkv": (model.hidden, query + 2 * groups),
         "attention_dense": (query, model.hidden),
-        "mlp_fc1": (model.hidden, 2 * model.ffn),
+        "mlp_fc1": (model.hidden, inner_projections(model) * model.ffn),
         "mlp_fc2": (model.ffn, model.hidden),
     }[module]
 

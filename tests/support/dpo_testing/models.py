@@ -61,7 +61,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e3}}),
+    "nemotron": ("NemotronConfig", {"head_dim": 12, "rope_parameters": {"rope_theta": 1e3}}),
 }
+FROM_1 = ("NemotronLayerNorm1P",)
+"""transformers' norms whose weight is a difference from 1."""
 
 
 def reference_model(variant: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -78,13 +81,17 @@ def reference_model(variant: str, *, seed: int = 0, dtype: torch.dtype = torch.f
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter: matrices and biases around 0, norms around 1."""
+    """Draw every parameter: matrices and biases around 0, factors of norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1.0 + 0.3 * draw)
+                whole = (
+                    name.endswith("weight")
+                    and type(model.get_submodule(name.rpartition(".")[0])).__name__ not in FROM_1
+                )
+                parameter.copy_((1.0 if whole else 0.0) + 0.3 * draw)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * draw)
             else:

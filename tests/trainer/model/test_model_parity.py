@@ -166,6 +166,7 @@ FEATURES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2-window", "window", {"window": None}),
     ("qwen2-window", "which layers are windowed", {"windowed_layers": ()}),
     ("llama", "epsilon", {"norm_eps": 0.1}),
+    ("nemotron", "channels that turn", {"rotary_dim": 8}),
 ]
 
 
@@ -195,6 +196,10 @@ def _with_config(folder: Path, config: ModelConfig) -> Any:
         ("qwen3", "k_layernorm.weight"),
         ("llama", "input_layernorm.weight"),
         ("llama", "final_layernorm.weight"),
+        ("nemotron", "input_layernorm.bias"),
+        ("nemotron", "pre_mlp_layernorm.bias"),
+        ("nemotron", "final_layernorm.bias"),
+        ("nemotron", "final_layernorm.weight"),
     ],
 )
 def test_each_small_parameter_matters(name: str, part: str, tmp_path: Path) -> None:

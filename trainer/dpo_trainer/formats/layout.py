@@ -21,12 +21,15 @@ Read = Callable[[str, tuple[int, int] | None], Tensor]
 Value = Callable[[str, Tensor], Tensor]
 """(parameter name, parameter) → the value to write: a LoRA merge or an fp32 master in place of the parameter."""
 
+Kind = Literal["copy", "rows", "columns", "qkv", "gated"]
+"""How a parameter is divided over tensor-parallel ranks, and what it is made of."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One Megatron-Core parameter and the Hugging Face tensors that it is made of."""
 
-    kind: Literal["copy", "rows", "columns", "qkv", "gated"]
+    kind: Kind
     parameter: str  #: name in this pipeline stage's state_dict()
     sources: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]  #: of the whole Hugging Face tensors
@@ -36,9 +39,7 @@ class Slot:
 def slots(config: ModelConfig, layers: Sequence[int], *, first: bool, last: bool) -> Iterator[Slot]:
     """Every parameter of a pipeline stage that holds the global ``layers``, the embedding if ``first``, the head if
     ``last``, in the model's order."""
-    h, f, d = config.hidden_size, config.ffn_hidden_size, config.head_dim
-    q, kv = config.num_attention_heads * d, config.num_query_groups * d
-    names = config.row.tensors
+    h, names = config.hidden_size, config.row.tensors
     embedding = Slot(
         "rows", "embedding.word_embeddings.weight", (f"{names.embedding}.weight",), ((config.vocab_size, h),)
     )
@@ -46,28 +47,41 @@ def slots(config: ModelConfig, layers: Sequence[int], *, first: bool, last: bool
     if first:
         yield embedding
     for local, layer in enumerate(layers):
-        ours, theirs = f"decoder.layers.{local}", names.layer(layer)
-        yield Slot("copy", f"{ours}.input_layernorm.weight", (f"{theirs}.{names.attention_norm}.weight",), ((h,),))
-        weights, biases = (tuple(f"{theirs}.{name}.{kind}" for name in names.qkv) for kind in ("weight", "bias"))
-        yield Slot("qkv", f"{ours}.self_attention.linear_qkv.weight", weights, ((q, h), (kv, h), (kv, h)))
-        if config.qkv_bias:
-            yield Slot("qkv", f"{ours}.self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)))
-        if config.qk_norm:
-            for part, name in zip("qk", names.qk_norm, strict=True):
-                norm = f"{ours}.self_attention.{part}_layernorm.weight"
-                yield Slot("copy", norm, (f"{theirs}.{name}.weight",), ((d,),))
-        output = f"{theirs}.{names.attention_output}.weight"
-        yield Slot("columns", f"{ours}.self_attention.linear_proj.weight", (output,), ((h, q),))
-        yield Slot("copy", f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.{names.mlp_norm}.weight",), ((h,),))
-        gated = tuple(f"{theirs}.{name}.weight" for name in names.gate_up)
-        yield Slot("gated", f"{ours}.mlp.linear_fc1.weight", gated, ((f, h), (f, h)))
-        yield Slot("columns", f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.{names.down}.weight",), ((h, f),))
+        yield from _layer(config, f"decoder.layers.{local}", names.layer(layer))
     if last:
-        yield Slot("copy", "decoder.final_layernorm.weight", (f"{names.final_norm}.weight",), ((h,),))
+        yield from _norm(config, "decoder.final_layernorm", names.final_norm)
         if not config.tied_embeddings:
             yield Slot("rows", "output_layer.weight", (f"{names.head}.weight",), ((config.vocab_size, h),))
         elif not first:
             yield replace(embedding, parameter="output_layer.weight", duplicate=True)
+
+
+def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Slot]:
+    """The parameters of one layer. ours, theirs: the prefixes of its names."""
+    h, f, d = config.hidden_size, config.ffn_hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * d, config.num_query_groups * d
+    names = config.row.tensors
+    yield from _norm(config, f"{ours}.input_layernorm", f"{theirs}.{names.attention_norm}")
+    weights, biases = (tuple(f"{theirs}.{name}.{kind}" for name in names.qkv) for kind in ("weight", "bias"))
+    yield Slot("qkv", f"{ours}.self_attention.linear_qkv.weight", weights, ((q, h), (kv, h), (kv, h)))
+    if config.qkv_bias:
+        yield Slot("qkv", f"{ours}.self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)))
+    if config.qk_norm:
+        for part, name in zip("qk", names.qk_norm, strict=True):
+            of_heads = f"{ours}.self_attention.{part}_layernorm.weight"
+            yield Slot("copy", of_heads, (f"{theirs}.{name}.weight",), ((d,),))
+    output = f"{theirs}.{names.attention_output}.weight"
+    yield Slot("columns", f"{ours}.self_attention.linear_proj.weight", (output,), ((h, q),))
+    yield from _norm(config, f"{ours}.pre_mlp_layernorm", f"{theirs}.{names.mlp_norm}")
+    kind: Kind = "gated" if config.gated else "rows"
+    into = tuple(f"{theirs}.{name}.weight" for name in names.gate_up)
+    yield Slot(kind, f"{ours}.mlp.linear_fc1.weight", into, ((f, h),) * len(into))
+    yield Slot("columns", f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.{names.down}.weight",), ((h, f),))
+
+
+def _norm(config: ModelConfig, ours: str, theirs: str) -> Iterator[Slot]:
+    for kind in ("weight", "bias") if config.norm_bias else ("weight",):
+        yield Slot("copy", f"{ours}.{kind}", (f"{theirs}.{kind}",), ((config.hidden_size,),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,7 @@ def pieces(slot: Slot, config: ModelConfig, rank: int, size: int) -> list[Piece]
     rows = slot.shapes[0][0]
     if slot.kind == "copy":
         return [Piece(0, 0, rows, 0)]
-    if slot.kind == "rows":  # ⌈V/T⌉ rows of an embedding or a head
+    if slot.kind == "rows":  # ⌈V/T⌉ rows of an embedding or a head, F/T of an MLP without a gate
         each = -(-rows // size)
         return [Piece(0, min(rank * each, rows), min((rank + 1) * each, rows), 0)]
     if slot.kind == "columns":

@@ -143,6 +143,6 @@ def adapter_config(lora: LoraSettings, base: str, names: TensorNames) -> dict[st
 def _parts(adapter: LowRankAdapter, b: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
     if adapter.place.module == "attention_qkv":
         return split_qkv(b, config)
-    if adapter.place.module == "mlp_fc1":
+    if adapter.place.gated:
         return tuple(b.chunk(2))
     return (b,)

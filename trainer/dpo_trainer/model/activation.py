@@ -23,6 +23,17 @@ class SwiGLU(torch.nn.Module):
         return out
 
 
+class SquaredReLU(torch.nn.Module):
+    """max(x, 0)² (So et al., Primer, 2021). Built by the layer spec. Autograd keeps max(x, 0) alone."""
+
+    def __init__(self, config: Any) -> None:  # noqa: ARG002 - Megatron-Core's signature
+        super().__init__()
+
+    def forward(self, x: Tensor, /) -> Tensor:
+        """x: [..., F]. Returns [..., F]."""
+        return F.relu(x).square()
+
+
 class _SwiGLU(torch.autograd.Function):
     """Saves its input alone; silu(gate) is computed again."""
 

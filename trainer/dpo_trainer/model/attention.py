@@ -24,7 +24,7 @@ class PackContext(PackedSeqParams):
     """
 
     pack: Pack
-    frequencies: Tensor  # fp32 [head_dim / 2]
+    frequencies: Tensor  # fp32 [rotary_dim / 2]
 
     def __post_init__(self) -> None:
         self.qkv_format = "pack"

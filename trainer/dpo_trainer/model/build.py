@@ -22,27 +22,31 @@ from dpo_api.errors import InvalidSpecError
 from dpo_api.models import Activation, ModelConfig, Norm
 from dpo_api.models.stages import layers_of_stages
 from dpo_trainer import bridge
-from dpo_trainer.model.activation import SwiGLU
+from dpo_trainer.model.activation import SquaredReLU, SwiGLU
 from dpo_trainer.model.attention import PackAttention
 from dpo_trainer.model.linear import (
     AdaptableColumnParallelLinear,
     AdaptableRowParallelLinear,
     transformer_engine_linears,
 )
-from dpo_trainer.model.norm import RMSNorm
+from dpo_trainer.model.norm import LayerNorm1P, RMSNorm
 from dpo_trainer.model.rotary import inverse_frequencies
 
 Precision = Literal["bf16", "fp32"]
 Backend = Literal["auto", "local", "transformer_engine"]
 Recomputation = Literal["none", "selective", "full"]
 
-NORMS: dict[Norm, tuple[str, Any]] = {"rms": ("RMSNorm", RMSNorm)}
+NORMS: dict[Norm, tuple[str, Any]] = {"rms": ("RMSNorm", RMSNorm), "layernorm1p": ("LayerNorm", LayerNorm1P)}
 """A family's norm → (Megatron-Core's name of it, our module)."""
 
 ACTIVATIONS: dict[Activation, tuple[dict[str, Any], type[torch.nn.Module]]] = {
-    "swiglu": ({"gated_linear_unit": True, "activation_func": F.silu}, SwiGLU)
+    "swiglu": ({"gated_linear_unit": True, "activation_func": F.silu}, SwiGLU),
+    "relu2": ({"activation_func": F.relu}, SquaredReLU),
 }
-"""A family's activation → Megatron-Core's settings of it, and the module that computes it."""
+"""A family's activation → Megatron-Core's settings, and the module that computes it.
+
+Megatron-Core takes only the functions that Transformer Engine has as modules, and calls none where there is a module.
+"""
 
 
 def build_model(
@@ -132,7 +136,7 @@ def transformer_config(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
         kv_channels=config.head_dim,
-        normalization=NORMS[config.row.norm][0],
+        normalization=NORMS[config.norm][0],
         layernorm_epsilon=config.norm_eps,
         add_bias_linear=False,
         add_qkv_bias=config.qkv_bias,
@@ -157,7 +161,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - not a password; variable_seq_lengths wants it, experts or not
         calculate_per_token_loss=True,  # our loss function returns (sum, number of pairs): divided once, globally
         deterministic_mode=deterministic,
-        **ACTIVATIONS[config.row.activation][0],
+        **ACTIVATIONS[config.activation][0],
         use_te_activation_func=True,  # Megatron-Core's name for an activation that is a module of the layer spec
         **choices[recomputation],
     )
@@ -193,10 +197,10 @@ def block_spec(config: ModelConfig, transformer: Any, transformer_engine: bool) 
     """
     column: Any = AdaptableColumnParallelLinear
     row: Any = AdaptableRowParallelLinear
-    norm: Any = NORMS[config.row.norm][1]
+    norm: Any = NORMS[config.norm][1]
     if transformer_engine:
         column, row = transformer_engine_linears()
-    activation: Any = ACTIVATIONS[config.row.activation][1]
+    activation: Any = ACTIVATIONS[config.activation][1]
     windows = tuple(config.window_of(layer) for layer in range(config.num_layers))
     attention = SelfAttentionSubmodules(
         linear_qkv=column,

@@ -82,6 +82,8 @@ class _Place:
     layer: int
     position: int
     count: int
+    gated: bool
+    """Whether the base holds a gate and an up projection: an MLP's first layer, if it has a gate."""
 
     @property
     def row_parallel(self) -> bool:
@@ -106,7 +108,7 @@ class LowRankAdapter(torch.nn.Module):
         first = _draw(lora.column_init, (lora.rank, inputs), f"{seed}/{place.layer}/{place.module}/in")
         second = _draw(lora.row_init, (outputs, lora.rank), f"{seed}/{place.layer}/{place.module}/out")
         self.linear_in = _Matrix(config, first.chunk(size, dim=axis)[rank], axis)
-        self.linear_out = _Matrix(config, _rows_of_rank(second, place.module, size, rank), 0)
+        self.linear_out = _Matrix(config, _rows_of_rank(second, place.gated, size, rank), 0)
         if lora.dropout:
             channels = _channels(lora.dropout_position, place, inputs, outputs).to(bridge.device())
             keys = channel_keys(channels, key_of("adapter", place.layer, place.module))
@@ -151,7 +153,7 @@ class LowRankAdapter(torch.nn.Module):
         """Whole A [rank, in] and B [out, rank], fp32, unscaled. A collective over tensor-parallel ranks."""
         a, b = self._parts(trained)
         a = _whole(a, 1 if self.place.row_parallel else 0)
-        b = _whole(b, 0, gated=self.place.module == "mlp_fc1")
+        b = _whole(b, 0, gated=self.place.gated)
         return a.float(), b.float()
 
     @torch.no_grad()
@@ -191,7 +193,7 @@ class LowRankAdapter(torch.nn.Module):
                     dp_cp_group=data_group,
                 )
             )
-        if self.place.module == "mlp_fc1":
+        if self.place.gated:
             key = f"{prefix}linear_out.weight"
             singleton = (metadata or {}).get("singleton_local_shards", False)
             entries[key] = apply_swiglu_sharded_factory(
@@ -246,7 +248,8 @@ def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> None:
             continue
         for module in target_modules(lora.target_modules):
             linear = layer.get_submodule(MODULES[module])
-            place = _Place(module, index, layers.index(index), len(layers))
+            gated = module == "mlp_fc1" and gpt.config.gated_linear_unit
+            place = _Place(module, index, layers.index(index), len(layers), gated)
             outputs, inputs = linear.weight.shape
             if place.row_parallel:
                 inputs *= size
@@ -328,9 +331,9 @@ def _tensor_parallel() -> tuple[int, int]:
     )
 
 
-def _rows_of_rank(whole: Tensor, module: Module, size: int, rank: int) -> Tensor:
-    """This rank's rows of B in the base's order: fc1 holds its part of the gate, then of the up projection."""
-    if module != "mlp_fc1":
+def _rows_of_rank(whole: Tensor, gated: bool, size: int, rank: int) -> Tensor:
+    """This rank's rows of B in the base's order: a gated one holds its part of the gate, then of the up projection."""
+    if not gated:
         return whole.chunk(size)[rank]
     gate, up = whole.chunk(2)
     return torch.cat((gate.chunk(size)[rank], up.chunk(size)[rank]))
@@ -341,7 +344,7 @@ def _channels(position: Literal["pre", "post"], place: _Place, inputs: int, outp
     size, rank = _tensor_parallel()
     if position == "post":
         channels = torch.arange(outputs)
-        return channels if place.row_parallel else _rows_of_rank(channels, place.module, size, rank)
+        return channels if place.row_parallel else _rows_of_rank(channels, place.gated, size, rank)
     channels = torch.arange(inputs)
     return channels.chunk(size)[rank] if place.row_parallel else channels
 

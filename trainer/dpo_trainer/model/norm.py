@@ -1,4 +1,8 @@
-"""RMS norm for Megatron-Core's layer spec (Zhang & Sennrich, Root Mean Square Layer Normalization, 2019)."""
+"""The norms of Megatron-Core's layer spec.
+
+Megatron-Core's own wrappers around torch refuse sequence parallelism; these mark their parameters, so that
+Megatron-Core sums their gradients over the tensor-parallel ranks that each see a part of the sequence.
+"""
 
 from typing import Any
 
@@ -11,18 +15,12 @@ from dpo_trainer import bridge
 
 
 class RMSNorm(torch.nn.Module):
-    """x · weight / √(mean(x²) + eps) over the last axis.
-
-    Megatron-Core's own wrapper around torch refuses sequence parallelism; this one marks its weight, so that
-    Megatron-Core sums the weight's gradient over the tensor-parallel ranks that each see a part of the sequence.
-    """
+    """x · weight / √(mean(x²) + eps) over the last axis (Zhang & Sennrich, 2019)."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_unused: Any) -> None:
         super().__init__()
         self.eps = eps
-        place = torch.device("cpu") if config.use_cpu_initialization else bridge.device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=place))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight = _parameter(config, hidden_size, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]; computed in fp32 inside the kernel, returned in x's dtype."""
@@ -30,6 +28,30 @@ class RMSNorm(torch.nn.Module):
             out: Tensor = _OnCPU.apply(x, self.weight, self.eps)
             return out
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm1P(torch.nn.Module):
+    """(x - mean(x)) · (1 + weight) / √(var(x) + eps) + bias over the last axis: NeMo's layernorm1p.
+
+    LayerNorm (Ba et al., 2016) with its weight stored as the difference from 1.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = _parameter(config, hidden_size, 0.0)
+        self.bias = _parameter(config, hidden_size, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden_size]; computed in fp32 inside the kernel, returned in x's dtype."""
+        return F.layer_norm(x, self.weight.shape, self.weight + 1, self.bias, self.eps)
+
+
+def _parameter(config: Any, size: int, value: float) -> torch.nn.Parameter:
+    place = torch.device("cpu") if config.use_cpu_initialization else bridge.device()
+    parameter = torch.nn.Parameter(torch.full((size,), value, dtype=config.params_dtype, device=place))
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
 
 
 class _OnCPU(torch.autograd.Function):

@@ -14,8 +14,9 @@ from dpo_api.models import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """The rotation per position of each pair of channels, fp32 [head_dim / 2], radians per token."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    """The rotation per position of each pair of channels that turns, fp32 [rotary_dim / 2], radians per token."""
+    turned = config.rotary_dim or config.head_dim
+    exponents = torch.arange(0, turned, 2, dtype=torch.int64).float() / turned
     frequencies = 1.0 / (config.rope_theta**exponents)
     scaling = config.rope_scaling
     if scaling is None:
@@ -32,18 +33,18 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotation(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles, both fp32 [S, 1, head_dim / 2] (the 1 stands for the heads).
+    """Cosines and sines of the angles, both fp32 [S, 1, rotary_dim / 2] (the 1 stands for the heads).
 
-    position_ids: [S]; frequencies: fp32 [head_dim / 2].
+    position_ids: [S]; frequencies: fp32 [rotary_dim / 2].
     """
     angles = position_ids.to(torch.float32)[:, None] * frequencies.to(position_ids.device)[None, :]
     return angles.cos()[:, None, :], angles.sin()[:, None, :]
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn channel i with channel i + head_dim/2 by their angle, computed in fp32.
+    """Turn channel i with channel i + rotary_dim/2 by their angle, computed in fp32; the channels after them stay.
 
-    x: [S, heads, head_dim]; cosines, sines: fp32 [S, 1, head_dim / 2]. Returns x's shape and dtype.
+    x: [S, heads, head_dim]; cosines, sines: fp32 [S, 1, rotary_dim / 2]. Returns x's shape and dtype.
     """
     turned: Tensor = _Rotate.apply(x, cosines, sines)
     return turned
@@ -65,9 +66,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
+    half = cosines.shape[-1]
+    parts = (half, half, x.shape[-1] - 2 * half)
+    first, second, still = x.float().split(parts, dim=-1)
     turned = torch.empty_like(x, dtype=torch.float32)
-    to_first, to_second = turned.chunk(2, dim=-1)
+    to_first, to_second, to_still = turned.split(parts, dim=-1)
+    to_still.copy_(still)
     torch.mul(first, cosines, out=to_first).addcmul_(second, sines, value=-direction)
     torch.mul(second, cosines, out=to_second).addcmul_(first, sines, value=direction)
     return turned.to(x.dtype)
