@@ -130,7 +130,10 @@ def _since(stored: Condition | None) -> str:
 
 
 def emit(draft: Draft) -> list[EmitEvent]:
-    """Return the events of a pass. They are created before its status is written: a lost write repeats both."""
+    """Return the events of a pass. They are created before its status is written: a lost write repeats both.
+
+    Those of a status that the pass waits for (``Draft.follow``) come after it: a refused write reports nothing.
+    """
     view = draft.view
     found = list(transitions(view.status, draft.status))
     if draft.status.attempts and view.is_readable:  # a spec that cannot be read has no interval to count

@@ -102,8 +102,10 @@ def _conclude(draft: Draft) -> Decision:
     if patch:
         version = view.metadata.get("resourceVersion")
         written.append(PatchStatus({"metadata": {"resourceVersion": version}, "status": patch}))
-    actions = (*draft.actions, *emitted, *written)
-    return Decision(actions, after, draft.wake, scrape, follow=draft.follows)
+    if draft.follows:  # what the next round creates does not wait for the events
+        actions = (*draft.actions, *written)
+        return Decision(actions, after, draft.wake, scrape, follow=True, later=tuple(emitted))
+    return Decision((*draft.actions, *emitted, *written), after, draft.wake, scrape)
 
 
 def _is_progress_alone(draft: Draft) -> bool:

@@ -19,7 +19,8 @@ How ``runtime`` runs a pass:
    with them empty.
 4. ``PatchStatus`` is the last action and carries the resourceVersion; on 409 drop it and reconcile the newer object.
    If it is refused because the object is too large, set ``status_limit`` to ``size.smaller`` of it and go to 1 at once.
-5. With ``Decision.follow``, put the stored DPOJob into the ``Observed`` and go to 1 at once.
+5. With ``Decision.follow``, put the stored DPOJob into the ``Observed`` and go to 1 at once; perform ``Decision.later``
+   before that round's actions.
 6. Call again after ``Decision.wake`` seconds, or as soon as anything about the job changes.
 """
 
@@ -203,7 +204,7 @@ class Decision:
     """The output of a pass."""
 
     actions: tuple[Action, ...] = ()
-    """In order. Events precede the status that they report; at most one PatchStatus, as the last action."""
+    """In order. Events precede the status that they report, unless ``follow``; at most one PatchStatus, the last."""
     status: dict[str, Any] = field(default_factory=dict)
     """The whole status after PatchStatus, as JSON; the stored one if there is no PatchStatus."""
     wake: float | None = None
@@ -212,3 +213,5 @@ class Decision:
     """The pod to ask for progress; None: no pod."""
     follow: bool = False
     """Whether the next step only waits for the status to be stored: another round may run at once."""
+    later: tuple[EmitEvent, ...] = ()
+    """With ``follow``: events of the stored status, for the start of that round, whose objects do not wait for them."""

@@ -46,6 +46,9 @@ _CONSENT_SECONDS = 60.0
 _CONSENTS = 1000
 """How many kinds of pods are remembered."""
 
+_INDEPENDENT = (CreateConfigMap, CreateNetworkPolicy, EmitEvent)
+"""Actions that do not need each other."""
+
 _REFUSALS = frozenset({400, 403, 404, 413, 422})
 
 _log = logging.getLogger(__name__)
@@ -69,11 +72,12 @@ class Performer:
     async def perform(self, key: Key, observed: Observed, actions: Iterable[Action]) -> Observed | None:
         """Perform actions in order. Return None when all are done, or what is observed now that one brought news.
 
-        The ConfigMap and the NetworkPolicy are created at the same time: the PyTorchJob needs both.
+        The ConfigMap and the NetworkPolicy are created at the same time, together with the events beside them: nothing
+        needs an event.
 
         Raises ApiError and Unreachable for what may pass (429, 5xx, no answer), and Outdated.
         """
-        for free, group in groupby(actions, lambda each: isinstance(each, CreateConfigMap | CreateNetworkPolicy)):
+        for free, group in groupby(actions, lambda each: isinstance(each, _INDEPENDENT)):
             for together in [list(group)] if free else ([action] for action in group):
                 news = await self._at_once(key[0], observed, together)
                 if news is not None:

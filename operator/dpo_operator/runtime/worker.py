@@ -19,7 +19,7 @@ from dpo_operator.runtime.queue import WorkQueue
 from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS, Resource
 from dpo_operator.runtime.scraper import Scraper
 from dpo_operator.runtime.words import Words
-from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, Object, Observed
+from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, EmitEvent, Object, Observed
 
 _ROUNDS = 8
 """Most rounds of one pass; more mean that the job changes as fast as it is read."""
@@ -118,6 +118,7 @@ class Worker:
             self._cache.processed(key, self._cache.departed(key))
             return None
         observed = await self._observe(key, job)
+        later: tuple[EmitEvent, ...] = ()
         for _ in range(_ROUNDS):
             decision = reconcile(observed, self._clock(), self._settings)
             if not certain and _is_weighty(decision, observed.job):
@@ -125,7 +126,8 @@ class Worker:
                 # missing. What cannot be undone is decided on what the API server returns now.
                 observed, certain = await self._look(key, observed), True
                 continue
-            news = await self._performer.perform(key, observed, decision.actions)
+            news = await self._performer.perform(key, observed, (*later, *decision.actions))
+            later = decision.later
             if news is None and decision.follow and (stored := self._cache.job(key)) is not None:
                 news = replace(observed, job=stored, check=None)
             if news is None:

@@ -17,7 +17,7 @@ from dpo_operator.reconcile import reconcile
 from dpo_operator.runtime.cache import Cache
 from dpo_operator.runtime.client import Client
 from dpo_operator.runtime.performer import Performer
-from dpo_operator.types import CheckChild, CreateChild, CreateConfigMap, CreateNetworkPolicy, Observed
+from dpo_operator.types import CheckChild, CreateChild, CreateConfigMap, CreateNetworkPolicy, EmitEvent, Observed
 from dpo_testing.jobs import manifest
 
 MINUTE = 60.0
@@ -148,24 +148,27 @@ def test_another_namespace_and_other_annotations_have_a_dry_run_of_their_own() -
     asked.run(story)
 
 
-@pytest.mark.parametrize("refused", [False, True], ids=["both are created", "one is refused"])
+@pytest.mark.parametrize("refused", [False, True], ids=["all are created", "one is refused"])
 def test_what_a_pytorchjob_needs_is_created_at_once_and_before_it(refused: bool) -> None:
-    """The server answers the first two requests only when both have arrived."""
+    """The server answers the first three requests only when all of them have arrived."""
     asked: list[str] = []
-    both = asyncio.Event()
+    together = asyncio.Event()
 
     async def answer(request: web.Request) -> web.Response:
         asked.append(request.path.rpartition("/")[2])
-        if len(asked) == 2:
-            both.set()
-        await asyncio.wait_for(both.wait(), 10)
+        if len(asked) == 3:
+            together.set()
+        await asyncio.wait_for(together.wait(), 10)
         denied = refused and request.path.endswith("configmaps")
         return web.json_response({"message": "no"} if denied else await request.json(), status=403 if denied else 201)
 
     def named(name: str) -> dict[str, Any]:
         return {"metadata": {"name": name, "namespace": "team", "uid": "u", "resourceVersion": "1"}}
 
-    actions = [CreateConfigMap(named("spec")), CreateNetworkPolicy(named("wall")), CreateChild(named("job-1"))]
+    actions = [
+        EmitEvent(named("accepted")), CreateConfigMap(named("spec")), CreateNetworkPolicy(named("wall")),
+        CreateChild(named("job-1")),
+    ]  # fmt: skip
 
     async def play() -> Observed | None:
         server = web.Application()
@@ -177,8 +180,8 @@ def test_what_a_pytorchjob_needs_is_created_at_once_and_before_it(refused: bool)
         return news
 
     news = asyncio.run(play())
-    assert sorted(asked[:2]) == ["configmaps", "networkpolicies"]
+    assert sorted(asked[:3]) == ["configmaps", "events", "networkpolicies"]
     if refused:
         assert news is not None
         assert news.refusals["spec"].code == 403
-    assert asked[2:] == ([] if refused else ["pytorchjobs"])
+    assert asked[3:] == ([] if refused else ["pytorchjobs"])

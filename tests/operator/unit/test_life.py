@@ -61,7 +61,7 @@ def test_a_pod_is_asked_as_it_was_created() -> None:
 def test_from_apply_to_the_model() -> None:
     cluster = SimCluster()
     cluster.reconcile()
-    assert cluster.calls == ["EmitEvent", "PatchStatus"], "acceptance is stored before anything is created for it"
+    assert cluster.calls == ["PatchStatus", "EmitEvent"], "acceptance is stored before anything is created for it"
     assert (cluster.state, cluster.decision.follow) == ("Pending", True)
     cluster.reconcile()
     assert cluster.calls[2:] == ["CreateConfigMap", "CreateNetworkPolicy", "CreateChild", "EmitEvent", "PatchStatus"]
@@ -211,8 +211,7 @@ def test_nothing_is_created_for_a_spec_that_is_edited_while_it_is_accepted() -> 
     absent = frozenset({names.config_map("job", "uid-1")})
     late = replace(cluster.observed(), check=ChildCheck(1), absent=absent)
     cluster.edit_spec(dpo={"beta": 0.3})
-    *events, write = reconcile(late, START, cluster.settings).actions
-    assert [type(action).__name__ for action in events] == ["EmitEvent"]
+    (write,) = reconcile(late, START, cluster.settings).actions
     assert isinstance(write, PatchStatus)
     assert write.body["metadata"]["resourceVersion"] == version != cluster.job["metadata"]["resourceVersion"]
     cluster.settle()
@@ -1307,7 +1306,8 @@ def test_a_new_job_asks_one_question() -> None:
     decision = reconcile(observed, START, cluster.settings)
     assert [type(a).__name__ for a in decision.actions] == ["CheckChild"]
     decision = reconcile(replace(observed, check=ChildCheck(1)), START, cluster.settings)
-    assert [type(a).__name__ for a in decision.actions] == ["EmitEvent", "PatchStatus"]
+    assert [type(a).__name__ for a in decision.actions] == ["PatchStatus"]
+    assert [event.body["reason"] for event in decision.later] == ["Accepted"]
     cluster.reconcile()
     decision = reconcile(cluster.observed(), START, cluster.settings)
     assert [type(a).__name__ for a in decision.actions] == [

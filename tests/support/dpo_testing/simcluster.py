@@ -143,7 +143,7 @@ class SimCluster:
             assert decision == reconcile(observed, self.now, self.settings), "reconcile is not pure"
             self._check_order(decision)
             news = observed
-            for action in decision.actions:
+            for action in (*decision.actions, *decision.later):
                 mutating = not isinstance(action, CheckChild | LookUpChild | LookUpConfigMap)
                 if mutating and budget is not None:
                     if budget == 0:
