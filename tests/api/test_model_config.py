@@ -59,6 +59,8 @@ def test_rope_keys_of_old_and_new_transformers(keys: dict[str, Any]) -> None:
 
 NEMOTRON = {"model_type": "nemotron", "hidden_act": ..., "rms_norm_eps": ..., "head_dim": 24}
 
+STABLELM = {"model_type": "stablelm", "num_key_value_heads": 2, "rms_norm_eps": ...}
+
 
 def test_partial_rotary_keys_of_old_and_new_transformers() -> None:
     assert read(**NEMOTRON).rotary_dim == 12  # transformers' default for Nemotron: one half
@@ -91,6 +93,13 @@ def test_families() -> None:
     assert (nemotron.norm, nemotron.activation, nemotron.norm_eps) == ("layernorm1p", "relu2", 1e-5)
     assert (nemotron.norm_bias, nemotron.gated) == (True, False)
     assert read(**NEMOTRON, norm_eps=1e-4).norm_eps == 1e-4
+    stablelm = read(**STABLELM)
+    assert (stablelm.norm, stablelm.activation, stablelm.norm_eps) == ("layernorm", "swiglu", 1e-5)
+    assert (stablelm.rotary_dim, stablelm.qkv_bias) == (4, False)
+    assert read(**STABLELM, use_qkv_bias=True, layer_norm_eps=1e-4).qkv_bias
+    phi4 = read(model_type="phi3", rms_norm_eps=..., partial_rotary_factor=0.75, sliding_window=None)
+    assert (phi4.norm_eps, phi4.rotary_dim, phi4.window, phi4.num_query_groups) == (1e-5, 12, None, 4)
+    assert read(model_type="phi3", sliding_window=2047).window == 2047
     qwen3 = read(model_type="qwen3", num_key_value_heads=2, tie_word_embeddings=True)
     assert (qwen3.qk_norm, qwen3.head_dim, qwen3.tied_embeddings) == (True, 128, True)
 
@@ -113,6 +122,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
         r"rope_parameters is .*a different rope for each layer type",
     ),
+    (
+        {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}},
+        r'rope_scaling\.rope_type is "su": .* use a model without longrope',
+    ),
+    (
+        {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
+        r'rope_scaling\.rope_type is "linear": only default is supported for this family',
+    ),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"low_freq_factor is missing"),
     ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, r"factor is -2"),
     ({"rope_scaling": "linear"}, r'rope_scaling is "linear": it must be an object'),
@@ -122,6 +139,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**NEMOTRON, "hidden_act": "silu"}, r'hidden_act is "silu": only relu2'),
     ({**NEMOTRON, "attention_bias": True}, r"attention_bias is true: a bias on q, k, v and o_proj"),
     ({**NEMOTRON, "mlp_bias": True}, r"mlp_bias is true"),
+    ({**STABLELM, "use_parallel_residual": True}, r"use_parallel_residual is true: an MLP beside the attention"),
+    ({**STABLELM, "qk_layernorm": True}, r"qk_layernorm is true: a norm of its own for each head"),
+    ({**STABLELM, "head_dim": 32}, r"head_dim is 32: a head size of its own"),
     ({"vocab_size": ...}, r"vocab_size is missing"),
     ({"hidden_size": "64"}, r'hidden_size is "64": it must be a positive integer'),
     ({"num_hidden_layers": 0}, r"num_hidden_layers is 0"),

@@ -96,6 +96,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_pos
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
 NEMOTRON = {"model_type": "nemotron", "hidden_act": "relu2"}
+STABLELM = {"model_type": "stablelm"}
+PHI4_MINI = {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}
 
 CASES = [
     key("yarn", 'rope_parameters.rope_type is "yarn"', "remove it if no text exceeds", rope_parameters=YARN),
@@ -138,6 +140,16 @@ CASES = [
     key("bias of Nemotron", "attention_bias is true", "use a model without it", **NEMOTRON, attention_bias=True),
     key("bias of its MLP", "mlp_bias is true", "use a model without it", **NEMOTRON, mlp_bias=True),
     key("gate of Nemotron", 'hidden_act is "silu"', "only relu2 is supported", **{**NEMOTRON, "hidden_act": "silu"}),
+    key("parallel", "use_parallel_residual is true", "use a model without it", **STABLELM, use_parallel_residual=True),
+    key("norm per head", "qk_layernorm is true", "use a model without it", **STABLELM, qk_layernorm=True),
+    key("head size", "head_dim is 16: a head size", "use a model without it", **STABLELM, head_dim=16),
+    key(
+        "longrope of Phi-4 mini",
+        'rope_scaling.rope_type is "longrope"',
+        "use a model without longrope",
+        rope_parameters=...,
+        **PHI4_MINI,
+    ),
     key("odd head", "head_dim is 15: it must be even", "use a model with an even head size", head_dim=15),
     key("heads", "hidden_size is 50: not divisible by", "set head_dim", hidden_size=50, head_dim=...),
     key("groups", "num_key_value_heads is 3: it must divide", ORIGINAL, num_key_value_heads=3),

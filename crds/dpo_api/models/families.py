@@ -13,8 +13,10 @@ from typing import Any, Literal
 from dpo_api.models.keys import Keys
 from dpo_api.models.windows import Windows, all_layers, chosen_layers, no_windows
 
-Norm = Literal["rms", "layernorm1p"]
-"""``rms``: x · w / √(mean(x²) + ε). ``layernorm1p``: (x - mean(x)) · (1 + w) / √(var(x) + ε) + b."""
+Norm = Literal["rms", "layernorm", "layernorm1p"]
+"""``rms``: x · w / √(mean(x²) + ε). ``layernorm``: (x - mean(x)) · w / √(var(x) + ε) + b.
+``layernorm1p``: the same with 1 + w.
+"""
 Activation = Literal["swiglu", "relu2"]
 """``swiglu``: silu(gate) · up. ``relu2``: max(up, 0)², without a gate."""
 
@@ -22,7 +24,7 @@ HIDDEN_ACTS: dict[Activation, tuple[str, ...]] = {"swiglu": ("silu", "swish"), "
 """Activation → the values of config.json's ``hidden_act`` that mean it, the usual one first."""
 GATED: frozenset[Activation] = frozenset({"swiglu"})
 """Activations of two projections, of which one is the other's gate."""
-NORMS_WITH_BIAS: frozenset[Norm] = frozenset({"layernorm1p"})
+NORMS_WITH_BIAS: frozenset[Norm] = frozenset({"layernorm", "layernorm1p"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,14 @@ class TensorNames:
     head: str = "lm_head"
     layers: str = "model.layers"
     attention_norm: str = "input_layernorm"
-    qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Or one name, of a tensor that holds the rows of q, then of k, then of v."""
     qk_norm: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     attention_output: str = "self_attn.o_proj"
     mlp_norm: str = "post_attention_layernorm"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """The gate first; the up projection alone where the activation has no gate."""
+    """The gate first; the up projection alone where the activation has no gate. With a gate one name, too: of a tensor
+    that holds the gate's rows, then those of the up projection."""
     down: str = "mlp.down_proj"
 
     def layer(self, number: int) -> str:
@@ -60,12 +64,14 @@ class Family:
     activation: Activation = "swiglu"
     epsilon: str = "rms_norm_eps"
     """Key of config.json for the norms' epsilon."""
-    qkv_bias: bool = False
-    """Whether the query, key and value projections have biases."""
+    qkv_bias: bool | str = False
+    """Whether the query, key and value projections have biases, or the key of config.json that says it."""
     qk_norm: bool = False
     """Whether each query and key head passes a norm before the rotary embedding."""
     partial_rotary: bool = False
     """Whether ``partial_rotary_factor`` may be below 1: that share of a head's channels turns."""
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    """Those of ``rope.TYPES`` that transformers computes for this family as for others."""
     windows: Callable[[Keys, int], Windows] = no_windows
     """Reads which of the layers have a sliding window."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -94,6 +100,27 @@ _ROWS = (
         refused={"attention_bias": "a bias on q, k, v and o_proj", **_MLP_BIAS},
         defaults={"norm_eps": 1e-5, "partial_rotary_factor": 0.5},
         tensors=TensorNames(gate_up=("mlp.up_proj",)),
+    ),
+    Family(
+        "stablelm",
+        norm="layernorm",
+        epsilon="layer_norm_eps",
+        qkv_bias="use_qkv_bias",
+        partial_rotary=True,
+        refused={
+            "use_parallel_residual": "an MLP beside the attention",
+            "qk_layernorm": "a norm of its own for each head",
+            "head_dim": "a head size of its own",
+        },
+        defaults={"num_key_value_heads": 32, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+    ),
+    Family(
+        "phi3",  # and Phi-4
+        partial_rotary=True,
+        rope_types=("default",),  # transformers takes all others for longrope
+        windows=all_layers,
+        defaults={"rms_norm_eps": 1e-5},
+        tensors=TensorNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
     ),
 )
 

@@ -41,7 +41,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         raise keys.error(
             "head_dim", head_dim, "it must be even, for the rotary embedding; use a model with an even head size"
         )
-    theta, scaling, rotary_dim = read_rope(keys, head_dim, partial=family.partial_rotary)
+    theta, scaling, rotary_dim = read_rope(keys, head_dim, family)
     window, windowed = family.windows(keys, layers)
     return ModelConfig(
         family=family.name,
@@ -57,7 +57,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         rope_scaling=scaling,
         window=window,
         windowed_layers=windowed,
-        qkv_bias=family.qkv_bias,
+        qkv_bias=bool(keys.get(family.qkv_bias) if isinstance(family.qkv_bias, str) else family.qkv_bias),
         qk_norm=family.qk_norm,
         tied_embeddings=bool(keys.get("tie_word_embeddings")),
         max_positions=keys.integer("max_position_embeddings", 4096),

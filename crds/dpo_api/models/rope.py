@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from dpo_api.models.families import Family
 from dpo_api.models.keys import Keys
 
 
@@ -45,12 +46,13 @@ TYPES: dict[str, Callable[[Keys, Keys], RopeScaling | None]] = {
     "llama3": _llama3,
 }
 """``rope_type`` → what reads its settings: (the rope's own keys, the model's keys) → scaling."""
+_LONGROPE = ("longrope", "su")  # "su": in older files
 
 
-def read_rope(model: Keys, head_dim: int, *, partial: bool) -> tuple[float, RopeScaling | None, int | None]:
+def read_rope(model: Keys, head_dim: int, family: Family) -> tuple[float, RopeScaling | None, int | None]:
     """Return the rotary base (theta), the scaling, and the channels of a head that turn: None if all of them do.
 
-    partial: whether the family reads partial_rotary_factor. Raises InvalidModelError for what cannot be reproduced.
+    Raises InvalidModelError for what cannot be reproduced.
     """
     # transformers ≥ 5 writes rope_parameters alone; older versions rope_theta and rope_scaling.
     key = "rope_parameters" if model.raw.get("rope_parameters") else "rope_scaling"
@@ -64,13 +66,18 @@ def read_rope(model: Keys, head_dim: int, *, partial: bool) -> tuple[float, Rope
     rope = Keys(raw, model.where)
     theta = (rope if "rope_theta" in raw else model).number("rope_theta", 10000.0)
     kind = raw.get("rope_type", raw.get("type"))
-    read = TYPES.get(kind if kind is not None else "default") if isinstance(kind, str | None) else None
-    if read is None:
-        *most, last = TYPES
-        fix = f"supported are {', '.join(most)} and {last}; remove it if no text exceeds the model's original context"
-        raise model.error(f"{key}.rope_type", kind, fix)
-    turned = _rotary_dim(rope if "partial_rotary_factor" in raw else model, head_dim, partial=partial)
-    return theta, read(rope, model), turned
+    if kind not in (None, *family.rope_types):
+        raise model.error(f"{key}.rope_type", kind, _instead_of(kind, family))
+    turned = _rotary_dim(rope if "partial_rotary_factor" in raw else model, head_dim, partial=family.partial_rotary)
+    return theta, TYPES[kind or "default"](rope, model), turned
+
+
+def _instead_of(kind: object, family: Family) -> str:
+    if kind in _LONGROPE:
+        return "frequencies that depend on the length of the text are not supported; use a model without longrope"
+    *most, last = family.rope_types
+    known = f"supported are {', '.join(most)} and {last}" if most else f"only {last} is supported for this family"
+    return f"{known}; remove it if no text exceeds the model's original context"
 
 
 def _rotary_dim(keys: Keys, head_dim: int, *, partial: bool) -> int | None:

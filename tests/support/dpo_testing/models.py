@@ -61,6 +61,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e3}}),
+    "stablelm": ("StableLmConfig", {"use_qkv_bias": True, "rope_parameters": {"partial_rotary_factor": 0.5}}),
+    "phi3": ("Phi3Config", {"sliding_window": 9, "rope_parameters": {"partial_rotary_factor": 0.75}}),
     "nemotron": ("NemotronConfig", {"head_dim": 12, "rope_parameters": {"rope_theta": 1e3}}),
 }
 FROM_1 = ("NemotronLayerNorm1P",)

@@ -167,6 +167,11 @@ FEATURES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2-window", "which layers are windowed", {"windowed_layers": ()}),
     ("llama", "epsilon", {"norm_eps": 0.1}),
     ("nemotron", "channels that turn", {"rotary_dim": 8}),
+    ("nemotron", "1 + weight", {"norm": "layernorm"}),
+    ("phi3", "channels that turn", {"rotary_dim": None}),
+    ("phi3", "window", {"window": None}),
+    ("stablelm", "no 1 + weight", {"norm": "layernorm1p"}),
+    ("stablelm", "channels that turn", {"rotary_dim": 2}),
 ]
 
 
@@ -200,6 +205,8 @@ def _with_config(folder: Path, config: ModelConfig) -> Any:
         ("nemotron", "pre_mlp_layernorm.bias"),
         ("nemotron", "final_layernorm.bias"),
         ("nemotron", "final_layernorm.weight"),
+        ("stablelm", "linear_qkv.bias"),
+        ("stablelm", "final_layernorm.bias"),
     ],
 )
 def test_each_small_parameter_matters(name: str, part: str, tmp_path: Path) -> None:

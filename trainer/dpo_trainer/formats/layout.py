@@ -35,6 +35,11 @@ class Slot:
     shapes: tuple[tuple[int, ...], ...]  #: of the whole Hugging Face tensors
     duplicate: bool = False  #: another stage has the parameter too, and exports it
 
+    @property
+    def fused(self) -> bool:
+        """Whether the parts of a "qkv" or "gated" parameter are rows of one Hugging Face tensor, one after another."""
+        return self.kind in ("qkv", "gated") and len(self.sources) == 1
+
 
 def slots(config: ModelConfig, layers: Sequence[int], *, first: bool, last: bool) -> Iterator[Slot]:
     """Every parameter of a pipeline stage that holds the global ``layers``, the embedding if ``first``, the head if
@@ -62,10 +67,11 @@ def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Slot]:
     q, kv = config.num_attention_heads * d, config.num_query_groups * d
     names = config.row.tensors
     yield from _norm(config, f"{ours}.input_layernorm", f"{theirs}.{names.attention_norm}")
+    rows = (q, kv, kv) if len(names.qkv) > 1 else (q + 2 * kv,)
     weights, biases = (tuple(f"{theirs}.{name}.{kind}" for name in names.qkv) for kind in ("weight", "bias"))
-    yield Slot("qkv", f"{ours}.self_attention.linear_qkv.weight", weights, ((q, h), (kv, h), (kv, h)))
+    yield Slot("qkv", f"{ours}.self_attention.linear_qkv.weight", weights, tuple((count, h) for count in rows))
     if config.qkv_bias:
-        yield Slot("qkv", f"{ours}.self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)))
+        yield Slot("qkv", f"{ours}.self_attention.linear_qkv.bias", biases, tuple((count,) for count in rows))
     if config.qk_norm:
         for part, name in zip("qk", names.qk_norm, strict=True):
             of_heads = f"{ours}.self_attention.{part}_layernorm.weight"
@@ -75,7 +81,8 @@ def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Slot]:
     yield from _norm(config, f"{ours}.pre_mlp_layernorm", f"{theirs}.{names.mlp_norm}")
     kind: Kind = "gated" if config.gated else "rows"
     into = tuple(f"{theirs}.{name}.weight" for name in names.gate_up)
-    yield Slot(kind, f"{ours}.mlp.linear_fc1.weight", into, ((f, h),) * len(into))
+    whole_rows = f * (2 if config.gated else 1)
+    yield Slot(kind, f"{ours}.mlp.linear_fc1.weight", into, ((whole_rows // len(into), h),) * len(into))
     yield Slot("columns", f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.{names.down}.weight",), ((h, f),))
 
 
@@ -106,9 +113,22 @@ def pieces(slot: Slot, config: ModelConfig, rank: int, size: int) -> list[Piece]
     if slot.kind == "columns":
         return [Piece(0, 0, rows, 0, _share(slot.shapes[0][1], rank, size))]
     if slot.kind == "gated":
-        first, last = _share(rows, rank, size)
-        return [Piece(source, first, last, source * (last - first)) for source in range(2)]
-    return _pieces_qkv(config, rank, size)
+        first, last = _share(config.ffn_hidden_size, rank, size)
+        found = [Piece(part, first, last, part * (last - first)) for part in range(2)]
+    else:
+        found = _pieces_qkv(config, rank, size)
+    if not slot.fused:
+        return found
+    counts = _rows_of_parts(slot, config)
+    starts = [sum(counts[:part]) for part in range(len(counts))]
+    return [replace(p, source=0, first=p.first + starts[p.source], last=p.last + starts[p.source]) for p in found]
+
+
+def _rows_of_parts(slot: Slot, config: ModelConfig) -> tuple[int, ...]:
+    """Rows of q, k and v, or of the gate and the up projection."""
+    if slot.kind == "gated":
+        return (config.ffn_hidden_size,) * 2
+    return tuple(heads * config.head_dim for heads in (config.num_attention_heads, *(config.num_query_groups,) * 2))
 
 
 def _pieces_qkv(config: ModelConfig, rank: int, size: int) -> list[Piece]:
@@ -176,8 +196,9 @@ def split_qkv(fused: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tenso
 def dissolve(slot: Slot, whole: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
     """Split a whole (not split over ranks) parameter into Hugging Face's tensors, in the order of ``slot.sources``."""
     if slot.kind == "qkv":
-        return split_qkv(whole, config)
-    if slot.kind == "gated":
+        parts = split_qkv(whole, config)
+        return (torch.cat(parts),) if slot.fused else parts
+    if slot.kind == "gated" and not slot.fused:
         return tuple(whole.chunk(2))
     if slot.kind == "rows":
         return (whole[: slot.shapes[0][0]],)  # without the padding

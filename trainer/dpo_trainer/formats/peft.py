@@ -69,7 +69,9 @@ def adapter_tensors(model: Any, trained: Trained | None = None) -> dict[str, Ten
     found: dict[str, Tensor] = {}
     for adapter in adapters(model):
         a, b = adapter.matrices(trained)
-        for projection, part in zip(projections(names, adapter.place.module), _parts(adapter, b, config), strict=True):
+        of = projections(names, adapter.place.module)
+        parts = _parts(adapter, b, config)
+        for projection, part in zip(of, parts if len(of) > 1 else (torch.cat(parts),), strict=True):
             prefix = f"base_model.model.{names.layer(adapter.place.layer)}.{projection}"
             found[f"{prefix}.lora_A.weight"] = a.clone()
             found[f"{prefix}.lora_B.weight"] = part.contiguous()

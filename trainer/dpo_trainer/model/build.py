@@ -29,14 +29,18 @@ from dpo_trainer.model.linear import (
     AdaptableRowParallelLinear,
     transformer_engine_linears,
 )
-from dpo_trainer.model.norm import LayerNorm1P, RMSNorm
+from dpo_trainer.model.norm import LayerNorm, LayerNorm1P, RMSNorm
 from dpo_trainer.model.rotary import inverse_frequencies
 
 Precision = Literal["bf16", "fp32"]
 Backend = Literal["auto", "local", "transformer_engine"]
 Recomputation = Literal["none", "selective", "full"]
 
-NORMS: dict[Norm, tuple[str, Any]] = {"rms": ("RMSNorm", RMSNorm), "layernorm1p": ("LayerNorm", LayerNorm1P)}
+NORMS: dict[Norm, tuple[str, Any]] = {
+    "rms": ("RMSNorm", RMSNorm),
+    "layernorm": ("LayerNorm", LayerNorm),
+    "layernorm1p": ("LayerNorm", LayerNorm1P),
+}
 """A family's norm → (Megatron-Core's name of it, our module)."""
 
 ACTIVATIONS: dict[Activation, tuple[dict[str, Any], type[torch.nn.Module]]] = {

@@ -30,17 +30,22 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class LayerNorm1P(torch.nn.Module):
-    """(x - mean(x)) · (1 + weight) / √(var(x) + eps) + bias over the last axis: NeMo's layernorm1p.
-
-    LayerNorm (Ba et al., 2016) with its weight stored as the difference from 1.
-    """
+class LayerNorm(torch.nn.Module):
+    """(x - mean(x)) · weight / √(var(x) + eps) + bias over the last axis (Ba et al., 2016)."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = _parameter(config, hidden_size, 0.0)
+        self.weight = _parameter(config, hidden_size, 1.0)
         self.bias = _parameter(config, hidden_size, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden_size]; computed in fp32 inside the kernel, returned in x's dtype."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class LayerNorm1P(LayerNorm):
+    """LayerNorm whose weight is stored as the difference from 1: NeMo's layernorm1p."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]; computed in fp32 inside the kernel, returned in x's dtype."""
