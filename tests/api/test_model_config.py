@@ -1,11 +1,12 @@
 """config.json: what is read, and everything that is refused by name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from dpo_api.errors import InvalidModelError
-from dpo_api.models import ModelConfig, RopeScaling, parse_config
+from dpo_api.models import ModelConfig, RopeScaling, YarnScaling, parse_config
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,6 +56,37 @@ def test_rope_keys_of_old_and_new_transformers(keys: dict[str, Any]) -> None:
     config = read(**keys)
     assert config.rope_theta == 500000.0
     assert config.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, YarnScaling(4.0, 32768, 1.1386294361119891)),
+        ({"attention_factor": 0.5, "beta_fast": 16, "beta_slow": 2}, YarnScaling(4.0, 32768, 0.5, 16.0, 2.0)),
+        ({"truncate": False, "attention_factor": None}, YarnScaling(4.0, 32768, 1.1386294361119891, truncate=False)),
+        # (0.0707 ln 4 + 1) / (0.1414 ln 4 + 1)
+        ({"mscale": 0.707, "mscale_all_dim": 1.414}, YarnScaling(4.0, 32768, 1.0980110113 / 1.1960220227)),
+        ({"mscale": 0.707}, YarnScaling(4.0, 32768, 1.1386294361119891)),
+        ({"factor": 1.0}, YarnScaling(1.0, 32768, 1.0)),
+    ],
+)
+def test_yarn(keys: dict[str, Any], expected: YarnScaling) -> None:
+    found = read(max_position_embeddings=131072, rope_scaling={**YARN, **keys}).rope_scaling
+    assert isinstance(found, YarnScaling)
+    assert found == replace(expected, attention_factor=pytest.approx(expected.attention_factor, rel=1e-9))
+
+
+def test_where_the_original_length_is_read() -> None:
+    """Beside the rope's settings first, as in transformers, then among them, then the model's own length."""
+    rope = {"rope_type": "yarn", "factor": 4.0}
+    lengths = {"max_position_embeddings": 128, "rope_scaling": rope}
+    assert read(**lengths).rope_scaling.original_max_positions == 128  # type: ignore[union-attr]
+    lengths["rope_scaling"] = {**rope, "original_max_position_embeddings": 64}
+    assert read(**lengths).rope_scaling.original_max_positions == 64  # type: ignore[union-attr]
+    assert read(**lengths, original_max_position_embeddings=32).rope_scaling.original_max_positions == 32  # type: ignore[union-attr]
 
 
 NEMOTRON = {"model_type": "nemotron", "hidden_act": ..., "rms_norm_eps": ..., "head_dim": 24}
@@ -115,7 +147,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention_bias": True}, r"attention_bias is true: a bias on o_proj"),
     ({"model_type": "qwen3", "num_key_value_heads": 2, "attention_bias": True}, r"attention_bias is true"),
     ({"mlp_bias": True}, r"mlp_bias is true"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r'rope_scaling\.rope_type is "yarn"'),
+    ({"rope_scaling": {"rope_type": "yarn"}}, r"factor is missing"),
+    (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1}},
+        r"beta_fast is 1.0: it must be above beta",
+    ),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r'rope_scaling\.rope_type is "dynamic"'),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r'rope_parameters\.rope_type is "longrope"'),
     (

@@ -92,7 +92,7 @@ def holding(name: str, content: dict[str, Any]) -> Callable[[Path], object]:
 ORIGINAL = "copy the model's original config.json"
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
 GPTQ = {"quant_method": "gptq", "bits": 4, "desc_act": False}
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 4096}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
 NEMOTRON = {"model_type": "nemotron", "hidden_act": "relu2"}
@@ -100,13 +100,13 @@ STABLELM = {"model_type": "stablelm"}
 PHI4_MINI = {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}
 
 CASES = [
-    key("yarn", 'rope_parameters.rope_type is "yarn"', "remove it if no text exceeds", rope_parameters=YARN),
+    key("dynamic", 'rope_parameters.rope_type is "dynamic"', "remove it if no text exceeds", rope_parameters=DYNAMIC),
     key(
-        "yarn of older files",
-        'rope_scaling.rope_type is "yarn"',
+        "dynamic of older files",
+        'rope_scaling.rope_type is "dynamic"',
         "remove it if no text exceeds",
         rope_parameters=...,
-        rope_scaling={"type": "yarn", "factor": 4.0},
+        rope_scaling={"type": "dynamic", "factor": 4.0},
     ),
     key("awq", 'quantization_config is {"quant_method": "awq"', "use the original model", quantization_config=AWQ),
     key("gptq", 'quantization_config is {"quant_method": "gptq"', "use the original model", quantization_config=GPTQ),
@@ -117,13 +117,13 @@ CASES = [
     key(
         "unknown rope",
         'rope_parameters.rope_type is "spiral"',
-        "supported are default, linear and llama3",
+        "supported are default, linear, llama3 and yarn",
         rope_parameters={"rope_type": "spiral"},
     ),
     key(
         "rope of no type",
         "rope_parameters.rope_type is 7",
-        "supported are default, linear and llama3",
+        "supported are default, linear, llama3 and yarn",
         rope_parameters={"rope_type": 7},
     ),
     key("rope without factor", "factor is missing", ORIGINAL, rope_parameters={"rope_type": "linear"}),
@@ -259,7 +259,7 @@ def test_both_refuse_it_in_the_same_words(
     assert f"error    spec.model.huggingFace.uri: {error}" in said.out
 
 
-@pytest.mark.parametrize("name", ["yarn", "missing shard", "no tokenizer"])
+@pytest.mark.parametrize("name", ["dynamic", "missing shard", "no tokenizer"])
 def test_the_same_for_a_model_in_s3(
     name: str, world: World, dpo: Dpo, s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

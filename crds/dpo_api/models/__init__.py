@@ -11,7 +11,7 @@ from dpo_api.models.config import ModelConfig, ModelFacts
 from dpo_api.models.families import FAMILIES, Activation, Family, Norm, TensorNames
 from dpo_api.models.folder import read_config
 from dpo_api.models.reader import parse_config
-from dpo_api.models.rope import RopeScaling
+from dpo_api.models.rope import RopeScaling, YarnScaling
 
 __all__ = [
     "FAMILIES",
@@ -22,6 +22,7 @@ __all__ = [
     "Norm",
     "RopeScaling",
     "TensorNames",
+    "YarnScaling",
     "parse_config",
     "read_config",
 ]

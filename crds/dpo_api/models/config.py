@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 from dpo_api.models.families import FAMILIES, GATED, NORMS_WITH_BIAS, Activation, Family, Norm
-from dpo_api.models.rope import RopeScaling
+from dpo_api.models.rope import Scaling
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ModelConfig:
     head_dim: int
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
     window: int | None = None  #: tokens a windowed layer sees, the query's own included
     windowed_layers: tuple[bool, ...] = ()  #: one a layer; empty means all layers when ``window`` is set
     qkv_bias: bool = False

@@ -70,7 +70,7 @@ class Family:
     """Whether each query and key head passes a norm before the rotary embedding."""
     partial_rotary: bool = False
     """Whether ``partial_rotary_factor`` may be below 1: that share of a head's channels turns."""
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     """Those of ``rope.TYPES`` that transformers computes for this family as for others."""
     windows: Callable[[Keys, int], Windows] = no_windows
     """Reads which of the layers have a sliding window."""

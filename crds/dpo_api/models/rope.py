@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,27 @@ class RopeScaling:
     original_max_positions: int = 8192
 
 
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN (Peng et al., 2023): channels are scaled by how often they turn in the original context.
+
+    The frequencies of those that turn less than ``beta_slow`` times are divided by ``factor``, those of more than
+    ``beta_fast`` times are kept, and those between are blended by the channel's number. The rotated queries and keys
+    are multiplied by ``attention_factor``.
+    """
+
+    factor: float
+    original_max_positions: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """Whether the blend begins and ends at whole channels."""
+
+
+Scaling = RopeScaling | YarnScaling
+
+
 def _linear(rope: Keys, _model: Keys) -> RopeScaling:
     return RopeScaling("linear", rope.number("factor"))
 
@@ -36,20 +58,49 @@ def _llama3(rope: Keys, model: Keys) -> RopeScaling:
         raise rope.error(
             "high_freq_factor", high, f"it must be above low_freq_factor {low}; copy the model's original config.json"
         )
-    original = int(rope.number("original_max_position_embeddings", model.integer("max_position_embeddings", 8192)))
-    return RopeScaling("llama3", rope.number("factor"), low, high, original)
+    return RopeScaling("llama3", rope.number("factor"), low, high, _original(rope, model))
 
 
-TYPES: dict[str, Callable[[Keys, Keys], RopeScaling | None]] = {
+def _yarn(rope: Keys, model: Keys) -> YarnScaling:
+    factor = rope.number("factor")
+    fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
+    if fast <= slow:
+        raise rope.error("beta_fast", fast, f"it must be above beta_slow {slow}; copy the model's original config.json")
+    mscale = [rope.number(key) for key in ("mscale", "mscale_all_dim") if rope.raw.get(key)]
+    attention = [_magnitude(factor, one) for one in mscale] if len(mscale) == 2 else [_magnitude(factor), 1.0]
+    return YarnScaling(
+        factor,
+        _original(rope, model),
+        rope.number("attention_factor", attention[0] / attention[1]),
+        fast,
+        slow,
+        truncate=bool(rope.raw.get("truncate", True)),
+    )
+
+
+def _magnitude(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's 0.1 · mscale · ln(factor) + 1, by which the paper multiplies rotated queries and keys."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _original(rope: Keys, model: Keys) -> int:
+    """Positions before the scaling. As in transformers, a key beside the rope's settings has priority over theirs."""
+    key = "original_max_position_embeddings"
+    outer = model if model.raw.get(key) is not None else rope
+    return int(outer.number(key, model.integer("max_position_embeddings", 8192)))
+
+
+TYPES: dict[str, Callable[[Keys, Keys], Scaling | None]] = {
     "default": lambda _rope, _model: None,
     "linear": _linear,
     "llama3": _llama3,
+    "yarn": _yarn,
 }
 """``rope_type`` → what reads its settings: (the rope's own keys, the model's keys) → scaling."""
 _LONGROPE = ("longrope", "su")  # "su": in older files
 
 
-def read_rope(model: Keys, head_dim: int, family: Family) -> tuple[float, RopeScaling | None, int | None]:
+def read_rope(model: Keys, head_dim: int, family: Family) -> tuple[float, Scaling | None, int | None]:
     """Return the rotary base (theta), the scaling, and the channels of a head that turn: None if all of them do.
 
     Raises InvalidModelError for what cannot be reproduced.

@@ -46,6 +46,13 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 32,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+}
 #: name → (transformers' configuration class, what differs from the common shape)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -54,6 +61,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}, "head_dim": 16},
     ),
+    "llama-yarn": ("LlamaConfig", {"rope_parameters": _YARN, "head_dim": 16, "max_position_embeddings": 128}),
     "mistral": ("MistralConfig", {"sliding_window": 7, "head_dim": 16}),
     "qwen2": ("Qwen2Config", {"use_sliding_window": False}),
     "qwen2-window": (

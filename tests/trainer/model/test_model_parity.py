@@ -1,5 +1,6 @@
 """Our model's logits against transformers': packed, unpacked, with shared prompts; each feature proven to matter."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_api.models import ModelConfig, RopeScaling
+from dpo_api.models import ModelConfig, RopeScaling, YarnScaling
 from dpo_testing.models import (
     VARIANTS,
     load_model,
@@ -154,12 +155,23 @@ def _gradients(model: Any, pack: Pack) -> dict[str, Tensor]:
     return found
 
 
+YARN = YarnScaling(4.0, 32, 0.1 * math.log(4) + 1, 4.0)
+ANOTHER = {
+    "factor": 5.0,
+    "original_max_positions": 64,
+    "attention_factor": 1.0,
+    "beta_fast": 1.5,
+    "beta_slow": 0.2,
+    "truncate": False,
+}
 FEATURES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama3", "rope scaling", {"rope_scaling": None}),
     ("llama3", "its low frequency factor", {"rope_scaling": RopeScaling("llama3", 16.0, 1.0, 3.0, 32)}),
     ("llama3", "its high frequency factor", {"rope_scaling": RopeScaling("llama3", 16.0, 1.5, 4.0, 32)}),
     ("llama3", "its original length", {"rope_scaling": RopeScaling("llama3", 16.0, 1.5, 3.0, 64)}),
     ("llama-linear", "rope scaling", {"rope_scaling": None}),
+    ("llama-yarn", "rope scaling", {"rope_scaling": None}),
+    *[("llama-yarn", name, {"rope_scaling": replace(YARN, **{name: value})}) for name, value in ANOTHER.items()],
     ("llama", "rope theta", {"rope_theta": 5e5}),
     ("mistral", "window", {"window": None}),
     ("mistral", "window, by one", {"window": 8}),
@@ -181,6 +193,7 @@ def test_each_setting_matters(name: str, feature: str, change: dict[str, Any], t
     folder = save_folder(reference_model(name), tmp_path)
     right = load_model(folder)
     wrong = _with_config(folder, replace(right.dpo_config, **change))
+    assert right.dpo_config != wrong.dpo_config
     pack = plain_pack([token_stream(60, seed=8)])
     assert (logits(right, pack) - logits(wrong, pack)).abs().max() > 1e-2
 
@@ -249,9 +262,10 @@ def test_tying_matters(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_rope_scaling_at_long_positions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama3", "llama-linear", "llama-yarn"])
+def test_rope_scaling_at_long_positions(name: str, tmp_path: Path) -> None:
     """Parity where scaling acts: 400 tokens on an original context of 32."""
-    reference = reference_model("llama3")
+    reference = reference_model(name, max_position_embeddings=512)
     model = load_model(save_folder(reference, tmp_path))
     tokens = token_stream(400, seed=9)
     # Angles of positions near 400 differ by fp32 rounding times 400 radians; the logits by more than 1e-5 only there.

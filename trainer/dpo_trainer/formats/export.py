@@ -363,6 +363,8 @@ def write_config(
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     rope.pop("rope_theta", None)
+    if "partial_rotary_factor" in rope:  # beside both, as transformers reads rope_scaling before rope_parameters
+        raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     raw["rope_scaling"] = {"rope_type": kind, **rope} if config.rope_scaling else None
     raw["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": kind, **rope}
     target_store.write(join_uri(out, "config.json"), (json.dumps(raw, indent=2) + "\n").encode())

@@ -25,6 +25,7 @@ class PackContext(PackedSeqParams):
 
     pack: Pack
     frequencies: Tensor  # fp32 [rotary_dim / 2]
+    factor: float = 1.0  # of rotated queries and keys
 
     def __post_init__(self) -> None:
         self.qkv_format = "pack"
@@ -37,7 +38,7 @@ class PackContext(PackedSeqParams):
     @cached_property
     def rotation(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of every token's position."""
-        return rotation(self.pack.position_ids, self.frequencies)
+        return rotation(self.pack.position_ids, self.frequencies, self.factor)
 
 
 class PackAttention(torch.nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor
 from dpo_trainer.model.attention import PackContext
 from dpo_trainer.model.dropout import TokenKeys, token_keys
 from dpo_trainer.model.pack import Pack
+from dpo_trainer.model.rotary import attention_factor
 
 
 def unwrap(model: Any) -> Any:
@@ -69,7 +70,7 @@ def _run(model: Any, gpt: Any, pack: Pack, rows: Tensor | None) -> Tensor:
         hidden = hidden_states.squeeze(1)
         return hidden if rows is None else hidden.index_select(0, rows)
 
-    context = PackContext(pack=pack, frequencies=gpt.rope_frequencies)
+    context = PackContext(pack=pack, frequencies=gpt.rope_frequencies, factor=attention_factor(gpt.dpo_config))
     result: Tensor = model(
         input_ids=pack.tokens[None],
         position_ids=pack.position_ids[None],

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_api.models import ModelConfig
+from dpo_api.models import ModelConfig, YarnScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """The rotation per position of each pair of channels that turns, fp32 [rotary_dim / 2], radians per token."""
-    turned = config.rotary_dim or config.head_dim
+    turned, scaling = config.rotary_dim or config.head_dim, config.rope_scaling
     exponents = torch.arange(0, turned, 2, dtype=torch.int64).float() / turned
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    scaling = config.rope_scaling
+    waves = config.rope_theta**exponents
+    frequencies = 1.0 / waves
     if scaling is None:
         return frequencies
+    if isinstance(scaling, YarnScaling):
+        keep = _kept_by_yarn(turned, config.rope_theta, scaling)
+        return (1 - keep) / (scaling.factor * waves) + keep * frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     # Llama 3.1: long waves are stretched, short ones kept, those between blended by how often they fit into the
@@ -32,13 +35,36 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     return (1 - keep) * stretched + keep * frequencies
 
 
-def rotation(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles, both fp32 [S, 1, rotary_dim / 2] (the 1 stands for the heads).
+def _kept_by_yarn(turned: int, theta: float, scaling: YarnScaling) -> Tensor:
+    """How much of each pair's own frequency YaRN keeps, fp32 [rotary_dim / 2], from 1 to 0.
+
+    Pair i turns L / (2π · theta^(2i / rotary_dim)) times in the L tokens of the original context.
+    """
+    ends = [
+        turned * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    ]
+    first, last = (math.floor(ends[0]), math.ceil(ends[1])) if scaling.truncate else ends
+    first, last = max(first, 0), min(last, turned - 1)
+    width = last - first or 0.001  # transformers' own, where the blend has no width
+    return 1 - ((torch.arange(turned // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
+
+
+def attention_factor(config: ModelConfig) -> float:
+    """What rotated queries and keys are multiplied by: 1 but for YaRN."""
+    return config.rope_scaling.attention_factor if isinstance(config.rope_scaling, YarnScaling) else 1.0
+
+
+def rotation(position_ids: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles times ``factor``, both fp32 [S, 1, rotary_dim / 2] (the 1 stands for the heads).
 
     position_ids: [S]; frequencies: fp32 [rotary_dim / 2].
     """
     angles = position_ids.to(torch.float32)[:, None] * frequencies.to(position_ids.device)[None, :]
-    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+    cosines, sines = angles.cos(), angles.sin()
+    if factor != 1:
+        cosines, sines = cosines * factor, sines * factor
+    return cosines[:, None, :], sines[:, None, :]
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -51,7 +77,7 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is turned back by the same angle: nothing of x is saved."""
+    """A rotation's gradient is turned back by the same angle, and multiplied as x was: nothing of x is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
