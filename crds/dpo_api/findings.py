@@ -199,6 +199,9 @@ USUAL_NAMES = {
     "saveinterval": "everySteps",
     "savesteps": "everySteps",
     "savetopk": "keep",
+    "metricforbestmodel": "monitor",
+    "earlystoppingpatience": "patience",
+    "earlystoppingthreshold": "minDelta",
 }
 """Names in NeMo-Aligner, TRL and PEFT of fields that have another name here, in lower case and without _."""
 

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, Strict
 
 from dpo_api.fields import Bool, CountOrPercent, Float, Int, Rule, Section, whole
 from dpo_api.loss import Loss, described
+from dpo_api.metrics import Monitored
 
 Reward = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 Beta = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=0, lt=1)]
@@ -172,6 +173,26 @@ class Schedule(Section):
     )
 
 
+class EarlyStopping(Section):
+    """Ends a run before its last step once validations no longer improve. The run succeeds and exports its model."""
+
+    monitor: Monitored | None = Field(
+        default=None, description="The metric that has to improve. Not set: `checkpoint.monitor`, else val/loss."
+    )
+    patience: Int = Field(
+        default=3,
+        ge=1,
+        le=1_000_000,
+        description="Validations in a row without an improvement after which the run ends. Default 3.",
+    )
+    min_delta: Float = Field(
+        default=0.0,
+        ge=0,
+        le=1_000_000,
+        description="An improvement is a value that is better than the last improvement by more than this. Default 0.",
+    )
+
+
 class Training(Section):
     """Batches, steps, optimizer, validation and numerical precision."""
 
@@ -244,6 +265,9 @@ class Training(Section):
     limit_validation_batches: CountOrPercent | None = Field(
         default=None,
         description="Maximum batches of each validation source, or a percentage of them. Not set: all.",
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="End the run once validations no longer improve. Not set: it runs to its last step."
     )
     seed: Int = Field(
         default=1234,

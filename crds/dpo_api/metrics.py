@@ -21,6 +21,16 @@ Group = Literal["train", "val"]
 LOSS, ACCURACY, MARGIN = "loss", "acc", "rewards_margin"
 """Keys that people look at first, without their group."""
 
+Monitored = Literal["val/loss", "val/preference_loss", "val/acc", "val/rewards_margin"]
+"""Validation metrics that a run can choose its best checkpoint by, or stop early by."""
+
+LOWER_IS_BETTER: dict[Monitored, bool] = {
+    "val/loss": True,
+    "val/preference_loss": True,
+    "val/acc": False,
+    "val/rewards_margin": False,
+}
+
 MEMORY_PEAK, MEMORY_PREDICTED = "train/memory_peak", "train/memory_predicted"
 """Keys of rank 0's GPU memory."""
 

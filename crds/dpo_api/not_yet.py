@@ -49,7 +49,6 @@ NOT_YET: tuple[NotYet, ...] = (
     ),
     NotYet("spec.data.train[].weight", lambda s: _weighted(s.data.train), "leave it out", "self == 1.0"),
     NotYet("spec.data.validation[].weight", lambda s: _weighted(s.data.validation), "leave it out", "self == 1.0"),
-    NotYet("spec.checkpoint.monitor", lambda s: s.checkpoint.monitor is not None, "leave it out"),
     NotYet(
         "spec.output.formats",
         lambda s: "megatron" in s.output.formats,

@@ -61,6 +61,14 @@ class _Message(BaseModel):
         return json.dumps(self.model_dump(by_alias=True, exclude_none=True), ensure_ascii=False, allow_nan=False)
 
 
+class Best(_Message):
+    """A validation that is the best so far."""
+
+    metric: str = Field(max_length=128, description="Key of the metric, such as `val/loss`.")
+    step: int = Field(ge=0, description="Optimizer steps before it.")
+    value: float = Field(description="The metric's value.")
+
+
 class Progress(_Message):
     """The progress of a run at one moment."""
 
@@ -93,6 +101,9 @@ class Progress(_Message):
         default=(), description="Warnings, one sentence each. The events file has each of them once."
     )
     last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
+    best: Best | None = Field(
+        default=None, description="The best validation so far by `checkpoint.monitor`, whose checkpoint is kept."
+    )
     from_step: int | None = Field(
         default=None, ge=0, description="Step that this attempt started at: a checkpoint's, or 0."
     )
@@ -150,6 +161,14 @@ class LastWords(_Message):
     )
     already_complete: bool = Field(
         default=False, description="Whether the run directory already held this finished run, so nothing was trained."
+    )
+    best: Best | None = Field(default=None, description="The best validation by `checkpoint.monitor`.")
+    model_step: int | None = Field(
+        default=None, ge=0, description="Step whose weights the exported model has, if there is one."
+    )
+    stopped_early: str = Field(
+        default="",
+        description="Why `training.earlyStopping` ended the run before its last step. Empty: it did not.",
     )
 
     @property

@@ -20,6 +20,7 @@ from dpo_api.fields import (
     Uri,
 )
 from dpo_api.inputs import URI_FORMS, StorageAccess
+from dpo_api.metrics import Monitored
 
 GpuProduct = Literal["B200", "H200", "H100-NVL", "H100-80GB", "A100-80GB", "A100-40GB", "L40S", "L4", "A10G"]
 """The names of the table in ``dpo_api.sizing.products``."""
@@ -148,8 +149,11 @@ class Checkpoint(Section):
         " Default 100.",
     )
     keep: Int = Field(default=3, ge=1, le=10_000, description="Number of newest checkpoints to keep. Default 3.")
-    monitor: Literal["val/loss", "val/acc", "val/preference_loss"] | None = Field(
-        default=None, description="Also keep the best checkpoint by this metric. Not set: only the newest."
+    monitor: Monitored | None = Field(
+        default=None,
+        description="Write a checkpoint after each validation that is the best so far by this metric (lowest loss,"
+        " highest accuracy or margin), and keep the best one in addition to the newest. The validation before the"
+        " first step does not count. Not set: only the newest.",
     )
     async_save: Bool = Field(
         default=False,
@@ -186,6 +190,12 @@ class Output(Section):
         default=None, description=f"Folder of the aligned model: {URI_FORMS}. Not set: <run directory>/model."
     )
     storage: StorageAccess | None = Field(default=None, description="Access to it, if not `spec.storage`.")
+    from_checkpoint: Literal["last", "best"] = Field(
+        default="last",
+        alias="from",
+        description="The weights that are exported: those after the last step, or those of the best checkpoint by"
+        " `checkpoint.monitor`. Default last.",
+    )
     formats: tuple[OutputFormat, ...] = Field(
         default=("huggingFace",),
         min_length=1,

@@ -35,7 +35,7 @@ from dpo_api.inputs import (
     StorageCache,
     Tokenizer,
 )
-from dpo_api.learning import Dpo, Lora, LoraModule, Packing, Schedule, Training
+from dpo_api.learning import Dpo, EarlyStopping, Lora, LoraModule, Packing, Schedule, Training
 from dpo_api.loss import Loss
 from dpo_api.pods import EnvVar, PodSecurity, PodTemplate, Toleration, VolumeMount
 from dpo_api.running import (
@@ -62,6 +62,7 @@ __all__ = [
     "Data",
     "DataSource",
     "Dpo",
+    "EarlyStopping",
     "EnvVar",
     "HuggingFaceSource",
     "Logging",
@@ -125,6 +126,13 @@ class DPOJobSpec(Section):
                 or "formats" not in s.output.model_fields_set
                 or "peft" in s.output.formats
             ),
+        ),
+        Rule(
+            "output.from",
+            "output.from is best, but no metric says which checkpoint is; set checkpoint.monitor, or leave from out",
+            "!(has(self.output) && has(self.output.from) && self.output.from == 'best')"
+            " || (has(self.checkpoint) && has(self.checkpoint.monitor))",
+            lambda s: s.output.from_checkpoint == "last" or s.checkpoint.monitor is not None,
         ),
         Rule(
             "parallelism.sequence",

@@ -163,6 +163,16 @@ class Attempt(StatusSection):
     )
 
 
+class BestValidation(StatusSection):
+    """The best validation so far by `checkpoint.monitor`, whose checkpoint is kept."""
+
+    metric: Annotated[str, StringConstraints(max_length=128)] = Field(
+        description="Key of the metric, such as val/loss."
+    )
+    step: int = Field(ge=0, description="Optimizer steps before it.")
+    value: float = Field(description="The metric's value.")
+
+
 class StatusProgress(StatusSection):
     """The trainer's last report of its progress."""
 
@@ -179,6 +189,9 @@ class StatusProgress(StatusSection):
         default={}, max_length=128, description="Newest value of each metric, by its key in metrics.jsonl."
     )
     last_checkpoint_step: int | None = Field(default=None, ge=0, description="Step of the newest complete checkpoint.")
+    best: BestValidation | None = Field(
+        default=None, description="The best validation so far by `checkpoint.monitor`, whose checkpoint is kept."
+    )
     layout: Layout | None = Field(
         default=None, description="Sizes of tensor, pipeline and data parallelism, such as T8 P2 D2."
     )
@@ -267,6 +280,7 @@ class DPOJobStatus(StatusSection):
     model_uri: Annotated[str, StringConstraints(max_length=1100)] | None = Field(
         default=None, alias="modelURI", description="URI of the exported model."
     )
+    model_step: int | None = Field(default=None, ge=0, description="Step whose weights the exported model has.")
     final_metrics: dict[str, float] = Field(
         default={}, max_length=128, description="Last value of each metric when the run ended."
     )

@@ -246,6 +246,22 @@ def _validation_data(spec: DPOJobSpec) -> Iterator[Finding]:
             )
 
 
+def _monitored(spec: DPOJobSpec) -> Iterator[Finding]:
+    """Refuse to wait for a metric that no validation computes."""
+    early = spec.training.early_stopping
+    asked: list[tuple[str, str, str]] = []
+    if spec.checkpoint.monitor is not None:
+        asked.append(("checkpoint.monitor", spec.checkpoint.monitor, "monitor"))
+    if early is not None:
+        field = "training.earlyStopping" + (".monitor" if early.monitor else "")
+        asked.append((field, early.monitor or spec.checkpoint.monitor or "val/loss", "earlyStopping"))
+    for field, metric, section in asked:
+        if not spec.data.validation:
+            yield _error(field, f"{metric} needs data.validation, which is empty; add it or leave {section} out")
+        elif not spec.dpo.has_preference and metric != "val/loss":
+            yield _error(field, f"a run without a preference loss has no {metric}; use val/loss")
+
+
 def _uris(spec: DPOJobSpec) -> Iterator[Finding]:
     """Refuse an output that would overwrite an input."""
     source = spec.model.hugging_face or spec.model.nemo or spec.model.megatron
@@ -333,6 +349,7 @@ SPEC_RULES: tuple[Callable[[DPOJobSpec], Iterator[Finding]], ...] = (
     _lora,
     _batches,
     _validation_data,
+    _monitored,
     _uris,
     _transformer_engine,
 )

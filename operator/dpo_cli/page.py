@@ -68,8 +68,10 @@ def _head(report: Report) -> str:
         outcome = report.ended.known_outcome
         css = "good" if outcome is Outcome.Succeeded else "" if outcome is Outcome.Stopped else "bad"
         badge = f'<span class="state {css}">{escape(report.ended.outcome)}</span>'
-        if css == "bad" and report.ended.message:
-            why = f'<p class="why">{escape(report.ended.message)}</p>'
+        said = report.ended.message if css == "bad" else report.ended.stopped_early
+        if said:
+            early = f"Stopped early after step {report.ended.step:,}: " if css == "good" else ""
+            why = f'<p class="why">{escape(early + said)}</p>'
     model = next((source.get("uri", "") for source in report.given.get("model", {}).values()), "")
     data = ", ".join(source.get("uri", "") for source in report.given.get("data", {}).get("train", []))
     facts = [f"model {model}" if model else "", f"data {data}" if data else "", f"run directory {report.run_dir}"]
@@ -106,6 +108,10 @@ def _tiles(log: MetricsLog, ended: LastWords | None) -> str:
         _trend(f"loss, {where}", log.get(f"{group}/{LOSS}"), best="min"),
         _trend(f"reward margin, {where}", log.get(f"{group}/{MARGIN}"), best="max"),
     ]
+    if ended is not None and ended.best is not None:
+        best = ended.best
+        exported = ", exported" if ended.model_step == best.step else ""
+        tiles.append(_tile(f"best {best.metric}", compact(best.value), f"at step {best.step:,}{exported}"))
     total = ended.total if ended is not None and ended.total else 0
     steps = f"of {total:,} planned" if total and total != log.last_step else ""
     pairs = log.get("train/consumed_samples")

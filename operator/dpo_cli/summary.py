@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from dpo_api.errors import Outcome
 from dpo_api.metrics import ACCURACY, LOSS, MARGIN, newest_group
-from dpo_api.progress import LastWords
+from dpo_api.progress import Best, LastWords
 from dpo_api.texts import figure, percent
 from dpo_cli.metrics_log import MetricsLog, Point
 from dpo_cli.report import Written
@@ -27,7 +27,12 @@ def ending(words: LastWords, written: Written | None, run_dir: str, checkpoint: 
         results = compared(log)
         if results:
             lines.append(("result", results))
-        lines.append(("model", words.model_uri or join_uri(run_dir, "model")))
+        if words.stopped_early:
+            lines.append(("stopped", f"early, after step {words.step:,} of {words.total:,}: {words.stopped_early}"))
+        if words.best is not None:
+            lines.append(("best", best_of(words.best)))
+        of = "" if words.model_step in (None, words.step) else f" (of step {words.model_step:,})"
+        lines.append(("model", (words.model_uri or join_uri(run_dir, "model")) + of))
     elif outcome is Outcome.Stopped:
         lines.append(("stopped", words.message or _where_stopped(words, run_dir)))
         lines.append(("continue", command))
@@ -36,6 +41,11 @@ def ending(words: LastWords, written: Written | None, run_dir: str, checkpoint: 
     if written is not None:
         lines.append(("report", written.uri))
     return lines
+
+
+def best_of(best: Best) -> str:
+    """Write the best validation, such as "val/loss 0.512 at step 20"."""
+    return f"{best.metric} {figure(best.value)} at step {best.step:,}"
 
 
 def _where_stopped(words: LastWords, run_dir: str) -> str:

@@ -63,7 +63,7 @@ LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
 see, as after a reboot of its node."""
 
 
-_COUNTS = ("step", "total", "attempt", "last_checkpoint_step")
+_COUNTS = ("step", "total", "attempt", "last_checkpoint_step", "model_step")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dpo_api.status import ConditionType, State, StatusProgress
 from dpo_operator import conditions, progress
 from dpo_operator.draft import Draft
 from dpo_operator.reasons import Reason
+from dpo_operator.texts import clean
 
 
 def succeed(draft: Draft, words: LastWords) -> None:
@@ -23,6 +24,7 @@ def succeed(draft: Draft, words: LastWords) -> None:
             "of": None,
             "message": None,
             "metrics": metrics,
+            "best": progress.best_of(words.best),
             "observed_at": draft.moment,
         }
     )
@@ -30,15 +32,22 @@ def succeed(draft: Draft, words: LastWords) -> None:
         progress=final,
         final_metrics=final.metrics,
         model_uri=progress.fitting_uri(words.model_uri),
+        model_step=words.model_step,
         run_directory=progress.fitting_uri(words.run_dir) or draft.status.run_directory,
         summary=progress.summarise(final),
     )
-    where = f"; the model is at {words.model_uri}" if draft.status.model_uri else ""
+    of = "" if words.model_step in (None, words.step) else f" of step {words.model_step}"
+    where = f"; the model{of} is at {words.model_uri}" if draft.status.model_uri else ""
     if (
         words.already_complete and draft.attempt is not None and draft.attempt.number == 1
     ):  # a later attempt finds the export of an earlier one
         text = f"The run directory already held this run, finished after step {words.step}{where}."
         _end(draft, Reason.AlreadyComplete, text, "Succeeded")
+        return
+    if words.stopped_early:
+        why = clean(words.stopped_early, 1024)
+        text = f"Stopped early after step {words.step} of {words.total}: {why}{where}."
+        _end(draft, Reason.StoppedEarly, text, "Succeeded")
         return
     _end(draft, Reason.Succeeded, f"Finished after step {words.step} of {words.total}{where}.", "Succeeded")
 

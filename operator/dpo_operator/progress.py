@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from dpo_api.metrics import ACCURACY, MARGIN, newest_group
-from dpo_api.progress import PHASE_TEXTS, PHASE_UNITS, Progress
-from dpo_api.status import ConditionType, StatusProgress, Summary
+from dpo_api.progress import PHASE_TEXTS, PHASE_UNITS, Best, Progress
+from dpo_api.status import BestValidation, ConditionType, StatusProgress, Summary
 from dpo_api.texts import age, fixed
 from dpo_operator import clock, names
 from dpo_operator.conditions import find
@@ -53,10 +53,18 @@ def status_of(said: Progress, at: float, former: StatusProgress | None) -> Statu
         message=clean(said.message) or None,
         metrics=bounded(said.metrics),
         last_checkpoint_step=_count(said.last_checkpoint_step),
+        best=best_of(said.best) or (former.best if former is not None else None),
         layout=clean(said.layout, 64) or None,
         observed_at=clock.to_text(at),
         changed_at=changed,
     )
+
+
+def best_of(said: Best | None) -> BestValidation | None:
+    """Return the best validation in the form of the status; None if its value is not finite."""
+    if said is None or not math.isfinite(said.value):
+        return None
+    return BestValidation(metric=clean(said.metric, 128), step=min(said.step, INT_MAX), value=said.value)
 
 
 def _same_place(said: Progress, former: StatusProgress) -> bool:

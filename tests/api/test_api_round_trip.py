@@ -189,6 +189,7 @@ DEFAULTS: dict[str, Any] = {
     "training.validate_at_start": True,
     "training.limit_train_batches": None,
     "training.limit_validation_batches": None,
+    "training.early_stopping": None,
     "training.seed": 1234,
     "training.precision": "bf16",
     "training.activation_recomputation": "none",
@@ -206,6 +207,8 @@ DEFAULTS: dict[str, Any] = {
     "checkpoint.keep": 3,
     "checkpoint.resume": True,
     "checkpoint.async_save": False,
+    "checkpoint.monitor": None,
+    "output.from_checkpoint": "last",
     "output.formats": ("huggingFace",),
     "output.merge": True,
     "output.dtype": None,
@@ -221,6 +224,12 @@ def test_defaults_are_a_contract(path: str, default: Any) -> None:
         made = getattr(made, name)
     assert made == default
     assert type(made) is type(default)
+
+
+def test_early_stopping_s_defaults() -> None:
+    early = spec({"training.earlyStopping": {}}).training.early_stopping
+    assert early is not None
+    assert (early.monitor, early.patience, early.min_delta) == (None, 3, 0.0)
 
 
 def test_lora_s_defaults() -> None:

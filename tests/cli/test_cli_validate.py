@@ -104,7 +104,7 @@ MISTAKES: list[tuple[str, Callable[[World], None], int, str]] = [
     ("tokenizer of another name", edit("tokenizer", {"uri": "data/train.jsonl"}), 11, "train.jsonl holds no tokenizer"),
     ("empty data", replace_file("data/train.jsonl", "\n"), 3, "spec.data.train: no usable pair is left"),
     ("few pairs", edit("training.globalBatchSize", 1000), 0, "100 pairs are fewer than one global batch of 1000"),
-    ("not yet", edit("checkpoint.monitor", "val/loss"), 2, "spec.checkpoint.monitor: is not implemented in this"),
+    ("no best", edit("output.from", "best"), 2, "spec.output.from: output.from is best, but no metric says"),
     ("nothing to learn", edit("dpo.preferenceWeight", 0), 2, "spec.dpo.preferenceWeight: "),
     ("bucket's name", edit("checkpoint.uri", "s3:/runs"), 2, "spec.checkpoint.uri: "),
 ]

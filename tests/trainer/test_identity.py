@@ -13,6 +13,7 @@ MAY_CHANGE = {
     "validationInterval",
     "validateAtStart",
     "limitValidationBatches",
+    "earlyStopping",
     "activationRecomputation",
     "maxRunSeconds",
     "deterministic",

@@ -56,7 +56,7 @@ def test_a_process_without_a_gpu_is_told_so() -> None:
         check_device(2, 2)
 
 
-def test_a_field_that_is_not_implemented_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_run_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = tmp_path / "spec.json"
     spec.write_text(job_of({**SPEC, "checkpoint": {"monitor": "val/loss"}}).to_json())
     words = tmp_path / "words"

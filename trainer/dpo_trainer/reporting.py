@@ -13,7 +13,7 @@ import torch
 from dpo_api.manifest import DPOJob
 from dpo_api.metrics import MEMORY_PEAK, MEMORY_PREDICTED, SLOWEST_RANK, SLOWEST_RATIO
 from dpo_api.plan import Plan
-from dpo_api.progress import Phase
+from dpo_api.progress import Best, Phase
 from dpo_api.texts import size
 from dpo_trainer.data.problems import Reason
 from dpo_trainer.distributed import World
@@ -194,6 +194,11 @@ class Reporter:
         if self._hub is not None:
             self._hub.write(step, named)
             self._hub.progress.measured(meaningful, at_start=at_start)
+
+    def best(self, best: Best | None) -> None:
+        """Report the best validation so far; None: there is none."""
+        if self._hub is not None:
+            self._hub.progress.best(best)
 
     def flush(self) -> None:
         """Write the metrics record out, so that it is at least as new as the checkpoint that follows."""

@@ -8,9 +8,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dpo_api.errors import Outcome
-from dpo_api.progress import LastWords
+from dpo_api.progress import Best, LastWords
 
 CAUSED_BY_PEERS = frozenset({Outcome.Communication.name, Outcome.Stopped.name})
 """Outcomes that one rank's failure causes in the others. They explain a run only if no rank reports another one."""
@@ -33,6 +34,9 @@ class RankResult:
     attempt: int = 1
     last_checkpoint_step: int | None = None
     already_complete: bool = False
+    best: dict[str, Any] | None = None
+    model_step: int | None = None
+    stopped_early: str = ""
     explains: bool = False
     """Whether the message says what happened to another rank, with which contact was lost."""
 
@@ -101,4 +105,7 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         # The maximum, since a rank that lost its peers may know an older checkpoint only.
         last_checkpoint_step=max(saved, default=None),
         already_complete=chosen.already_complete,
+        best=None if chosen.best is None else Best.model_validate(chosen.best),
+        model_step=chosen.model_step,
+        stopped_early=chosen.stopped_early,
     )

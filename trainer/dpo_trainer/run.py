@@ -95,25 +95,30 @@ class Run:
         self._settled = False
         self.training: Training | None = None
         self.model_uri: str | None = None
-        self._finished_step: int | None = None
+        self._model_step: int | None = None
+        self._finished: Finished | None = None  #: what the directory held already
         self._total = 0
 
     def result(self, rank: int, outcome: Outcome, message: str) -> RankResult:
         """Return this rank's result for the launcher."""
-        step = self._finished_step if self._finished_step is not None else self.training.step if self.training else 0
+        done, training = self._finished, self.training
+        chooser = None if training is None else training.chooser
         return RankResult(
             rank=rank,
             outcome=outcome.name,
             message=message,
             at=time.time(),
-            step=step,
+            step=done.step if done else training.step if training else 0,
             total=self._total,
             metrics=self.reporter.finite_latest,
             run_dir=self.directory.uri,
             model_uri=self.model_uri,
             attempt=self.directory.attempt,
             last_checkpoint_step=self.reporter.last_checkpoint,
-            already_complete=self._finished_step is not None,
+            already_complete=done is not None,
+            best=done.best if done else chooser.best.model_dump() if chooser and chooser.best else None,
+            model_step=self._model_step,
+            stopped_early=done.stopped_early if done else training.stopped_early if training else "",
         )
 
     def take_runner_up(self) -> str | None:
@@ -167,7 +172,10 @@ class Run:
         )
         self.training.resume_from(newest)
         self.training.run()
-        self._export(engine)
+        if self.training.stopped_early:
+            self.reporter.note(f"stopping early after step {self.training.step}: {self.training.stopped_early}")
+        self._model_step = self._take_weights(self.training)
+        self._export(engine, self.training)
         self.reporter.phase("done", message=f"model: {self.model_uri}")
         self.reporter.close()
 
@@ -190,9 +198,9 @@ class Run:
                 "exporting it again from the newest checkpoint, or training again if there is none"
             )
             return False
-        self._finished_step = self._total = done.step
-        self.model_uri = done.model
-        self.reporter.finished_before(self._finished_step, done.metrics)
+        self._finished, self._total, self.model_uri = done, done.total or done.step, done.model
+        self._model_step = done.step if done.model_step is None else done.model_step
+        self.reporter.finished_before(done.step, done.metrics)
         self.reporter.note(f"{self.directory.uri} holds this run and it is complete; nothing to do")
         self.reporter.phase("done", message=f"already complete; model: {self.model_uri}")
         self.reporter.close()
@@ -391,7 +399,17 @@ class Run:
         """Return the store for an address of the result, and the address."""
         return store_for(self.spec, self.spec.output.storage or self.spec.checkpoint.storage), uri
 
-    def _export(self, engine: Engine) -> None:
+    def _take_weights(self, training: Training) -> int:
+        """Let the engine have the weights to export, if they are not those of the last step; return their step."""
+        if self.spec.output.from_checkpoint == "last":
+            return training.step
+        self.reporter.phase("export", message="taking the weights of the best checkpoint")
+        step = training.take_best()
+        if step is None:
+            self.reporter.warn(f"no validation had a finite {self.spec.checkpoint.monitor}: exporting the last step")
+        return training.step if step is None else step
+
+    def _export(self, engine: Engine, training: Training) -> None:
         """Write the model, then export.json, which marks it as complete."""
         self.reporter.phase("export")
         store, uri = self._output((self.spec.output.uri or self.directory.path("model")).rstrip("/"))
@@ -405,11 +423,16 @@ class Run:
         self.model_uri = uri
         if self.world.is_main:
             self.directory.check_fence()
+            best = training.chooser.best
             done = {
-                "step": self._total,
+                "step": training.step,
+                "total": self._total,
                 "attempt": self.directory.attempt,
                 "model": uri,
+                "model_step": self._model_step,
                 "metrics": self.reporter.finite_latest,
+                "best": None if best is None else best.model_dump(),
+                "stopped_early": training.stopped_early,
                 "spec": _spec_of(self.job),
             }
             self.directory.write_json("export.json", done)

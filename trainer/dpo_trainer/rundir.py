@@ -32,12 +32,16 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True)
 class Finished:
-    """The content of export.json: the run's last step, the model's address, the last metrics, and the spec."""
+    """The content of export.json."""
 
-    step: int
-    model: str
-    metrics: dict[str, float]
+    step: int  #: the run's last one
+    model: str  #: the model's address
+    metrics: dict[str, float]  #: the last ones
     spec: Any
+    total: int = 0  #: steps that were planned; 0: ``step``
+    model_step: int | None = None  #: whose weights the model has; None: ``step``
+    best: dict[str, Any] | None = None  #: a ``dpo_api.progress.Best``
+    stopped_early: str = ""
 
 
 @dataclass
@@ -118,7 +122,16 @@ class RunDirectory:
         if found is None:
             return None
         try:
-            return Finished(int(found["step"]), str(found["model"]), dict(found["metrics"]), found["spec"])
+            return Finished(
+                step=int(found["step"]),
+                model=str(found["model"]),
+                metrics=dict(found["metrics"]),
+                spec=found["spec"],
+                total=int(found.get("total", 0)),
+                model_step=found.get("model_step"),
+                best=found.get("best"),
+                stopped_early=str(found.get("stopped_early", "")),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged("export.json", f"a field is missing or has the wrong type ({error})") from None
 

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from dpo_trainer.checkpoint import store as checkpoints
 from dpo_trainer.checkpoint.identity import Identity, check_identity
 from dpo_trainer.checkpoint.saving import Saver
 from dpo_trainer.checkpoint.state import collect, restore
+from dpo_trainer.choosing import Chooser
 from dpo_trainer.data.order import batch_pairs, validation_batches
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
@@ -83,9 +84,11 @@ class Training:
         self.directory, self.reporter, self.stop, self.identity = directory, reporter, stop, identity
         self.plan = inputs.plan
         self.step = 0
+        self.chooser = Chooser(spec)
         self._epoch: tuple[int, list[Pairs]] = (-1, [])
         self._consumed = 0
         self._validated = True  #: whether the validation due at this step has been done
+        self._marker: checkpoints.Marker | None = None  #: of the checkpoint that was saved or read last
         self.saver = Saver(directory, world, background=spec.checkpoint.async_save)
         self._product = product_here()
         self._ahead = Ahead(lambda step: inputs.packer.packs(inputs.train, self._batch(step), world))
@@ -101,23 +104,50 @@ class Training:
             marker = checkpoints.read_marker(self.directory, newest)
             check_identity(marker.identity, self.identity, newest.uri)
             self.reporter.note(f"resuming from step {newest.step} ({newest.uri})")
-            restore(
-                self.engine.model,
-                self.engine.optimizer,
-                newest.step,
-                lambda boxes: checkpoints.load(self.directory, self.world, boxes, newest, marker.format),
-            )
+            self._load(newest, marker)
             self.step = newest.step
             self.reporter.latest |= marker.metrics
             self._validated = marker.validated
+            self._marker = marker
             saved_at = marker.saved_at
+            there = [saved.step for saved in self.directory.checkpoints()] if self.world.is_main else None
+            self.reporter.warn(*self.chooser.restore(marker.choice, self.world.from_main(there)))
         epochs, rest = divmod(self.step, self.plan.steps_per_epoch)
         whole = sum(len(batch) for batch in self.inputs.epoch(0)) if epochs else 0
         self._consumed = epochs * whole + sum(len(batch) for batch in self.inputs.epoch(epochs)[:rest])
         self.reporter.start_training(self.step, self.plan, resumed=newest is not None, saved_at=saved_at)
+        self.reporter.best(self.chooser.best)
+
+    def _load(self, saved: SavedCheckpoint, marker: checkpoints.Marker) -> None:
+        restore(
+            self.engine.model,
+            self.engine.optimizer,
+            saved.step,
+            lambda boxes: checkpoints.load(self.directory, self.world, boxes, saved, marker.format),
+        )
+
+    def take_best(self) -> int | None:
+        """Load the best checkpoint's weights, if the last step's are not the best; return its step. A collective.
+
+        None if no validation had a finite value: then the weights are the last step's.
+        """
+        best = self.chooser.best
+        if best is None or best.step == self.step:
+            return None if best is None else best.step
+        saved = SavedCheckpoint(best.step, self.directory.checkpoint_uri(best.step))
+        self._load(saved, checkpoints.read_marker(self.directory, saved))
+        return best.step
+
+    @property
+    def stopped_early(self) -> str:
+        """Why the run ended before its last planned step, or will; empty if it did not."""
+        return self.chooser.stops_early if self.step < self.plan.total_steps else ""
 
     def run(self) -> None:
-        """Train to the last step. If asked to stop, saves a checkpoint and raises StoppedError."""
+        """Train to the last step, or until validations no longer improve.
+
+        If asked to stop, saves a checkpoint and raises StoppedError.
+        """
         with closing(self._ahead):
             self._run()
 
@@ -125,7 +155,11 @@ class Training:
         plan = self.plan
         if plan.validates_after(self.step) and (self.step == 0 or not self._validated):
             self._validate_or_stop()
-        while self.step < plan.total_steps:
+            if self._marker is not None:  # else it would be due again, and what it decided would be unknown
+                metrics, choice = self.reporter.finite_latest, self.chooser.state()
+                self._marker = replace(self._marker, validated=True, metrics=metrics, choice=choice)
+                checkpoints.change_marker(self.directory, self.world, self._marker)
+        while self.step < plan.total_steps and not self.stopped_early:
             stop, saving = self.stop.agreed_with(self.world, self.saver.busy)
             if not saving:
                 self._complete_checkpoint()
@@ -135,7 +169,9 @@ class Training:
             self._one_step()
             if plan.validates_after(self.step):
                 self._validate_or_stop()
-            if plan.checkpoints_after(self.step):
+            best = self.chooser.best
+            is_best = best is not None and best.step == self.step
+            if plan.checkpoints_after(self.step) or is_best or self.stopped_early:
                 self.checkpoint()
         self._complete_checkpoint()
 
@@ -229,6 +265,8 @@ class Training:
         values["validation_step_time"] = time.monotonic() - began
         at_start = loss_at_start(total) if self.plan.starts_at_reference else None
         self.reporter.validated(self.step, values, at_start=at_start)
+        self.chooser.validated(self.step, {f"val/{name}": value for name, value in values.items()})
+        self.reporter.best(self.chooser.best)
         return True
 
     def checkpoint(self) -> None:
@@ -243,7 +281,9 @@ class Training:
             identity=self.identity,
             metrics=self.reporter.finite_latest,
             validated=self._validated,
+            choice=self.chooser.state(),
         )
+        self._marker = marker
         self.saver.begin(collect(self.engine.model, self.engine.optimizer), marker)
         self.reporter.waited_for_checkpoint(time.monotonic() - began)
         if not self.saver.background:
@@ -258,7 +298,9 @@ class Training:
         if saved is None:
             return
         if self.world.is_main:
-            checkpoints.keep_newest(self.directory, self.spec.checkpoint.keep)
+            # The best by this checkpoint's marker: that of a later validation is not saved yet.
+            best = None if self._marker is None else Chooser.best_step(self._marker.choice)
+            checkpoints.keep_newest(self.directory, self.spec.checkpoint.keep, best)
         # All ranks must reach this point together: torchrun gives the others 30 s after one process has exited.
         self.world.barrier()
         self.reporter.checkpointed(saved.step, time.time())

@@ -14,7 +14,7 @@ from dpo_api.status import DPOJobStatus, State, StatusProgress
 from dpo_api.texts import counted
 from dpo_cli.cluster.errors import ClusterError
 from dpo_cli.cluster.kubectl import Job, Kubectl, suggestion
-from dpo_cli.cluster.show import findings_of, remedy, result_of
+from dpo_cli.cluster.show import findings_of, model_step, remedy, result_of
 from dpo_cli.console import STYLES, stderr, stdout
 from dpo_cli.screen import LABEL_WIDTH, Screen, clean, open_screen
 from dpo_operator.clock import to_moment
@@ -161,7 +161,8 @@ def conclude(console: Console, job: Job, kubectl: Kubectl) -> None:
     """Print how a job ended."""
     status = job.status
     if status.state == "Succeeded":
-        for label, text in (("result", result_of(status)), ("model", status.model_uri or "")):
+        model = f"{status.model_uri}{model_step(status)}" if status.model_uri else ""
+        for label, text in (("result", result_of(status)), ("model", model)):
             if text:
                 console.print(f"{label:<11} {clean(text)}")
         return

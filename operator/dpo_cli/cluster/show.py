@@ -63,7 +63,7 @@ def rows_of(job: Job) -> Iterator[Row]:
     if status.run_directory:
         yield "run", status.run_directory
     if status.model_uri:
-        yield "model", status.model_uri
+        yield "model", status.model_uri + model_step(status)
 
 
 def _size(job: Job) -> str:
@@ -88,6 +88,14 @@ def _progress(job: Job, progress: StatusProgress) -> Iterator[Row]:
             yield label, "  ".join(found)
     if progress.last_checkpoint_step:
         yield "checkpoint", f"step {progress.last_checkpoint_step:,}"
+    if progress.best is not None:
+        yield "best", f"{progress.best.metric} {figure(progress.best.value)} at step {progress.best.step:,}"
+
+
+def model_step(status: DPOJobStatus) -> str:
+    """Write the step whose weights the model has, if it is not the last one."""
+    last = None if status.progress is None else status.progress.step
+    return "" if status.model_step in (None, last) else f" (of step {status.model_step:,})"
 
 
 def attempts_of(attempts: Sequence[Attempt]) -> list[str]:

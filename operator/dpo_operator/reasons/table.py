@@ -406,6 +406,16 @@ class Reason(Row, Enum):
         meaning="The run finished and its model was exported to status.modelURI.",
         remedy="Use the model.",
     )
+    StoppedEarly = Row(
+        word="StoppedEarly",
+        topic="end",
+        event="Normal",
+        meaning=(
+            "Validations no longer improved, so training.earlyStopping ended the run before its last step. Its model"
+            " was exported to status.modelURI."
+        ),
+        remedy="Use the model. To train on, raise training.earlyStopping.patience in a new job with the run directory.",
+    )
     AlreadyComplete = Row(
         word="AlreadyComplete",
         topic="end",

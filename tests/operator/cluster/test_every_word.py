@@ -394,6 +394,17 @@ def test_a_run_directory_that_held_the_finished_run(stage: Stage) -> None:
     assert (status["modelURI"], status["progress"]["step"]) == ("s3://runs/job/model/", 64)
 
 
+@sees("Finished StoppedEarly", "Succeeded StoppedEarly", "Failed StoppedEarly", "Progressing StoppedEarly",
+      "event StoppedEarly")  # fmt: skip
+def test_a_run_that_stopped_early(stage: Stage) -> None:
+    stage.run("early")
+    best = {"metric": "val/loss", "step": 20, "value": 0.5}
+    words = {**json.loads(DONE), "stoppedEarly": "val/loss has not improved", "best": best, "modelStep": 20}
+    stage.kubelet.finish(stage.jobs.namespace, "early-1-master-0", json.dumps(words))
+    status = stage.jobs.wait_state("Succeeded", name="early")
+    assert (status["modelStep"], status["progress"]["best"]) == (20, best)
+
+
 # --- what the run itself shows, and how it is printed ----------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dpo_api.errors import Outcome
+from dpo_api.progress import Best
 from dpo_operator import clock, draft, ends, names, patches
 from dpo_operator.backend import pytorchjob
 from dpo_operator.config import Settings
@@ -1276,6 +1277,24 @@ def test_a_run_directory_that_held_the_finished_run() -> None:
     assert cluster.condition("Succeeded") == ("True", "AlreadyComplete")
     assert (cluster.state, cluster.status["modelURI"]) == ("Succeeded", DONE["model_uri"])
     assert cluster.event_reasons().count("AlreadyComplete") == 1
+
+
+def test_a_run_that_stopped_early_has_succeeded() -> None:
+    cluster = running()
+    why = "val/loss has not improved in 3 validations since step 40, where it was 0.512"
+    best = Best(metric="val/loss", step=40, value=0.512)
+    words = {**DONE, "step": 70, "best": best, "model_step": 40, "stopped_early": why}
+    for role in ("worker", "master"):
+        cluster.end_pod(f"job-1-{role}-0", Outcome.Succeeded, **words)
+    cluster.settle()
+    assert cluster.condition("Succeeded") == ("True", "StoppedEarly")
+    assert cluster.condition("Failed") == ("False", "StoppedEarly")
+    assert cluster.state == "Succeeded"
+    said = f"Stopped early after step 70 of 100: {why}; the model of step 40 is at s3://runs/job/model."
+    assert cluster.status["message"] == said
+    assert [event for event in cluster.event_reasons() if event in {"StoppedEarly", "Succeeded"}] == ["StoppedEarly"]
+    assert cluster.status["progress"]["best"] == {"metric": "val/loss", "step": 40, "value": 0.512}
+    assert (cluster.status["modelStep"], cluster.status["summary"]["step"]) == (40, "70/100")
 
 
 def test_a_second_attempt_that_finds_the_first_ones_export_has_succeeded() -> None:

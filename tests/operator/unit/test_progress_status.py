@@ -11,7 +11,7 @@ import pytest
 
 from dpo_api.crd import custom_resource_definition
 from dpo_api.errors import Outcome
-from dpo_api.progress import Progress
+from dpo_api.progress import Best, Progress
 from dpo_operator import clock, names
 from dpo_operator.progress import INT_MAX, status_of, summarise
 from dpo_operator.types import Scrape
@@ -52,6 +52,24 @@ def test_progress_and_columns() -> None:
     }
     assert cluster.status["message"] == "Training, step 41 of 100."
     assert cluster.attempts[0]["lastStep"] == 41
+
+
+def test_the_best_validation_is_shown_and_outlasts_an_attempt() -> None:
+    cluster = running()
+    best = Best(metric="val/loss", step=20, value=0.5)
+    cluster.say(step=31, best=best)
+    cluster.settle()
+    assert cluster.status["progress"]["best"] == {"metric": "val/loss", "step": 20, "value": 0.5}
+    cluster.say(step=32)
+    cluster.settle()
+    assert cluster.status["progress"]["best"]["step"] == 20
+
+
+def test_a_best_validation_that_no_trainer_says_is_bounded() -> None:
+    said = Progress(phase="train", best=Best(metric="val/\nloss", step=INT_MAX + 1, value=1.0))
+    best = status_of(said, START, None).best
+    assert best is not None
+    assert (best.metric, best.step) == ("val/ loss", INT_MAX)
 
 
 def test_an_attempt_began_where_its_trainer_says() -> None:

@@ -39,7 +39,6 @@ NOT_YET_CASES: dict[str, dict[str, Any]] = {
     "spec.model.megatron": {"model": {"megatron": {"uri": "s3://models/x"}}},
     "spec.data.train[].weight": {"data.train[0].weight": 2},
     "spec.data.validation[].weight": {"data.validation": [{"uri": "x", "weight": 0.5}]},
-    "spec.checkpoint.monitor": {"checkpoint.monitor": "val/loss"},
     "spec.output.formats": {"output.formats": ["huggingFace", "megatron"]},
     "spec.logging.mlflow": {"logging.mlflow": {"trackingURI": "http://mlflow"}},
     "spec.storage.cache.size": {"storage.cache.size": "10Gi"},
@@ -281,6 +280,35 @@ CASES = [
         "warning",
         "spec.data.validation[0].uri",
         "is also data.train[0]",
+    ),
+    # --- the best checkpoint, and the end of a run ---
+    Case(
+        "nothing to choose the best by",
+        {"checkpoint.monitor": "val/acc"},
+        "error",
+        "spec.checkpoint.monitor",
+        "val/acc needs data.validation, which is empty; add it or leave monitor out",
+    ),
+    Case(
+        "nothing to wait for",
+        {"training.earlyStopping": {}},
+        "error",
+        "spec.training.earlyStopping",
+        "val/loss needs data.validation, which is empty; add it or leave earlyStopping out",
+    ),
+    Case(
+        "the best accuracy of SFT",
+        {**SFT, **VALID, "checkpoint.monitor": "val/acc"},
+        "error",
+        "spec.checkpoint.monitor",
+        "a run without a preference loss has no val/acc; use val/loss",
+    ),
+    Case(
+        "an end by the margin of SFT",
+        {**SFT, **VALID, "training.earlyStopping": {"monitor": "val/rewards_margin"}},
+        "error",
+        "spec.training.earlyStopping.monitor",
+        "a run without a preference loss has no val/rewards_margin; use val/loss",
     ),
     # --- what is written over what is read ---
     Case(

@@ -83,6 +83,7 @@ class Witness:
 
 
 _ENDS_OF_JOBS = {"RestartsExhausted", "RestartsWithoutProgress", "DeadlineExceeded"}
+_SUCCESSES = {"Succeeded", "StoppedEarly", "AlreadyComplete"}
 _INVARIANTS = {
     "Scrape": "ProgressAvailable", "Policy": "ReferenceConsistent", "Loss": "Finite", "AboveChance": "Learning",
     "TooEarly": "Learning", "AtChance": "Learning", "MarginNegative": "Learning", "StepsAdvance": "TrainingStalled",
@@ -98,7 +99,7 @@ def every_word() -> set[str]:
     conditions |= {f"Progressing {word}" for word in of["progress"] - {"Resumed"}}
     conditions |= {f"Suspended {word}" for word in ("Suspended", "Checkpointing", "Resumed")}
     permanent = {r.value for r in Reason if r.topic == "cause" and r.retry == "permanent"}
-    failed, done = permanent | _ENDS_OF_JOBS | {"Rejected", "ChildInvalid"}, {"Succeeded", "AlreadyComplete"}
+    failed, done = permanent | _ENDS_OF_JOBS | {"Rejected", "ChildInvalid"}, _SUCCESSES
     conditions |= {f"{kind} {word}" for kind in ("Finished", "Succeeded", "Failed") for word in failed | done}
     conditions |= {f"Stalled {word}" for word in failed}
     for word in of["invariant"]:

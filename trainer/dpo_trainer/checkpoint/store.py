@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +55,7 @@ class Marker:
     metrics: dict[str, float] = field(default_factory=dict)
     validated: bool = True  #: False if the run stopped before this step's validation
     saved_at: float | None = None  #: Unix seconds when it was complete; set by ``save``
+    choice: dict[str, Any] = field(default_factory=dict)  #: ``choosing.Chooser.state``
     format: int = FORMAT
 
 
@@ -103,12 +105,21 @@ def write(run: RunDirectory, rank: int, step: int, boxes: Sequence[Box]) -> list
         return written
 
 
-def keep_newest(run: RunDirectory, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints, and the incomplete ones of killed attempts.
+def change_marker(run: RunDirectory, world: World, marker: Marker) -> None:
+    """Replace the marker of a complete checkpoint. A collective."""
+    if world.is_main:
+        run.check_fence()
+        run.write_json("checkpoints", f"step-{marker.step:06d}", MARKER, asdict(marker))
+    world.barrier()
+
+
+def keep_newest(run: RunDirectory, keep: int, best: int | None = None) -> None:
+    """Delete all complete checkpoints but the newest ``keep`` and that of step ``best``, and incomplete ones.
 
     Call it only after completing a checkpoint: then no other process writes, so a folder without marker is incomplete.
     """
-    kept = {f"{saved.uri.rpartition('/')[2]}/" for saved in run.checkpoints()[-keep:]}
+    there = run.checkpoints()
+    kept = {f"{s.uri.rpartition('/')[2]}/" for s in there if s in there[-keep:] or s.step == best}
     for name in run.store.children(run.path("checkpoints", "")):
         if name.startswith("step-") and name.endswith("/") and name not in kept:
             _remove(run, run.path("checkpoints", name.rstrip("/")))

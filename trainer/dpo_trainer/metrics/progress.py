@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dpo_api.progress import Phase, Progress
+from dpo_api.progress import Best, Phase, Progress
 from dpo_trainer.metrics.writer import summary
 from dpo_trainer.pace import Slow
 
@@ -149,6 +149,10 @@ class ProgressTracker:
             self._first_loss(metrics.get("val/preference_loss"), at_start)
         self._update(metrics={**self._state.metrics, **metrics})
         self._emit(always=True)
+
+    def best(self, best: Best | None) -> None:
+        """Report the best validation so far."""
+        self._update(best=best)
 
     def saved(self, step: int) -> None:
         """Report a complete checkpoint."""
