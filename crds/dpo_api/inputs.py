@@ -177,6 +177,19 @@ class Model(Section):
         ),
     )
 
+    @property
+    def source(self) -> HuggingFaceSource | NemoSource | MegatronSource:
+        """The one source that is set."""
+        found = self.hugging_face or self.nemo or self.megatron
+        assert found is not None  # noqa: S101 - the rule above
+        return found
+
+    @property
+    def field(self) -> str:
+        """The path of the source's address in the spec."""
+        name = "huggingFace" if self.hugging_face else "nemo" if self.nemo else "megatron"
+        return f"spec.model.{name}.uri"
+
     hugging_face: HuggingFaceSource | None = Field(default=None, description="A model folder in Hugging Face format.")
     nemo: NemoSource | None = Field(default=None, description="A NeMo 1.x .nemo archive.")
     megatron: MegatronSource | None = Field(default=None, description="A Megatron-Core distributed checkpoint.")

@@ -38,11 +38,6 @@ def _weighted(sources: Sequence[DataSource]) -> list[int]:
 
 NOT_YET: tuple[NotYet, ...] = (
     NotYet(
-        "spec.model.nemo",
-        lambda s: s.model.nemo is not None,
-        "convert the archive to a Hugging Face folder and use model.huggingFace",
-    ),
-    NotYet(
         "spec.model.megatron",
         lambda s: s.model.megatron is not None,
         "export the checkpoint to a Hugging Face folder and use model.huggingFace",

@@ -27,11 +27,8 @@ def rows(job: DPOJob, seen: Survey, plan: Plan | None, *, exact: bool) -> list[R
 
 
 def _model(spec: DPOJobSpec, seen: Survey) -> Iterator[Row]:
-    source = spec.model.hugging_face
-    if source is None:
-        return
     weights = f" ({size(seen.model_bytes)} of weights)" if seen.model_bytes else ""
-    yield "model", f"{source.uri}{weights}"
+    yield "model", f"{spec.model.source.uri}{weights}"
     facts = seen.facts
     if facts is not None:
         groups = f" ({facts.kv_heads} key-value)" if facts.kv_heads != facts.heads else ""

@@ -13,7 +13,8 @@ from threading import Thread
 from dpo_api.errors import DPOError, InvalidModelError, Outcome
 from dpo_api.findings import Finding
 from dpo_api.models import ModelFacts, read_config
-from dpo_api.models.folder import VOCABULARIES, check_tokenizer, check_weights
+from dpo_api.models.folder import VOCABULARIES, check_tokenizer
+from dpo_api.models.start import check_weights, start_model, weight_bytes
 from dpo_api.spec import DataSource, DPOJobSpec, StorageAccess
 from dpo_cli.stores import Stores
 from dpo_store import ObjectInfo, Store, base_name, is_remote
@@ -104,13 +105,11 @@ def survey_model(spec: DPOJobSpec) -> Survey:
 
     For commands that do not look at model and data, because often only the cluster can reach them.
     """
-    source, found = spec.model.hugging_face, _Result()
-    if source is None:
-        return Survey()
+    source, found = spec.model.source, _Result()
 
     def read() -> None:
         with suppress(DPOError):
-            found.facts = read_config(Stores(spec).reach(source.storage), source.uri).facts
+            found.facts = read_config(*start_model(Stores(spec).reach(source.storage), spec.model)).facts
 
     # A daemon: the command does not wait for a storage that does not answer.
     reader = Thread(target=read, daemon=True)
@@ -155,35 +154,34 @@ class _Look:
         return _Result(source=SourceSeen(label, source.uri, len(found), sum(info.size for info in found), lines))
 
     def model(self, spec: DPOJobSpec) -> _Result:
-        source, tokenizer = spec.model.hugging_face, spec.tokenizer
+        source, tokenizer = spec.model.source, spec.tokenizer
         result = _Result()
-        if source is not None:
-            self._folder(source.uri, self._stores.reach(source.storage), result, with_tokenizer=tokenizer is None)
+        self._folder(spec, self._stores.reach(source.storage), result, with_tokenizer=tokenizer is None)
         if tokenizer is not None:
             result.problems += self._tokenizer(tokenizer.uri, self._stores.reach(tokenizer.storage))
         return result
 
-    def _folder(self, uri: str, store: Store, result: _Result, *, with_tokenizer: bool) -> None:
-        """Check a model folder: its configuration, weights and, unless the spec names another, its tokenizer."""
-        name = "spec.model.huggingFace.uri"
+    def _folder(self, spec: DPOJobSpec, store: Store, result: _Result, *, with_tokenizer: bool) -> None:
+        """Check the start model: its configuration, weights and, unless the spec names another, its tokenizer."""
+        name, (files, uri) = spec.model.field, start_model(store, spec.model)
         try:
-            result.facts = read_config(store, uri).facts
+            result.facts = read_config(files, uri).facts
         except InvalidModelError as error:
             result.problems.append(self._problem(name, uri, error))
         except DPOError as error:  # no such folder, or no access to it: the other checks would fail for the same reason
             hint = hub_hint(uri) or _similar(store, uri, error)
             result.problems.append(self._problem(name, uri, error, hint))
             return
-        checks: list[Callable[[], None]] = [lambda: check_weights(store, uri)]
+        checks: list[Callable[[], None]] = [lambda: check_weights(files, uri)]
         if with_tokenizer:
-            checks.append(lambda: check_tokenizer(uri, store.children(uri)))
+            checks.append(lambda: check_tokenizer(uri, files.children(uri)))
         for check in checks:
             try:
                 check()
             except DPOError as error:
                 result.problems.append(self._problem(name, uri, error))
         if not result.problems:
-            result.model_bytes = sum(info.size for info in store.list(uri) if info.uri.endswith(".safetensors"))
+            result.model_bytes = weight_bytes(files, uri)
 
     def _tokenizer(self, uri: str, store: Store) -> list[Problem]:
         """Check what ``spec.tokenizer`` names: a folder, or one file that is a tokenizer by itself."""

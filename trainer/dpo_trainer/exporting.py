@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_api.models.folder import Files
 from dpo_api.spec import DPOJobSpec
 from dpo_store import Store, join_uri
 from dpo_trainer import messages
@@ -63,7 +64,7 @@ class Result:
         return self._start.value(name) if self._start.rounded(name) else parameter.detach()
 
 
-def export_model(result: Result, spec: DPOJobSpec, world: World, source: Place, target: Place) -> None:
+def export_model(result: Result, spec: DPOJobSpec, world: World, source: tuple[Files, str], target: Place) -> None:
     """Write the result: with LoRA merged (unless ``output.merge`` is false) and as an adapter.
 
     A collective; when it returns, all is written. An interrupted export is written again from the last checkpoint;

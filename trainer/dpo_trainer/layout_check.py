@@ -30,8 +30,8 @@ from dpo_trainer.data.collate import PairTokens, TokenIds, make_pack
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.formats.export import exported, tensors_of
-from dpo_trainer.formats.huggingface import Checkpoint
 from dpo_trainer.formats.layout import Slot, assemble, slots, target
+from dpo_trainer.formats.weights import Weights
 from dpo_trainer.model.build import Backend, Precision, build_model
 from dpo_trainer.model.context import share_of
 from dpo_trainer.model.forward import unwrap
@@ -85,7 +85,7 @@ def too_large(spec: DPOJobSpec, model: ModelFacts, layout: Layout) -> Verdict | 
 
 
 def compare(
-    spec: DPOJobSpec, world: World, model: Any, source: Checkpoint, pairs: PairTokens, count: int, backend: Backend
+    spec: DPOJobSpec, world: World, model: Any, source: Weights, pairs: PairTokens, count: int, backend: Backend
 ) -> Verdict:
     """Compare the layout of ``model``, which ranks share, with one rank. A collective; the same verdict on all ranks.
 
@@ -189,20 +189,16 @@ class _Cut:
         numbers = self._numbers(engine, exported(held), mine, lambda parameter: parameter.main_grad)
         return self._from_owners(numbers, names)
 
-    def alone(self, source: Checkpoint, precision: Precision) -> Numbers:
+    def alone(self, source: Weights, precision: Precision) -> Numbers:
         """Return one rank's numbers: rank 0 reads the weights from their files. A collective; equal on all ranks."""
         numbers = None
         with _one_rank_each():
             if self.world.is_main:
                 small = self._build(precision, in_layout=False)
                 held = self._slots(None)
-
-                def read(name: str, rows: tuple[int, int] | None) -> Tensor:
-                    return source.file_of(name).read(name, rows)
-
                 with torch.no_grad():
                     for slot in held:
-                        target(unwrap(small), slot).copy_(assemble(slot, self.config, read, 0, 1))
+                        target(unwrap(small), slot).copy_(assemble(slot, self.config, source.read, 0, 1))
                 self._adapt(small)
                 engine = Engine(small, self.spec, self.world)
                 numbers = self._numbers(

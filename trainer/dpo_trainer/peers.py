@@ -15,8 +15,8 @@ import torch.distributed.distributed_c10d as collectives
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_api.errors import InternalError
+from dpo_api.pickles import AllowListUnpickler, Globals
 from dpo_trainer.checkpoint import pickles
-from dpo_trainer.pickles import AllowListUnpickler, Globals
 
 _EXCEPTIONS: Globals = frozenset(
     ("builtins", name)

@@ -4,7 +4,8 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-from dpo_api.errors import InvalidSpecError
+from dpo_api.models.folder import Files
+from dpo_api.models.start import start_model
 from dpo_api.spec import DPOJobSpec, StorageAccess
 from dpo_store import Store, open_store
 from dpo_store.access import options_of
@@ -16,21 +17,19 @@ def store_for(spec: DPOJobSpec, access: StorageAccess | None = None) -> Store:
     return open_store(options_of(spec.storage, access))
 
 
-def model_source(spec: DPOJobSpec) -> tuple[Store, str]:
-    """Return the start model's store and folder."""
-    source = spec.model.hugging_face
-    if source is None:
-        raise InvalidSpecError("spec.model: only huggingFace is implemented; convert the model to that format")
-    return store_for(spec, source.storage), source.uri
+def model_source(spec: DPOJobSpec) -> tuple[Files, str]:
+    """Return the start model as a Hugging Face folder: its files and its address."""
+    return start_model(store_for(spec, spec.model.source.storage), spec.model)
 
 
 def open_tokenizer(spec: DPOJobSpec) -> Tokenizer:
     """Download the tokenizer's files into a temporary folder and load them."""
     if spec.tokenizer is not None:
         store, uri = store_for(spec, spec.tokenizer.storage), spec.tokenizer.uri
+        files: Files = store
     else:
-        store, uri = model_source(spec)
+        files, uri = model_source(spec)
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory(prefix=f"dpo-tokenizer-{name}-") as folder:
-        fetched = fetch_tokenizer(store, uri, Path(folder))
+        fetched = fetch_tokenizer(files, uri, Path(folder))
         return load_tokenizer(fetched, chat_template=spec.chat_template, name=uri)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import builtins  # `list` is a method here
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -21,17 +22,30 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _AT_ONCE = 8
 
 
-class Files(Protocol):
-    """The part of dpo_store.Store that is needed here. It must be safe for threads."""
+class Objects(Protocol):
+    """The part of dpo_store.Store that reads objects. It must be safe for threads."""
 
-    def read(self, uri: str) -> bytes:
-        """Return an object's bytes; NotFoundError if it is absent."""
+    def read(self, source: Any, start: int = 0, length: int | None = None) -> bytes:
+        """Return ``length`` bytes from ``start``, all by default, of an object by its address or its description.
+
+        NotFoundError if it is absent.
+        """
 
     def stat(self, uri: str) -> Any:
-        """Describe an object; NotFoundError if it is absent."""
+        """Describe an object by ``uri``, ``size`` and ``etag``; NotFoundError if it is absent."""
 
 
-def read_config(files: Files, folder: str) -> ModelConfig:
+class Files(Objects, Protocol):
+    """The same for folders."""
+
+    def list(self, folder: str) -> Iterator[Any]:
+        """Describe every object below a folder."""
+
+    def children(self, folder: str) -> builtins.list[str]:
+        """Return the names in a folder, those of folders with ``/`` at the end."""
+
+
+def read_config(files: Objects, folder: str) -> ModelConfig:
     """Read the folder's config.json.
 
     Raises NotFoundError if there is none, InvalidModelError naming the key that is wrong or not supported, or the file
@@ -47,7 +61,7 @@ def read_config(files: Files, folder: str) -> ModelConfig:
     return config
 
 
-def read_json(files: Files, uri: str) -> dict[str, Any]:
+def read_json(files: Objects, uri: str) -> dict[str, Any]:
     """Read a JSON object. Raises InvalidModelError if the file holds anything else."""
     try:
         value = json.loads(files.read(uri))
@@ -58,7 +72,7 @@ def read_json(files: Files, uri: str) -> dict[str, Any]:
     return value
 
 
-def read_weight_map(files: Files, folder: str) -> dict[str, str] | None:
+def read_weight_map(files: Objects, folder: str) -> dict[str, str] | None:
     """Return which file holds each tensor, from the folder's index; None if the weights are one file, ``SINGLE``.
 
     Raises NotFoundError if the folder has no weights, InvalidModelError for a damaged index and for pickled weights.
@@ -74,7 +88,7 @@ def read_weight_map(files: Files, folder: str) -> dict[str, str] | None:
     return entries
 
 
-def check_weights(files: Files, folder: str) -> None:
+def check_weights(files: Objects, folder: str) -> None:
     """Raise what ``read_weight_map`` raises, and InvalidModelError for a file of the index that does not exist."""
     names = sorted(set((read_weight_map(files, folder) or {}).values()))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -97,7 +111,7 @@ def check_tokenizer(where: str, names: Collection[str]) -> None:
         )
 
 
-def exists(files: Files, uri: str) -> bool:
+def exists(files: Objects, uri: str) -> bool:
     """Return whether there is an object at this address."""
     try:
         files.stat(uri)
@@ -111,7 +125,7 @@ def file_in(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
-def _require_single(files: Files, folder: str) -> None:
+def _require_single(files: Objects, folder: str) -> None:
     if exists(files, file_in(folder, SINGLE)):
         return
     for name in PICKLED:

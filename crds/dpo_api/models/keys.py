@@ -20,10 +20,18 @@ class Keys:
     takes for absent keys.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        where: str,
+        defaults: Mapping[str, Any] | None = None,
+        *,
+        file: str = "config.json",
+    ) -> None:
         self.raw = raw
         self.where = where
         self.defaults = defaults or {}
+        self.original = f"copy the model's original {file}"
 
     def error(self, key: str, value: object, why: str) -> InvalidModelError:
         """Return the error that refuses a key's value."""
@@ -34,7 +42,7 @@ class Keys:
 
     def missing(self, key: str) -> InvalidModelError:
         """Return the error for a key that has no value and no default."""
-        return InvalidModelError(f"{self.where}: {key} is missing; copy the model's original config.json")
+        return InvalidModelError(f"{self.where}: {key} is missing; {self.original}")
 
     def get(self, key: str) -> Any:
         """Return a key's value, or its default if the key is absent. A null stays None, as in transformers."""
@@ -48,7 +56,7 @@ class Keys:
         if value is None:
             raise self.missing(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(key, value, "it must be a positive integer; copy the model's original config.json")
+            raise self.error(key, value, f"it must be a positive integer; {self.original}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -59,5 +67,5 @@ class Keys:
         if value is None:
             raise self.missing(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise self.error(key, value, "it must be a positive number; copy the model's original config.json")
+            raise self.error(key, value, f"it must be a positive number; {self.original}")
         return float(value)

@@ -127,7 +127,8 @@ def llama_tokenizer(folder: Path, vocab_size: int = 512) -> Path:
 
 
 @cache
-def _sentencepiece(vocab_size: int) -> bytes:
+def sentencepiece_bytes(vocab_size: int) -> bytes:
+    """A tokenizer.model: see ``sentencepiece_tokenizer``."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(400)),
@@ -145,7 +146,7 @@ def _sentencepiece(vocab_size: int) -> bytes:
 def sentencepiece_tokenizer(folder: Path, vocab_size: int = 500) -> Path:
     """A bare ``tokenizer.model`` (BPE with byte fallback): unk = 0, BOS = 1, EOS = 2."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(_sentencepiece(vocab_size))
+    (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(vocab_size))
     return folder
 
 

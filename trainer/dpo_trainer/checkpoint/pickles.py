@@ -8,7 +8,7 @@ valid file needs. If this succeeds, the file refers to no other class and torch 
 from pathlib import Path
 
 from dpo_api.errors import IncompatibleCheckpointError
-from dpo_trainer.pickles import AllowListUnpickler, Globals
+from dpo_api.pickles import AllowListUnpickler, Globals
 
 _PLANNER = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 _METADATA = (

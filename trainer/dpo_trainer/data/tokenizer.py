@@ -17,8 +17,8 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from dpo_api.errors import InvalidModelError
-from dpo_api.models.folder import VOCABULARIES, check_tokenizer
-from dpo_store import Store, base_name, join_uri
+from dpo_api.models.folder import VOCABULARIES, Files, check_tokenizer
+from dpo_store import base_name, join_uri
 from dpo_trainer.data.chat import ChatTemplate
 
 Ids = NDArray[np.int32]
@@ -245,7 +245,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None = None, name: str 
     return Tokenizer(backend, _fingerprint(folder, present), _end_ids(folder), chat_template)
 
 
-def fetch_tokenizer(store: Store, uri: str, folder: Path) -> Path:
+def fetch_tokenizer(files: Files, uri: str, folder: Path) -> Path:
     """Copy the tokenizer's files of a model folder at ``uri``, or the one file that it names, to the local ``folder``.
 
     Returns the folder.
@@ -253,14 +253,14 @@ def fetch_tokenizer(store: Store, uri: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)  # of an earlier model at the same place
-    names = store.children(uri)
+    names = files.children(uri)
     if not names and base_name(uri) in VOCABULARIES:
-        store.download(uri, folder / base_name(uri))
-    more = store.children(join_uri(uri, _TEMPLATES)) if names else []
+        (folder / base_name(uri)).write_bytes(files.read(uri))
+    more = files.children(join_uri(uri, _TEMPLATES)) if names else []
     names = [*names, *(f"{_TEMPLATES}/{name}" for name in more)]
     for name in set(names).intersection(TOKENIZER_FILES):
         (folder / name).parent.mkdir(exist_ok=True)
-        store.download(join_uri(uri, name), folder / name)
+        (folder / name).write_bytes(files.read(join_uri(uri, name)))
     return folder
 
 

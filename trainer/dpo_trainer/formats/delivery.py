@@ -23,15 +23,13 @@ from dpo_api.errors import DPOError
 from dpo_api.models import ModelConfig
 from dpo_trainer import bridge, messages
 from dpo_trainer.formats.layout import Slot, pieces, place, zero_padding
-from dpo_trainer.formats.safetensors_reader import DTYPES, SafetensorsFile
+from dpo_trainer.formats.safetensors_reader import DTYPES
+from dpo_trainer.formats.weights import Weights
 
 BLOCK = 64 << 20
 """Bytes that are read and sent at once."""
 MOST_AHEAD = 8
 """Blocks that a rank has read, or is reading, before their turn at most."""
-
-FileOf = Callable[[str], SafetensorsFile]
-"""A tensor's name → the file that holds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class Delivered:
 
 def deliver(
     config: ModelConfig,
-    file_of: FileOf,
+    source: Weights,
     wanted: Sequence[Slot],
     into: Callable[[Slot], Tensor],
     done: Callable[[Slot, Tensor], object] = lambda _slot, _filled: None,
@@ -55,12 +53,12 @@ def deliver(
     float type. done: called when it is filled. A DPOError of one rank is raised on all of them.
     """
     stage = _Stage.of_this_rank()
-    blocks = list(_blocks(wanted, file_of, len(stage.ranks)))
+    blocks = list(_blocks(wanted, source, len(stage.ranks)))
     own = [block for block in blocks if block.reader == stage.here]
     error: DPOError | None = None
-    with _Reader(own, file_of, _ahead(wanted, file_of)) as reader:
+    with _Reader(own, source, _ahead(wanted, source)) as reader:
         try:
-            _Filling(config, file_of, stage, reader).fill(blocks, wanted, into, done)
+            _Filling(config, source, stage, reader).fill(blocks, wanted, into, done)
         except DPOError as raised:
             error = raised
         except _OtherRankFailedError:
@@ -103,34 +101,33 @@ class _Block(NamedTuple):
         return self.slot.sources[self.source]
 
 
-def _blocks(wanted: Sequence[Slot], file_of: FileOf, ranks: int) -> Iterator[_Block]:
+def _blocks(wanted: Sequence[Slot], weights: Weights, ranks: int) -> Iterator[_Block]:
     """The blocks of a stage in the order in which they are sent."""
     sources = [(slot, index) for slot in wanted if not slot.duplicate for index in range(len(slot.sources))]
-    infos = [file_of(slot.sources[index]).tensors[slot.sources[index]] for slot, index in sources]
-    dealt = readers([info.end - info.start for info in infos], ranks)
+    infos = [weights.info(slot.sources[index]) for slot, index in sources]
+    dealt = readers([info.bytes for info in infos], ranks)
     for (slot, index), info, reader in zip(sources, infos, dealt, strict=True):
         rows = info.shape[0]
-        row_bytes = (info.end - info.start) // rows
+        row_bytes = info.bytes // rows
         step = max(1, BLOCK // row_bytes)
         for first in range(0, rows, step):
             last = min(first + step, rows)
             yield _Block(slot, index, first, last, (last - first) * row_bytes, reader)
 
 
-def _ahead(wanted: Sequence[Slot], file_of: FileOf) -> int:
+def _ahead(wanted: Sequence[Slot], weights: Weights) -> int:
     """Return how many blocks to read ahead: with the one in use and the one being sent, one tensor's."""
-    infos = [file_of(name).tensors[name] for slot in wanted for name in slot.sources]
-    largest = max((info.end - info.start for info in infos), default=0)
+    largest = max((weights.info(name).bytes for slot in wanted for name in slot.sources), default=0)
     return min(MOST_AHEAD, max(1, largest // BLOCK - 2))
 
 
 class _Reader:
     """Reads this rank's blocks in their order, in a thread, ahead of their turn."""
 
-    def __init__(self, own: Sequence[_Block], file_of: FileOf, ahead: int) -> None:
+    def __init__(self, own: Sequence[_Block], weights: Weights, ahead: int) -> None:
         self.digests = {block.name: hashlib.sha256() for block in own}
         self.bytes = 0
-        self._file_of = file_of
+        self._weights = weights
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="dpo-load")
         self._left = iter(own)
         self._waiting: deque[Future[Tensor]] = deque()
@@ -146,8 +143,7 @@ class _Reader:
         self._waiting.extend(self._pool.submit(self._read, block) for block in islice(self._left, count))
 
     def _read(self, block: _Block) -> Tensor:
-        file = self._file_of(block.name)
-        rows = file.read(block.name, (block.first, block.last), self.digests[block.name].update)
+        rows = self._weights.read(block.name, (block.first, block.last), self.digests[block.name].update)
         self.bytes += block.bytes
         return rows.view(-1).view(torch.uint8)
 
@@ -181,8 +177,8 @@ class _Stage:
 class _Filling:
     """Sends a stage's blocks and puts them in their places."""
 
-    def __init__(self, config: ModelConfig, file_of: FileOf, stage: _Stage, reader: _Reader) -> None:
-        self._config, self._file_of, self._stage, self._reader = config, file_of, stage, reader
+    def __init__(self, config: ModelConfig, weights: Weights, stage: _Stage, reader: _Reader) -> None:
+        self._config, self._weights, self._stage, self._reader = config, weights, stage, reader
         self._rank = parallel_state.get_tensor_model_parallel_rank()
         self._size = parallel_state.get_tensor_model_parallel_world_size()
         self._embedding = f"{config.row.tensors.embedding}.weight"
@@ -213,7 +209,7 @@ class _Filling:
     def _fill(self, slot: Slot, blocks: Sequence[_Block], parameter: Tensor) -> None:
         held = pieces(slot, self._config, self._rank, self._size)
         for block in blocks:
-            dtype = DTYPES[self._file_of(block.name).tensors[block.name].dtype]
+            dtype = DTYPES[self._weights.info(block.name).dtype]
             shape = (block.last - block.first, *slot.shapes[block.source][1:])
             place(held, parameter, block.source, self._share(block).view(dtype).view(shape), block.first)
         zero_padding(slot, held, parameter)

@@ -19,7 +19,7 @@ from dpo_api.models import ModelConfig
 from dpo_api.models.folder import INDEX, SINGLE, read_json
 from dpo_store import Store, join_uri, open_store
 from dpo_trainer import bridge, messages
-from dpo_trainer.formats.huggingface import Checkpoint, slots_by_stage, stage_slots
+from dpo_trainer.formats.huggingface import open_weights, slots_by_stage, stage_slots
 from dpo_trainer.formats.layout import Slot, Value, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, NAMES, RangeStore, bytes_of, header_of
 from dpo_trainer.model.forward import unwrap
@@ -375,5 +375,5 @@ def _dtypes(config: ModelConfig, store: RangeStore, source: str, dtype: torch.dt
     names = [name for held in slots_by_stage(config) for slot in exported(held) for name in slot.sources]
     if dtype is not None:
         return dict.fromkeys(names, dtype)
-    checkpoint = Checkpoint.open(store, source)
-    return {name: DTYPES[checkpoint.file_of(name).tensors[name].dtype] for name in names}
+    weights = open_weights(store, source)
+    return {name: DTYPES[weights.info(name).dtype] for name in names}

@@ -2,21 +2,26 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_api.models import ModelConfig
 from dpo_api.models.folder import INDEX, SINGLE, missing_shard, read_weight_map
+from dpo_api.models.megatron.nemo import NemoModel
 from dpo_api.models.stages import layers_of_stages
 from dpo_store import join_uri
 from dpo_trainer import messages
 from dpo_trainer.formats.delivery import deliver
 from dpo_trainer.formats.layout import Slot, slots, target
+from dpo_trainer.formats.megatron import MegatronWeights
 from dpo_trainer.formats.safetensors_reader import WEIGHT_DTYPES, RangeStore, SafetensorsFile
+from dpo_trainer.formats.weights import TensorInfo, Weights
 from dpo_trainer.model.forward import unwrap
 
 
@@ -62,6 +67,21 @@ class Checkpoint:
         if tensor not in file.tensors:
             raise InvalidModelError(f"{file.uri}: {INDEX} puts tensor {tensor} here, but the file does not hold it")
         return file
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes of the headers that were read."""
+        return sum(file.header_bytes for file in self.files.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """Describe a tensor."""
+        return self.file_of(name).tensors[name]
+
+    def read(
+        self, name: str, rows: tuple[int, int] | None = None, watch: Callable[[memoryview], object] | None = None
+    ) -> Tensor:
+        """Read a tensor or some of its rows: see ``SafetensorsFile.read``."""
+        return self.file_of(name).read(name, rows, watch)
 
     def check(self, config: ModelConfig) -> None:
         """Raise InvalidModelError naming any tensor that is missing, unexpected, mis-shaped or quantised."""
@@ -110,21 +130,29 @@ class Loaded:
     seconds: float
 
 
-def open_checkpoint(store: RangeStore, folder: str, config: ModelConfig) -> Checkpoint:
+def open_checkpoint(store: RangeStore, folder: str, config: ModelConfig) -> Weights:
     """Open the folder's weights and check them; rank 0 reads the headers for all. A collective of all ranks.
 
     Errors, on every rank: see ``Checkpoint.open`` and ``Checkpoint.check``.
     """
 
     def opened() -> dict[str, Any]:
-        found = Checkpoint.open(store, folder)
+        found = open_weights(store, folder)
         found.check(config)
         return found.describe()
 
-    return Checkpoint.known(store, folder, messages.agreed(opened))
+    described = messages.agreed(opened)
+    if isinstance(store, NemoModel):
+        return MegatronWeights.known(store, config, described)
+    return Checkpoint.known(store, folder, described)
 
 
-def load_weights(model: Any, store: RangeStore, folder: str, *, checkpoint: Checkpoint | None = None) -> Loaded:
+def open_weights(files: RangeStore, folder: str) -> Weights:
+    """Open the weights of a model folder, or of a model that ``files`` present as one. Raises InvalidModelError."""
+    return MegatronWeights.open(files) if isinstance(files, NemoModel) else Checkpoint.open(files, folder)
+
+
+def load_weights(model: Any, store: RangeStore, folder: str, *, checkpoint: Weights | None = None) -> Loaded:
     """Fill this rank's part of ``model`` from the folder, each byte of which is read once. A collective of all ranks.
 
     The fingerprint is the sha256 of the model's content: its architecture, and every used tensor's name, dtype, shape
@@ -137,11 +165,10 @@ def load_weights(model: Any, store: RangeStore, folder: str, *, checkpoint: Chec
     config: ModelConfig = gpt.dpo_config
     source = checkpoint or open_checkpoint(store, folder, config)
     with torch.no_grad():
-        found = deliver(config, source.file_of, stage_slots(gpt), lambda slot: target(gpt, slot))
-    keys = [_tensor_key(name, source.file_of(name), digest) for name, digest in sorted(found.digests.items())]
+        found = deliver(config, source, stage_slots(gpt), lambda slot: target(gpt, slot))
+    keys = [_tensor_key(name, source.info(name), digest) for name, digest in sorted(found.digests.items())]
     fingerprint = hashlib.sha256("\n".join([config.fingerprint, *keys]).encode()).hexdigest()
-    headers = sum(file.header_bytes for file in source.files.values())
-    return Loaded(fingerprint, headers + found.bytes, time.monotonic() - started)
+    return Loaded(fingerprint, source.header_bytes + found.bytes, time.monotonic() - started)
 
 
 def stage_slots(gpt: Any) -> list[Slot]:
@@ -169,8 +196,7 @@ def check_tokenizer(config: ModelConfig, largest_id: int, where: str) -> None:
         )
 
 
-def _tensor_key(name: str, file: SafetensorsFile, digest: str) -> str:
-    info = file.tensors[name]
+def _tensor_key(name: str, info: TensorInfo, digest: str) -> str:
     return f"{name} {info.dtype} {list(info.shape)} {digest}"
 
 

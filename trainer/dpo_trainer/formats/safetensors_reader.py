@@ -41,10 +41,10 @@ _PARALLEL_READS = 4
 class RangeStore(Protocol):
     """The part of dpo_store.Store that reading needs."""
 
-    def stat(self, uri: str) -> ObjectInfo:
+    def stat(self, uri: str) -> Any:
         """Describe one object; NotFoundError if it is absent."""
 
-    def read(self, source: str | ObjectInfo, start: int = ..., length: int | None = ...) -> bytes:
+    def read(self, source: Any, start: int = ..., length: int | None = ...) -> bytes:
         """Return ``length`` bytes from ``start``."""
 
 
@@ -56,6 +56,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.start
 
 
 Description = tuple[int, str, int, dict[str, tuple[str, list[int], int, int]]]

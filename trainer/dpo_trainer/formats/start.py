@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dpo_api.models import ModelConfig
 from dpo_trainer.formats.delivery import deliver
-from dpo_trainer.formats.huggingface import Checkpoint, stage_slots
+from dpo_trainer.formats.huggingface import stage_slots
 from dpo_trainer.formats.layout import assemble, target
 from dpo_trainer.formats.safetensors_reader import DTYPES
+from dpo_trainer.formats.weights import Weights
 
 
 class StartWeights:
@@ -20,12 +21,12 @@ class StartWeights:
     A file that has changed since then is an ObjectChangedError.
     """
 
-    def __init__(self, gpt: Any, checkpoint: Checkpoint) -> None:
+    def __init__(self, gpt: Any, weights: Weights) -> None:
         self._gpt = gpt
         self._config: ModelConfig = gpt.dpo_config
         self._rank = parallel_state.get_tensor_model_parallel_rank()
         self._size = parallel_state.get_tensor_model_parallel_world_size()
-        self._checkpoint = checkpoint
+        self._weights = weights
         self._slots = {slot.parameter: slot for slot in stage_slots(gpt)}
         self._rounded = {
             name for name, slot in self._slots.items() if not self._holds(target(gpt, slot).dtype, slot.sources)
@@ -37,11 +38,7 @@ class StartWeights:
 
     def value(self, name: str) -> Tensor:
         """Read this rank's part of the parameter from the files, as fp32 on the CPU. Memory: twice the part."""
-
-        def read(source: str, rows: tuple[int, int] | None) -> Tensor:
-            return self._checkpoint.file_of(source).read(source, rows)
-
-        return assemble(self._slots[name], self._config, read, self._rank, self._size).float()
+        return assemble(self._slots[name], self._config, self._weights.read, self._rank, self._size).float()
 
     def deliver(self, names: Collection[str], use: Callable[[str, Tensor], object]) -> None:
         """Read these parameters again, each byte once, and give each rank's part to ``use``, as fp32 on the CPU.
@@ -50,12 +47,12 @@ class StartWeights:
         """
         deliver(
             self._config,
-            self._checkpoint.file_of,
+            self._weights,
             [slot for name, slot in self._slots.items() if name in names],
             lambda slot: torch.empty(target(self._gpt, slot).shape),
             lambda slot, part: use(slot.parameter, part),
         )
 
     def _holds(self, held: torch.dtype, sources: tuple[str, ...]) -> bool:
-        kinds = {DTYPES[self._checkpoint.file_of(name).tensors[name].dtype] for name in sources}
+        kinds = {DTYPES[self._weights.info(name).dtype] for name in sources}
         return held == torch.float32 or kinds == {held}

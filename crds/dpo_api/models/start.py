@@ -1,0 +1,36 @@
+"""A job's start model, whatever its format, as a Hugging Face folder.
+
+Whatever reads a start model reads a folder's files, ``config.json`` and the tokenizer's, through ``Files``, and its
+tensors by Hugging Face's names (``dpo_trainer.formats.weights``). A folder is one itself; the other formats present
+themselves as one.
+"""
+
+from __future__ import annotations
+
+from dpo_api.inputs import Model
+from dpo_api.models import folder
+from dpo_api.models.folder import Files
+from dpo_api.models.megatron.nemo import NemoModel
+
+
+def start_model(files: Files, model: Model) -> tuple[Files, str]:
+    """Return the model's files as those of a folder, and the folder's address. Nothing is read yet."""
+    if model.nemo is not None:
+        found = NemoModel(files, model.nemo.uri)
+        return found, found.uri
+    return files, model.source.uri
+
+
+def check_weights(files: Files, uri: str) -> None:
+    """Raise NotFoundError or InvalidModelError for what is wrong with the weights without reading them."""
+    if isinstance(files, NemoModel):
+        files.check_weights()
+    else:
+        folder.check_weights(files, uri)
+
+
+def weight_bytes(files: Files, uri: str) -> int:
+    """Return the bytes of the model's weights."""
+    if isinstance(files, NemoModel):
+        return files.weight_bytes
+    return sum(info.size for info in files.list(uri) if info.uri.endswith(".safetensors"))
