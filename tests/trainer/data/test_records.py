@@ -137,7 +137,11 @@ UNUSABLE: list[tuple[bytes | dict[str, Any], Reason, str]] = [
     (GOOD | {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, Reason.BAD_MESSAGE, "not text"),
     (GOOD | {"chosen_reward": "1"}, Reason.BAD_REWARD, '"chosen_reward" is a string'),
     (GOOD | {"rejected_reward": True}, Reason.BAD_REWARD, "true or false"),
-    (b'{"prompt": "q", "chosen": "a", "rejected": "b", "chosen_reward": 1e999}', Reason.BAD_REWARD, "too large"),
+    (
+        b'{"prompt": "q", "chosen": "a", "rejected": "b", "chosen_reward": 1e999}',
+        Reason.BAD_REWARD,
+        "is inf, not a finite number",
+    ),
     (GOOD | {"chosen": ""}, Reason.EMPTY_RESPONSE, "chosen"),
     (GOOD | {"rejected": ""}, Reason.EMPTY_RESPONSE, "rejected"),
     ({"prompt": [user("q")], "chosen": [reply("")], "rejected": [reply("b")]}, Reason.EMPTY_RESPONSE, "chosen"),

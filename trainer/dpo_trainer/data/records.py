@@ -133,7 +133,7 @@ def _reward(row: Mapping[str, Any], role: str, name: str | None) -> float | None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UnusableError(Reason.BAD_REWARD, f'"{key}" is {kind_of(value)}, expected a number')
     if not math.isfinite(value):
-        raise UnusableError(Reason.BAD_REWARD, f'"{key}" is too large for a number')
+        raise UnusableError(Reason.BAD_REWARD, f'"{key}" is {value}, not a finite number')
     return float(value)
 
 

@@ -22,8 +22,8 @@ _MAX_ROWS = 256
 _BATCH_BYTES = 4 << 20
 _MAX_ROW = 64 << 20
 """Largest row in bytes, as the largest line of JSON."""
-_BROKEN = (pa.ArrowException, OSError, MemoryError)
-"""What Arrow raises for damaged files; a size that a damaged file declares can be more than there is memory."""
+_BROKEN = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
+"""What Arrow raises for damaged files: they can declare more bytes than there is memory, and names that are no text."""
 
 _PARQUET, _ENCRYPTED = b"PAR1", b"PARE"
 _ARROW_FILE, _FEATHER_1, _STREAM = b"ARROW1", b"FEA1", b"\xff\xff\xff\xff"
@@ -127,20 +127,18 @@ def _parquet(
     held = table.schema_arrow.names
     wanted = [name for name in held if name in names]
     for group in range(table.num_row_groups):
-        size = _rows_of_batch(table.metadata.row_group(group), wanted)
+        size = _rows_of_batch(table.metadata.row_group(group), f"{info.uri}: row group {group + 1}")
         for batch in table.iter_batches(size, row_groups=[group], columns=wanted, use_threads=False):
             yield held, batch
 
 
-def _rows_of_batch(group: pq.RowGroupMetaData, wanted: Sequence[str]) -> int:
-    """Rows of about ``_BATCH_BYTES`` in the columns that are read."""
-    rows, size = int(group.num_rows), 1
-    roots = tuple(f"{name}." for name in wanted)
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if f"{column.path_in_schema}.".startswith(roots):
-            size += max(int(column.total_uncompressed_size), 0)
-    return max(1, min(_MAX_ROWS, _BATCH_BYTES * rows // size))
+def _rows_of_batch(group: pq.RowGroupMetaData, where: str) -> int:
+    """Rows of about ``_BATCH_BYTES``. Raises InvalidDataError if a row group declares more than its rows may hold."""
+    # Of all columns: what pyarrow says of a single one ends the process if it is damaged.
+    rows, size = int(group.num_rows), int(group.total_byte_size)
+    if size > _MAX_ROW * max(rows, 1):
+        raise InvalidDataError(f"{where}: declares {size:,} bytes in {rows:,} rows, more than {_MAX_ROW:,} bytes a row")
+    return max(1, min(_MAX_ROWS, _BATCH_BYTES * rows // max(size, 1)))
 
 
 def _arrow(
