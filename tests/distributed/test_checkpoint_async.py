@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,66 +84,67 @@ def test_what_is_saved_is_the_state_at_the_beginning(
     assert saver.complete() is None
 
 
-def test_the_copy_is_waited_for_before_the_weights_change(
-    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_what_is_not_written_when_the_state_changes_is_copied_before(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
+    """The writer is held after a number of boxes; those take no memory but that of the one which is being written."""
     run = RunDirectory(open_store(), str(tmp_path))
     run.claim(None)
+    state = {"a": torch.arange(6.0), "b": torch.arange(5.0), "c": torch.arange(4.0)}
+    expected = {name: values.clone() for name, values in state.items()}
+    held, go = threading.Event(), threading.Event()
+    take, taken = saving._StateAtBeginning.take, 0
+
+    def taking(self: saving._StateAtBeginning, place: int) -> torch.Tensor:
+        nonlocal taken
+        if taken == written:
+            held.set()
+            assert go.wait(120)
+        taken += 1
+        return take(self, place)
+
+    monkeypatch.setattr(saving._StateAtBeginning, "take", taking)
     saver = Saver(run, alone, background=True)
-    copy, slow = saving._copy, threading.Event()
+    boxes = [Box(name, (0,), tuple(values.shape), values) for name, values in state.items()]
+    saver.begin(boxes, store.Marker(step=1, attempt=1, identity={}))
+    save = saver._under_way
+    assert save is not None
+    assert save.state is not None
+    if written < len(state):
+        assert held.wait(60)
+    else:
+        assert save.thread is not None
+        save.thread.join(60)
+    saver.wait_for_copy()
+    assert len(save.state._left) == len(state) - written
+    for values in state.values():
+        values.fill_(torch.nan)
+    go.set()
+    saved = saver.complete()
+    assert saved is not None
+    found = {name: torch.full_like(values, -1) for name, values in state.items()}
+    boxes = [Box(name, (0,), tuple(values.shape), values) for name, values in found.items()]
+    store.load(run, alone, boxes, saved, store.FORMAT)
+    assert all(torch.equal(found[name], expected[name]) for name in state)
 
-    def held(boxes: Sequence[Box], copies: Sequence[Box]) -> None:
-        assert slow.wait(120)
-        copy(boxes, copies)
 
-    monkeypatch.setattr(saving, "_copy", held)
-    saver.begin(box(torch.ones(3)), store.Marker(step=1, attempt=1, identity={}))
-    waiting = threading.Thread(target=saver.wait_for_copy)
-    waiting.start()
-    waiting.join(0.2)
-    assert waiting.is_alive()
-    slow.set()
-    waiting.join(60)
-    assert not waiting.is_alive()
-    assert saver.complete() is not None
-
-
-def test_no_update_begins_before_the_copy_is_made(
+def test_no_update_begins_before_what_is_saved_is_copied_or_written(
     slow_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy is held until the step asks for it, or until an update has started."""
-    asked = threading.Event()
     saves: list[Any] = []
     overlapping: list[bool] = []
-    copy, begin, wait_for_copy, complete = saving._copy, Saver.begin, Saver.wait_for_copy, Saver.complete
-    update = Engine._update
-
-    def held(boxes: Sequence[Box], copies: Sequence[Box]) -> None:
-        assert asked.wait(120)
-        copy(boxes, copies)
+    begin, update = Saver.begin, Engine._update
 
     def beginning(saver: Saver, *more: Any) -> None:
-        asked.clear()
         begin(saver, *more)
         saves.append(saver._under_way)
 
-    def asking(saver: Saver) -> None:
-        asked.set()
-        wait_for_copy(saver)
-
-    def completing(saver: Saver) -> SavedCheckpoint | None:
-        asked.set()
-        return complete(saver)
-
     def updating(engine: Engine, *more: Any) -> None:
-        overlapping.append(any(not save.copied.is_set() for save in saves))
-        asked.set()
+        overlapping.append(any(not save.state.may_change for save in saves))
         update(engine, *more)
 
-    monkeypatch.setattr(saving, "_copy", held)
     monkeypatch.setattr(Saver, "begin", beginning)
-    monkeypatch.setattr(Saver, "wait_for_copy", asking)
-    monkeypatch.setattr(Saver, "complete", completing)
     monkeypatch.setattr(Engine, "_update", updating)
     run_here(merged(slow_spec, {"training": {"maxSteps": 4}, "checkpoint": {"async": True, "everySteps": 3}}), tmp_path)
     assert overlapping == [False] * 4

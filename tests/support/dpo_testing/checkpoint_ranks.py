@@ -302,7 +302,7 @@ def _at_the_last_box(look: Callable[[], None]) -> Iterator[None]:
 
     def watched(source: files._Source, write_item: Any) -> Tensor:
         found = resolve(source, write_item)
-        left[source] = left.get(source, len(source._values)) - 1
+        left[source] = left.get(source, len(source._places)) - 1
         if not left[source]:
             look()
         return found

@@ -51,6 +51,9 @@ Part = tuple[str, int, int]
 Fetch = Callable[[str, int, int], bytes]
 """Reads a ``Part``."""
 
+ValuesOf = Callable[[int], Tensor]
+"""The number of a box → its values, as they are to be written. They may change at the next call."""
+
 _FORMAT_1 = {
     "master.": ("optimizer.state.param.", "optimizer.state.fp32_param.", ""),
     "exp_avg.": ("optimizer.state.exp_avg.",),
@@ -62,13 +65,14 @@ _FORMAT_1 = {
 class _Source(DefaultSavePlanner):
     """Gives torch's writer the boxes' values."""
 
-    def __init__(self, boxes: Sequence[Box]) -> None:
+    def __init__(self, boxes: Sequence[Box], values_of: ValuesOf) -> None:
         super().__init__()
-        self._values = {_index(box): box.values for box in boxes}
+        self._places = {_index(box): place for place, box in enumerate(boxes)}
+        self._values_of = values_of
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the values of one box."""
-        values = self._values[write_item.index]
+        values = self._values_of(self._places[write_item.index])
         # As a storage of its own: torch's writer copies a part of a larger one, and keeps the copies of all boxes until
         # the file is complete.
         return torch.from_numpy(values.numpy()) if values.device.type == "cpu" else values
@@ -92,8 +96,11 @@ class _Target(DefaultLoadPlanner):
         """Do nothing: ``tensor`` is a view of the box."""
 
 
-def write(folder: Path, rank: int, boxes: Sequence[Box]) -> list[Written]:
-    """Write this rank's boxes into one file of a local folder; return what the table of contents needs."""
+def write(folder: Path, rank: int, boxes: Sequence[Box], values_of: ValuesOf | None = None) -> list[Written]:
+    """Write this rank's boxes into one file of a local folder; return what the table of contents needs.
+
+    values_of: their values, asked for once each when they are written, if not those of the boxes.
+    """
     if not boxes:
         return []
     items = [
@@ -105,7 +112,8 @@ def write(folder: Path, rank: int, boxes: Sequence[Box]) -> list[Written]:
         for box in boxes
     ]
     plan = SavePlan(items, storage_data=_StoragePrefix(f"__{rank}_"))
-    results = FileSystemWriter(folder).write_data(plan, _Source(boxes)).value()
+    source = _Source(boxes, values_of or (lambda place: boxes[place].values))
+    results = FileSystemWriter(folder).write_data(plan, source).value()
     places = {result.index: result.storage_data for result in results}
     written: list[Written] = []
     for box in boxes:

@@ -1,17 +1,22 @@
 """Saves checkpoints while training goes on.
 
-A save in the background has three parts. The ranks begin it together. Each copies its boxes to host memory, while the
-next forward and backward pass runs, then writes and uploads them in a thread. When all have, they complete it together
-at the beginning of a step; only then does the checkpoint exist.
+A save in the background has three parts. The ranks begin it together. Each writes and uploads its boxes in a thread,
+while training goes on. When all have, they complete it together at the beginning of a step; only then does the
+checkpoint exist.
+
+What is written is the state at the beginning. From a GPU, all of it is copied to host memory while the next forward and
+backward pass runs. On a CPU the thread writes the state itself during that pass, a box at a time, and only what is not
+written by its end is copied before the weights change: a pass is the time when activations take the most memory.
 """
 
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo_trainer.checkpoint import store
 from dpo_trainer.checkpoint.boxes import Box
@@ -26,9 +31,9 @@ class _Save:
 
     marker: store.Marker
     began: float
-    event: Any = None  #: of the GPU: the copies are made. None on the CPU, where the thread copies
+    event: Any = None  #: of the GPU: the copies are made
+    state: "_StateAtBeginning | None" = None  #: on a CPU
     thread: threading.Thread | None = None
-    copied: threading.Event = field(default_factory=threading.Event)
     written: list[Written] | None = None
     error: Exception | None = None
     ended: float = 0.0
@@ -43,7 +48,7 @@ class Saver:
         """How long this rank's part of the last save took."""
         self._run, self._world = run, world
         self._under_way: _Save | None = None
-        self._copies: list[Box] = []  # kept between saves: memory of this kind takes long to allocate
+        self._copies: list[Box] = []  # of a GPU's boxes; kept between saves: pinned memory takes long to allocate
         self._stream = torch.cuda.Stream() if background and world.device.type == "cuda" else None
 
     @property
@@ -69,25 +74,28 @@ class Saver:
             save.ended = time.monotonic()
             self._under_way = save
             return
-        copies = self._buffers(boxes)
         if self._stream is not None:
+            copies = self._buffers(boxes)
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 _copy(boxes, copies)
                 save.event = self._stream.record_event()
-        save.thread = threading.Thread(target=self._work, args=(save, boxes, copies), name="checkpoint", daemon=True)
+            boxes = copies
+        else:
+            save.state = _StateAtBeginning(boxes)
+        save.thread = threading.Thread(target=self._work, args=(save, boxes), name="checkpoint", daemon=True)
         self._under_way = save
         save.thread.start()
 
     def wait_for_copy(self) -> None:
-        """Let what follows change the state: it waits until this rank's copies are made."""
+        """Let what follows change the state: it waits until this rank has copies of what is not written yet."""
         save = self._under_way
-        if save is None or save.thread is None:
+        if save is None:
             return
         if save.event is not None:
             torch.cuda.current_stream().wait_event(save.event)
-        else:
-            save.copied.wait()
+        if save.state is not None and save.error is None:
+            save.state.copy_the_rest()
 
     def complete(self) -> SavedCheckpoint | None:
         """Wait until all ranks have written their parts, and make the checkpoint valid; None if nothing is being saved.
@@ -106,17 +114,13 @@ class Saver:
         self.seconds = save.ended - save.began
         return store.complete(self._run, self._world, save.written, save.marker)
 
-    def _work(self, save: _Save, boxes: Sequence[Box], copies: list[Box]) -> None:
+    def _work(self, save: _Save, boxes: Sequence[Box]) -> None:
         try:
-            try:
-                if save.event is None:
-                    _copy(boxes, copies)
-                else:
-                    torch.cuda.set_device(self._world.device)  # a thread begins with the first GPU
-                    save.event.synchronize()
-            finally:
-                save.copied.set()
-            save.written = store.write(self._run, self._world.rank, save.marker.step, copies)
+            if save.event is not None:
+                torch.cuda.set_device(self._world.device)  # a thread begins with the first GPU
+                save.event.synchronize()
+            values_of = None if save.state is None else save.state.take
+            save.written = store.write(self._run, self._world.rank, save.marker.step, boxes, values_of)
         except Exception as error:  # noqa: BLE001 - raised in the main thread
             save.error = error
         save.ended = time.monotonic()
@@ -126,7 +130,7 @@ class Saver:
         if not self._copies:
             sizes = [box.values.numel() for box in boxes]
             block = torch.empty(sum(sizes))
-            if self._stream is not None and block.nbytes:
+            if block.nbytes:
                 # torch's own allocator of pinned memory would round the size up to a power of two.
                 torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
             parts = block.split(sizes)
@@ -134,6 +138,35 @@ class Saver:
                 replace(box, values=part.view(box.values.shape)) for box, part in zip(boxes, parts, strict=True)
             ]
         return self._copies
+
+
+class _StateAtBeginning:
+    """The values of boxes on a CPU when it was made, although the state changes after ``copy_the_rest``.
+
+    Takes memory for the largest box, and then for the boxes that were not taken before.
+    """
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._lock = threading.Lock()
+        self._left = {place: box.values for place, box in enumerate(boxes)}
+        # One block for all: torch's writer keeps what it is given until the file is complete.
+        self._block = torch.empty(max((box.values.numel() for box in boxes), default=0))
+        self.may_change = False
+
+    @torch.no_grad()
+    def take(self, place: int) -> Tensor:
+        """Return the values of a box, once, in memory that the next call uses again."""
+        with self._lock:
+            values = self._left.pop(place)
+            return self._block[: values.numel()].view(values.shape).copy_(values)
+
+    @torch.no_grad()
+    def copy_the_rest(self) -> None:
+        """Copy what has not been taken: from now on the state may change."""
+        with self._lock:
+            if not self.may_change:
+                self._left = {place: values.clone() for place, values in self._left.items()}
+                self.may_change = True
 
 
 @torch.no_grad()

@@ -90,17 +90,22 @@ def complete(run: RunDirectory, world: World, written: list[files.Written], mark
     return SavedCheckpoint(marker.step, uri)
 
 
-def write(run: RunDirectory, rank: int, step: int, boxes: Sequence[Box]) -> list[files.Written]:
-    """Write a rank's file, and upload it if the checkpoint is not in a local folder. Not a collective."""
+def write(
+    run: RunDirectory, rank: int, step: int, boxes: Sequence[Box], values_of: files.ValuesOf | None = None
+) -> list[files.Written]:
+    """Write a rank's file, and upload it if the checkpoint is not in a local folder. Not a collective.
+
+    values_of: the boxes' values, if not their own; see ``files.write``.
+    """
     uri = run.checkpoint_uri(step)
     local = local_path_of(uri)
     if local is not None:
         local.mkdir(parents=True, exist_ok=True)
         with _no_space_if_full(local):
-            return files.write(local, rank, boxes)
+            return files.write(local, rank, boxes, values_of)
     with tempfile.TemporaryDirectory(prefix="dpo-checkpoint-") as name:
         with _no_space_if_full(Path(name)):
-            written = files.write(Path(name), rank, boxes)
+            written = files.write(Path(name), rank, boxes, values_of)
         run.store.upload_tree(name, uri + "/")
         return written
 
