@@ -26,6 +26,22 @@ class OutputForm(StrEnum):
     JSON = "json"
 
 
+class ModelFormat(StrEnum):
+    """Formats that `dpo convert` writes."""
+
+    HUGGINGFACE = "huggingface"
+    MEGATRON = "megatron"
+    NEMO = "nemo"
+
+
+class WeightType(StrEnum):
+    """Types of weights that `dpo convert` writes."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
 class Shell(StrEnum):
     """Shells that have a completion script."""
 
@@ -137,6 +153,27 @@ def report(
 
     store = open_store(StorageOptions(endpoint=endpoint, region=region), retry=PATIENCE)
     typer.echo(redraw(store, run_dir).uri)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The model: a folder or a .nemo file.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="What to write: a folder, or a .nemo file.")],
+    to: Annotated[
+        ModelFormat | None, typer.Option(help="Format of TARGET. [nemo for *.nemo, else huggingface]")
+    ] = None,
+    dtype: Annotated[WeightType | None, typer.Option(help="Type of the written weights. [the source's]")] = None,
+    endpoint: Annotated[str | None, typer.Option(metavar="URL", help="S3 endpoint. [$AWS_ENDPOINT_URL]")] = None,
+    region: Annotated[str | None, typer.Option(metavar="REGION", help="S3 region. [$AWS_REGION]")] = None,
+) -> None:
+    """Write a model in another format.
+
+    Run the same command again to continue a stopped conversion. Both may be s3://bucket/prefix.
+    """
+    from dpo_cli import convert as command
+
+    options = command.ConvertOptions(source, target, to, dtype, endpoint, region)
+    raise typer.Exit(command.convert(options))
 
 
 @app.command()

@@ -148,7 +148,7 @@ def test_cluster_commands_are_documented_with_their_options(dpo: Dpo, command: s
     assert {option for option in options if option not in section} == set()
 
 
-@pytest.mark.parametrize("command", ["validate", "run", "render", "report"])
+@pytest.mark.parametrize("command", ["validate", "run", "render", "convert", "report"])
 def test_every_option_is_documented(dpo: Dpo, command: str) -> None:
     options = set(re.findall(r"--[a-z]+", dpo(command, "--help").out)) - {"--help", "--file"}
     section = DOCS.split(f"## dpo {command}")[1].split("\n## ")[0]

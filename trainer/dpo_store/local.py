@@ -91,12 +91,12 @@ class LocalBackend:
             file.write(data)
 
     def write_blocks(self, location: Location, blocks: Iterable[bytes | memoryview], size: int) -> None:
-        """Write a file as its blocks arrive. Unlike ``write``, readers may see it before it is complete."""
+        """Write a file as its blocks arrive. It appears when it is complete."""
         path = self.path(location)
         with _translated(str(location)):
             path.parent.mkdir(parents=True, exist_ok=True)
             check_space(path.parent, size, str(location))
-            with path.open("wb") as file:
+            with replacing(path) as file:
                 for block in blocks:
                     file.write(block)
 

@@ -136,7 +136,7 @@ class Store:
         self._backend(location).write(location, data)
 
     def write_blocks(self, uri: str, blocks: Iterable[bytes | memoryview], size: int) -> None:
-        """Write an object of ``size`` bytes as its blocks arrive. A local file can be seen before it is complete."""
+        """Write an object of ``size`` bytes as its blocks arrive. It appears when it is complete."""
         location = uris.parse(uri)
         self._backend(location).write_blocks(location, blocks, size)
 

@@ -56,6 +56,9 @@ def command_line() -> argparse.ArgumentParser:
 
     index = commands.add_parser("index", help="read and check all data without training; print a summary as JSON")
     index.add_argument("--spec", type=Path, required=True, help="the DPOJob as JSON")
+
+    # Its arguments need torch: they are added when it is called.
+    commands.add_parser("convert", help="write a model in another format", add_help=False)
     return parser
 
 
@@ -66,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dpo_trainer.agent import agent
 
         return agent(words[1:])
+    if words[:1] == ["convert"]:
+        from dpo_trainer.convert.command import main as convert
+
+        return convert(words[1:])
     parser = command_line()
     arguments = parser.parse_args(words)
     if arguments.version:

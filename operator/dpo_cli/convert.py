@@ -1,0 +1,36 @@
+"""`dpo convert`: the trainer's command of the same name, with this terminal."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+from dpo_cli.trainer import MODULE, require_trainer
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The command's arguments."""
+
+    source: str
+    target: str
+    to: str | None
+    dtype: str | None
+    endpoint: str | None
+    region: str | None
+
+
+def convert(options: ConvertOptions) -> int:
+    """Convert a model; return the exit code. Raises NotFoundError where no trainer is installed."""
+    require_trainer()
+    words = [*MODULE, "convert", options.source, options.target]
+    for name in ("to", "dtype", "endpoint", "region"):
+        value = getattr(options, name)
+        if value is not None:
+            words.append(f"--{name}={value}")
+    child = subprocess.Popen(words)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # the child has got it from the terminal too, and says what is left
+            continue

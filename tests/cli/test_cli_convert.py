@@ -1,0 +1,20 @@
+"""`dpo convert` as a user calls it."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo_testing.command import Command
+from dpo_testing.models import reference_model, save_folder
+
+
+@pytest.mark.slow
+def test_a_folder_to_a_checkpoint_and_a_mistake(tmp_path: Path) -> None:
+    dpo = Command(tmp_path)
+    save_folder(reference_model("llama"), tmp_path / "source")
+    done = dpo("convert", "source", "out", "--to", "megatron")
+    assert (done.code, done.out) == (0, "out: all 21 parameters are equal to those of source\n")
+    again = dpo("convert", "source", "out", "--to", "megatron")
+    assert again.code == 64
+    assert again.err.startswith("error: out is not empty (it holds")
+    assert dpo("convert", "source", "other", "--to", "gguf").code == 64

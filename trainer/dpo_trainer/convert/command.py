@@ -1,0 +1,113 @@
+"""`python -m dpo_trainer convert`: writes a model in another format, and compares what was written with the source."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+
+from dpo_api.errors import DPOError, InvalidModelError, NotFoundError, UsageError
+from dpo_api.inputs import Model
+from dpo_api.models import read_config
+from dpo_api.models.folder import Files
+from dpo_api.models.start import start_model
+from dpo_store import StorageOptions, Store, base_name, open_store
+from dpo_trainer.convert import huggingface, megatron, nemo
+from dpo_trainer.convert.journal import Journal
+from dpo_trainer.convert.progress import Progress
+from dpo_trainer.convert.whole import Whole
+from dpo_trainer.formats.export import MAX_SHARD_BYTES
+
+FORMATS = ("huggingface", "megatron", "nemo")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dpo_trainer convert", description="Write a model in another format."
+    )
+    parser.add_argument("source", help="the model: a Hugging Face folder, a .nemo archive or folder")
+    parser.add_argument("target", help="what to write: a folder, or for nemo a file; s3:// too")
+    parser.add_argument(
+        "--to", choices=FORMATS, help="the target's format (default: nemo for *.nemo, else huggingface)"
+    )
+    parser.add_argument("--dtype", choices=list(_DTYPES), help="type of the written weights (default: the source's)")
+    parser.add_argument("--endpoint", help="the S3 server (default: boto3's usual sources)")
+    parser.add_argument("--region", help="the S3 region")
+    parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, help=argparse.SUPPRESS)
+    try:
+        print(run(parser.parse_args(words)))
+    except DPOError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Convert; return what was done in a sentence. Raises DPOError."""
+    store = open_store(StorageOptions(endpoint=arguments.endpoint, region=arguments.region))
+    target: str = arguments.target.rstrip("/")
+    form = arguments.to or ("nemo" if target.endswith(".nemo") else "huggingface")
+    if (form == "nemo") is not target.endswith(".nemo"):
+        raise UsageError(f"{target}: a target in the format nemo, and no other, ends with .nemo")
+    source = open_model(store, arguments.source, _DTYPES.get(arguments.dtype or ""))
+    total = huggingface.bytes_of(source)
+    folder = target + nemo.PARTS if form == "nemo" else target
+    if form == "nemo" and store.exists(target):
+        raise UsageError(f"{target} exists; choose another target")
+    journal = Journal(store, folder, _identity(store, source, form, arguments))
+    with Progress(total, f"Converting to {form}") as progress:
+        if form == "nemo":
+            nemo.write(source, store, target, journal, progress)
+        elif form == "megatron":
+            megatron.write(source, store, target, journal, progress)
+        else:
+            huggingface.write(source, store, target, journal, progress, arguments.max_shard_bytes)
+    if form == "huggingface":
+        huggingface.compare(source, open_model(store, target))
+    if form != "nemo":
+        journal.close()
+    return f"{target}: all {len(source.slots)} parameters are equal to those of {source.uri}"
+
+
+def open_model(store: Store, uri: str, dtype: torch.dtype | None = None) -> Whole:
+    """Open a model of any format that can be read. Raises NotFoundError or InvalidModelError."""
+    files, folder = start_model(store, model_of(store, uri))
+    return Whole.open(files, folder, read_config(files, folder), dtype)
+
+
+def model_of(store: Files, uri: str) -> Model:
+    """Return the start model that an address names; its format follows from its name and its files."""
+    address = uri.rstrip("/")
+    names: list[str] = [] if address.endswith(".nemo") else list(store.children(address))
+    if address.endswith(".nemo") or "model_config.yaml" in names:
+        return Model.model_validate({"nemo": {"uri": address}})
+    if "config.json" in names:
+        return Model.model_validate({"huggingFace": {"uri": address}})
+    if not names:
+        raise NotFoundError(f"{uri} does not exist, or is an empty folder")
+    raise InvalidModelError(
+        f"{uri} is no model: it has neither config.json (Hugging Face) nor model_config.yaml (NeMo)"
+    )
+
+
+def _identity(store: Store, source: Whole, form: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what must be the same for a stopped conversion to continue."""
+    address = arguments.source.rstrip("/")
+    objects = [store.stat(address)] if store.exists(address) else list(store.list(address))
+    files = [[str(PurePosixPath(info.uri).name), info.size, info.etag] for info in objects]
+    return {
+        "source": base_name(address),
+        "format": form,
+        "dtype": arguments.dtype,
+        "shard": arguments.max_shard_bytes,
+        "files": files,
+        "model": source.config.fingerprint,
+    }

@@ -1,0 +1,56 @@
+"""A model as a Hugging Face folder, one file of weights after the other."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from dpo_api.errors import InvalidModelError
+from dpo_api.models.folder import INDEX, SINGLE
+from dpo_store import Store, join_uri
+from dpo_trainer.convert.journal import Journal
+from dpo_trainer.convert.progress import Progress
+from dpo_trainer.convert.whole import Whole
+from dpo_trainer.formats.export import PlannedFile, copy_companions, index_of, plan_shards, write_config, write_tensors
+
+
+def write(source: Whole, store: Store, folder: str, journal: Journal, progress: Progress, max_shard_bytes: int) -> None:
+    """Write the folder; the index and config.json come last, so that a part of it is no model."""
+    plan = [(name, shape, source.dtype_of(name)) for name, shape in source.names]
+    shards = plan_shards(plan, max_shard_bytes)
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = [PlannedFile(name, 0, 0, tensors) for name, tensors in zip(names, shards, strict=True)]
+    for file in files:
+        if journal.done(file.name) is None:
+            tensors = (progress.counted(source.tensor(name)) for name, _, _ in file.tensors)
+            write_tensors(store, join_uri(folder, file.name), file.tensors, tensors)
+            journal.add(file.name, file.size)
+        else:
+            progress.skip(file.size)
+    copy_companions(source.files, source.uri, store, folder, None)
+    if count > 1:
+        store.write(join_uri(folder, INDEX), index_of(files))
+    write_config(source.files, source.uri, store, folder, source.config, source.dtype)
+
+
+def compare(source: Whole, written: Whole) -> None:
+    """Compare the configuration and each tensor with the source's. Raises InvalidModelError for what differs."""
+    ours, theirs = (_computed(model) for model in (source, written))
+    if ours != theirs:
+        raise InvalidModelError(f"{written.uri}: its configuration {theirs} is not that of {source.uri}: {ours}")
+    for name, _ in source.names:
+        if not torch.equal(source.tensor(name), written.weights.read(name)):
+            raise InvalidModelError(
+                f"{written.uri}: tensor {name} is not that of {source.uri}; delete it and convert again"
+            )
+
+
+def _computed(model: Whole) -> dict[str, Any]:
+    """Return the fields that change a logit."""
+    return {name: value for name, value in asdict(model.config).items() if name not in ("dtype", "max_positions")}
+
+
+def bytes_of(source: Whole) -> int:
+    """Return the bytes of the weights as they are written."""
+    return sum(torch.Size(shape).numel() * source.dtype_of(name).itemsize for name, shape in source.names)
