@@ -44,12 +44,6 @@ NOT_YET: tuple[NotYet, ...] = (
     ),
     NotYet("spec.data.train[].weight", lambda s: _weighted(s.data.train), "leave it out", "self == 1.0"),
     NotYet("spec.data.validation[].weight", lambda s: _weighted(s.data.validation), "leave it out", "self == 1.0"),
-    NotYet(
-        "spec.output.formats",
-        lambda s: "megatron" in s.output.formats,
-        "leave megatron out and use huggingFace",
-        "!('megatron' in self)",
-    ),
     NotYet("spec.logging.mlflow", lambda s: s.logging.mlflow is not None, "use logging.wandb or logging.tensorboard"),
     NotYet(
         "spec.storage.cache.size",

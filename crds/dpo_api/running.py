@@ -25,7 +25,7 @@ from dpo_api.metrics import Monitored
 GpuProduct = Literal["B200", "H200", "H100-NVL", "H100-80GB", "A100-80GB", "A100-40GB", "L40S", "L4", "A10G"]
 """The names of the table in ``dpo_api.sizing.products``."""
 
-OutputFormat = Literal["huggingFace", "peft", "megatron"]
+OutputFormat = Literal["huggingFace", "peft", "megatron", "nemo"]
 ShortText = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=253)]
 HttpUrl = Annotated[str, StringConstraints(strict=True, pattern=HTTP_URL_PATTERN, max_length=512)]
 
@@ -184,6 +184,13 @@ class Output(Section):
             "!has(self.formats) || self.formats.all(a, self.formats.exists_one(b, a == b))",
             lambda s: len(s.formats) == len(set(s.formats)),
         ),
+        Rule(
+            "formats",
+            "formats names megatron or nemo, which are made from the Hugging Face folder; add huggingFace to formats",
+            "!has(self.formats) || self.formats.exists(f, f == 'huggingFace')"
+            " || !self.formats.exists(f, f == 'megatron' || f == 'nemo')",
+            lambda s: "huggingFace" in s.formats or not s.converted,
+        ),
     )
 
     uri: Uri | None = Field(
@@ -199,9 +206,10 @@ class Output(Section):
     formats: tuple[OutputFormat, ...] = Field(
         default=("huggingFace",),
         min_length=1,
-        max_length=3,
+        max_length=4,
         description="Formats of the model. `huggingFace`: a folder that transformers loads; `peft`: the adapter alone,"
-        " with `lora`, in the subfolder adapter/; `megatron`: a Megatron-Core checkpoint. Not set and with `lora`: peft"
+        " with `lora`, in the subfolder adapter/; `megatron`: a Megatron-Core checkpoint, in megatron/; `nemo`: a .nemo"
+        " archive, model.nemo. The last two are made from the folder when it is written. Not set and with `lora`: peft"
         " too. Default [huggingFace].",
     )
     merge: Bool = Field(
@@ -212,6 +220,11 @@ class Output(Section):
     dtype: Literal["bf16", "fp16", "fp32"] | None = Field(
         default=None, description="Data type of the weights in the model's files. Not set: that of the source."
     )
+
+    @property
+    def converted(self) -> tuple[OutputFormat, ...]:
+        """The formats that are made from the Hugging Face folder."""
+        return tuple(form for form in self.formats if form in ("megatron", "nemo"))
 
 
 class RunPolicy(Section):

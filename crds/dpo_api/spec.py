@@ -128,6 +128,13 @@ class DPOJobSpec(Section):
             ),
         ),
         Rule(
+            "output.formats",
+            "output.merge is false, so there is no whole model to write as megatron or nemo; leave them out of formats",
+            "!has(self.lora) || !(has(self.output) && has(self.output.merge) && !self.output.merge"
+            " && has(self.output.formats)) || !self.output.formats.exists(f, f == 'megatron' || f == 'nemo')",
+            lambda s: s.lora is None or s.output.merge or not s.output.converted,
+        ),
+        Rule(
             "output.from",
             "output.from is best, but no metric says which checkpoint is; set checkpoint.monitor, or leave from out",
             "!(has(self.output) && has(self.output.from) && self.output.from == 'best')"

@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Thread
 
-from dpo_api.errors import DPOError, InvalidModelError, Outcome
+from dpo_api.errors import DPOError, InvalidModelError, InvalidSpecError, Outcome
 from dpo_api.findings import Finding
 from dpo_api.models import ModelFacts, read_config
 from dpo_api.models.folder import VOCABULARIES, check_tokenizer
+from dpo_api.models.megatron.outgoing import check_formats
 from dpo_api.models.start import check_weights, start_model, weight_bytes
 from dpo_api.spec import DataSource, DPOJobSpec, StorageAccess
 from dpo_cli.stores import Stores
@@ -165,9 +166,14 @@ class _Look:
         """Check the start model: its configuration, weights and, unless the spec names another, its tokenizer."""
         name, (files, uri) = spec.model.field, start_model(store, spec.model)
         try:
-            result.facts = read_config(files, uri).facts
+            config = read_config(files, uri)
+            result.facts = config.facts
+            check_formats(config, spec.output.converted)
         except InvalidModelError as error:
             result.problems.append(self._problem(name, uri, error))
+        except InvalidSpecError as error:
+            name, _, why = str(error).partition(": ")
+            result.problems.append(Problem(Finding("error", name, why), error.outcome))
         except DPOError as error:  # no such folder, or no access to it: the other checks would fail for the same reason
             hint = hub_hint(uri) or _similar(store, uri, error)
             result.problems.append(self._problem(name, uri, error, hint))

@@ -84,6 +84,13 @@ def replace_file(name: str, text: str | None) -> Callable[[World], None]:
     return change
 
 
+def odd_rope_as_nemo(world: World) -> None:
+    """A model that NeMo cannot describe, which the job asks for in its format."""
+    rope = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config(rope_scaling=rope | {"original_max_position_embeddings": 64})(world)
+    edit("output.formats", ["huggingFace", "nemo"])(world)
+
+
 MISTAKES: list[tuple[str, Callable[[World], None], int, str]] = [
     ("unknown field", edit("trainig", {}), 2, "spec.trainig: unknown field; did you mean training?"),
     ("wrong type", edit("dpo.beta", "high"), 2, 'spec.dpo.beta: "high" is not a number'),
@@ -105,6 +112,7 @@ MISTAKES: list[tuple[str, Callable[[World], None], int, str]] = [
     ("empty data", replace_file("data/train.jsonl", "\n"), 3, "spec.data.train: no usable pair is left"),
     ("few pairs", edit("training.globalBatchSize", 1000), 0, "100 pairs are fewer than one global batch of 1000"),
     ("no best", edit("output.from", "best"), 2, "spec.output.from: output.from is best, but no metric says"),
+    ("no such .nemo", odd_rope_as_nemo, 2, "spec.output.formats: NeMo has no setting for rope_scaling"),
     ("nothing to learn", edit("dpo.preferenceWeight", 0), 2, "spec.dpo.preferenceWeight: "),
     ("bucket's name", edit("checkpoint.uri", "s3:/runs"), 2, "spec.checkpoint.uri: "),
 ]

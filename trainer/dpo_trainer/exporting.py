@@ -10,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_api.models import read_config
 from dpo_api.models.folder import Files
 from dpo_api.spec import DPOJobSpec
 from dpo_store import Store, join_uri
 from dpo_trainer import messages
+from dpo_trainer.convert.command import write_as
+from dpo_trainer.convert.megatron import LATEST
+from dpo_trainer.convert.nemo import PARTS
+from dpo_trainer.convert.whole import Whole
 from dpo_trainer.data.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.export import Collect, export
@@ -27,6 +32,11 @@ from dpo_trainer.sources import store_for
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+_CONVERTED = {"megatron": "megatron", "nemo": "model.nemo"}
+"""Format → its name in the model's folder."""
+_MARKS = {"megatron": f"megatron/{LATEST}", "nemo": "model.nemo"}
+"""Format → what is written last."""
 
 Place = tuple[Store, str]
 """A folder, and the store to access it with."""
@@ -90,6 +100,15 @@ def export_model(result: Result, spec: DPOJobSpec, world: World, source: tuple[F
     if adapter and spec.lora is not None and world.data_rank == 0 and world.context_rank == 0:
         export_adapter(result.model, spec.lora, base, join_uri(uri, "adapter"), store=store, trained=result.trained)
     world.barrier()
+    if spec.output.converted:
+        messages.agreed(lambda: _convert(store, uri, spec))
+
+
+def _convert(store: Store, uri: str, spec: DPOJobSpec) -> None:
+    """Write the folder in other formats: by one rank, a layer at a time. An earlier one's parts are removed before."""
+    source = Whole.open(store, uri, read_config(store, uri))
+    for form in spec.output.converted:
+        write_as(form, source, store, join_uri(uri, _CONVERTED[form]))
 
 
 def _remove_earlier(store: Store, uri: str) -> None:
@@ -103,6 +122,10 @@ def _remove_earlier(store: Store, uri: str) -> None:
             store.delete(join_uri(uri, name))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         store.delete(join_uri(uri, f"adapter/{name}"))
+    store.delete(join_uri(uri, _CONVERTED["nemo"]))
+    for folder in (_CONVERTED["megatron"], _CONVERTED["nemo"] + PARTS):
+        if store.children(join_uri(uri, folder)):
+            store.delete_tree(join_uri(uri, folder))
 
 
 def forms_of(spec: DPOJobSpec) -> tuple[bool, bool]:
@@ -120,8 +143,10 @@ def is_there(spec: DPOJobSpec, place: Place) -> bool:
     store, uri = place
     whole, adapter = forms_of(spec)
     names = store.children(uri + "/")
-    return (not whole or any(_WEIGHTS.fullmatch(name) for name in names)) and (
-        not adapter or store.exists(join_uri(uri, "adapter/adapter_model.safetensors"))
+    files = ["adapter/adapter_model.safetensors"] if adapter else []
+    files += [_MARKS[form] for form in spec.output.converted]
+    return (not whole or any(_WEIGHTS.fullmatch(name) for name in names)) and all(
+        store.exists(join_uri(uri, file)) for file in files
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from dpo_api.errors import DPOError, IncompatibleCheckpointError, Outcome, StoppedError, WrongLayoutError
 from dpo_api.manifest import DPOJob
 from dpo_api.models import read_config
+from dpo_api.models.megatron.outgoing import check_formats
 from dpo_api.plan import make_plan
 from dpo_api.sizing import layout_of
 from dpo_api.validation import refuse_errors
@@ -223,6 +224,7 @@ class Run:
         store, folder = model_source(self.spec)
         self.config = read_config(store, folder)
         refuse_errors(self.spec, self.config.facts)
+        check_formats(self.config, self.spec.output.converted)
 
         def progress(at: IndexProgress) -> None:
             if self.stop.wanted:  # no collective: others wait for this one, or read alone

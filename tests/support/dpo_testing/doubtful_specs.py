@@ -38,7 +38,6 @@ NOT_YET_CASES: dict[str, dict[str, Any]] = {
     "spec.model.megatron": {"model": {"megatron": {"uri": "s3://models/x"}}},
     "spec.data.train[].weight": {"data.train[0].weight": 2},
     "spec.data.validation[].weight": {"data.validation": [{"uri": "x", "weight": 0.5}]},
-    "spec.output.formats": {"output.formats": ["huggingFace", "megatron"]},
     "spec.logging.mlflow": {"logging.mlflow": {"trackingURI": "http://mlflow"}},
     "spec.storage.cache.size": {"storage.cache.size": "10Gi"},
     "spec.transformerEngine.fp8": {"transformerEngine.fp8": "hybrid"},

@@ -58,23 +58,37 @@ def run(arguments: argparse.Namespace) -> str:
     if (form == "nemo") is not target.endswith(".nemo"):
         raise UsageError(f"{target}: a target in the format nemo, and no other, ends with .nemo")
     source = open_model(store, arguments.source, _DTYPES.get(arguments.dtype or ""))
-    total = huggingface.bytes_of(source)
-    folder = target + nemo.PARTS if form == "nemo" else target
+    write_as(form, source, store, target, arguments.max_shard_bytes, _identity(store, source, form, arguments))
+    return f"{target}: all {len(source.slots)} parameters are equal to those of {source.uri}"
+
+
+def write_as(
+    form: str,
+    source: Whole,
+    store: Store,
+    target: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    identity: dict[str, Any] | None = None,
+) -> None:
+    """Write a model in a format of ``FORMATS``, and compare it with the source. Raises DPOError.
+
+    identity: what must be the same for a stopped conversion to continue.
+    """
     if form == "nemo" and store.exists(target):
         raise UsageError(f"{target} exists; choose another target")
-    journal = Journal(store, folder, _identity(store, source, form, arguments))
-    with Progress(total, f"Converting to {form}") as progress:
+    folder = target + nemo.PARTS if form == "nemo" else target
+    journal = Journal(store, folder, identity or {"source": source.uri, "format": form})
+    with Progress(huggingface.bytes_of(source), f"Converting to {form}") as progress:
         if form == "nemo":
             nemo.write(source, store, target, journal, progress)
         elif form == "megatron":
             megatron.write(source, store, target, journal, progress)
         else:
-            huggingface.write(source, store, target, journal, progress, arguments.max_shard_bytes)
+            huggingface.write(source, store, target, journal, progress, max_shard_bytes)
     if form == "huggingface":
         huggingface.compare(source, open_model(store, target))
-    if form != "nemo":
+    if form != "nemo":  # whose parts, the journal among them, are deleted
         journal.close()
-    return f"{target}: all {len(source.slots)} parameters are equal to those of {source.uri}"
 
 
 def open_model(store: Store, uri: str, dtype: torch.dtype | None = None) -> Whole:

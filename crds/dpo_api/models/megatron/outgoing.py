@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from dpo_api.errors import InvalidModelError
+from dpo_api.errors import InvalidModelError, InvalidSpecError
 from dpo_api.models.config import ModelConfig
 from dpo_api.models.families import Norm as OurNorm
 from dpo_api.models.megatron.settings import LLAMA3, read_settings
@@ -58,6 +59,20 @@ def shape_of(config: ModelConfig, where: str) -> Shape:
         if name not in _NOT_COMPUTED and back[name] != value:
             raise _refusal(where, name, value)
     return shape
+
+
+def check_formats(config: ModelConfig, formats: Collection[str]) -> None:
+    """Raise InvalidSpecError if one of ``output.formats`` cannot say what the model computes."""
+    if not formats:
+        return
+    try:
+        shape = shape_of(config, "spec.output.formats")
+        if "megatron" in formats:
+            megatron_arguments(shape, "spec.output.formats")
+        if "nemo" in formats:
+            nemo_settings(shape, {}, "spec.output.formats")
+    except InvalidModelError as error:
+        raise InvalidSpecError(f"{error}; leave {' and '.join(sorted(formats))} out") from None
 
 
 def nemo_settings(shape: Shape, tokenizer: dict[str, Any], where: str) -> bytes:
