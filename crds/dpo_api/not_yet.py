@@ -37,11 +37,6 @@ def _weighted(sources: Sequence[DataSource]) -> list[int]:
 
 
 NOT_YET: tuple[NotYet, ...] = (
-    NotYet(
-        "spec.model.megatron",
-        lambda s: s.model.megatron is not None,
-        "export the checkpoint to a Hugging Face folder and use model.huggingFace",
-    ),
     NotYet("spec.data.train[].weight", lambda s: _weighted(s.data.train), "leave it out", "self == 1.0"),
     NotYet("spec.data.validation[].weight", lambda s: _weighted(s.data.validation), "leave it out", "self == 1.0"),
     NotYet("spec.logging.mlflow", lambda s: s.logging.mlflow is not None, "use logging.wandb or logging.tensorboard"),

@@ -15,8 +15,7 @@ import torch.distributed.distributed_c10d as collectives
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_api.errors import InternalError
-from dpo_api.pickles import AllowListUnpickler, Globals
-from dpo_trainer.checkpoint import pickles
+from dpo_api.pickles import CHECKPOINT, AllowListUnpickler, Globals
 
 _EXCEPTIONS: Globals = frozenset(
     ("builtins", name)
@@ -25,7 +24,7 @@ _EXCEPTIONS: Globals = frozenset(
 )
 
 ALLOWED: Globals = (
-    pickles.ALLOWED
+    CHECKPOINT
     | _EXCEPTIONS
     | {("traceback", "StackSummary"), ("traceback", "FrameSummary")}
     | {("torch.distributed.checkpoint.api", "CheckpointException")}

@@ -35,7 +35,6 @@ VALID = {"data.validation": [{"uri": "s3://prefs/valid.jsonl"}]}
 ON_CLUSTER = {"on_cluster": True}
 
 NOT_YET_CASES: dict[str, dict[str, Any]] = {
-    "spec.model.megatron": {"model": {"megatron": {"uri": "s3://models/x"}}},
     "spec.data.train[].weight": {"data.train[0].weight": 2},
     "spec.data.validation[].weight": {"data.validation": [{"uri": "x", "weight": 0.5}]},
     "spec.logging.mlflow": {"logging.mlflow": {"trackingURI": "http://mlflow"}},

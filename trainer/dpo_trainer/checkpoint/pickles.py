@@ -8,34 +8,11 @@ valid file needs. If this succeeds, the file refers to no other class and torch 
 from pathlib import Path
 
 from dpo_api.errors import IncompatibleCheckpointError
-from dpo_api.pickles import AllowListUnpickler, Globals
-
-_PLANNER = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
-_METADATA = (
-    "Metadata",
-    "MetadataIndex",
-    "StorageMeta",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "TensorProperties",
-    "_MEM_FORMAT_ENCODING",
-)
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-
-ALLOWED: Globals = frozenset(
-    {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set")}
-    | {("torch", name) for name in _DTYPES}
-    | {("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")}
-    | {("torch.distributed.checkpoint.metadata", name) for name in _METADATA}
-    | {("torch.distributed.checkpoint.planner", name) for name in _PLANNER}
-    | {("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreSavePlan", "MCoreMetadata")}
-)
-"""(module, name) of each global in a checkpoint written by torch 2.x or Megatron-Core."""
+from dpo_api.pickles import CHECKPOINT, AllowListUnpickler
 
 
 class _Reader(AllowListUnpickler):
-    allowed = ALLOWED
+    allowed = CHECKPOINT
 
 
 def check_metadata(path: Path, uri: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_api.models import ModelConfig
 from dpo_api.models.folder import INDEX, SINGLE, missing_shard, read_weight_map
-from dpo_api.models.megatron.nemo import NemoModel
+from dpo_api.models.megatron.presented import PresentedModel
 from dpo_api.models.stages import layers_of_stages
 from dpo_store import join_uri
 from dpo_trainer import messages
@@ -142,14 +142,14 @@ def open_checkpoint(store: RangeStore, folder: str, config: ModelConfig) -> Weig
         return found.describe()
 
     described = messages.agreed(opened)
-    if isinstance(store, NemoModel):
+    if isinstance(store, PresentedModel):
         return MegatronWeights.known(store, config, described)
     return Checkpoint.known(store, folder, described)
 
 
 def open_weights(files: RangeStore, folder: str) -> Weights:
     """Open the weights of a model folder, or of a model that ``files`` present as one. Raises InvalidModelError."""
-    return MegatronWeights.open(files) if isinstance(files, NemoModel) else Checkpoint.open(files, folder)
+    return MegatronWeights.open(files) if isinstance(files, PresentedModel) else Checkpoint.open(files, folder)
 
 
 def load_weights(model: Any, store: RangeStore, folder: str, *, checkpoint: Weights | None = None) -> Loaded:

@@ -5,18 +5,23 @@ gate and up in another. A tensor of Hugging Face's is made of boxes of the store
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import zstandard
 from torch import Tensor
 
 from dpo_api.errors import InvalidModelError
 from dpo_api.models import ModelConfig
 from dpo_api.models.megatron.members import Extent
-from dpo_api.models.megatron.nemo import NemoModel, Stored
+from dpo_api.models.megatron.presented import PresentedModel
+from dpo_api.models.megatron.stored import Chunk, Form, Stored
+from dpo_api.models.megatron.torchfiles import TENSORS, TorchFile
+from dpo_api.models.megatron.torchfiles import Tensor as SavedTensor
 from dpo_api.models.reader import parse_config
 from dpo_store import ObjectInfo
 from dpo_trainer.formats.layout import Slot, slots
@@ -58,22 +63,19 @@ class MegatronWeights:
     ) -> None:
         """parameters: the stored parts of each parameter, in the order of the tensor-parallel ranks."""
         self._store, self._uri, self._config, self._parameters, self._plan = store, uri, config, parameters, plan
+        self._resolved: dict[tuple[str, int], Extent] = {}
         every = slots(config, range(config.num_layers), first=True, last=True)
         self._places = {name: (slot, index) for slot in every for index, name in enumerate(slot.sources)}
 
     @classmethod
-    def open(cls, model: NemoModel) -> "MegatronWeights":
+    def open(cls, model: PresentedModel) -> "MegatronWeights":
         """Read the tables of the files. Raises InvalidModelError."""
-        config = parse_config(model.shape.config_json(model.uri), model.uri)
-        plan = Plan(
-            gamma_offset=model.shape.gamma_offset(config.family),
-            separate_gate=not model.settings.fused_glu,
-            legacy_qkv=model.settings.legacy_qkv,
-        )
+        config = parse_config(model.config, model.uri)
+        plan = Plan(model.gamma_offset, model.separate_gate, model.legacy_qkv)
         return cls(model.files, model.uri, config, model.parameters, plan)
 
     @classmethod
-    def known(cls, model: NemoModel, config: ModelConfig, description: dict[str, Any]) -> "MegatronWeights":
+    def known(cls, model: PresentedModel, config: ModelConfig, description: dict[str, Any]) -> "MegatronWeights":
         """Return the weights as another process has described them, without reading."""
         parameters = {name: [_stored(*part) for part in parts] for name, parts in description["parameters"].items()}
         return cls(model.files, model.uri, config, parameters, Plan(**description["plan"]))
@@ -160,14 +162,65 @@ class MegatronWeights:
         return self._plan.gamma_offset if slot.parameter.endswith("layernorm.weight") else 0
 
     def _read_rows(self, part: Stored, first: int, last: int) -> Tensor:
+        """Return rows of a stored tensor, from the chunks that have them."""
         dtype = DTYPES[part.dtype]
-        size = math.prod(part.shape[1:]) * dtype.itemsize
-        buffer = torch.empty((last - first) * size, dtype=torch.uint8)
+        found = torch.empty((last - first, *part.shape[1:]), dtype=dtype)
+        filled = 0
+        for chunk in part.chunks:
+            low, high = max(first, chunk.offsets[0]), min(last, chunk.offsets[0] + chunk.shape[0])
+            if low >= high:
+                continue
+            block = self._numbers(chunk, part, low - chunk.offsets[0], high - low)
+            at = found[low - first : high - first]
+            for axis, (offset, whole) in enumerate(zip(chunk.offsets[1:], part.shape[1:], strict=True), start=1):
+                size = min(chunk.shape[axis], whole - offset)
+                at, block = at.narrow(axis, offset, size), block.narrow(axis, 0, size)
+            at.copy_(block)
+            filled += at.numel()
+        if filled != found.numel():
+            raise InvalidModelError(f"{self._uri}: parts of a tensor of shape {list(part.shape)} are missing")
+        return found
+
+    def _numbers(self, chunk: Chunk, part: Stored, first: int, count: int) -> Tensor:
+        """Return ``count`` rows of a chunk from ``first`` on."""
+        dtype = DTYPES[part.dtype]
+        row = math.prod(chunk.shape[1:])
+        start, size = (chunk.skip + first * row) * dtype.itemsize, count * row * dtype.itemsize
+        buffer = torch.empty(size, dtype=torch.uint8)
         view = memoryview(buffer.numpy())
-        for at in range(0, len(view), _BLOCK):
-            block = part.place.read(self._store, first * size + at, min(_BLOCK, len(view) - at))
-            view[at : at + len(block)] = block
-        return buffer.view(dtype).view(last - first, *part.shape[1:])
+        if chunk.form in ("raw", "torch"):
+            place = chunk.place if chunk.form == "raw" else self._inside(chunk.place, part.dtype)
+            for at in range(0, size, _BLOCK):
+                block = place.read(self._store, start + at, min(_BLOCK, size - at))
+                view[at : at + len(block)] = block
+        else:
+            view[:] = self._decoded(chunk, dtype.itemsize)[start : start + size]
+        return buffer.view(dtype).view(count, *chunk.shape[1:])
+
+    def _inside(self, place: Extent, dtype: str) -> Extent:
+        """Return where the numbers of a file of torch.save with one tensor are."""
+        key = place.object.uri, place.start
+        found = self._resolved.get(key)
+        if found is None:
+            file = TorchFile(self._store, place, place.object.uri, TENSORS)
+            if not isinstance(file.value, SavedTensor) or file.value.dtype != dtype:
+                raise InvalidModelError(f"{place.object.uri}: a part of it is not the tensor that its table describes")
+            found = self._resolved[key] = file.place(file.value)
+        return found
+
+    def _decoded(self, chunk: Chunk, itemsize: int) -> bytes:
+        size = (chunk.skip + math.prod(chunk.shape)) * itemsize
+        packed = chunk.place.read(self._store)
+        try:
+            if chunk.form == "zstd":
+                data = _unpacked(packed, size)
+            else:
+                data = zlib.decompressobj(wbits=47).decompress(packed, size + 1)
+        except (zlib.error, zstandard.ZstdError) as error:
+            raise InvalidModelError(f"{chunk.place.object.uri}: a chunk cannot be decompressed ({error})") from None
+        if len(data) < size:
+            raise InvalidModelError(f"{chunk.place.object.uri}: a chunk is shorter than its tensor's description says")
+        return data
 
     def describe(self) -> dict[str, Any]:
         """Return what is known, of JSON's types."""
@@ -240,10 +293,35 @@ def _cut(parts: Sequence[Stored], begin: int, each: int, row: int, whole: int, c
         row, whole, count = row + length, whole + length, count - length
 
 
+def _unpacked(packed: bytes, size: int) -> bytes:
+    with zstandard.ZstdDecompressor().stream_reader(packed) as reader:
+        return reader.read(size)
+
+
 def _described(part: Stored) -> list[Any]:
-    found = part.place.object
-    return [part.dtype, list(part.shape), found.uri, found.size, found.etag, part.place.start, part.place.size]
+    return [part.dtype, list(part.shape), [_described_chunk(chunk) for chunk in part.chunks]]
 
 
-def _stored(dtype: str, shape: list[int], uri: str, size: int, etag: str, start: int, length: int) -> Stored:
-    return Stored(dtype, tuple(shape), Extent(ObjectInfo(uri, size, etag), start, length))
+def _described_chunk(chunk: Chunk) -> list[Any]:
+    place = chunk.place
+    of_place = [place.object.uri, place.object.size, place.object.etag, place.start, place.size]
+    return [list(chunk.offsets), list(chunk.shape), *of_place, chunk.form, chunk.skip]
+
+
+def _stored(dtype: str, shape: list[int], chunks: list[list[Any]]) -> Stored:
+    return Stored(dtype, tuple(shape), tuple(_chunk(*chunk) for chunk in chunks))
+
+
+def _chunk(
+    offsets: list[int],
+    shape: list[int],
+    uri: str,
+    size: int,
+    etag: str,
+    start: int,
+    length: int,
+    form: Form,
+    skip: int,
+) -> Chunk:
+    place = Extent(ObjectInfo(uri, size, etag), start, length)
+    return Chunk(tuple(offsets), tuple(shape), place, form, skip)

@@ -78,7 +78,7 @@ def members(files: Files, uri: str) -> dict[str, Extent]:
     return dict(_walk(files, whole, uri))
 
 
-def _walk(files: Files, archive: Extent, uri: str) -> Iterator[tuple[str, Extent]]:
+def _walk(files: Objects, archive: Extent, uri: str) -> Iterator[tuple[str, Extent]]:
     names: set[str] = set()
     try:
         with tarfile.open(fileobj=ExtentFile(files, archive, _LARGEST_READ), mode="r:") as tar:
@@ -120,7 +120,7 @@ class ExtentFile(io.BufferedIOBase):
     Libraries ask for as many bytes as a header says, and a crafted header may say anything.
     """
 
-    def __init__(self, files: Files, extent: Extent, limit: int) -> None:
+    def __init__(self, files: Objects, extent: Extent, limit: int) -> None:
         self._files, self._extent, self._limit = files, extent, limit
         self._at = 0
         self._held, self._held_from = b"", 0

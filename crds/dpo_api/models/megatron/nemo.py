@@ -2,100 +2,50 @@
 
 from __future__ import annotations
 
-import builtins  # `list` is a method here
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_api.models.folder import Files
+from dpo_api.errors import InvalidModelError
+from dpo_api.models.megatron.distributed import Checkpoint
 from dpo_api.models.megatron.members import Extent, members
+from dpo_api.models.megatron.presented import DTYPES, EMBEDDING, PresentedModel, embedding_of
 from dpo_api.models.megatron.settings import CONFIG, LARGEST, NemoSettings, read_settings
 from dpo_api.models.megatron.shape import Shape
+from dpo_api.models.megatron.stored import Stored, whole
 from dpo_api.models.megatron.torchfiles import TENSORS, Tensor, TorchFile, tensors_in
-from dpo_api.models.megatron.weights import parameter_of
+from dpo_api.models.megatron.weights import distributed_parameters, parameter_of
 
 WEIGHTS = "model_weights.ckpt"
-EMBEDDING = "embedding.word_embeddings.weight"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Type of a tensor → config.json's name of it."""
+"""A file of weights in the layout before Megatron-Core's."""
+FOLDER = "model_weights/"
+"""A distributed checkpoint of Megatron-Core."""
 _AT_ONCE = 8
-_LARGEST_TOKENIZER = 256 << 20
 _RANKS = re.compile(r"(?:mp_rank_(\d+)|tp_rank_(\d+)_pp_rank_(\d+))/" + re.escape(WEIGHTS))
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor-parallel rank's part of a parameter, or the whole one: raw bytes in C order."""
+class NemoModel(PresentedModel):
+    """An archive, or the folder it was unpacked to."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    place: Extent
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """A file of the folder."""
-
-    uri: str
-    size: int
-    etag: str = ""
-
-
-class NemoModel:
-    """Files of a Hugging Face folder, made from an archive: config.json and the tokenizer. Its weights: ``parameters``.
-
-    It has the methods of ``Files`` for addresses below its own, so that whatever reads a model folder reads it too.
-    """
-
-    def __init__(self, files: Files, uri: str) -> None:
-        """Nothing is read yet."""
-        self.files, self.uri = files, uri.rstrip("/")
-
-    # -- as a folder
-
-    def children(self, folder: str) -> builtins.list[str]:
-        """Return the names of its files."""
-        return ["config.json", *self._tokenizer] if folder.rstrip("/") == self.uri else []
-
-    def list(self, folder: str) -> Iterator[Description]:
-        """Describe its files."""
-        for name in self.children(folder):
-            yield self.stat(f"{self.uri}/{name}")
-
-    def stat(self, uri: str) -> Description:
-        """Describe one of its files. Raises NotFoundError."""
-        return Description(uri, len(self.read(uri)))
-
-    def read(self, source: Any, start: int = 0, length: int | None = None) -> bytes:
-        """Return bytes of one of its files. Raises NotFoundError."""
-        uri = source if isinstance(source, str) else source.uri
-        name = uri.removeprefix(f"{self.uri}/")
-        if name == "config.json":
-            data = self._config
-        elif name in self._tokenizer:
-            member = self._tokenizer[name]
-            if member.size > _LARGEST_TOKENIZER:
-                raise self.error(f"its {name} has {member.size:,} bytes, which no tokenizer has")
-            data = member.read(self.files)
-        else:
-            raise NotFoundError(f"{uri} does not exist")
-        return data[start:] if length is None else data[start : start + length]
-
-    # -- what it holds
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The keys of config.json."""
+        return self.shape.config_json(f"{self.uri}/{CONFIG}")
 
     @cached_property
     def shape(self) -> Shape:
         """What the model computes."""
-        parts = [tensor for _, tensor in self._tables.get(EMBEDDING, [])]
-        if not parts or not parts[0].shape:
-            raise self.error("its weights hold no embedding")
-        kind = parts[0].dtype
-        return self.settings.shape(sum(part.shape[0] for part in parts), DTYPES.get(kind, kind))
+        if self._distributed is not None:
+            embedding = embedding_of(self._distributed)
+            rows, kind = embedding.shape[0], embedding.dtype
+        else:
+            parts = [tensor for _, tensor in self._tables.get(EMBEDDING, [])]
+            if not parts or not parts[0].shape:
+                raise self.error("its weights hold no embedding")
+            rows, kind = sum(part.shape[0] for part in parts), parts[0].dtype
+        return self.settings.shape(rows, DTYPES.get(kind, kind))
 
     @cached_property
     def settings(self) -> NemoSettings:
@@ -107,19 +57,47 @@ class NemoModel:
             raise self.error(f"its {CONFIG} has {member.size:,} bytes")
         return read_settings(member.read(self.files), f"{self.uri}/{CONFIG}")
 
+    @property
+    def gamma_offset(self) -> int:  # type: ignore[override] # computed
+        """What is added to the norms' weights."""
+        return self.shape.gamma_offset
+
+    @property
+    def legacy_qkv(self) -> bool:  # type: ignore[override] # computed
+        """Whether the order is that of Megatron-LM before version 2."""
+        return self.settings.legacy_qkv
+
     @cached_property
-    def parameters(self) -> dict[str, builtins.list[Stored]]:
-        """Parameter of the whole model → the parts of its tensor-parallel ranks, in their order."""
+    def parameters(self) -> Mapping[str, list[Stored]]:
+        """Where each parameter is."""
+        if self._distributed is not None:
+            return {name: [part] for name, part in distributed_parameters(self._distributed.tensors).items()}
         flat = [item for parts in self._tables.values() for item in parts]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             places = pool.map(lambda item: item[0].place(item[1]), flat)
-            stored = iter(
-                [Stored(item[1].dtype, item[1].shape, place) for item, place in zip(flat, places, strict=True)]
-            )
+            found = zip(flat, places, strict=True)
+            stored = iter([whole(tensor.dtype, tensor.shape, place) for (_, tensor), place in found])
         return {name: [next(stored) for _ in parts] for name, parts in self._tables.items()}
 
+    def check_weights(self) -> None:
+        """Raise InvalidModelError for tables that cannot be read and for ranks that are missing."""
+        _ = self._distributed or self._tables
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the files of weights."""
+        folder = sum(member.size for name, member in self._members.items() if name.startswith(FOLDER))
+        return folder or sum(member.size for member in self._ranks.values())
+
     @cached_property
-    def _tables(self) -> dict[str, builtins.list[tuple[TorchFile, Tensor]]]:
+    def _distributed(self) -> Checkpoint | None:
+        inside = {
+            name.removeprefix(FOLDER): member for name, member in self._members.items() if name.startswith(FOLDER)
+        }
+        return Checkpoint(self.files, inside, f"{self.uri}/{FOLDER.rstrip('/')}") if inside else None
+
+    @cached_property
+    def _tables(self) -> dict[str, list[tuple[TorchFile, Tensor]]]:
         """Parameter of the whole model → its parts, and the files that hold them."""
         ranks = self._ranks
         tensor, pipeline = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
@@ -128,7 +106,7 @@ class NemoModel:
         layers = self.settings.keys.integer("num_layers")
         if layers % pipeline:
             raise self.error(f"{layers} layers are not divided equally among its {pipeline} pipeline stages")
-        found: dict[str, builtins.list[tuple[TorchFile, Tensor]]] = {}
+        found: dict[str, list[tuple[TorchFile, Tensor]]] = {}
         for (_, stage), member in sorted(ranks.items()):
             file = TorchFile(self.files, member, self.uri, TENSORS)
             value = file.value
@@ -139,19 +117,6 @@ class NemoModel:
                 if name is not None and not (name == EMBEDDING and stage):
                     found.setdefault(name, []).append((file, saved))
         return found
-
-    def check_weights(self) -> None:
-        """Raise InvalidModelError for weights whose tables cannot be read or that miss ranks."""
-        _ = self._tables
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the files of weights."""
-        return sum(member.size for member in self._ranks.values())
-
-    def error(self, why: str) -> InvalidModelError:
-        """Return the error that names the archive."""
-        return InvalidModelError(f"{self.uri}: {why}; copy or download it again")
 
     @cached_property
     def _members(self) -> dict[str, Extent]:
@@ -169,17 +134,13 @@ class NemoModel:
                 found[int(match[1] or match[2]), int(match[3] or 0)] = member
         if not found:
             raise InvalidModelError(
-                f"{self.uri}: it holds no weights (…/{WEIGHTS}); is it a .nemo archive of a GPT model?"
+                f"{self.uri}: it holds no weights ({WEIGHTS} or {FOLDER}); is it a .nemo archive of a GPT model?"
             )
         return found
 
     @cached_property
-    def _config(self) -> bytes:
-        return (json.dumps(self.shape.config_json(f"{self.uri}/{CONFIG}"), indent=2) + "\n").encode()
-
-    @cached_property
-    def _tokenizer(self) -> dict[str, Extent]:
-        """The tokenizer's files under Hugging Face's names; empty if the archive has none that is read."""
+    def companions(self) -> Mapping[str, Extent]:
+        """The tokenizer's files."""
         settings = self.settings.keys.get("tokenizer")
         if not isinstance(settings, Mapping):
             return {}

@@ -66,8 +66,6 @@ class NemoSettings:
     """What model_config.yaml says, as far as the weights are not needed for it."""
 
     keys: Keys
-    fused_glu: bool
-    """Whether gate and up are one matrix (``fast-…``)."""
     legacy_qkv: bool
     """Whether the fused matrix has all queries, then all keys, then all values (Megatron-LM before version 2)."""
 
@@ -144,11 +142,7 @@ def read_settings(data: bytes, where: str) -> NemoSettings:
     if not isinstance(raw, Mapping):
         raise InvalidModelError(f"{where}: must hold the model's settings; copy the archive again")
     keys = Keys({str(key): _resolved(value, raw) for key, value in raw.items()}, where, _DEFAULTS, file=CONFIG)
-    return NemoSettings(
-        keys,
-        fused_glu=str(keys.get("activation")).startswith("fast-") or bool(keys.get("mcore_gpt")),
-        legacy_qkv=bool(keys.get("megatron_legacy")),
-    )
+    return NemoSettings(keys, legacy_qkv=bool(keys.get("megatron_legacy")))
 
 
 def _resolved(value: object, raw: Mapping[str, object]) -> object:

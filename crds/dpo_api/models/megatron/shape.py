@@ -59,9 +59,10 @@ class Shape:
             return "qwen2" if self.window is None else None
         return "llama" if self.window is None else "mistral"
 
-    def gamma_offset(self, family: str) -> int:
-        """Return what is added to a norm's weight of the file to get the family's."""
-        return int(self.norm.endswith("1p")) - int(family in ZERO_CENTRED_FAMILIES)
+    @property
+    def gamma_offset(self) -> int:
+        """What is added to a norm's weight of the file to get the family's."""
+        return int(self.norm.endswith("1p")) - int(self.family in ZERO_CENTRED_FAMILIES)
 
     def config_json(self, where: str) -> dict[str, Any]:
         """Return the config.json. Raises InvalidModelError if no family computes the same."""

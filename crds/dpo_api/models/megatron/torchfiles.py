@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dpo_api.errors import InvalidModelError
-from dpo_api.models.folder import Files
+from dpo_api.models.folder import Objects
 from dpo_api.models.megatron.members import Extent, ExtentFile
 from dpo_api.pickles import AllowListUnpickler
 
@@ -116,6 +116,7 @@ TENSORS: dict[tuple[str, str], object] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): tuple,
     ("_io", "BytesIO"): Opaque,  # Transformer Engine's _extra_state
+    ("_codecs", "encode"): Opaque,  # bytes in it
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
 }
@@ -162,7 +163,7 @@ def _reader(names: Mapping[tuple[str, str], object]) -> type[AllowListUnpickler]
 class TorchFile:
     """One file of ``torch.save``."""
 
-    def __init__(self, files: Files, extent: Extent, where: str, names: Mapping[tuple[str, str], object]) -> None:
+    def __init__(self, files: Objects, extent: Extent, where: str, names: Mapping[tuple[str, str], object]) -> None:
         """Read its table. Raises InvalidModelError naming ``where``. names: see ``unpickle``."""
         self._files, self._extent, self._where = files, extent, where
         try:
