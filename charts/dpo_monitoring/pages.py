@@ -71,8 +71,9 @@ labels {", ".join(f"`{label}`" for label in RUN_LABELS)}, which the chart's PodM
 *Key* is the name of the same value in `metrics.jsonl`, TensorBoard, W&B and a DPOJob's `status.progress.metrics`.
 *Shown in* names the panel of a [dashboard](dashboards.md) or the [alert](dashboards.md#alerts) that uses the series.
 
-Rewards are `beta` times the policy's log-prob minus the reference's, summed over the response. A series without a value
-yet is absent, not 0.
+Rewards are `beta` times the policy's log-prob minus the reference's, summed over the response; with the loss `simpo`,
+which has no reference, `beta` times the policy's mean log-prob of a token. A series without a value yet is absent,
+not 0.
 """
 
 _METRICS_TABLES: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (

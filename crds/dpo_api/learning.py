@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, Strict
 
 from dpo_api.fields import Bool, CountOrPercent, Float, Int, Rule, Section, whole
-from dpo_api.loss import Loss, described
+from dpo_api.loss import Loss, described, one_of
 from dpo_api.metrics import Monitored
 
 Reward = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
@@ -16,8 +16,26 @@ LayerIndex = Annotated[int, BeforeValidator(whole), Strict(), Field(ge=0, le=409
 LoraModule = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", "attention", "mlp", "all"]
 
 
+SMOOTHED = [loss for loss in Loss if loss.row.smooths]
+"""Losses that use ``labelSmoothing``."""
+
+
+def _has_loss(*losses: Loss) -> str:
+    """Return the CEL expression for: the loss, or one of a mixture, is one of these."""
+    default = "!has(self.loss) || " if Loss.DPO in losses else "has(self.loss) && "
+    names = [str(loss) for loss in losses]
+    return f"(has(self.losses) ? self.losses.exists(p, p.loss in {names}) : {default}self.loss in {names})"
+
+
+class LossPart(Section):
+    """One loss of a mixture."""
+
+    loss: Loss = Field(description="Name of the loss; see `spec.dpo.loss`.")
+    weight: Float = Field(default=1.0, gt=0, le=1000, description="Factor of this loss in the sum. Default 1.")
+
+
 class Dpo(Section):
-    """The loss. Delta is log-prob(policy) - log-prob(reference) of the chosen response minus that of the rejected."""
+    """The loss of a pair of responses, and the term for fine-tuning on the chosen ones."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -27,9 +45,67 @@ class Dpo(Section):
             " || (has(self.sftWeight) && self.sftWeight > 0.0)",
             lambda s: s.preference_weight > 0 or s.sft_weight > 0,
         ),
+        Rule(
+            "losses",
+            "set loss or losses, not both",
+            "!(has(self.loss) && has(self.losses))",
+            lambda s: s.losses is None or "loss" not in s.model_fields_set,
+        ),
+        Rule(
+            "losses",
+            "losses names a loss twice; add its weights",
+            "!has(self.losses) || self.losses.all(a, self.losses.exists_one(b, a.loss == b.loss))",
+            lambda s: s.losses is None or len(s.losses) == len({part.loss for part in s.losses}),
+        ),
+        Rule(
+            "losses",
+            "simpo cannot be mixed with other losses, which compare with a reference and it does not; use it alone",
+            f"!has(self.losses) || size(self.losses) == 1 || !{_has_loss(Loss.SIMPO)}",
+            lambda s: s.losses is None or len(s.losses) == 1 or not s.has_loss(Loss.SIMPO),
+        ),
+        Rule(
+            "labelSmoothing",
+            f"the loss has no label smoothing; leave labelSmoothing out, or set loss to {one_of(SMOOTHED)}",
+            f"!has(self.labelSmoothing) || self.labelSmoothing == 0.0 || {_has_loss(*SMOOTHED)}",
+            lambda s: s.label_smoothing == 0 or any(loss.row.smooths for loss, _ in s.parts),
+        ),
+        Rule(
+            "labelSmoothing",
+            "exo_pair needs labelSmoothing above 0, because it is infinite for labels that are certain; 0.001 is usual",
+            f"!{_has_loss(Loss.EXO_PAIR)} || (has(self.labelSmoothing) && self.labelSmoothing > 0.0)",
+            lambda s: not s.has_loss(Loss.EXO_PAIR) or s.label_smoothing > 0,
+        ),
+        Rule(
+            "simpoGamma",
+            "only the loss simpo has a margin; leave simpoGamma out, or set loss to simpo",
+            f"!has(self.simpoGamma) || {_has_loss(Loss.SIMPO)}",
+            lambda s: s.simpo_gamma is None or s.has_loss(Loss.SIMPO),
+        ),
     )
 
     loss: Loss = Field(default=Loss.DPO, description=f"Preference loss of a pair. {described()}. Default dpo.")
+    losses: tuple[LossPart, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=8,
+        description="Several losses instead of `loss`: the preference loss is the sum of each times its weight."
+        " `sftWeight` adds the term for the chosen responses as usual.",
+    )
+    label_smoothing: Float = Field(
+        default=0.0,
+        ge=0,
+        le=0.49,  # not below 0.5: the API server rounds the bound of a whole number, and would refuse 0
+        description="Probability that a pair's responses are exchanged by mistake: with dpo the loss is then"
+        " conservative DPO, with robust an unbiased estimate of the loss without mistakes. exo_pair needs it, and 0.001"
+        " is usual."
+        f" Used by {one_of(SMOOTHED)}. Default 0.",
+    )
+    simpo_gamma: Float | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description="Margin by which simpo wants the chosen response's reward above the rejected one's. Not set: 0.5.",
+    )
     beta: Float = Field(
         default=0.1,
         gt=0,
@@ -57,7 +133,7 @@ class Dpo(Section):
     )
     sft_average_log_probs: Bool | None = Field(
         default=None,
-        description="The same for the term of `sftWeight`. Not set: the value of `averageLogProbs`; with"
+        description="The same for the term of `sftWeight`. Not set: as in the preference loss; with"
         " `preferenceWeight: 0`, true, averaged over the tokens of the whole batch.",
     )
     gt_reward_scale: Float = Field(
@@ -74,6 +150,37 @@ class Dpo(Section):
     )
 
     @property
+    def parts(self) -> tuple[tuple[Loss, float], ...]:
+        """The losses whose weighted sum is the preference loss, with their weights; usually one of weight 1."""
+        if self.losses is None:
+            return ((self.loss, 1.0),)
+        return tuple((part.loss, part.weight) for part in self.losses)
+
+    def has_loss(self, loss: Loss) -> bool:
+        """Return whether a loss is used."""
+        return any(part is loss for part, _ in self.parts)
+
+    @property
+    def loss_name(self) -> str:
+        """The loss in words: its name, or those of a mixture."""
+        return " + ".join(str(loss) for loss, _ in self.parts)
+
+    @property
+    def margin(self) -> float:
+        """The margin of simpo."""
+        return 0.5 if self.simpo_gamma is None else self.simpo_gamma
+
+    @property
+    def rewards_are_means(self) -> bool:
+        """Whether a reward is beta times a per-token mean, as the loss itself has it."""
+        return any(loss.row.averages for loss, _ in self.parts)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the preference loss divides each response's log-probs by its number of tokens."""
+        return self.average_log_probs or self.rewards_are_means
+
+    @property
     def has_preference(self) -> bool:
         """Whether the run compares responses. If not, it is supervised fine-tuning on the chosen ones alone."""
         return self.preference_weight > 0
@@ -81,7 +188,12 @@ class Dpo(Section):
     @property
     def needs_reference(self) -> bool:
         """Whether the reference model's log-probs are used."""
-        return self.has_preference and self.loss.row.needs_reference
+        return self.has_preference and any(loss.row.needs_reference for loss, _ in self.parts)
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether the rewards in the data are used."""
+        return self.has_preference and any(loss.row.needs_rewards for loss, _ in self.parts)
 
 
 class Lora(Section):

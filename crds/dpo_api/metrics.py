@@ -3,7 +3,8 @@
 Rank 0 of the trainer exports METRICS and the operator exports OPERATOR, both built from these rows. Dashboards, alerts,
 reports and docs/metrics.md use the same rows; a name that is not in the table is an error. On a cluster every series of
 a run also has the labels RUN_LABELS. Prometheus names use base units and ratios from 0 to 1; a step is a value, never a
-label. Rewards are beta times the policy's log-prob minus the reference's, summed over the response.
+label. Rewards are beta times the policy's log-prob minus the reference's, summed over the response; those of the loss
+simpo, which has no reference, are beta times the policy's mean log-prob of a token.
 """
 
 from __future__ import annotations

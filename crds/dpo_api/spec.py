@@ -35,7 +35,7 @@ from dpo_api.inputs import (
     StorageCache,
     Tokenizer,
 )
-from dpo_api.learning import Dpo, EarlyStopping, Lora, LoraModule, Packing, Schedule, Training
+from dpo_api.learning import Dpo, EarlyStopping, Lora, LoraModule, LossPart, Packing, Schedule, Training
 from dpo_api.loss import Loss
 from dpo_api.pods import EnvVar, PodSecurity, PodTemplate, Toleration, VolumeMount
 from dpo_api.running import (
@@ -69,6 +69,7 @@ __all__ = [
     "Lora",
     "LoraModule",
     "Loss",
+    "LossPart",
     "MegatronSource",
     "Mlflow",
     "Model",

@@ -15,7 +15,7 @@ from dpo_api.findings import Finding, Level
 from dpo_api.models import ModelFacts
 from dpo_api.not_yet import refused
 from dpo_api.plan import make_plan, plan_rates
-from dpo_api.spec import DPOJobSpec, Loss
+from dpo_api.spec import Dpo, DPOJobSpec, Loss
 from dpo_api.texts import number, numbers
 
 __all__ = ["Finding", "Level", "ModelFacts", "check", "errors", "refuse_errors"]
@@ -132,24 +132,39 @@ def _loss(spec: DPOJobSpec) -> Iterator[Finding]:
     dpo = spec.dpo
     rewards = {"gt_reward_scale", "default_chosen_reward", "default_rejected_reward"}
     if spec.reference.cache_uri is not None and not dpo.needs_reference:
-        why = f"loss {dpo.loss} needs no reference" if dpo.has_preference else "dpo.preferenceWeight is 0"
+        why = f"loss {dpo.loss_name} needs no reference" if dpo.has_preference else "dpo.preferenceWeight is 0"
         yield _warning("reference.cacheURI", f"has no effect, because {why}")
     if not dpo.has_preference:
-        yield from _unused(spec, {"loss", "beta", "average_log_probs"} | rewards, "because preferenceWeight is 0")
+        unused = {"loss", "losses", "beta", "average_log_probs", "label_smoothing", "simpo_gamma"} | rewards
+        yield from _unused(spec, unused, "because preferenceWeight is 0")
         return
-    if dpo.loss.row.needs_rewards:
+    if dpo.needs_rewards:
         yield from _rewards(spec)
     else:
         *some, last = (loss for loss in Loss if loss.row.needs_rewards)
-        yield from _unused(spec, rewards, f"with loss {dpo.loss}; {', '.join(some)} and {last} use rewards")
-    if dpo.loss is Loss.IPO and not dpo.average_log_probs:
+        yield from _unused(spec, rewards, f"with loss {dpo.loss_name}; {', '.join(some)} and {last} use rewards")
+    if dpo.has_loss(Loss.IPO) and not dpo.average_log_probs:
         yield _note(
             "dpo.averageLogProbs",
             "ipo sums log-probs over tokens, as NeMo-Aligner does; TRL averages them: set true to match TRL",
         )
     if dpo.sft_weight == 0:
         yield from _unused(spec, {"sft_average_log_probs"}, "because sftWeight is 0")
-    if dpo.beta > 5 or dpo.beta < 0.001:
+    if dpo.rewards_are_means:
+        yield from _unused(spec, {"average_log_probs"}, f"with loss {dpo.loss_name}, which always averages")
+    if dpo.has_loss(Loss.ROBUST) and dpo.label_smoothing == 0:
+        yield _warning("dpo.labelSmoothing", "0 makes robust the same as dpo; set the share of wrong labels")
+    yield from _beta(dpo)
+
+
+def _beta(dpo: Dpo) -> Iterator[Finding]:
+    """Compare beta with the values that papers use."""
+    if dpo.has_loss(Loss.SIMPO):
+        beta, _ = numbers(dpo.beta, 2)
+        if dpo.beta < 1 or dpo.beta > 20:
+            default = "" if "beta" in dpo.model_fields_set else " (the default)"
+            yield _warning("dpo.beta", f"{beta}{default} is far outside simpo's usual 2 to 10; start with 2")
+    elif dpo.beta > 5 or dpo.beta < 0.001:
         beta, _ = numbers(dpo.beta, 5)
         yield _warning("dpo.beta", f"{beta} is far outside the usual 0.01 to 5; start with 0.1")
 
@@ -170,8 +185,8 @@ def _rewards(spec: DPOJobSpec) -> Iterator[Finding]:
         text = f"{chosen} is not above defaultRejectedReward {rejected}: records without rewards would"
         yield _warning("dpo.defaultChosenReward", f"{text} teach nothing or the opposite; set it higher")
     else:
-        text = f"{dpo.loss} learns each record's reward gap; records without chosen_reward and rejected_reward get"
-        yield _note("dpo.loss", f"{text} {chosen} and {rejected}")
+        text = f"{dpo.loss_name} learns each record's reward gap; records without chosen_reward and rejected_reward get"
+        yield _note("dpo.losses" if dpo.losses else "dpo.loss", f"{text} {chosen} and {rejected}")
 
 
 def _alias(section: object, attribute: str) -> str:

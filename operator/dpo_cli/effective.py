@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from dpo_api.manifest import DPOJob
 from dpo_api.plan import Plan, RatePlan, plan_rates
-from dpo_api.spec import DPOJobSpec
+from dpo_api.spec import DPOJobSpec, Loss
 from dpo_api.texts import counted, number, numbers, size
 from dpo_cli.survey import SourceSeen, Survey
 
@@ -58,8 +58,13 @@ def _learning(spec: DPOJobSpec) -> Iterator[Row]:
     else:
         sft = f" + {number(dpo.sft_weight)} × SFT" if dpo.sft_weight else ""
         weight = f"{number(dpo.preference_weight)} × " if dpo.preference_weight != 1 else ""
-        mean = ", log-probs averaged over tokens" if dpo.average_log_probs else ""
-        yield "loss", f"{weight}{dpo.loss}, beta {number(dpo.beta)}{mean}{sft}"
+        mean = ", log-probs averaged over tokens" if dpo.averages else ""
+        own = f", label smoothing {number(dpo.label_smoothing)}" if dpo.label_smoothing else ""
+        own += f", gamma {number(dpo.margin)}" if dpo.has_loss(Loss.SIMPO) else ""
+        names = " + ".join(f"{number(part)} × {loss}" if part != 1 else str(loss) for loss, part in dpo.parts)
+        if weight and len(dpo.parts) > 1:
+            names = f"({names})"
+        yield "loss", f"{weight}{names}, beta {number(dpo.beta)}{own}{mean}{sft}"
     if lora is None:
         yield "trains", f"all parameters, {training.precision}"
     else:

@@ -68,7 +68,7 @@ def _reference(draft: Draft) -> None:
         return
     where = "step 1" if said.step > 0 else "the validation before step 1"
     seen_text, expected_text = numbers(seen, expected)
-    needs_rewards = draft.view.spec.dpo.loss.row.needs_rewards
+    needs_rewards = draft.view.spec.dpo.needs_rewards
     if abs(seen - expected) <= TOLERANCE * (max(expected, SMALLEST) if needs_rewards else expected):
         text = f"The loss at {where} is {seen_text}; a policy equal to its reference gives {expected_text}."
         draft.condition(ConditionType.ReferenceConsistent, "True", Reason.PolicyEqualsReference, text)

@@ -160,6 +160,9 @@ def test_a_released_status_loads_for_ever() -> None:
 DEFAULTS: dict[str, Any] = {
     # dpo-semantics.md, "Defaults" and "Decisions"
     "dpo.loss": Loss("dpo"),
+    "dpo.losses": None,
+    "dpo.label_smoothing": 0.0,
+    "dpo.simpo_gamma": None,
     "dpo.beta": 0.1,
     "dpo.preference_weight": 1.0,
     "dpo.sft_weight": 0.0,

@@ -24,7 +24,6 @@ from dpo_testing import papers
 from dpo_testing.cli import Said
 from dpo_testing.command import Command, quiet_log
 from dpo_testing.corpora import write_jsonl
-from dpo_testing.papers import Settings
 from dpo_testing.runs import merged
 from dpo_testing.s3server import S3Server, free_port
 from dpo_testing.training_world import VOCABULARY, make, preferences, write_model
@@ -191,10 +190,11 @@ def first(dpo: Command, spec: dict[str, Any], *arguments: str) -> dict[str, Any]
     return next(event for event in found if "train/loss" in event)
 
 
-@pytest.mark.parametrize("loss", list(Loss))
+@pytest.mark.parametrize("loss", [loss for loss in Loss if loss.row.needs_reference])
 def test_the_first_steps_loss_is_the_closed_form(loss: Loss, dpo: Command, first_step: dict[str, Any]) -> None:
-    event = first(dpo, first_step, "--set", f"dpo.loss={loss}")
-    expected = papers.at_start(Settings(loss=loss, beta=BETA, gt_reward_scale=SCALE), GAP)
+    smoothed = ["--set", f"dpo.labelSmoothing={papers.SMOOTHING}"] if loss.row.smooths else []
+    event = first(dpo, first_step, "--set", f"dpo.loss={loss}", *smoothed)
+    expected = papers.at_start(papers.settings_of(loss, beta=BETA, gt_reward_scale=SCALE), GAP)
     assert event["train/preference_loss"] == pytest.approx(expected, abs=1e-4)
     assert event["train/loss"] == event["train/preference_loss"]
     assert event["train/rewards_chosen_mean"] == pytest.approx(0, abs=1e-4)
@@ -202,12 +202,34 @@ def test_the_first_steps_loss_is_the_closed_form(loss: Loss, dpo: Command, first
     assert "train/sft_loss" not in event
 
 
-def test_the_first_steps_sft_term_is_the_closed_form(dpo: Command, first_step: dict[str, Any]) -> None:
-    """A head of zeros gives every token the probability 1/V: −log π of a response is its length times ln V."""
+def test_the_first_steps_loss_of_a_mixture_is_the_closed_form(dpo: Command, first_step: dict[str, Any]) -> None:
+    mixture = "dpo.losses=[{loss: dpo, weight: 0.8}, {loss: bco_pair, weight: 0.2}, {loss: rpo_sq}]"
+    event = first(dpo, first_step, "--set", mixture, "--set", "dpo.sftWeight=0.5")
+    expected = 0.8 * math.log(2) + 0.2 * 2 * math.log(2) + (SCALE * GAP) ** 2
+    assert event["train/preference_loss"] == pytest.approx(expected, abs=1e-4)
+    assert event["train/loss"] == pytest.approx(event["train/preference_loss"] + 0.5 * event["train/sft_loss"])
+
+
+def test_simpo_has_no_reference(dpo: Command, first_step: dict[str, Any]) -> None:
+    """A head of zeros gives both responses the same mean: what is left of the loss is the margin."""
+    equal_tokens(dpo)
+    event = first(dpo, first_step, "--set", "dpo.loss=simpo", "--set", "dpo.simpoGamma=1.5")
+    assert event["train/preference_loss"] == pytest.approx(math.log(1 + math.exp(1.5)), rel=1e-5)
+    assert event["train/rewards_chosen_mean"] == pytest.approx(-BETA * math.log(VOCABULARY), rel=1e-5)
+    assert event["train/rewards_margin"] == pytest.approx(0, abs=1e-5)
+
+
+def equal_tokens(dpo: Command) -> None:
+    """Give every token the probability 1/V."""
     weights = dpo.folder / "model" / "model.safetensors"
     tensors: dict[str, Tensor] = load_file(weights)
     tensors["lm_head.weight"] = torch.zeros_like(tensors["lm_head.weight"])
     save_file(tensors, weights, {"format": "pt"})
+
+
+def test_the_first_steps_sft_term_is_the_closed_form(dpo: Command, first_step: dict[str, Any]) -> None:
+    """−log π of a response is then its length times ln V."""
+    equal_tokens(dpo)
     tokenizer = AutoTokenizer.from_pretrained(dpo.folder / "model")
     lengths = [len(response_ids(tokenizer, row["chosen_response"])) for row in preferences(8)]
     expected = sum(lengths) / 8 * math.log(VOCABULARY)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dpo_trainer.sources import open_tokenizer, store_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("first-step")]
 
-BETA, SCALE, PAIRS = 0.3, 0.7, 5
+BETA, SCALE, SMOOTHING, GAMMA, PAIRS = 0.3, 0.7, 0.2, 0.4, 5
 LOSSES = tuple(loss.value for loss in Loss)
 
 
@@ -51,22 +52,43 @@ def log_prob(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor
     return log_softmax(logits.double(), -1).gather(1, ids[0, len(prompt) :, None]).sum()
 
 
-def expected_loss(name: str, delta: torch.Tensor, gap: float) -> torch.Tensor:
-    """The losses as the papers write them."""
-    scaled = BETA * delta
-    truth = torch.tensor([SCALE * gap], dtype=torch.float64)
-    if name == "dpo":  # Rafailov et al. 2023, eq. 7
-        return -logsigmoid(scaled)
-    if name == "ipo":  # Azar et al. 2023, eq. 17
-        return (delta - 0.5 / BETA) ** 2
-    if name == "rpo_sq":
-        return (scaled - truth[0]) ** 2
-    ours = torch.stack([scaled, -scaled]).sigmoid()
-    given = torch.cat([truth, -truth]).sigmoid()
-    if name not in ("rpo_bwd_kl", "rpo_fwd_kl"):
-        raise AssertionError(f"add the formula of {name}")
-    first, second = (given, ours) if name == "rpo_bwd_kl" else (ours, given)
-    return kl_div(second.log(), first, reduction="sum")
+def expected_loss(name: str, good: torch.Tensor, bad: torch.Tensor, gap: float) -> torch.Tensor:
+    """The losses as the papers write them, of the log-ratios of a pair; simpo's are means of log-probs."""
+    won, lost = BETA * good, BETA * bad
+    scaled, truth = won - lost, torch.tensor([SCALE * gap], dtype=torch.float64)
+    noisy = SMOOTHING if Loss(name).row.smooths else 0.0
+    by_formula: dict[str, Callable[[], torch.Tensor]] = {
+        # Rafailov et al. 2023, eq. 7, with the label smoothing of Mitchell 2023
+        "dpo": lambda: -(1 - noisy) * logsigmoid(scaled) - noisy * logsigmoid(-scaled),
+        "ipo": lambda: (good - bad - 0.5 / BETA) ** 2,  # Azar et al. 2023, eq. 17
+        "rpo_sq": lambda: (scaled - truth[0]) ** 2,
+        "rpo_bwd_kl": lambda: kl_div(_both(scaled).log(), _both(truth[0]), reduction="sum"),
+        "rpo_fwd_kl": lambda: kl_div(_both(truth[0]).log(), _both(scaled), reduction="sum"),
+        # Chowdhury et al. 2024
+        "robust": lambda: (noisy * logsigmoid(-scaled) - (1 - noisy) * logsigmoid(scaled)) / (1 - 2 * noisy),
+        "hinge": lambda: (1 - scaled).clamp(min=0),  # Liu et al. 2023
+        "exo_pair": lambda: kl_div(  # Ji et al. 2024, eq. 16
+            torch.tensor([1 - noisy, noisy], dtype=torch.float64).log(), _both(scaled), reduction="sum"
+        ),
+        "nca_pair": lambda: -logsigmoid(won) - logsigmoid(-won) / 2 - logsigmoid(-lost) / 2,  # Chen et al. 2024
+        "bco_pair": lambda: -logsigmoid(won) - logsigmoid(-lost),  # Jung et al. 2024, without a shift
+        "apo_zero": lambda: 1 - won.sigmoid() + lost.sigmoid(),  # D'Oosterlinck et al. 2024, eq. 7 and 8
+        "apo_down": lambda: won.sigmoid() + 1 - scaled.sigmoid(),
+        # Meng et al. 2024
+        "simpo": lambda: -(1 - noisy) * logsigmoid(scaled - GAMMA) - noisy * logsigmoid(GAMMA - scaled),
+    }
+    return by_formula[name]()
+
+
+def _both(logit: torch.Tensor) -> torch.Tensor:
+    """The probabilities of both outcomes."""
+    return torch.stack([logit, -logit]).sigmoid()
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The section of a loss, with its own fields."""
+    own: dict[str, Any] = {"labelSmoothing": SMOOTHING} if Loss(name).row.smooths else {}
+    return {"loss": name, **own, **({"simpoGamma": GAMMA} if name == "simpo" else {})}
 
 
 def independent(spec: dict[str, Any], name: str, sft_weight: float) -> tuple[float, float]:
@@ -77,8 +99,11 @@ def independent(spec: dict[str, Any], name: str, sft_weight: float) -> tuple[flo
     pairs = pairs_of(spec)
     for prompt, chosen, rejected, gap in pairs:
         good, bad = log_prob(model, prompt, chosen), log_prob(model, prompt, rejected)
-        delta = (good - good.detach()) - (bad - bad.detach())
-        total = total + expected_loss(name, delta, gap) - sft_weight * good
+        if name == "simpo":
+            good, bad = good / len(chosen), bad / len(rejected)
+            total = total + expected_loss(name, good, bad, gap) - sft_weight * good
+        else:
+            total = total + expected_loss(name, good - good.detach(), bad - bad.detach(), gap) - sft_weight * good
     loss = total / len(pairs)
     loss.backward()  # type: ignore[no-untyped-call]
     grads = [p.grad.double() for p in model.parameters() if p.grad is not None]
@@ -97,19 +122,22 @@ def test_loss_and_gradient_of_each_variant(name: str, spec: dict[str, Any], worl
     def keep(run: Run) -> None:
         assert run.reporter._hub is not None
         said.append(run.reporter._hub.progress.newest)
+        assert (run.training.inputs.train.reference is None) is (name == "simpo")
 
-    run = run_here(merged(spec, {"dpo": {"loss": name}}), world / name, keep)
-    check(run, *independent(spec, name, 0.0))
+    cache = world / f"reference of {name}"
+    settings = {"dpo": {**settings_of(name), "sftWeight": 0.25}, "reference": {"cacheURI": str(cache)}}
+    run = run_here(merged(spec, settings), world / name, keep)
+    check(run, *independent(spec, name, 0.25))
+    assert cache.exists() is (name != "simpo"), "simpo needs no reference, and none is computed"
+    if name == "simpo":
+        assert said[0].expected_first_preference_loss is None
+        return
     # What the operator compares, and the same by hand.
     gaps = [gap for _, _, _, gap in pairs_of(spec)]
-    expected = sum(float(expected_loss(name, torch.zeros((), dtype=torch.float64), gap)) for gap in gaps) / len(gaps)
+    zero = torch.zeros((), dtype=torch.float64)
+    expected = sum(float(expected_loss(name, zero, zero, gap)) for gap in gaps) / len(gaps)
     assert said[0].expected_first_preference_loss == pytest.approx(expected, rel=1e-6)  # rewards are fp32
     assert said[0].first_preference_loss == pytest.approx(expected, rel=1e-5)
-
-
-def test_loss_and_gradient_with_the_sft_term(spec: dict[str, Any], world: Path) -> None:
-    run = run_here(merged(spec, {"dpo": {"sftWeight": 0.25}}), world / "sft")
-    check(run, *independent(spec, "dpo", 0.25))
 
 
 def test_two_processes_divide_once(spec: dict[str, Any], world: Path) -> None:

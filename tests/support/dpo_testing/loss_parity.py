@@ -2,24 +2,32 @@
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_api.spec import Loss
+from dpo_api.spec import Loss, LossPart
 from dpo_testing import papers
-from dpo_testing.papers import PairOfResponses, Settings
+from dpo_testing.papers import PairOfResponses, Settings, settings_of
+
+MIXTURE = (LossPart(loss=Loss.BCO_PAIR, weight=0.3), LossPart(loss=Loss.RPO_SQ, weight=1.4), LossPart(loss=Loss.DPO))
 
 
 def settings_grid() -> Iterator[Settings]:
     """Each variant alone, averaged, and with each form of the SFT term; SFT alone in its three forms."""
     for loss in Loss:
         for average in (False, True):
-            yield Settings(loss=loss, average_log_probs=average)
-        yield Settings(loss=loss, preference_weight=0.6, sft_weight=0.8)
-        yield Settings(loss=loss, sft_weight=0.8, average_log_probs=True)
-        yield Settings(loss=loss, sft_weight=0.8, sft_average_log_probs=True)
-        yield Settings(loss=loss, sft_weight=0.8, average_log_probs=True, sft_average_log_probs=False)
+            yield settings_of(loss, average_log_probs=average)
+        yield settings_of(loss, preference_weight=0.6, sft_weight=0.8)
+        yield settings_of(loss, sft_weight=0.8, average_log_probs=True)
+        yield settings_of(loss, sft_weight=0.8, sft_average_log_probs=True)
+        yield settings_of(loss, sft_weight=0.8, average_log_probs=True, sft_average_log_probs=False)
+    yield Settings(losses=MIXTURE, label_smoothing=0.2)
+    yield Settings(losses=MIXTURE, label_smoothing=0.2, preference_weight=0.6, sft_weight=0.8, average_log_probs=True)
+    yield Settings()  # without label smoothing
+    yield Settings(loss="robust")
+    yield Settings(loss="simpo")  # the default margin
     for sft_average in (None, False, True):
         yield Settings(preference_weight=0.0, sft_weight=0.7, sft_average_log_probs=sft_average)
 
@@ -81,10 +89,14 @@ def check_setting(losses: ModuleType, settings: Settings) -> None:
         return
     each = torch.stack([papers.preference(settings, pair) for pair in pairs]).detach()
     _agree(f"preference of {label}", result.preference, each)
-    at_start = [papers.at_start(settings, pair.chosen_reward - pair.rejected_reward) for pair in pairs]
-    _agree(
-        f"preference at the start of {label}", result.preference_at_start, torch.tensor(at_start, dtype=torch.float64)
-    )
+    if settings.needs_reference:
+        starts = [papers.at_start(settings, pair.chosen_reward - pair.rejected_reward) for pair in pairs]
+        expected_start = torch.tensor(starts, dtype=torch.float64)
+        _agree(f"preference at the start of {label}", result.preference_at_start, expected_start)
+    else:
+        assert result.preference_at_start is None, "a loss without a reference has no known start"
+        without = losses.pair_losses(*inputs(pairs)[:2], None, inputs(pairs)[3], settings)
+        assert torch.equal(without.total, result.total), f"{label} reads the reference"
     for ours, theirs in zip(
         (result.chosen_reward, result.rejected_reward), papers.rewards(settings, pairs), strict=True
     ):
@@ -111,7 +123,7 @@ def check_filler(losses: ModuleType) -> None:
     """A filler pair, whatever it holds, changes nothing: not the loss, not a gradient, not a figure."""
     real = torch.tensor([True, False, True, True])
     for settings in (
-        *(Settings(loss=loss, sft_weight=0.5) for loss in Loss),
+        *(settings_of(loss, sft_weight=0.5) for loss in Loss),
         Settings(preference_weight=0.0, sft_weight=1.0),
         Settings(preference_weight=0.0, sft_weight=1.0, sft_average_log_probs=True),
     ):
@@ -145,27 +157,24 @@ def check_extreme(losses: ModuleType) -> None:
     extremes = (-1e4, -50.0, 0.0, 50.0, 1e4)
     grid = torch.tensor([(x, gap) for x in extremes for gap in extremes])
     x, gap = grid[:, 0].clone().requires_grad_(), grid[:, 1]
+    nothing = torch.zeros_like(gap)
 
-    def of(loss: Loss) -> Tensor:
-        found: Tensor = losses.PREFERENCE_LOSSES[loss](losses.Terms(x / 0.5, gap), Settings(loss=loss, beta=0.5))
+    def of(loss: Loss, **others: Any) -> Tensor:
+        of_chosen = losses.Terms(x / 0.5, nothing, gap)
+        found: Tensor = losses.PREFERENCE_LOSSES[loss](of_chosen, settings_of(loss, beta=0.5, **others))
         return found
 
     for loss in Loss:
-        value = of(loss)
-        assert value.dtype == torch.float32
-        (gradient,) = torch.autograd.grad(value.sum(), x)
-        assert bool(value.isfinite().all()), f"{loss} is not finite"
-        assert bool(gradient.isfinite().all()), f"{loss}'s gradient is not finite"
+        for value in (of(loss), losses.PREFERENCE_LOSSES[loss](losses.Terms(nothing, x / 0.5, gap), settings_of(loss))):
+            assert value.dtype == torch.float32
+            (gradient,) = torch.autograd.grad(value.sum(), x)
+            assert bool(value.isfinite().all()), f"{loss} is not finite"
+            assert bool(gradient.isfinite().all()), f"{loss}'s gradient is not finite"
     exact = torch.clamp(-x.detach(), min=0)  # −log σ(x) → max(−x, 0)
     far = x.detach().abs() >= 50
-    torch.testing.assert_close(of(Loss.DPO).detach()[far], exact[far])
+    torch.testing.assert_close(of(Loss.DPO, label_smoothing=0.0).detach()[far], exact[far])
     same = x.detach() == gap
     for loss in (Loss.RPO_SQ, Loss.RPO_BWD_KL, Loss.RPO_FWD_KL):
         value = of(loss).detach()
         assert not value[same].any(), f"{loss} is not zero where model and data agree"
         assert bool((value[~same] >= 0).all()), f"{loss} is negative"
-
-
-def variants_of(settings: Settings) -> list[Settings]:
-    """The same settings with each preference loss."""
-    return [settings.model_copy(update={"loss": loss}) for loss in Loss]

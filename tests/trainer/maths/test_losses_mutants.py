@@ -24,15 +24,30 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 }
 
 EDITS = {
-    "the rejected branch is detached": ("gains[:, 0] - gains[:, 1]", "gains[:, 0] - gains[:, 1].detach()"),
-    "the chosen branch is detached": ("gains[:, 0] - gains[:, 1]", "gains[:, 0].detach() - gains[:, 1]"),
+    "the rejected branch is detached": ("Terms(gains[:, 0], gains[:, 1],", "Terms(gains[:, 0], gains[:, 1].detach(),"),
+    "the chosen branch is detached": ("Terms(gains[:, 0], gains[:, 1],", "Terms(gains[:, 0].detach(), gains[:, 1],"),
     "the gradient is halved": (
         "total = settings.preference_weight * preference",
         "total = settings.preference_weight * (0.5 * preference + 0.5 * preference.detach())",
     ),
-    "the loss is halved": ("return -logsigmoid(dpo.beta * of.delta)", "return -0.5 * logsigmoid(dpo.beta * of.delta)"),
-    "the rewards keep their gradient": ("gains.detach()", "gains"),
-    "the rewards lose β": ("settings.beta * gains.detach()", "gains.detach()"),
+    "the loss is halved": (
+        "return _cross_entropy(dpo.beta * of.delta, dpo",
+        "return 0.5 * _cross_entropy(dpo.beta * of.delta, dpo",
+    ),
+    "the rewards keep their gradient": ("rewarded.detach()", "rewarded"),
+    "the rewards lose β": ("settings.beta * rewarded.detach()", "rewarded.detach()"),
+    "SimPO's rewards are sums": ("gains / lengths if settings.rewards_are_means else gains", "gains"),
+    "SimPO sums log-probs": ("if settings.averages:", "if settings.average_log_probs:"),
+    "SFT beside SimPO sums log-probs": ("per_token = settings.averages", "per_token = settings.average_log_probs"),
+    "SimPO measures against the reference": ("if settings.needs_reference:\n        if", "if True:\n        if"),
+    "label smoothing is ignored": (
+        "_cross_entropy(dpo.beta * of.delta, dpo.label_smoothing)",
+        "_cross_entropy(dpo.beta * of.delta, 0.0)",
+    ),
+    "only the first loss of a mixture counts": ("sum(others, start=first)", "first"),
+    "the weights of a mixture are ignored": ("(weight * PREFERENCE_LOSSES", "(PREFERENCE_LOSSES"),
+    "APO raises both responses": ("(dpo.beta * of.rejected).sigmoid()", "(-dpo.beta * of.rejected).sigmoid()"),
+    "the hinge is leaky": ("return relu(1 - ", "return torch.nn.functional.leaky_relu(1 - "),
     "the rewards are exchanged": ("implicit[:, 0], implicit[:, 1]", "implicit[:, 1], implicit[:, 0]"),
     "both rewards are the chosen's": ("implicit[:, 0], implicit[:, 1]", "implicit[:, 0], implicit[:, 0]"),
     "SFT trains on the rejected response": ("_sft_term(policy[:, 0]", "_sft_term(policy[:, 1]"),
@@ -43,22 +58,22 @@ EDITS = {
         "total = settings.preference_weight * preference.detach()\n",
     ),
     "SFT follows the wrong default": (
-        "per_token = settings.average_log_probs",
-        "per_token = not settings.average_log_probs",
+        "per_token = settings.averages",
+        "per_token = not settings.averages",
     ),
     "SFT alone averages over pairs": ("return -chosen, counts", "return -chosen, real.to(torch.int64)"),
     "the KLs are exchanged": (
         "return _bernoulli_kl(of.reward_gap, dpo.beta * of.delta)",
         "return _bernoulli_kl(dpo.beta * of.delta, of.reward_gap)",
     ),
-    "every variant trains as dpo": ("PREFERENCE_LOSSES[settings.loss]", "PREFERENCE_LOSSES[Loss.DPO]"),
+    "every variant trains as dpo": ("PREFERENCE_LOSSES[loss](of", "PREFERENCE_LOSSES[Loss.DPO](of"),
     "the reward scale is ignored": ("gap = settings.gt_reward_scale * ", "gap = 1.0 * "),
     "a filler weighs as a pair": ("real.to(torch.int64)", "torch.ones_like(counts)"),
     "a filler's loss counts": ("preference = torch.where(real, ", "preference = torch.where(real | True, "),
-    "the value at the start is that of now": ("Terms(torch.zeros_like(gap), gap)", "Terms(delta.detach(), gap)"),
+    "the value at the start is that of now": ("Terms(equal, equal, gap)", "Terms(gains[:, 0].detach(), equal, gap)"),
     "the value at the start ignores the rewards": (
-        "Terms(torch.zeros_like(gap), gap)",
-        "Terms(torch.zeros_like(gap), torch.zeros_like(gap))",
+        "Terms(equal, equal, gap)",
+        "Terms(equal, equal, equal)",
     ),
     "a filler's value at the start counts": (
         "at_start = torch.where(real, ",
@@ -69,8 +84,8 @@ EDITS = {
         "policy = policy_sums * keep",
     ),
     "the probabilities' logs are taken": (
-        "return -logsigmoid(dpo.beta * of.delta)",
-        "return -torch.log(torch.sigmoid(dpo.beta * of.delta))",
+        "return -(1 - smoothing) * logsigmoid(logit) -",
+        "return -(1 - smoothing) * torch.log(torch.sigmoid(logit)) -",
     ),
     "the KL is of probabilities": (
         "heads = p_logit.sigmoid() * (logsigmoid(p_logit) - logsigmoid(q_logit))",

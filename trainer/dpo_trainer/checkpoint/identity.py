@@ -5,7 +5,7 @@ import re
 from pydantic import BaseModel
 
 from dpo_api.errors import IncompatibleCheckpointError
-from dpo_api.spec import DPOJobSpec
+from dpo_api.spec import Dpo, DPOJobSpec, Lora
 
 _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
@@ -47,8 +47,15 @@ def _fields(path: str, section: BaseModel) -> dict[str, object]:
     return {f"{path}.{name}": value for name, value in section.model_dump(mode="json", by_alias=True).items()}
 
 
+def _completed(saved: Identity) -> Identity:
+    """Add the fields that a checkpoint of an earlier version lacks: it was as if they had their defaults."""
+    new = _fields("dpo", Dpo()) | (_fields("lora", Lora()) if saved.get("lora") == "given" else {})
+    return {name: str(value) for name, value in new.items()} | saved
+
+
 def check_identity(saved: Identity, now: Identity, uri: str) -> None:
     """Raise IncompatibleCheckpointError naming each field that differs, with both values."""
+    saved = _completed(saved)
     differing = [name for name in now if name in saved and saved[name] != now[name]]
     if not differing:
         return
