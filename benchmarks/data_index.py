@@ -1,6 +1,6 @@
 """The index pass as the data grows: time, memory, and how full the packs are.
 
-    python benchmarks/data_index.py [--pairs 1000 10000 100000 1000000] [--lengths 256 1024 4096]
+    python benchmarks/data_index.py [--pairs 1000 10000 100000 1000000] [--lengths 256 1024 4096] [--parquet]
 
 Pairs of made-up words (110 + 2 × 45 on average, as in a dialogue) are read from jsonl by a fast BPE tokenizer of 8,192
 ids that is trained here. Each index is built in a process of its own. The peer is what training scripts do with a
@@ -10,21 +10,28 @@ the ratio compares tokens a second.
 Pack density is the share of a pack's places that hold a token which is computed once, at the default pack size, for
 batches of 64 pairs whose lengths vary tenfold. The peer pads each batch of 8 pairs to its longest response with its
 prompt; both responses repeat the prompt. The ratio compares places per pair. The last line is JSON.
+
+With --parquet, the same data are indexed from jsonl and from Parquet instead, and the two indexes are compared: pairs,
+order and token ids are the same, or the benchmark fails. Reading alone is the time without tokens.
 """
 
 # ruff: noqa: E402 - the packages are found from here
 import argparse
+import contextlib
 import json
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,16 +39,19 @@ sys.path[:0] = [str(ROOT / package) for package in ("crds", "trainer")]
 
 from peers.memory import status
 
-from dpo_api.spec import Data
+from dpo_api.spec import Columns, Data
 from dpo_store import open_store
 from dpo_trainer.data.index import Source, build_index
 from dpo_trainer.data.packing import pack_batch, pair_cost
+from dpo_trainer.data.records import names_read
+from dpo_trainer.data.rows import format_of, read_rows
 from dpo_trainer.data.tokenizer import load_tokenizer
 
 MIB = 2**20
 PROMPT, RESPONSE = 110, 45
 PEER_PAIRS = 20_000
 BATCH, PADDED_BATCH = 64, 8
+ROW_GROUP = 50_000
 
 
 def words_of(draw: random.Random) -> list[str]:
@@ -80,7 +90,18 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def index(data: Path, tokenizer: Path, cache: Path) -> dict[str, float]:
+def write_parquet(path: Path, source: Path) -> None:
+    """Write the lines of a file as Parquet, with a column beside them that is not read."""
+    with source.open(encoding="utf-8") as file, contextlib.ExitStack() as stack:
+        writer = None
+        numbered = enumerate(file)
+        while rows := [{**json.loads(line), "id": str(number)} for number, line in islice(numbered, ROW_GROUP)]:
+            table = pa.Table.from_pylist(rows)
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
+            writer.write_table(table)
+
+
+def index(data: Path, tokenizer: Path, cache: Path) -> dict[str, Any]:
     """Build the index in this process; pairs, tokens, seconds, and the bytes by which the peak grew."""
     store = open_store()
     loaded = load_tokenizer(tokenizer)
@@ -91,7 +112,18 @@ def index(data: Path, tokenizer: Path, cache: Path) -> dict[str, float]:
         cache=cache,
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    return {"pairs": found.n, "tokens": found.stats["tokens"], "seconds": seconds, "grown": status("VmHWM") - before}
+    return {
+        "pairs": found.n, "tokens": found.stats["tokens"], "seconds": seconds, "grown": status("VmHWM") - before,
+        "fingerprint": found.fingerprint,
+    }  # fmt: skip
+
+
+def reading(data: Path) -> dict[str, float]:
+    """Read the rows and nothing else; seconds."""
+    store, began = open_store(), time.perf_counter()
+    names = names_read(Columns())
+    count = sum(1 for _ in read_rows(store, store.stat(str(data)), format_of(str(data)), names))
+    return {"rows": count, "seconds": time.perf_counter() - began}
 
 
 def one_by_one(data: Path, tokenizer: Path) -> dict[str, float]:
@@ -108,10 +140,10 @@ def one_by_one(data: Path, tokenizer: Path) -> dict[str, float]:
     return {"tokens": tokens, "seconds": time.perf_counter() - began}
 
 
-def child(part: str, *paths: Path) -> dict[str, float]:
+def child(part: str, *paths: Path) -> dict[str, Any]:
     words = [sys.executable, __file__, f"--child={part}", *map(str, paths)]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
@@ -132,6 +164,28 @@ def grow(folder: Path, pairs: int) -> dict[str, Any]:
     return {**ours, "tokens_per_s": rate, "peer_tokens_per_s": other, "ratio": rate / other}
 
 
+def compare(folder: Path, pairs: int) -> dict[str, Any]:
+    """Index this many pairs from jsonl and from Parquet; print and return the figures."""
+    data, table = folder / "data.jsonl", folder / "data.parquet"
+    with data.open("w", encoding="utf-8") as file:
+        file.writelines(lines(pairs))
+    write_parquet(table, data)
+    figures: dict[str, Any] = {"pairs": pairs}
+    for path in (data, table):
+        kind = path.suffix[1:]
+        with tempfile.TemporaryDirectory(dir=folder) as cache:
+            figures[kind] = child("index", path, folder / "tokenizer", Path(cache))
+        figures[kind]["reading"] = child("reading", path)["seconds"]
+        found = figures[kind]
+        print(
+            f"| {pairs:,} | {kind} | {path.stat().st_size / MIB:,.0f} MiB | {found['seconds']:,.1f} s |"
+            f" {found['reading']:,.1f} s | {found['grown'] / MIB:,.0f} MiB |",
+            flush=True,
+        )
+    assert figures["jsonl"]["fingerprint"] == figures["parquet"]["fingerprint"], "other pairs, order or token ids"
+    return figures
+
+
 def density(longest: int, pack_tokens: int) -> dict[str, float]:
     """Pack pairs of up to ``longest`` tokens; print and return how full the packs are."""
     draw = np.random.default_rng(1)
@@ -150,17 +204,29 @@ def density(longest: int, pack_tokens: int) -> dict[str, float]:
     return {"longest": longest, "pack_tokens": size, "density": full, "ratio": ratio}
 
 
+CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {"index": index, "peer": one_by_one, "reading": reading}
+
+
 def main() -> None:
     """Print two tables and the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--pack-tokens", type=int, default=8192)
-    parser.add_argument("--child", choices=("index", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--parquet", action="store_true", help="compare jsonl with Parquet, and nothing else")
+    parser.add_argument("--child", choices=tuple(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("paths", type=Path, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps((index if options.child == "index" else one_by_one)(*options.paths)))
+        print(json.dumps(CHILDREN[options.child](*options.paths)))
+        return
+    if options.parquet:
+        print(
+            "| pairs | format | file | index | reading alone | memory grew by |\n|---|---|---|---|---|---|", flush=True
+        )
+        with tempfile.TemporaryDirectory(prefix="dpo-index-") as name:
+            write_tokenizer(Path(name) / "tokenizer")
+            print(json.dumps([compare(Path(name), pairs) for pairs in options.pairs]))
         return
     print("| pairs | text | index | thousand tokens/s | one by one | ratio | memory grew by |")
     print("|---|---|---|---|---|---|---|", flush=True)
