@@ -39,12 +39,13 @@ sys.path[:0] = [str(ROOT / package) for package in ("crds", "trainer")]
 
 from peers.memory import status
 
+from dpo_api.inputs import data_format
 from dpo_api.spec import Columns, Data
 from dpo_store import open_store
 from dpo_trainer.data.index import Source, build_index
 from dpo_trainer.data.packing import pack_batch, pair_cost
 from dpo_trainer.data.records import names_read
-from dpo_trainer.data.rows import format_of, read_rows
+from dpo_trainer.data.rows import read_rows
 from dpo_trainer.data.tokenizer import load_tokenizer
 
 MIB = 2**20
@@ -122,7 +123,7 @@ def reading(data: Path) -> dict[str, float]:
     """Read the rows and nothing else; seconds."""
     store, began = open_store(), time.perf_counter()
     names = names_read(Columns())
-    count = sum(1 for _ in read_rows(store, store.stat(str(data)), format_of(str(data)), names))
+    count = sum(1 for _ in read_rows(store, store.stat(str(data)), data_format(str(data)), names))
     return {"rows": count, "seconds": time.perf_counter() - began}
 
 

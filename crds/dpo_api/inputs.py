@@ -202,6 +202,19 @@ class Tokenizer(Section):
     storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
 
 
+DataFormat = Literal["jsonl", "parquet", "arrow"]
+TABLES: dict[str, DataFormat] = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"}
+"""The format of a file whose name ends so; all others are JSON lines."""
+
+
+def data_format(uri: str, stated: DataFormat | None = None) -> DataFormat:
+    """Return the format that a source states, else the one that the file's name ends in."""
+    if stated is not None:
+        return stated
+    name = uri.lower()
+    return next((found for suffix, found in TABLES.items() if name.endswith(suffix)), "jsonl")
+
+
 class DataSource(Section):
     """Preference data: one JSON object per line (plain, .gz or .zst), or a table in Parquet or Arrow."""
 
@@ -217,9 +230,11 @@ class DataSource(Section):
         default=1.0,
         gt=0,
         le=1000,
-        description="How many times an epoch uses each of this source's pairs. Default 1: each pair once.",
+        description="How often a pair of this source is used, relative to the pairs of the other sources: with 2 beside"
+        " 1, twice as often. An epoch has as many pairs as all sources together. For validation: how much a pair counts"
+        " in the means over all sources. Default 1.",
     )
-    format: Literal["jsonl", "parquet", "arrow"] | None = Field(
+    format: DataFormat | None = Field(
         default=None,
         description="Format of the source's files. Not set: as each file's name ends: .parquet; .arrow, .feather or"
         " .ipc; any other is JSON lines.",

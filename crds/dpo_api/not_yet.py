@@ -5,11 +5,11 @@ The API server refuses them too, by a CEL rule of each field. To implement one, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dpo_api.findings import Finding
-from dpo_api.spec import DataSource, DPOJobSpec
+from dpo_api.spec import DPOJobSpec
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class NotYet:
     """One value that this version does not implement."""
 
     field: str
-    """Path in camelCase; ``[]`` stands for each item of a list."""
-    asks: Callable[[DPOJobSpec], bool | list[int]]
-    """Returns whether a spec asks for it; for a list, the items that do."""
+    """Path in camelCase."""
+    asks: Callable[[DPOJobSpec], bool]
+    """Returns whether a spec asks for it."""
     instead: str
     """What to write instead."""
     allows: str | None = "false"
@@ -32,13 +32,7 @@ class NotYet:
         return f"is not implemented in this version; {self.instead}"
 
 
-def _weighted(sources: Sequence[DataSource]) -> list[int]:
-    return [index for index, source in enumerate(sources) if source.weight != 1]
-
-
 NOT_YET: tuple[NotYet, ...] = (
-    NotYet("spec.data.train[].weight", lambda s: _weighted(s.data.train), "leave it out", "self == 1.0"),
-    NotYet("spec.data.validation[].weight", lambda s: _weighted(s.data.validation), "leave it out", "self == 1.0"),
     NotYet("spec.logging.mlflow", lambda s: s.logging.mlflow is not None, "use logging.wandb or logging.tensorboard"),
     NotYet(
         "spec.storage.cache.size",
@@ -53,7 +47,5 @@ NOT_YET: tuple[NotYet, ...] = (
 def refused(spec: DPOJobSpec) -> Iterator[Finding]:
     """Yield an error for each field of the spec that this version does not implement."""
     for entry in NOT_YET:
-        asked = entry.asks(spec)
-        fields = [entry.field] if asked is True else [entry.field.replace("[]", f"[{index}]") for index in asked or ()]
-        for field in fields:
-            yield Finding("error", field, entry.message)
+        if entry.asks(spec):
+            yield Finding("error", entry.field, entry.message)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from dpo_api.manifest import DPOJob
 from dpo_api.plan import Plan, RatePlan, plan_rates
@@ -13,13 +14,19 @@ from dpo_cli.survey import SourceSeen, Survey
 Row = tuple[str, str]
 
 
-def rows(job: DPOJob, seen: Survey, plan: Plan | None, *, exact: bool) -> list[Row]:
-    """Return (label, text) of every line. `exact` says that the plan's pairs were counted, not estimated."""
+def rows(
+    job: DPOJob, seen: Survey, plan: Plan | None, *, exact: bool, counts: Mapping[str, Any] | None = None
+) -> list[Row]:
+    """Return (label, text) of every line. `exact` says that the plan's pairs were counted, not estimated.
+
+    counts: what the index pass printed.
+    """
     spec = job.spec
     return [
         ("job", job.metadata.name),
         *_model(spec, seen),
         *_data(spec, seen, exact),
+        *_weights(spec, counts),
         *_learning(spec),
         *_steps(spec, plan, exact),
         *_results(job, spec),
@@ -49,6 +56,21 @@ def _data(spec: DPOJobSpec, seen: Survey, exact: bool) -> Iterator[Row]:
     yield from (("validation", _seen(source, exact=exact)) for source in seen.validation)
     rule = {"drop": "longer pairs are dropped", "truncate": "longer ones are cut", "error": "a longer one is an error"}
     yield "length", f"at most {spec.data.max_length:,} tokens of prompt and response; {rule[spec.data.over_length]}"
+
+
+def _weights(spec: DPOJobSpec, counts: Mapping[str, Any] | None) -> Iterator[Row]:
+    """Yield how often an epoch uses the pairs of each source, if their weights differ."""
+    if len({source.weight for source in spec.data.train}) == 1:
+        return
+    if counts is None:
+        yield "weights", "relative to each other · --deep counts what an epoch uses"
+        return
+    sources = counts["train"]["sources"]
+    total = sum(source["uses"] for source in sources)
+    for position, source in enumerate(sources):
+        share = f"{source['uses'] / total:.1%} of an epoch"
+        text = f"{source['name']}: {source['uses']:,} uses of {source['pairs']:,} pairs, {share}"
+        yield "" if position else "weights", text
 
 
 def _learning(spec: DPOJobSpec) -> Iterator[Row]:

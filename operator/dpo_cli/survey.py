@@ -12,6 +12,7 @@ from threading import Thread
 
 from dpo_api.errors import DPOError, InvalidModelError, InvalidSpecError, Outcome
 from dpo_api.findings import Finding
+from dpo_api.inputs import DataFormat, data_format
 from dpo_api.models import ModelFacts, read_config
 from dpo_api.models.folder import VOCABULARIES, check_tokenizer
 from dpo_api.models.megatron.outgoing import check_formats
@@ -40,7 +41,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class SourceSeen:
-    """A data source that exists: its size, and an estimate of its lines (None for compressed objects)."""
+    """A data source that exists: its size, and an estimate of its lines (None for compressed objects and tables)."""
 
     label: str
     uri: str
@@ -149,7 +150,7 @@ class _Look:
         store = self._stores.reach(source.storage)
         try:
             found = store.expand(source.uri)
-            lines = estimate_lines(store, found)
+            lines = estimate_lines(store, found, source.format)
         except DPOError as error:
             return _Result([self._problem(name, source.uri, error)])
         return _Result(source=SourceSeen(label, source.uri, len(found), sum(info.size for info in found), lines))
@@ -227,14 +228,14 @@ def _similar(store: Store, folder: str, error: DPOError) -> str:
     return ""
 
 
-def estimate_lines(store: Store, objects: Sequence[ObjectInfo]) -> int | None:
-    """Return an estimate of the number of lines, from the head of each object; None if one of them is compressed.
+def estimate_lines(store: Store, objects: Sequence[ObjectInfo], stated: DataFormat | None = None) -> int | None:
+    """Return an estimate of the number of lines, from the head of each object; None if one is compressed or a table.
 
     Exact for an object that is not longer than its head.
     """
     total = 0.0
     for info in objects:
-        if info.uri.endswith(COMPRESSED):
+        if info.uri.endswith(COMPRESSED) or data_format(info.uri, stated) != "jsonl":
             return None
         head = store.read(info, 0, min(info.size, SAMPLE_BYTES)) if info.size else b""
         if info.size <= SAMPLE_BYTES:

@@ -181,7 +181,8 @@ def print_text(console: Console, verdict: Verdict) -> None:
     if verdict.job is None or not verdict.valid:
         return
     layout = [] if verdict.choice is None else layout_rows(verdict.choice)
-    for label, text in [*rows(verdict.job, verdict.seen, verdict.plan, exact=verdict.exact), *layout]:
+    effective = rows(verdict.job, verdict.seen, verdict.plan, exact=verdict.exact, counts=verdict.counts)
+    for label, text in [*effective, *layout]:
         console.print(f"  {label:<11} {text}")
 
 

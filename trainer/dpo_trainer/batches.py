@@ -26,6 +26,7 @@ class DataSet:
     name: str
     index: PairIndex
     settings: Dpo
+    weight: float = 1.0  #: of a pair in the means over all validation sources
     reference: ReferenceTable | None = None  #: None if the loss needs none
 
     def rewards(self, pairs: Tensor) -> Tensor:

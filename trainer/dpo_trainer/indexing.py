@@ -11,7 +11,7 @@ from dpo_api.manifest import load_manifest
 from dpo_api.models import read_config
 from dpo_api.plan import make_plan
 from dpo_api.progress import LastWords
-from dpo_trainer.data.index import Listener, build_indexes
+from dpo_trainer.data.index import Listener, blend_of, build_indexes
 from dpo_trainer.sources import model_source, open_tokenizer, store_for
 
 
@@ -26,7 +26,10 @@ def print_index(spec_path: Path) -> int:
 
 
 def index_report(spec_path: Path) -> dict[str, Any]:
-    """Return ``train`` and ``validation`` (by name): the statistics of data.tally; ``plan``: the derived values."""
+    """Return ``train`` and ``validation`` (by name): the statistics of data.tally; ``plan``: the derived values.
+
+    Each training source has ``uses`` too: how many of its pairs an epoch uses.
+    """
     spec = load_manifest(spec_path).spec
     store, folder = model_source(spec)
     indexes = build_indexes(
@@ -36,10 +39,12 @@ def index_report(spec_path: Path) -> dict[str, Any]:
         vocabulary=read_config(store, folder).vocab_size,
         listener=Listener(message=lambda text: print(text, file=sys.stderr)),
     )
+    uses = blend_of(spec.data, indexes.train).uses
+    sources = [{**source, "uses": used} for source, used in zip(indexes.train.stats["sources"], uses, strict=True)]
     plan = asdict(make_plan(spec, indexes.train.n, [index.n for index in indexes.validation.values()]))
     plan["warnings"] = [f"{finding['field']}: {finding['message']}" for finding in plan["warnings"]]
     return {
-        "train": indexes.train.stats,
+        "train": {**indexes.train.stats, "sources": sources},
         "validation": {name: index.stats for name, index in indexes.validation.items()},
         "plan": plan,
     }

@@ -24,7 +24,7 @@ from dpo_trainer.batches import DataSet, Packer
 from dpo_trainer.checkpoint.identity import Identity, check_identity, identity_of
 from dpo_trainer.checkpoint.store import read_marker
 from dpo_trainer.data.cache import cache_folder
-from dpo_trainer.data.index import IndexProgress, Listener, build_indexes
+from dpo_trainer.data.index import IndexProgress, Listener, blend_of, build_indexes
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there
@@ -157,7 +157,10 @@ class Run:
         inputs = self._index()
         model, fingerprint, form = self._load()
         index = inputs.train.index
-        identity = identity_of(self.spec, model=fingerprint, data=f"{index.fingerprint}:{index.rewards_fingerprint}")
+        data = f"{index.fingerprint}:{index.rewards_fingerprint}"
+        if not inputs.blend.is_even:
+            data = f"{data}, {inputs.blend} pairs of the sources"
+        identity = identity_of(self.spec, model=fingerprint, data=data)
         self._settle(identity)
         self._check_layout(model, inputs)
         engine = Engine(model, self.spec, self.world)
@@ -239,6 +242,9 @@ class Run:
             listener=Listener(message=self.reporter.note, progress=progress),
         )
         plan = make_plan(self.spec, indexes.train.n, [index.n for index in indexes.validation.values()])
+        blend = blend_of(self.spec.data, indexes.train)
+        if not blend.is_even:
+            self.reporter.note(f"weights: an epoch uses {blend} pairs of the training sources")
         self._total = plan.total_steps
         doubts = [text for index in (indexes.train, *indexes.validation.values()) for text in index.stats["warnings"]]
         self.reporter.indexed(plan, indexes.train.stats, doubts)
@@ -246,11 +252,15 @@ class Run:
         settings = self.spec.dpo
         return Inputs(
             train=DataSet("train", indexes.train, settings),
-            validation=tuple(DataSet(name, index, settings) for name, index in indexes.validation.items()),
+            validation=tuple(
+                DataSet(name, index, settings, source.weight)
+                for (name, index), source in zip(indexes.validation.items(), self.spec.data.validation, strict=True)
+            ),
             packer=Packer.of(self.spec, plan),
             plan=plan,
             seed=self.spec.training.seed,
             drop_last=self.spec.training.drop_last,
+            blend=blend,
         )
 
     def _load(self) -> tuple[Any, str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from dpo_api.blend import mean_weights
 from dpo_api.errors import StoppedError
 from dpo_api.plan import Plan
 from dpo_api.sizing import utilization
@@ -17,7 +18,7 @@ from dpo_trainer.checkpoint.identity import Identity, check_identity
 from dpo_trainer.checkpoint.saving import Saver
 from dpo_trainer.checkpoint.state import collect, restore
 from dpo_trainer.choosing import Chooser
-from dpo_trainer.data.order import batch_pairs, validation_batches
+from dpo_trainer.data.order import Blend, batch_pairs, validation_batches
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.layouts import product_here
@@ -40,22 +41,24 @@ class Inputs:
     plan: Plan
     seed: int
     drop_last: bool
+    blend: Blend
 
     def epoch(self, epoch: int) -> list[Pairs]:
         """Return an epoch's global batches. They depend on seed, epoch and data only."""
         n, size = self.train.index.n, self.plan.global_batch_size
-        batches = batch_pairs(n, size, self.seed, epoch, drop_last=self.drop_last)
+        batches = batch_pairs(n, size, self.seed, epoch, drop_last=self.drop_last, blend=self.blend)
         return batches[: self.plan.steps_per_epoch]
 
     def training_pairs(self) -> Pairs:
         """Return every pair that the run trains on, in ascending order."""
         plan = self.plan
-        seen: list[Pairs] = []
+        used = np.zeros(self.train.index.n, dtype=np.bool_)
         for epoch in range(plan.epochs):
-            seen.extend(self.epoch(epoch)[: plan.total_steps - epoch * plan.steps_per_epoch])
-            if sum(len(batch) for batch in seen) >= self.train.index.n and plan.dropped_per_epoch == 0:
-                break  # the first epoch uses them all
-        return np.unique(np.concatenate(seen))
+            for batch in self.epoch(epoch)[: plan.total_steps - epoch * plan.steps_per_epoch]:
+                used[batch] = True
+            if used.all():
+                break
+        return np.flatnonzero(used)
 
     def validation_batches(self) -> list[tuple[DataSet, list[Pairs]]]:
         """Return each validation source with its batches."""
@@ -241,6 +244,8 @@ class Training:
     def validate(self) -> bool:
         """Validate the current weights on all sources: means over all pairs, and by source if there are several.
 
+        In the means over all, each pair counts as much as the weight of its source.
+
         Returns False, and reports nothing, if asked to stop before the end.
         """
         of = sum(self.plan.validation_batches)
@@ -258,7 +263,7 @@ class Training:
                 self.reporter.phase("validate", done=done, of=of)
                 if done < of and self.stop.agreed(self.world):
                     return False
-        total = torch.stack(list(tables.values())).sum(0)
+        total = torch.stack([tables[data.name] * weight for data, weight in self._weighted(tables)]).sum(0)
         values = means(total)
         if len(tables) > 1:
             values |= {f"{name}/{key}": value for name, table in tables.items() for key, value in means(table).items()}
@@ -268,6 +273,13 @@ class Training:
         self.chooser.validated(self.step, {f"val/{name}": value for name, value in values.items()})
         self.reporter.best(self.chooser.best)
         return True
+
+    def _weighted(self, tables: dict[str, torch.Tensor]) -> list[tuple[DataSet, float]]:
+        """Return each source that was validated, with the factor of its sums."""
+        found = [(data, batches) for data, batches in self.inputs.validation_batches() if data.name in tables]
+        pairs = [sum(len(batch) for batch in batches) for _, batches in found]
+        factors = mean_weights(pairs, [data.weight for data, _ in found])
+        return [(data, factor) for (data, _), factor in zip(found, factors, strict=True)]
 
     def checkpoint(self) -> None:
         """Save this step on all ranks; with ``checkpoint.async``, begin to."""

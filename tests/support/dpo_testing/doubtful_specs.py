@@ -35,8 +35,6 @@ VALID = {"data.validation": [{"uri": "s3://prefs/valid.jsonl"}]}
 ON_CLUSTER = {"on_cluster": True}
 
 NOT_YET_CASES: dict[str, dict[str, Any]] = {
-    "spec.data.train[].weight": {"data.train[0].weight": 2},
-    "spec.data.validation[].weight": {"data.validation": [{"uri": "x", "weight": 0.5}]},
     "spec.logging.mlflow": {"logging.mlflow": {"trackingURI": "http://mlflow"}},
     "spec.storage.cache.size": {"storage.cache.size": "10Gi"},
     "spec.transformerEngine.fp8": {"transformerEngine.fp8": "hybrid"},

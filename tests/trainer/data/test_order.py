@@ -3,11 +3,16 @@
 import hashlib
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_api.blend import mean_weights, uses_per_epoch
+from dpo_api.errors import InvalidSpecError
 from dpo_api.plan import batches_per_epoch
-from dpo_trainer.data.order import batch_pairs, epoch_order, validation_batches
+from dpo_trainer.data.order import Blend, batch_pairs, epoch_order, epoch_pairs, validation_batches
+
+KNOWN = [[[1, 2, 6, 10, 2], [0, 5, 0, 1, 3], [9, 7]], [[1, 1, 0, 0, 2], [3, 3, 4, 11, 8], [4, 11]]]
 
 sizes = st.integers(0, 400)
 batch_sizes = st.integers(1, 70) | st.sampled_from([1, 2, 5])  # small ones often divide
@@ -106,3 +111,85 @@ def test_validation_is_file_order_and_whole(pairs: int, size: int) -> None:
     batches = validation_batches(pairs, size)
     assert [pair for batch in batches for pair in batch.tolist()] == list(range(pairs))
     assert all(len(batch) == size for batch in batches[:-1])
+
+
+counts = st.lists(
+    st.tuples(st.integers(0, 60), st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, 0.1])), min_size=1, max_size=5
+)
+
+
+def blend_of(sources: list[tuple[int, float]]) -> Blend | None:
+    pairs = tuple(count for count, _ in sources)
+    try:
+        return Blend(pairs, uses_per_epoch(pairs, [weight for _, weight in sources]))
+    except InvalidSpecError:
+        return None
+
+
+@given(counts, seeds, epochs, batch_sizes, st.sampled_from([0.3, 1.0, 7.0]))
+def test_equal_weights_change_nothing(
+    sources: list[tuple[int, float]], seed: int, epoch: int, size: int, weight: float
+) -> None:
+    pairs = tuple(count for count, _ in sources)
+    assert uses_per_epoch(pairs, [weight] * len(pairs)) == pairs
+    total = sum(pairs)
+    assert epoch_pairs(Blend(pairs, pairs), seed, epoch).tolist() == list(range(total))
+    plain = batch_pairs(total, size, seed, epoch, drop_last=False)
+    same = batch_pairs(total, size, seed, epoch, drop_last=False, blend=Blend(pairs, pairs))
+    assert [batch.tolist() for batch in plain] == [batch.tolist() for batch in same]
+
+
+@given(counts, st.sampled_from([0.5, 3.0]))
+def test_weights_are_relative_and_an_epoch_keeps_its_length(sources: list[tuple[int, float]], factor: float) -> None:
+    blend = blend_of(sources)
+    if blend is None:
+        return
+    assert sum(blend.uses) == sum(blend.pairs)
+    scaled = blend_of([(count, weight * factor) for count, weight in sources])
+    assert scaled == blend or any(weight == 0.1 for _, weight in sources)  # 0.1 · 3 is not 0.3 in binary
+    whole = sum(count * weight for count, weight in sources)
+    for (count, weight), used in zip(sources, blend.uses, strict=True):
+        assert not whole or abs(used - sum(blend.pairs) * count * weight / whole) < 1
+
+
+@given(counts, seeds)
+def test_a_pair_is_used_again_only_after_all_others_of_its_source(sources: list[tuple[int, float]], seed: int) -> None:
+    blend = blend_of(sources)
+    if blend is None:
+        return
+    total = sum(blend.pairs)
+    seen = np.zeros(total, dtype=np.int64)
+    for epoch in range(4):
+        used = np.concatenate(
+            [*batch_pairs(total, 7, seed, epoch, drop_last=False, blend=blend), np.zeros(0, np.int64)]
+        )
+        assert len(used) == total
+        np.add.at(seen, used, 1)
+        first = 0
+        for pairs, uses in zip(blend.pairs, blend.uses, strict=True):
+            own = seen[first : first + pairs]
+            assert own.sum() == (epoch + 1) * uses
+            assert pairs == 0 or own.max() - own.min() <= 1
+            first += pairs
+
+
+def test_the_order_of_a_weighted_set_is_known() -> None:
+    """4 pairs of weight 3 and 8 of weight 1: 12 · 12/20 = 7.2 and 4.8 uses. The order is part of a run directory."""
+    blend = Blend((4, 8), uses_per_epoch((4, 8), (3.0, 1.0)))
+    assert blend.uses == (7, 5)
+    assert str(blend) == "7 of 4, 5 of 8"
+    batches = [batch_pairs(12, 5, 1234, epoch, drop_last=False, blend=blend) for epoch in range(2)]
+    assert [[batch.tolist() for batch in epoch] for epoch in batches] == KNOWN
+
+
+def test_a_source_whose_weight_leaves_it_no_use_is_refused() -> None:
+    with pytest.raises(
+        InvalidSpecError, match=r"train\[1\].weight: 0.001 leaves its 3 pairs less than one of the 13 uses"
+    ):
+        uses_per_epoch((10, 3), (1.0, 0.001))
+    assert uses_per_epoch((10, 0), (1.0, 0.001)) == (10, 0)
+
+
+def test_factors_of_a_mean_keep_its_number_of_pairs() -> None:
+    assert mean_weights((3, 50), (0.1, 0.1)) == (1.0, 1.0)
+    assert mean_weights((10, 30), (3.0, 1.0)) == (2.0, 2 / 3)

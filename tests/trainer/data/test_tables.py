@@ -13,6 +13,7 @@ import pytest
 from pyarrow import feather
 
 from dpo_api.errors import InvalidDataError
+from dpo_api.inputs import DataFormat
 from dpo_api.spec import Columns, Data
 from dpo_store import ObjectInfo, Store, open_store
 from dpo_testing.corpora import Row, byte_bpe_tokenizer, chat_rows, preference_rows, write_jsonl
@@ -20,7 +21,7 @@ from dpo_testing.s3server import S3Server, need, s3_server
 from dpo_trainer.data import tables
 from dpo_trainer.data.index import Source, build_index
 from dpo_trainer.data.records import names_read
-from dpo_trainer.data.rows import Format, read_rows
+from dpo_trainer.data.rows import read_rows
 from dpo_trainer.data.spill import PairIndex
 from dpo_trainer.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -75,7 +76,7 @@ def build(
     cache: Path,
     *,
     store: Store | None = None,
-    format: Format | None = None,  # noqa: A002 - the field's name
+    format: DataFormat | None = None,  # noqa: A002 - the field's name
     **settings: Any,
 ) -> PairIndex:
     data = Data.model_validate({"train": [{"uri": str(path)}], **settings})
@@ -212,7 +213,7 @@ def damaged(path: Path, how: Callable[[bytes], bytes]) -> Path:
 def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = preference_rows(20)
 
-    def refused(path: Path, format: Format | None = None) -> str:  # noqa: A002 - the field's name
+    def refused(path: Path, format: DataFormat | None = None) -> str:  # noqa: A002 - the field's name
         with pytest.raises(InvalidDataError) as caught:
             build(path, tokenizer, tmp_path / "cache", format=format)
         assert str(caught.value).startswith(str(path))
@@ -254,7 +255,8 @@ import collections, pathlib, random, resource, sys
 import pyarrow as pa, pyarrow.parquet as pq
 from dpo_api.errors import InvalidDataError
 from dpo_store import open_store
-from dpo_trainer.data.rows import format_of, read_rows
+from dpo_api.inputs import data_format
+from dpo_trainer.data.rows import read_rows
 
 folder, draw, store, found = pathlib.Path(sys.argv[1]), random.Random(7), open_store(), collections.Counter()
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
@@ -273,7 +275,7 @@ for path in sorted(folder.iterdir()):
         (folder / f"bad{path.suffix}").write_bytes(data)
         info = store.stat(str(folder / f"bad{path.suffix}"))
         try:
-            found[len(list(read_rows(store, info, format_of(info.uri), names)))] += 1
+            found[len(list(read_rows(store, info, data_format(info.uri), names)))] += 1
         except InvalidDataError as error:
             assert str(error).startswith(info.uri) and "\\n" not in str(error), error
             found["refused"] += 1
@@ -302,7 +304,8 @@ GROWTH = """
 import sys
 from pathlib import Path
 from dpo_store import open_store
-from dpo_trainer.data.rows import format_of, read_rows
+from dpo_api.inputs import data_format
+from dpo_trainer.data.rows import read_rows
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -311,7 +314,7 @@ def peak():
 store, names = open_store(), frozenset(["prompt", "chosen", "rejected"])
 for path in sys.argv[1:]:
     before = peak()
-    count = sum(1 for _ in read_rows(store, store.stat(path), format_of(path), names))
+    count = sum(1 for _ in read_rows(store, store.stat(path), data_format(path), names))
     print(count, peak() - before)
 """
 

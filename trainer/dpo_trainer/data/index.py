@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from dpo_api import errors
+from dpo_api.blend import uses_per_epoch
 from dpo_api.errors import DPOError, InvalidModelError, InvalidSpecError, Outcome
+from dpo_api.inputs import DataFormat, data_format
 from dpo_api.spec import Data, DataSource, DPOJobSpec
 from dpo_api.texts import counted, size
 from dpo_store import ObjectInfo, Store
 from dpo_trainer.data.cache import cache_folder, exclusive, free_bytes, no_space
 from dpo_trainer.data.encode import EncodedPair, PairEncoder
+from dpo_trainer.data.order import Blend
 from dpo_trainer.data.problems import Problem
 from dpo_trainer.data.records import Record, names_read, record_of
-from dpo_trainer.data.rows import Format, format_of, place, read_rows
+from dpo_trainer.data.rows import place, read_rows
 from dpo_trainer.data.spill import FORMAT, PairIndex, SpillWriter
 from dpo_trainer.data.tally import Tally
 from dpo_trainer.data.tokenizer import Tokenizer
@@ -40,7 +43,7 @@ class Source:
     name: str
     uri: str
     store: Store
-    format: Format | None = None
+    format: DataFormat | None = None
     """Of all its files; None: as their names say."""
 
     def files(self) -> list[ObjectInfo]:
@@ -55,7 +58,7 @@ class _File:
     number: int
     source: Source
     info: ObjectInfo
-    format: Format
+    format: DataFormat
 
     def place(self, row: int) -> str:
         """Name a row in messages."""
@@ -131,6 +134,12 @@ def build_indexes(
     return DataIndexes(train, {source.name: build(source.name, [source]) for source in held_out})
 
 
+def blend_of(data: Data, index: PairIndex) -> Blend:
+    """Return how often an epoch uses each source's pairs. Raises InvalidSpecError if it uses none of a source."""
+    pairs = tuple(int(source["pairs"]) for source in index.stats["sources"])
+    return Blend(pairs, uses_per_epoch(pairs, [source.weight for source in data.train]))
+
+
 def build_index(
     name: str,
     sources: Sequence[Source],
@@ -154,7 +163,7 @@ def build_index(
     """
     tell = listener or Listener()
     files = [
-        _File(number, source, info, format_of(info.uri, source.format))
+        _File(number, source, info, data_format(info.uri, source.format))
         for number, source in enumerate(sources)
         for info in source.files()
     ]

@@ -4,16 +4,14 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from dpo_api.errors import InvalidDataError
+from dpo_api.inputs import TABLES, DataFormat
 from dpo_store import ObjectInfo, Store
 from dpo_trainer.data.problems import Problem, Reason, UnusableError, kind_of
 
-Format = Literal["jsonl", "parquet", "arrow"]
-
-_SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"}
-_MAGICS: dict[bytes, Format] = {b"PAR1": "parquet", b"ARROW1": "arrow"}
+_MAGICS: dict[bytes, DataFormat] = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -26,20 +24,12 @@ class Row:
     size: int
 
 
-def format_of(uri: str, stated: Format | None = None) -> Format:
-    """Return the format that the source states, else the one that the file's name ends in, else JSON lines."""
-    if stated is not None:
-        return stated
-    name = uri.lower()
-    return next((found for suffix, found in _SUFFIXES.items() if name.endswith(suffix)), "jsonl")
-
-
-def place(uri: str, format: Format, number: int) -> str:  # noqa: A002 - the word for it
+def place(uri: str, format: DataFormat, number: int) -> str:  # noqa: A002 - the word for it
     """Return how messages name a row: ``file:12``, or in a table ``file:row 12``."""
     return f"{uri}:{number}" if format == "jsonl" else f"{uri}:row {number}"
 
 
-def read_rows(store: Store, info: ObjectInfo, format: Format, names: frozenset[str]) -> Iterator[Row]:  # noqa: A002
+def read_rows(store: Store, info: ObjectInfo, format: DataFormat, names: frozenset[str]) -> Iterator[Row]:  # noqa: A002
     """Yield a file's rows in order; blank lines are left out.
 
     ``names``: the columns of a table that are read. A row that cannot be read alone has a Problem as its content.
@@ -63,7 +53,7 @@ def _lines(store: Store, info: ObjectInfo) -> Iterator[Row]:
 def _refuse_table(uri: str, line: bytes) -> None:
     for magic, found in _MAGICS.items():
         if line.startswith(magic):
-            endings = " or ".join(suffix for suffix, named in _SUFFIXES.items() if named == found)
+            endings = " or ".join(suffix for suffix, named in TABLES.items() if named == found)
             raise InvalidDataError(
                 f"{uri}: is {'a Parquet' if found == 'parquet' else 'an Arrow'} file, not JSON lines; set the source's"
                 f" format: {found}, or give it a name that ends in {endings}"

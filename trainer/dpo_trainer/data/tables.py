@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_api.errors import DPOError, InvalidDataError
+from dpo_api.inputs import DataFormat
 from dpo_store import ObjectInfo, Store
 from dpo_trainer.data.problems import Problem, Reason
-from dpo_trainer.data.rows import Format, Row, place
+from dpo_trainer.data.rows import Row, place
 
 _BUFFER = 2 << 20
 """Bytes of one read of a column."""
@@ -87,7 +88,7 @@ class _Blocks(io.RawIOBase):
         return b"".join(parts)
 
 
-def read_table(store: Store, info: ObjectInfo, format: Format, names: frozenset[str]) -> Iterator[Row]:  # noqa: A002
+def read_table(store: Store, info: ObjectInfo, format: DataFormat, names: frozenset[str]) -> Iterator[Row]:  # noqa: A002
     """Yield a table's rows with the columns of these names; all other columns are None. See ``rows.read_rows``."""
     file = _File(store, info)
     head = file.read(len(_ARROW_FILE))
@@ -172,7 +173,7 @@ def _not(kind: str, head: bytes) -> str:
     return f"is not {kind}: it begins with {head!r}; set the source's format, or take the ending off the file's name"
 
 
-def _rows(batch: pa.RecordBatch, held: Sequence[str], info: ObjectInfo, format: Format, done: int) -> Iterator[Row]:  # noqa: A002
+def _rows(batch: pa.RecordBatch, held: Sequence[str], info: ObjectInfo, format: DataFormat, done: int) -> Iterator[Row]:  # noqa: A002
     """Yield a batch's rows. ``held``: the names of all the file's columns; ``done``: the rows before the batch."""
     size = batch.nbytes // max(1, batch.num_rows)
     if batch.nbytes > _MAX_ROW:

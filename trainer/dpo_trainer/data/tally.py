@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_api.errors import InvalidDataError
+from dpo_api.inputs import DataFormat
 from dpo_api.spec import Data
 from dpo_trainer.data.chat import TEMPLATE_DATE
 from dpo_trainer.data.encode import EncodedPair
 from dpo_trainer.data.problems import Problem, Reason
-from dpo_trainer.data.rows import Format
 
 _SHOWN = 5
 _SEPARATE = "set spec.data.boundary: separate to tokenise the responses on their own"
@@ -153,7 +153,7 @@ class Tally:
             )
         return warnings
 
-    def stats(self, files: list[tuple[str, Format]], *, template_date: bool, bare: bool = False) -> dict[str, Any]:
+    def stats(self, files: list[tuple[str, DataFormat]], *, template_date: bool, bare: bool = False) -> dict[str, Any]:
         """The JSON that PairIndex.stats holds. ``bare``: there is a chat template, and no text shows a trace of one.
 
         lines, pairs, tokens (prompt + chosen + rejected), longest (prompt with the longer response), truncated,
