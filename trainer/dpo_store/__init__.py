@@ -13,8 +13,8 @@ that the options name.
 Every failure is a ``dpo_api.errors.DPOError`` whose message is one sentence; :mod:`dpo_store.errors` is the one table
 from foreign error codes to those classes, and says which are tried again. No torch, no asyncio; safe for threads.
 
-Memory of ``stream`` is at most ``(read_ahead + 1) * chunk`` bytes plus about 1 MiB a running request, whatever the
-object's size; :mod:`dpo_store.lines` gives the bound of ``lines``.
+Memory of ``stream`` is at most ``ahead`` bytes (16 MiB) plus 3 MiB, whatever the object's size; :mod:`dpo_store.lines`
+gives the bound of ``lines``.
 """
 
 from dpo_store.errors import ObjectChangedError

@@ -12,10 +12,8 @@ from urllib.parse import urlsplit
 from dpo_api.errors import InvalidSpecError
 
 MIB: Final = 1024 * 1024
-CHUNK: Final = 8 * MIB
-"""Bytes of one range request, unless the caller says otherwise."""
-READ_AHEAD: Final = 2
-"""Range requests under way beside the chunk that the caller is working on."""
+READ_AHEAD: Final = 16 * MIB
+"""Bytes of an object that are read from S3 ahead of the caller, unless it says otherwise."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins  # `list` is a method here
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -229,18 +229,18 @@ class S3Backend:
         stop = info.size if length is None else min(info.size, start + length)
         if start >= stop:
             return b""
-        return b"".join(self.fetch(location, info, start, stop))
+        return b"".join(self.blocks(location, info, start, stop))
 
-    def fetch(
+    def blocks(
         self,
         location: Location,
         info: ObjectInfo,
         start: int,
         stop: int,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> builtins.list[bytes]:
-        """Return the bytes [start, stop) in blocks, with retries; see :mod:`dpo_store.ranges`."""
-        return ranges.fetch(
+    ) -> Generator[bytes]:
+        """Yield the bytes [start, stop) in blocks, with retries; see :mod:`dpo_store.ranges`."""
+        return ranges.blocks(
             self.client, location, info, start, stop,
             patience=self.patience(info.uri), policy=self._policy, monotonic=self._timing.monotonic,
             cancelled=cancelled,

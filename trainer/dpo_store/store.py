@@ -12,7 +12,7 @@ from dpo_api.errors import NotFoundError
 from dpo_store import find, readahead, trees, uris
 from dpo_store import lines as text
 from dpo_store.local import LocalBackend
-from dpo_store.options import CHUNK, READ_AHEAD, ObjectInfo, RetryPolicy, StorageOptions, Timing
+from dpo_store.options import READ_AHEAD, ObjectInfo, RetryPolicy, StorageOptions, Timing
 from dpo_store.uris import Location
 
 if TYPE_CHECKING:
@@ -101,13 +101,12 @@ class Store:
         location = uris.parse(source if isinstance(source, str) else source.uri)
         return self._backend(location).read(location, start, length, known)
 
-    def stream(
-        self, source: str | ObjectInfo, chunk: int = CHUNK, read_ahead: int = READ_AHEAD, start: int = 0
-    ) -> Iterator[bytes]:
-        """Yield an object's bytes from ``start`` in blocks of at most ``chunk`` bytes, fetched ahead of the reader.
+    def stream(self, source: str | ObjectInfo, ahead: int = READ_AHEAD, start: int = 0) -> Iterator[bytes]:
+        """Yield an object's bytes from ``start`` in blocks of at most 1 MiB.
 
-        Holds at most ``(read_ahead + 1) * chunk`` bytes of the object, plus about 1 MiB a running request. An object
-        that changes meanwhile is an ObjectChangedError: bytes of two versions are never mixed.
+        From S3 it is one request, read up to ``ahead`` bytes ahead of the caller by a thread (0: by the caller); memory
+        is at most these bytes and 3 MiB. An object that changes meanwhile is an ObjectChangedError: bytes of two
+        versions are never mixed. Close the iterator to stop early.
         """
         info = self.stat(source) if isinstance(source, str) else source
         location = uris.parse(info.uri)
@@ -115,9 +114,7 @@ class Store:
         if isinstance(backend, LocalBackend):
             return backend.stream(location, info, start)
         s3 = backend
-        return readahead.stream(
-            lambda a, b, cancelled: s3.fetch(location, info, a, b, cancelled), start, info.size, chunk, read_ahead
-        )
+        return readahead.stream(lambda cancelled: s3.blocks(location, info, start, info.size, cancelled), ahead)
 
     def lines(self, source: str | ObjectInfo) -> Iterator[tuple[int, bytes]]:
         """Yield (line number from 1, line without its end) of a text file, .gz or .zst decompressed on the way.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dpo_store.s3 import S3Backend
 
 _TOGETHER: Final = 4
-"""Files under way at once: up to 4 * 32 MiB of parts going up, 4 * 24 MiB of chunks coming down."""
+"""Files under way at once: up to 4 * 32 MiB of parts going up, 4 * 16 MiB that were read ahead coming down."""
 
 
 def download(blocks: Iterator[bytes], info: ObjectInfo, path: Path) -> None:

@@ -65,11 +65,16 @@ class Seen:
 
 @dataclass
 class FaultProxy:
-    """A running proxy: its endpoint, the faults still to come and the requests so far."""
+    """A running proxy: its endpoint, the faults still to come and the requests so far.
+
+    ``sent`` counts the bytes of bodies that were passed on unspoiled, ``ended`` the answers that a client cut short.
+    """
 
     endpoint: str
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
+    sent: int = 0
+    ended: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, kind: Kind, **settings: object) -> None:
@@ -164,6 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._forward(upstream, body, fault)
         except (BrokenPipeError, ConnectionResetError):  # the client went away, which is its right
             self.close_connection = True
+            self.rules.ended += 1
         finally:
             upstream.close()
 
@@ -198,6 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         while block := answer.read(_BLOCK):
             self.wfile.write(block)
+            self.rules.sent += len(block)
 
     def _refuse(self, fault: Fault) -> None:
         body = f"<Error><Code>{fault.reason}</Code><Message>on order</Message></Error>".encode()

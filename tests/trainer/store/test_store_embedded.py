@@ -44,7 +44,7 @@ def test_a_folder_is_served_and_can_be_written(endpoint: str, tmp_path: Path) ->
         ("s3://quick/deep/a.bin", len(DATA)),
         ("s3://quick/t.jsonl", 4),
     ]
-    assert b"".join(store.stream("s3://quick/deep/a.bin", chunk=700_001)) == DATA
+    assert b"".join(store.stream("s3://quick/deep/a.bin", ahead=700_001)) == DATA
     assert store.read("s3://quick/deep/a.bin", 5, 7) == DATA[5:12]
     assert list(store.lines("s3://quick/t.jsonl")) == [(1, b"1"), (2, b"2")]
     (tmp_path / "big").write_bytes(DATA * 7)  # goes up in parts

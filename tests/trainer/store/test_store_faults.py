@@ -7,19 +7,20 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_api.errors import AccessDeniedError, DPOError, StorageUnavailableError
-from dpo_store import ObjectChangedError, RetryPolicy, Store, open_store
+from dpo_store import ObjectChangedError, RetryPolicy, Store, Timing, open_store
 from dpo_store.lines import lines
 from dpo_store.multipart import PART
 from dpo_testing.faults import FaultProxy, Kind, Pauses
 from dpo_testing.s3server import S3Server
 
-KINDS: tuple[Kind, ...] = ("status", "reset", "short", "stall", "drip", "delay")
+KINDS: tuple[Kind, ...] = ("status", "reset", "short", "stall", "drip")
 CHUNK = 1 << 20
 DATA = random.Random(5).randbytes(5 * CHUNK + 12345)
 
@@ -30,7 +31,7 @@ def uri(store: Store, bucket: str) -> str:
     return f"s3://{bucket}/data"
 
 
-@pytest.mark.parametrize("read_ahead", [pytest.param(0, marks=pytest.mark.nightly), 2])
+@pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.nightly), 2 * CHUNK])
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -48,29 +49,31 @@ def uri(store: Store, bucket: str) -> str:
 )
 def test_nothing_is_lost_or_comes_twice(
     flaky: Store, hasty: Store, proxy: FaultProxy, pauses: Pauses, uri: str, kind: Any, settings: dict[str, Any],
-    read_ahead: int,
+    ahead: int,
 ) -> None:  # fmt: skip
     known_by_time = kind in {"stall", "drip"}
     used = hasty if known_by_time else flaky
     info = used.stat(uri)
-    proxy.add(kind, times=3, skip=1, **settings)
+    proxy.add(kind, times=3, **settings)
     pauses.taken.clear()
-    blocks = list(used.stream(info, chunk=CHUNK, read_ahead=read_ahead))
+    blocks = list(used.stream(info, ahead))
     assert b"".join(blocks) == DATA
     assert all(len(block) <= CHUNK for block in blocks)
-    # Six ranges, and one more request for each failure: what came before it was kept.
+    # One request, and one more for each failure: what came before it was kept.
     failures = len(pauses.taken)
-    assert proxy.count("GET") == 6 + failures
+    assert proxy.count("GET") == 1 + failures
     assert failures >= 3 if known_by_time else failures == 3
 
 
 def test_a_range_resumes_at_the_byte_it_reached(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    last = len(DATA) - 1
     proxy.add("short", after=400_000)
-    assert b"".join(flaky.stream(uri, chunk=CHUNK, read_ahead=0)) == DATA
-    assert [seen.range for seen in proxy.seen if seen.method == "GET"][:3] == [
-        f"bytes=0-{CHUNK - 1}",
-        f"bytes=400000-{CHUNK - 1}",
-        f"bytes={CHUNK}-{2 * CHUNK - 1}",
+    proxy.add("short", after=last - 400_000)  # all but the last byte
+    assert b"".join(flaky.stream(uri, ahead=0)) == DATA
+    assert [seen.range for seen in proxy.seen if seen.method == "GET"] == [
+        f"bytes=0-{last}",
+        f"bytes=400000-{last}",
+        f"bytes={last}-{last}",
     ]
 
 
@@ -86,11 +89,10 @@ def test_every_line_once_on_a_bad_day(
     store.write(f"s3://{bucket}/t.jsonl", text)
     for _ in range(40):
         kind: Kind = rng.choice(KINDS)
-        seconds = {"drip": 0.01, "delay": 0.01}.get(kind, 1)
-        proxy.add(kind, skip=rng.randrange(3), after=rng.randrange(CHUNK), seconds=seconds)
+        proxy.add(kind, after=rng.randrange(CHUNK), seconds=0.01 if kind == "drip" else 1)
     found = hashlib.sha256()
     number = 0
-    for number, line in lines(flaky.stream(f"s3://{bucket}/t.jsonl", chunk=CHUNK), "t.jsonl"):
+    for number, line in lines(flaky.stream(f"s3://{bucket}/t.jsonl", ahead=CHUNK), "t.jsonl"):
         assert line == wanted[number - 1]
         found.update(line + b"\n")
     assert number == len(wanted)
@@ -103,7 +105,7 @@ def test_patience_ends_and_its_pauses_grow_with_jitter(
 ) -> None:
     proxy.add("status", times=99)
     with pytest.raises(StorageUnavailableError, match=r"data: the storage is overloaded.*gave up after 4 tries"):
-        list(flaky.stream(flaky.stat(uri), read_ahead=0))
+        list(flaky.stream(flaky.stat(uri), ahead=0))
     assert proxy.count("GET") == 4
     # base * 2**n, here 0.5 s; the injected random is 0.5.
     assert pauses.taken == [0.5, 1.0, 2.0]
@@ -113,13 +115,7 @@ def test_a_server_that_only_ever_drips_is_given_up(hasty: Store, proxy: FaultPro
     info = hasty.stat(uri)
     proxy.add("drip", times=99, seconds=0.05)
     with pytest.raises(StorageUnavailableError, match=r"sent \d+ bytes in \d+ s \(gave up after 4 tries\)"):
-        list(hasty.stream(info, read_ahead=0))
-
-
-def test_the_last_byte_of_a_range_counts(flaky: Store, proxy: FaultProxy, uri: str) -> None:
-    proxy.add("short", after=CHUNK - 1)
-    assert b"".join(flaky.stream(uri, chunk=CHUNK, read_ahead=0)) == DATA
-    assert [seen.range for seen in proxy.seen if seen.method == "GET"][1] == f"bytes={CHUNK - 1}-{CHUNK - 1}"
+        list(hasty.stream(info, ahead=0))
 
 
 @pytest.mark.parametrize("kind", ["short", "reset"])
@@ -127,21 +123,21 @@ def test_a_server_that_sends_nothing_is_given_up(flaky: Store, proxy: FaultProxy
     info = flaky.stat(uri)
     proxy.add(kind, times=9)
     with pytest.raises(StorageUnavailableError, match=r"gave up after 4 tries"):
-        list(flaky.stream(info, read_ahead=0))
+        list(flaky.stream(info, ahead=0))
     assert proxy.count("GET") == 4
 
 
 def test_progress_renews_patience(flaky: Store, proxy: FaultProxy, uri: str) -> None:
-    # 20 cuts inside one range, each after 100 kB: far more failures than the four tries of one standstill.
+    # 20 cuts, each after 100 kB: far more failures than the four tries of one standstill.
     proxy.add("short", times=20, after=100_000)
-    assert b"".join(flaky.stream(uri, chunk=len(DATA), read_ahead=0)) == DATA
+    assert b"".join(flaky.stream(uri, ahead=0)) == DATA
     assert proxy.count("GET") == 21
 
 
 def test_permanent_errors_are_not_tried_again(flaky: Store, proxy: FaultProxy, uri: str, pauses: Pauses) -> None:
     proxy.add("status", times=9, code=403, reason="AccessDenied")
     with pytest.raises(AccessDeniedError, match="access denied"):
-        list(flaky.stream(flaky.stat(uri), read_ahead=0))
+        list(flaky.stream(flaky.stat(uri), ahead=0))
     assert proxy.count("GET") == 1
     assert pauses.taken == []
 
@@ -159,9 +155,10 @@ def test_a_head_without_a_body_is_asked_again_for_its_reason(flaky: Store, proxy
 
 @pytest.mark.parametrize("new", [DATA[::-1], DATA[:-1], DATA + b"x"], ids=["rewritten", "shorter", "longer"])
 def test_a_change_under_way_is_found(store: Store, flaky: Store, proxy: FaultProxy, uri: str, new: bytes) -> None:
-    proxy.add("delay", skip=3, action=lambda: store.write(uri, new))
+    proxy.add("short", after=CHUNK)
+    proxy.add("delay", action=lambda: store.write(uri, new))
     with pytest.raises(ObjectChangedError, match="changed"):
-        list(flaky.stream(uri, chunk=CHUNK, read_ahead=1))
+        list(flaky.stream(uri, ahead=CHUNK))
 
 
 def test_a_range_of_a_described_object_is_one_request(store: Store, flaky: Store, proxy: FaultProxy, uri: str) -> None:
@@ -175,16 +172,17 @@ def test_a_range_of_a_described_object_is_one_request(store: Store, flaky: Store
 
 
 def test_a_server_that_ignores_if_match_is_found_out(flaky: Store, proxy: FaultProxy, uri: str) -> None:
-    proxy.add("etag", skip=2)
+    proxy.add("short", after=CHUNK)
+    proxy.add("etag")
     with pytest.raises(ObjectChangedError, match="its ETag is another"):
-        list(flaky.stream(uri, chunk=CHUNK))
+        list(flaky.stream(uri, ahead=CHUNK))
 
 
 def test_a_server_without_ranges_is_refused_but_for_whole_objects(flaky: Store, proxy: FaultProxy, uri: str) -> None:
     proxy.add("no_range", times=99)
+    assert b"".join(flaky.stream(uri)) == DATA
     with pytest.raises(StorageUnavailableError, match="does not answer range requests"):
-        list(flaky.stream(uri, chunk=CHUNK))
-    assert b"".join(flaky.stream(uri, chunk=len(DATA))) == DATA
+        list(flaky.stream(uri, start=1))
 
 
 def test_writes_and_listings_try_again_too(flaky: Store, proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:
@@ -230,16 +228,66 @@ def test_a_failed_download_leaves_nothing(flaky: Store, proxy: FaultProxy, uri: 
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
-def test_a_reader_that_leaves_stops_the_requests(flaky: Store, proxy: FaultProxy, uri: str) -> None:
-    blocks = flaky.stream(uri, chunk=CHUNK // 4, read_ahead=2)
+@pytest.mark.parametrize("ahead", [0, CHUNK])
+def test_a_reader_that_leaves_closes_the_connection(
+    server: S3Server, store: Store, proxy: FaultProxy, bucket: str, flaky: Store, ahead: int
+) -> None:
+    size = 64 * CHUNK  # more than the buffers of all sockets on the way
+    with (server.folder / bucket / "large").open("wb") as file:
+        file.truncate(size)
+    blocks = flaky.stream(f"s3://{bucket}/large", ahead)
     next(blocks)
     blocks.close()  # type: ignore[attr-defined]
+    _wait(lambda: not any(t.name.startswith("dpo-store") for t in threading.enumerate()))
+    _wait(lambda: proxy.ended == 1)
+    assert proxy.count("GET") == 1
+    assert proxy.sent < size
+
+
+def _wait(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while any(t.name.startswith("dpo-store") for t in threading.enumerate()):
-        assert time.monotonic() < deadline, "threads of an abandoned stream are still running"
+    while not condition():
+        assert time.monotonic() < deadline, "an abandoned stream is still running"
         time.sleep(0.01)
-    # The first range, the two ahead of it, and one asked for when the first was given away.
-    assert proxy.count("GET") <= 4
+
+
+def test_a_caller_that_leaves_during_a_pause_ends_the_tries(
+    server: S3Server, proxy: FaultProxy, uri: str, credentials: None
+) -> None:
+    pausing, left = threading.Event(), threading.Event()
+
+    def pause(seconds: float) -> None:
+        pausing.set()
+        left.wait(10)
+
+    store = open_store(server.options(endpoint=proxy.endpoint), timing=Timing(sleep=pause))
+    proxy.add("short", after=CHUNK)
+    proxy.add("short", times=99)
+    blocks = store.stream(uri, ahead=CHUNK)
+    next(blocks)
+    assert pausing.wait(10)
+    seen = proxy.count("GET")
+    blocks.close()  # type: ignore[attr-defined]
+    left.set()
+    _wait(lambda: not any(t.name.startswith("dpo-store") for t in threading.enumerate()))
+    assert proxy.count("GET") == seen
+
+
+def test_a_slow_caller_is_not_a_slow_server(hasty: Store, proxy: FaultProxy, uri: str) -> None:
+    blocks = hasty.stream(uri, ahead=0)
+    first = next(blocks)
+    time.sleep(0.7)  # more than the window in which a server must send something
+    assert first + b"".join(blocks) == DATA
+    assert proxy.count("GET") == 1
+
+
+def test_a_broken_stream_gives_what_it_read_first(flaky: Store, proxy: FaultProxy, uri: str) -> None:
+    proxy.add("short", after=3 * CHUNK)
+    proxy.add("status", times=9, code=403, reason="AccessDenied")
+    got = []
+    with pytest.raises(AccessDeniedError):
+        got.extend(flaky.stream(uri, ahead=len(DATA)))
+    assert b"".join(got) == DATA[: 3 * CHUNK]
 
 
 def test_no_secret_reaches_a_log_or_a_message(
@@ -251,7 +299,7 @@ def test_no_secret_reaches_a_log_or_a_message(
         proxy.clear()
         proxy.add("status", code=code, reason=reason, times=9)
         with pytest.raises(DPOError) as caught:
-            list(flaky.stream(uri, read_ahead=0))
+            list(flaky.stream(uri, ahead=0))
         messages.append(str(caught.value))
     said = "\n".join([*messages, *(record.getMessage() for record in caplog.records)])
     assert "SlowDown" in said

@@ -48,8 +48,8 @@ def test_bytes_come_back_as_they_were_written(store: Store, bucket: str) -> None
     assert store.read(uri, 10, 5) == data[10:15]
     assert store.read(uri, len(data) - 3, 100) == data[-3:]
     assert store.read(uri, len(data), 1) == b""
-    assert b"".join(store.stream(info, chunk=7_777, read_ahead=3)) == data
-    assert b"".join(store.stream(info, chunk=7_777, read_ahead=0, start=50_001)) == data[50_001:]
+    assert b"".join(store.stream(info, ahead=7_777)) == data
+    assert b"".join(store.stream(info, ahead=0, start=50_001)) == data[50_001:]
     assert store.exists(uri)
     store.delete(uri)
     store.delete(uri)
