@@ -261,7 +261,8 @@ class Packing(Section):
         ge=4,
         le=4_194_304,
         description="Maximum tokens in a pack, which is the size of one forward pass. Not set: chosen on GPUs, at least"
-        " twice `data.maxLength`, the smallest value that any pair fits into; that value on CPU.",
+        " twice `data.maxLength`, the smallest value that any pair fits into; on CPU that value, but no more than"
+        " 1,024, and a pair that is longer is a pack of its own.",
     )
 
 

@@ -18,6 +18,12 @@ from dpo_trainer.model.context import share_of
 from dpo_trainer.model.pack import Pack
 from dpo_trainer.reference import Pairs, ReferenceTable
 
+CPU_PACK_TOKENS = 1024
+"""Most tokens of a pack on a CPU where nothing is set; a longer pair is a pack of its own.
+
+Larger packs take more memory and are no faster: their activations do not stay in the cache.
+"""
+
 
 @dataclass
 class DataSet:
@@ -54,10 +60,12 @@ class Packer:
     pad_to_multiple: int = 1
 
     @classmethod
-    def of(cls, spec: DPOJobSpec, plan: Plan) -> "Packer":
-        """Return the packer for a spec and its plan."""
+    def of(cls, spec: DPOJobSpec, plan: Plan, device: torch.device) -> "Packer":
+        """Return the packer for a spec and its plan, on this kind of device."""
+        is_set = spec.training.packing.max_tokens is not None
+        most = plan.pack_max_tokens if is_set or device.type != "cpu" else CPU_PACK_TOKENS
         return cls(
-            max_tokens=plan.pack_max_tokens,
+            max_tokens=min(most, plan.pack_max_tokens),
             max_pairs=plan.pack_max_pairs,
             share=spec.training.prefix_sharing,
             with_rejected=plan.with_rejected,

@@ -256,7 +256,7 @@ class Run:
                 DataSet(name, index, settings, source.weight)
                 for (name, index), source in zip(indexes.validation.items(), self.spec.data.validation, strict=True)
             ),
-            packer=Packer.of(self.spec, plan),
+            packer=Packer.of(self.spec, plan, self.world.device),
             plan=plan,
             seed=self.spec.training.seed,
             drop_last=self.spec.training.drop_last,

@@ -3,9 +3,13 @@
 import itertools
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_api.plan import make_plan
+from dpo_testing.manifests import spec
+from dpo_trainer.batches import Packer
 from dpo_trainer.data.packing import deal, pack_batch, pair_cost
 
 costs_of_a_batch = st.lists(st.integers(1, 300), max_size=80)
@@ -78,3 +82,21 @@ def test_dealing_balances_tokens() -> None:
 @pytest.mark.parametrize(("share", "rejected", "cost"), [(True, 4, 16), (False, 4, 26), (True, 0, 12), (False, 0, 12)])
 def test_cost_counts_the_tokens_of_the_stream(share: bool, rejected: int, cost: int) -> None:
     assert pair_cost(10, 2, rejected, share=share) == cost
+
+
+@pytest.mark.parametrize(
+    ("device", "length", "most", "expected"),
+    [
+        ("cpu", 2048, None, 1024),
+        ("cpu", 500, None, 1000),
+        ("cpu", 2048, 4096, 4096),
+        ("cuda", 2048, None, 4096),
+        ("cuda", 2048, 8192, 8192),
+    ],
+)
+def test_the_size_of_a_pack_that_is_not_set_is_small_on_cpus(
+    device: str, length: int, most: int | None, expected: int
+) -> None:
+    packing = {} if most is None else {"training.packing.maxTokens": most}
+    found = spec({"data.maxLength": length, **packing})
+    assert Packer.of(found, make_plan(found, 8, ()), torch.device(device)).max_tokens == expected
