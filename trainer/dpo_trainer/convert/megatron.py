@@ -76,7 +76,7 @@ def write_weights(
         if known is None:
             data = io.BytesIO()
             known = list(_write_group(source, group, file, data, prefix, progress))
-            store.write(join_uri(folder, file), data.getvalue())
+            store.write_blocks(join_uri(folder, file), [data.getbuffer()], data.tell())
             journal.add(file, known)
         else:
             progress.skip(sum(note[7] for note in known if note[1] is not None))
