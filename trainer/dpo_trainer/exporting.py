@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dpo_api.models import read_config
 from dpo_api.models.folder import Files
+from dpo_api.models.megatron.checkpoint import LATEST
 from dpo_api.spec import DPOJobSpec
 from dpo_store import Store, join_uri
 from dpo_trainer import messages
 from dpo_trainer.convert.command import write_as
-from dpo_trainer.convert.megatron import LATEST
 from dpo_trainer.convert.nemo import PARTS
 from dpo_trainer.convert.whole import Whole
 from dpo_trainer.data.tokenizer import fetch_tokenizer

@@ -13,12 +13,15 @@ from dpo_api.errors import DPOError, InvalidModelError, NotFoundError, UsageErro
 from dpo_api.inputs import Model
 from dpo_api.models import read_config
 from dpo_api.models.folder import Files
+from dpo_api.models.megatron.checkpoint import LATEST
+from dpo_api.models.megatron.distributed import TABLE
+from dpo_api.models.megatron.outgoing import describe
 from dpo_api.models.start import start_model
 from dpo_store import StorageOptions, Store, base_name, open_store
 from dpo_trainer.convert import huggingface, megatron, nemo
 from dpo_trainer.convert.journal import Journal
 from dpo_trainer.convert.progress import Progress
-from dpo_trainer.convert.whole import Whole
+from dpo_trainer.convert.whole import Whole, compare
 from dpo_trainer.formats.export import MAX_SHARD_BYTES
 
 FORMATS = ("huggingface", "megatron", "nemo")
@@ -30,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dpo_trainer convert", description="Write a model in another format."
     )
-    parser.add_argument("source", help="the model: a Hugging Face folder, a .nemo archive or folder")
+    parser.add_argument("source", help="the model: a folder (Hugging Face, NeMo, Megatron-Core) or a .nemo file")
     parser.add_argument("target", help="what to write: a folder, or for nemo a file; s3:// too")
     parser.add_argument(
         "--to", choices=FORMATS, help="the target's format (default: nemo for *.nemo, else huggingface)"
@@ -76,6 +79,8 @@ def write_as(
     """
     if form == "nemo" and store.exists(target):
         raise UsageError(f"{target} exists; choose another target")
+    if form != "huggingface":
+        describe(source.config, form, source.uri)
     folder = target + nemo.PARTS if form == "nemo" else target
     journal = Journal(store, folder, identity or {"source": source.uri, "format": form})
     with Progress(huggingface.bytes_of(source), f"Converting to {form}") as progress:
@@ -85,8 +90,7 @@ def write_as(
             megatron.write(source, store, target, journal, progress)
         else:
             huggingface.write(source, store, target, journal, progress, max_shard_bytes)
-    if form == "huggingface":
-        huggingface.compare(source, open_model(store, target))
+    compare(source, open_model(store, target))
     if form != "nemo":  # whose parts, the journal among them, are deleted
         journal.close()
 
@@ -105,10 +109,13 @@ def model_of(store: Files, uri: str) -> Model:
         return Model.model_validate({"nemo": {"uri": address}})
     if "config.json" in names:
         return Model.model_validate({"huggingFace": {"uri": address}})
+    if LATEST in names or TABLE in names:
+        return Model.model_validate({"megatron": {"uri": address}})
     if not names:
         raise NotFoundError(f"{uri} does not exist, or is an empty folder")
     raise InvalidModelError(
-        f"{uri} is no model: it has neither config.json (Hugging Face) nor model_config.yaml (NeMo)"
+        f"{uri} is no model: it has neither config.json (Hugging Face) nor model_config.yaml (NeMo) nor {LATEST}"
+        f" or {TABLE} (Megatron-Core)"
     )
 
 

@@ -1,11 +1,7 @@
 """A model as a Hugging Face folder, one file of weights after the other."""
 
-from dataclasses import asdict
-from typing import Any
-
 import torch
 
-from dpo_api.errors import InvalidModelError
 from dpo_api.models.folder import INDEX, SINGLE
 from dpo_store import Store, join_uri
 from dpo_trainer.convert.journal import Journal
@@ -32,23 +28,6 @@ def write(source: Whole, store: Store, folder: str, journal: Journal, progress: 
     if count > 1:
         store.write(join_uri(folder, INDEX), index_of(files))
     write_config(source.files, source.uri, store, folder, source.config, source.dtype)
-
-
-def compare(source: Whole, written: Whole) -> None:
-    """Compare the configuration and each tensor with the source's. Raises InvalidModelError for what differs."""
-    ours, theirs = (_computed(model) for model in (source, written))
-    if ours != theirs:
-        raise InvalidModelError(f"{written.uri}: its configuration {theirs} is not that of {source.uri}: {ours}")
-    for name, _ in source.names:
-        if not torch.equal(source.tensor(name), written.weights.read(name)):
-            raise InvalidModelError(
-                f"{written.uri}: tensor {name} is not that of {source.uri}; delete it and convert again"
-            )
-
-
-def _computed(model: Whole) -> dict[str, Any]:
-    """Return the fields that change a logit."""
-    return {name: value for name, value in asdict(model.config).items() if name not in ("dtype", "max_positions")}
 
 
 def bytes_of(source: Whole) -> int:

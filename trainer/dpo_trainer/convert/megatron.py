@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dpo_api.errors import InvalidModelError
+from dpo_api.models.megatron.checkpoint import LATEST
+from dpo_api.models.megatron.distributed import TABLE
 from dpo_api.models.megatron.outgoing import megatron_arguments, shape_of
 from dpo_store import Store, join_uri
-from dpo_trainer.checkpoint.files import TABLE
 from dpo_trainer.convert.journal import Journal
 from dpo_trainer.convert.progress import Progress
 from dpo_trainer.convert.whole import Whole
@@ -37,7 +37,6 @@ from dpo_trainer.formats.layout import Slot
 
 ITERATION = "release"
 """Megatron-LM's name of a checkpoint that no training step wrote."""
-LATEST = "latest_checkpointed_iteration.txt"
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _FUSED = (
@@ -57,7 +56,6 @@ def write(source: Whole, store: Store, folder: str, journal: Journal, progress: 
     arguments = megatron_arguments(shape_of(source.config, source.uri), source.uri)
     checkpoint = join_uri(folder, ITERATION)
     write_weights(source, store, checkpoint, journal, progress)
-    compare(source, store, checkpoint)
     common = io.BytesIO()
     torch.save({"args": Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 0}, common)
     store.write(join_uri(checkpoint, "common.pt"), common.getvalue())
@@ -83,21 +81,6 @@ def write_weights(
         notes += known
     store.write(join_uri(folder, "metadata.json"), json.dumps(_BACKEND).encode())
     store.write(join_uri(folder, TABLE), table(notes))
-
-
-def compare(source: Whole, store: Store, folder: str, prefix: str = "") -> None:
-    """Read the checkpoint by its table, and compare each parameter with the source's.
-
-    Raises InvalidModelError naming the first one that differs.
-    """
-    metadata = pickle.loads(store.read(join_uri(folder, TABLE)))  # noqa: S301 - this process has written it
-    for slot in source.slots:
-        key, layer = key_of(slot.parameter)
-        place = metadata.storage_data[MetadataIndex(prefix + key, Size(_offsets(slot, layer)))]
-        data = store.read(join_uri(folder, place.relative_path), place.offset, place.length)
-        written = torch.load(io.BytesIO(data), weights_only=True)
-        if not torch.equal(written if layer is None else written[0], source.parameter(slot)):
-            raise InvalidModelError(f"{folder}: {prefix}{key} is not that of {source.uri}; delete it and convert again")
 
 
 def _offsets(slot: Slot, layer: int | None) -> list[int]:

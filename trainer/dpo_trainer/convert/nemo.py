@@ -28,7 +28,6 @@ def write(source: Whole, store: Store, uri: str, journal: Journal, progress: Pro
     tokenizer, files = _tokenizer(source)
     settings = nemo_settings(shape_of(source.config, source.uri), tokenizer, source.uri)
     megatron.write_weights(source, store, join_uri(parts, WEIGHTS), journal, progress, prefix="model.")
-    megatron.compare(source, store, join_uri(parts, WEIGHTS), prefix="model.")
     for name, data in {CONFIG: settings, **files}.items():
         store.write(join_uri(parts, name), data)
     members = [info for info in store.list(parts) if not info.uri.endswith(f"/{NAME}")]

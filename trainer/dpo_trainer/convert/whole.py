@@ -1,13 +1,16 @@
 """A model that is read one tensor at a time, in one process, whatever its format."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpo_api.errors import InvalidModelError
 from dpo_api.models import ModelConfig
 from dpo_api.models.folder import Files
+from dpo_api.models.megatron.outgoing import NOT_COMPUTED
 from dpo_trainer.formats.huggingface import open_weights
 from dpo_trainer.formats.layout import Slot, assemble, slots
 from dpo_trainer.formats.safetensors_reader import DTYPES
@@ -56,3 +59,24 @@ class Whole:
         """Read one of Megatron-Core's parameters, in the widest type of the tensors that it is made of."""
         found = assemble(slot, self.config, self.weights.read, 0, 1)
         return found if self.dtype is None else found.to(self.dtype)
+
+
+def compare(source: Whole, written: Whole) -> None:
+    """Compare what both compute: the configuration, and each parameter bit by bit.
+
+    Raises InvalidModelError for what differs.
+    """
+    ours, theirs = (_computed(model.config) for model in (source, written))
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise InvalidModelError(f"{written.uri}: its {name} is {theirs[name]}, that of {source.uri} {value}")
+    for here, there in zip(source.slots, written.slots, strict=True):
+        if not torch.equal(source.parameter(here), written.parameter(there)):
+            raise InvalidModelError(
+                f"{written.uri}: {here.parameter} is not that of {source.uri}; delete it and convert again"
+            )
+
+
+def _computed(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields that change a logit."""
+    return {name: value for name, value in asdict(config).items() if name not in NOT_COMPUTED}

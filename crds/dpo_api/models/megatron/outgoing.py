@@ -18,7 +18,7 @@ from dpo_api.models.rope import RopeScaling
 
 _NORMS: dict[OurNorm, Norm] = {"rms": "rmsnorm", "layernorm": "layernorm", "layernorm1p": "layernorm1p"}
 _ACTIVATIONS: dict[str, Activation] = {"swiglu": "swiglu", "relu2": "squared-relu"}
-_NOT_COMPUTED = {"family", "dtype", "max_positions"}
+NOT_COMPUTED = {"family", "dtype", "max_positions"}
 """Fields of a configuration that change no logit."""
 
 
@@ -56,23 +56,27 @@ def shape_of(config: ModelConfig, where: str) -> Shape:
     # The way back shows whether all was said: a field that is added to configurations later is then refused too.
     back = asdict(parse_config(shape.config_json(where), where))
     for name, value in asdict(config).items():
-        if name not in _NOT_COMPUTED and back[name] != value:
+        if name not in NOT_COMPUTED and back[name] != value:
             raise _refusal(where, name, value)
     return shape
 
 
 def check_formats(config: ModelConfig, formats: Collection[str]) -> None:
     """Raise InvalidSpecError if one of ``output.formats`` cannot say what the model computes."""
-    if not formats:
-        return
-    try:
-        shape = shape_of(config, "spec.output.formats")
-        if "megatron" in formats:
-            megatron_arguments(shape, "spec.output.formats")
-        if "nemo" in formats:
-            nemo_settings(shape, {}, "spec.output.formats")
-    except InvalidModelError as error:
-        raise InvalidSpecError(f"{error}; leave {' and '.join(sorted(formats))} out") from None
+    for form in formats:
+        try:
+            describe(config, form, "spec.output.formats")
+        except InvalidModelError as error:
+            raise InvalidSpecError(f"{error}; leave {form} out") from None
+
+
+def describe(config: ModelConfig, form: str, where: str) -> None:
+    """Raise InvalidModelError naming ``where`` if a format, ``megatron`` or ``nemo``, cannot say what is computed."""
+    shape = shape_of(config, where)
+    if form == "nemo":
+        nemo_settings(shape, {}, where)
+    else:
+        megatron_arguments(shape, where)
 
 
 def nemo_settings(shape: Shape, tokenizer: dict[str, Any], where: str) -> bytes:
@@ -119,9 +123,7 @@ def nemo_settings(shape: Shape, tokenizer: dict[str, Any], where: str) -> bytes:
     data = yaml.safe_dump(found, sort_keys=False).encode()
     back = read_settings(data, where).shape(shape.vocab, shape.dtype or "")
     if (back.rope_scaling or None) != (shape.rope_scaling or None):
-        raise InvalidModelError(
-            f"{where}: NeMo has no setting for rope_scaling {shape.rope_scaling}; convert to huggingface or megatron"
-        )
+        raise InvalidModelError(f"{where}: NeMo has no setting for rope_scaling {shape.rope_scaling}")
     return data
 
 
@@ -172,9 +174,7 @@ def megatron_arguments(shape: Shape, where: str) -> dict[str, Any]:
         elif kind == "linear" and factor == int(factor):
             found["rotary_seq_len_interpolation_factor"] = int(factor)
         else:
-            raise InvalidModelError(
-                f"{where}: Megatron-LM has no argument for rope_scaling {scaling}; convert to huggingface"
-            )
+            raise InvalidModelError(f"{where}: Megatron-LM has no argument for rope_scaling {scaling}")
     return found
 
 
@@ -195,4 +195,4 @@ def _scaling(config: ModelConfig, where: str) -> dict[str, Any] | None:
 
 
 def _refusal(where: str, name: str, value: object) -> InvalidModelError:
-    return InvalidModelError(f"{where}: no Megatron model has {name} {value!r}; convert to huggingface")
+    return InvalidModelError(f"{where}: no Megatron model has {name} {value!r}")
