@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python3.12" python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo "$$python"; break; }; done)
 STAMP := $(VENV)/.installed
-EXTRAS := operator,trainer,quickstart,wandb,dev
+EXTRAS := operator,trainer,quickstart,wandb,mlflow,dev
 # Test processes, of one thread each: four on two cores, because tests on a control plane mostly wait.
 JOBS ?= 4
 export OMP_NUM_THREADS ?= 1

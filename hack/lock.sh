@@ -9,7 +9,7 @@ if [[ ${1:-} != --hashes ]]; then # --hashes: for the versions that are there
   {
     echo "# Exact versions for a reproducible set-up: pip install -c constraints.txt. Rewritten by \`make lock\`."
     uv pip compile --no-header --no-annotate -q --python-version 3.12 --extra operator --extra trainer --extra wandb \
-      --extra quickstart --extra dev -c build/pins.txt pyproject.toml
+      --extra mlflow --extra quickstart --extra dev -c build/pins.txt pyproject.toml
   } > build/constraints.txt
   mv build/constraints.txt constraints.txt # only now: a failed resolution leaves the old one
 fi
@@ -17,6 +17,6 @@ sed -n 's/^requires = \["\(.*\)"\]$/\1/p' pyproject.toml > build/build-system.in
 {
   echo "# What the images install, with the SHA-256 of every file of each version. Rewritten by \`make lock\`."
   uv pip compile --no-header --generate-hashes -q --python-version 3.12 --extra operator --extra trainer --extra wandb \
-    -c constraints.txt pyproject.toml build/build-system.in
+    --extra mlflow -c constraints.txt pyproject.toml build/build-system.in
 } > build/hashes.txt
 mv build/hashes.txt hack/image/hashes.txt

@@ -44,8 +44,8 @@ class Image(NamedTuple):
 
 IMAGES: Final = {
     "operator": Image("Dockerfile.operator", "requirements", ("operator",)),
-    "trainer": Image("Dockerfile.trainer", "requirements-gpu", ("trainer", "wandb")),
-    "trainer-cpu": Image("Dockerfile.trainer", "requirements-cpu", ("trainer", "wandb")),
+    "trainer": Image("Dockerfile.trainer", "requirements-gpu", ("trainer", "wandb", "mlflow")),
+    "trainer-cpu": Image("Dockerfile.trainer", "requirements-cpu", ("trainer", "wandb", "mlflow")),
 }
 
 

@@ -33,7 +33,6 @@ class NotYet:
 
 
 NOT_YET: tuple[NotYet, ...] = (
-    NotYet("spec.logging.mlflow", lambda s: s.logging.mlflow is not None, "use logging.wandb or logging.tensorboard"),
     NotYet(
         "spec.storage.cache.size",
         lambda s: s.storage.cache.size is not None,

@@ -90,7 +90,9 @@ def reserved_keys(
 
 def _environment(spec: DPOJobSpec) -> Iterator[Finding]:
     seen: set[str] = set()
-    logged = {"WANDB_API_KEY"} if spec.logging.wandb and spec.logging.wandb.api_key_secret_ref else set()
+    wandb, mlflow = spec.logging.wandb, spec.logging.mlflow
+    logged = {"WANDB_API_KEY": "wandb.apiKeySecretRef"} if wandb and wandb.api_key_secret_ref else {}
+    logged |= {"MLFLOW_TRACKING_TOKEN": "mlflow.tokenSecretRef"} if mlflow and mlflow.token_secret_ref else {}
     for index, variable in enumerate(spec.pod_template.env):
         field, name = f"{FIELD}.env[{index}]", variable.name
         if name in seen:
@@ -101,7 +103,7 @@ def _environment(spec: DPOJobSpec) -> Iterator[Finding]:
         elif name in S3_KEYS and spec.storage.credentials_secret_ref is not None:
             yield _error(f"{field}.name", f"{name} comes from spec.storage.credentialsSecretRef; set one of the two")
         elif name in logged:
-            yield _error(f"{field}.name", f"{name} comes from spec.logging.wandb.apiKeySecretRef; set one of the two")
+            yield _error(f"{field}.name", f"{name} comes from spec.logging.{logged[name]}; set one of the two")
         elif name in S3_KEYS and variable.value is not None:
             yield _error(
                 f"{field}.value", f"{name} as plain text would be a secret in a spec; use valueFrom.secretKeyRef"

@@ -312,12 +312,21 @@ class Wandb(Section):
 
 
 class Mlflow(Section):
-    """MLflow tracking."""
+    """MLflow tracking. Each run directory has one run, which all attempts continue."""
 
-    tracking_uri: HttpUrl = Field(alias="trackingURI", description="URL of the tracking server.")
-    experiment: ShortText | None = Field(default=None, description="Experiment. Not set: the server's default.")
+    tracking_uri: HttpUrl = Field(
+        alias="trackingURI",
+        description="URL of the tracking server. Training goes on while it is away; what was measured follows later.",
+    )
+    experiment: ShortText | None = Field(
+        default=None, description="Experiment, which is created if it does not exist. Not set: the server's `Default`."
+    )
     run_name: ShortText | None = Field(default=None, description="Name of the run. Not set: the DPOJob's.")
-    token_secret_ref: SecretKeyRef | None = Field(default=None, description="Key of a Secret that holds the token.")
+    token_secret_ref: SecretKeyRef | None = Field(
+        default=None,
+        description="Key of a Secret that holds a bearer token for the server. Not set: no token. `dpo run` uses"
+        " $MLFLOW_TRACKING_TOKEN.",
+    )
 
 
 class Logging(Section):

@@ -61,6 +61,7 @@ CLUSTER_ONLY = (
     "storage.caBundle.secretRef",
     "runPolicy",
     "logging.wandb.apiKeySecretRef",
+    "logging.mlflow.tokenSecretRef",
     "podTemplate",
 )
 """Settings that apply to clusters only."""

@@ -82,6 +82,15 @@ def test_the_status_of_a_running_job() -> None:
     ]
 
 
+def test_the_best_validation_and_the_step_of_the_model() -> None:
+    progress = {**RUNNING["progress"], "best": {"metric": "val/loss", "step": 20, "value": 0.5123}}
+    status = {**RUNNING, "state": "Succeeded", "progress": progress, "modelURI": "s3://m", "modelStep": 20}
+    lines = status_lines(job(**status), KUBECTL)
+    assert "  best        val/loss 0.512 at step 20" in lines
+    assert "  model       s3://m (of step 20)" in lines
+    assert "  model       s3://m" in status_lines(job(**status | {"modelStep": 40}), KUBECTL)
+
+
 def test_conditions_that_need_attention_are_shown_and_others_are_not() -> None:
     kinds = [("Learning", "False", "AtChance"), ("Finite", "True", "LossFinite"), ("TrainingStalled", "True", "NoStep")]
     found = [

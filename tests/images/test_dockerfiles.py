@@ -218,15 +218,20 @@ def test_what_the_base_brings_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["cpu", "gpu"])
 def test_every_writer_of_metrics_is_in_the_trainers_image(stage: str) -> None:
     text = (ROOT / "Dockerfile.trainer").read_text()
-    assert '"--extra", "wandb"' in text.partition(f" AS requirements-{stage}")[2].partition(f" AS {stage}\n")[0]
+    assert (
+        '"--extra", "wandb", "mlflow"' in text.partition(f" AS requirements-{stage}")[2].partition(f" AS {stage}\n")[0]
+    )
 
 
 def test_what_is_carried_over_for_a_build_inside_is_what_the_images_install() -> None:
     page = (ROOT / "docs" / "air-gapped.md").read_text()
     found = re.search(r"`pip download -c constraints\.txt '\.\[([a-z,]+)\]' (\S+) ", page)
     assert found is not None
-    installed = {extra for name in FILES for extra in re.findall(r'"--extra", "(\w+)"', (ROOT / name).read_text())}
-    assert installed >= {"operator", "trainer"}
+    lists = [
+        text for name in FILES for text in re.findall(r'"--extra", ("\w+"(?:, "\w+")*)', (ROOT / name).read_text())
+    ]
+    installed = {extra for text in lists for extra in re.findall(r"\w+", text)}
+    assert installed >= {"operator", "trainer", "mlflow"}
     assert set(found[1].split(",")) >= installed
     assert [found[2]] == tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
 

@@ -38,8 +38,16 @@ def bom(folder: Path, image: str) -> dict[str, Any]:
     ("image", "held", "absent"),
     [
         ("operator", {"kopf", "aiohttp", "pydantic-core", "yarl"}, {"torch", "boto3", "rich", "kubernetes", "pytest"}),
-        ("trainer", {"megatron-core", "boto3", "wandb"}, {"torch", "numpy", "triton", "kopf", "kubernetes", "pytest"}),
-        ("trainer-cpu", {"torch", "megatron-core", "boto3", "numpy", "wandb"}, {"kopf", "kubernetes", "pytest"}),
+        (
+            "trainer",
+            {"megatron-core", "boto3", "wandb", "mlflow-skinny"},
+            {"torch", "numpy", "triton", "kopf", "kubernetes", "pytest"},
+        ),
+        (
+            "trainer-cpu",
+            {"torch", "megatron-core", "boto3", "numpy", "wandb", "mlflow-skinny"},
+            {"kopf", "kubernetes", "pytest"},
+        ),
     ],
 )
 def test_it_lists_what_the_image_installs(folder: Path, image: str, held: set[str], absent: set[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dpo_api.errors import Outcome
 from dpo_api.manifest import DPOJob
 from dpo_api.metrics import MEMORY_PEAK, MEMORY_PREDICTED, SLOWEST_RANK, SLOWEST_RATIO
 from dpo_api.plan import Plan
@@ -223,10 +224,10 @@ class Reporter:
         if self._hub is not None:
             self._hub.progress.finished(step, metrics)
 
-    def close(self) -> None:
-        """Flush and close every metrics writer and stop the server."""
+    def close(self, outcome: Outcome = Outcome.Succeeded) -> None:
+        """Flush and close every metrics writer and stop the server. outcome: how the run ended."""
         if self._hub is not None:
-            self._hub.close()
+            self._hub.close(outcome)
 
 
 def peak_memory() -> int | None:

@@ -144,7 +144,7 @@ class Run:
         """Report that the run ended, and close the reporter. Errors while closing are only logged."""
         try:
             self.reporter.phase("done" if outcome is Outcome.Stopped else "failed", message=message)
-            self.reporter.close()
+            self.reporter.close(outcome)
         except (OSError, DPOError) as error:
             self.reporter.note(f"while closing: {error}")
 

@@ -461,13 +461,15 @@ def test_names_fit() -> None:
 
 
 def test_secrets_never_appear_in_the_pinned_spec() -> None:
-    job = parse_job(manifest(logging={"wandb": {"project": "p", "apiKeySecretRef": {"name": "w", "key": "k"}}}))
+    mlflow = {"trackingURI": "https://mlflow", "tokenSecretRef": {"name": "m", "key": "t"}}
+    wandb = {"project": "p", "apiKeySecretRef": {"name": "w", "key": "k"}}
+    job = parse_job(manifest(logging={"wandb": wandb, "mlflow": mlflow}))
     body = build_config_map(job, IDENTITY, "trainer:1", Settings())
     assert body["immutable"] is True
     assert body["data"]["image"] == "trainer:1"
-    assert env(child(logging=job.to_dict()["spec"]["logging"]))["WANDB_API_KEY"] == {
-        "secretKeyRef": {"name": "w", "key": "k"}
-    }
+    variables = env(child(logging=job.to_dict()["spec"]["logging"]))
+    assert variables["WANDB_API_KEY"] == {"secretKeyRef": {"name": "w", "key": "k"}}
+    assert variables["MLFLOW_TRACKING_TOKEN"] == {"secretKeyRef": {"name": "m", "key": "t"}}
 
 
 def test_annotations_for_an_autoscaler_and_a_topology_reach_kueue() -> None:

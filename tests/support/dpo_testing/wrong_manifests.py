@@ -389,6 +389,10 @@ def _acceptance_cases() -> Iterator[Wrong]:
     key = {"spec.podTemplate.env": [{"name": "WANDB_API_KEY", "value": "hush"}], "spec.logging.wandb": wandb}
     yield Wrong("key of wandb twice", manifest(key), "spec.podTemplate.env[0].name",
                 "comes from spec.logging.wandb.apiKeySecretRef; set one of the two")  # fmt: skip
+    mlflow: Object = {"trackingURI": "https://mlflow", "tokenSecretRef": {"name": "a", "key": "b"}}
+    key = {"spec.podTemplate.env": [{"name": "MLFLOW_TRACKING_TOKEN", "value": "x"}], "spec.logging.mlflow": mlflow}
+    yield Wrong("token of MLflow twice", manifest(key), "spec.podTemplate.env[0].name",
+                "comes from spec.logging.mlflow.tokenSecretRef; set one of the two")  # fmt: skip
     percent = manifest({"spec.training.validationInterval": "0.0%"})
     yield Wrong("interval of nought percent", percent, "spec.training.validationInterval", "should be above 0%")
 

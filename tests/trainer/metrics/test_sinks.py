@@ -17,10 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dpo_api.errors import AccessDeniedError, PortInUseError
 from dpo_api.manifest import DPOJob, parse_job
 from dpo_store import Store, open_store
-from dpo_trainer.metrics import wandb as wandb_sink
 from dpo_trainer.metrics.hub import Hub, shown_settings
 from dpo_trainer.metrics.tensorboard import TensorBoardWriter
-from dpo_trainer.metrics.writer import Background, Guarded, Writers
+from dpo_trainer.metrics.writer import Background, Guarded, Writers, run_id
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -175,9 +174,9 @@ def test_a_services_settings_hold_no_pod_environment() -> None:
     assert shown["logging"] == {"wandb": {"project": "p"}}
 
 
-def test_attempts_of_a_run_directory_share_a_wandb_id() -> None:
-    assert wandb_sink.run_id("s3://runs/a/") == wandb_sink.run_id("s3://runs/a")
-    assert wandb_sink.run_id("s3://runs/a") != wandb_sink.run_id("s3://runs/b")
+def test_attempts_of_a_run_directory_share_an_id() -> None:
+    assert run_id("s3://runs/a/") == run_id("s3://runs/a")
+    assert run_id("s3://runs/a") != run_id("s3://runs/b")
 
 
 # -- sinks that fail

@@ -1,4 +1,4 @@
-"""Rank 0's outputs, opened from the spec: the metrics record, Prometheus, TensorBoard, W&B and progress."""
+"""Rank 0's outputs, opened from the spec: the metrics record, Prometheus, TensorBoard, W&B, MLflow and progress."""
 
 import logging
 import os
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_api.errors import DPOError
+from dpo_api.errors import DPOError, Outcome
 from dpo_api.manifest import DPOJob
 from dpo_api.version import VERSION
 from dpo_store import Store, join_uri, local_path_of
-from dpo_trainer.metrics import tensorboard, wandb
+from dpo_trainer.metrics import mlflow, tensorboard, wandb
 from dpo_trainer.metrics.credentials import Credentials
 from dpo_trainer.metrics.jsonl import LocalLog, ObjectLog
 from dpo_trainer.metrics.progress import ProgressTracker
@@ -42,12 +42,15 @@ class Hub:
             tensorboard.check()
         if logging_spec.wandb is not None:
             wandb.check(logging_spec.wandb)
+        if logging_spec.mlflow is not None:
+            mlflow.check()
         self.prometheus = PrometheusMetrics()
         self._server = (
             None if port is None else StatusServer(self.prometheus.registry, port, host, Credentials.of(os.environ))
         )
         self.progress = ProgressTracker(events, self._server)
         self._writers = Writers([self.prometheus])
+        self._mlflow: mlflow.MlflowWriter | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._closed = False
 
@@ -80,6 +83,14 @@ class Hub:
                 raise
             except Exception as error:  # noqa: BLE001 - the service is away: see Guarded
                 log.warning("Weights & Biases is unavailable (%s); training continues without it", summary(error))
+        if logging_spec.mlflow is not None:
+            self._mlflow = mlflow.MlflowWriter(
+                logging_spec.mlflow,
+                job=self._job.metadata.name,
+                run_dir=run_dir,
+                params=shown_settings(self._job),
+            )
+            writers.append(Guarded("MLflow", self._mlflow))
         self._writers = Writers(writers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -93,11 +104,13 @@ class Hub:
         """
         self._writers.flush()
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome = Outcome.Succeeded) -> None:
         """Flush and close every sink and stop the server. Never raises. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
+        if self._mlflow is not None:
+            self._mlflow.outcome = outcome
         self._writers.close()
         if self._server is not None:
             self._server.close()

@@ -1,6 +1,5 @@
 """Weights & Biases, online or offline. The API key comes from the environment or `wandb login`, never from a spec."""
 
-import hashlib
 import netrc
 import os
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from dpo_api.errors import AccessDeniedError, InvalidSpecError
+from dpo_trainer.metrics.writer import run_id
 
 _PUBLIC = "https://api.wandb.ai"
 
@@ -93,11 +93,6 @@ class WandbWriter:
     def close(self) -> None:
         """Upload the rest, for at most a minute."""
         self._run.finish()
-
-
-def run_id(run_dir: str) -> str:
-    """Return the W&B id of a run directory, the same for all its attempts."""
-    return hashlib.sha256(run_dir.rstrip("/").encode()).hexdigest()[:16]
 
 
 def _server_of(settings: WandbSettings) -> str:

@@ -1,5 +1,6 @@
 """The interface of metrics sinks, and wrappers so that a failing or slow sink does not stop a training run."""
 
+import hashlib
 import json
 import logging
 import math
@@ -135,6 +136,11 @@ def without_meaningless(step: int, metrics: Mapping[str, float]) -> dict[str, fl
         return dict(metrics)
     names = {name: name.rpartition("/")[2] for name in metrics}
     return {name: metrics[name] for name, last in names.items() if last != "acc" and not last.startswith("rewards_")}
+
+
+def run_id(run_dir: str) -> str:
+    """Return the id of a run directory for a tracking service, the same for all its attempts."""
+    return hashlib.sha256(run_dir.rstrip("/").encode()).hexdigest()[:16]
 
 
 def event_line(step: int, metrics: Mapping[str, float]) -> bytes:
