@@ -169,7 +169,9 @@ class Check:
         if self.smoke:
             from dpo_testing.preloaded import PreloadedPopen, usable
 
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            # Triton's interpreter runs the kernels: it must be chosen before Triton is imported, so in the server too.
+            os.environ["TRITON_INTERPRET"] = "1"
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
             command.append("--smoke")
             if usable():
                 popen, command = PreloadedPopen, [sys.executable, "-m", "dpo_testing.gpu_phase", *command[2:]]

@@ -10,6 +10,9 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+# Triton's interpreter runs the kernels on the CPU. It must be chosen before Triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 TOOL_FIXTURES = {"s3", "server", "servers", "home", "tools", "cluster"}
 """Fixtures that run a program of hack/tools: a test that uses one is marked ``tools`` (`make check` leaves it out)."""
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_api.sizing.head import ALIGNMENT
 from dpo_trainer import bridge
+from dpo_trainer.kernels.usable import why_not
 from dpo_trainer.logprobs import response_log_probs
 from dpo_trainer.model.attend import attend, attend_by_piece, form_of
 from dpo_trainer.model.varlen import VarlenPlan, pieces_of, plan_of
@@ -23,10 +25,11 @@ SMALL_LENGTHS = ((1, 17, 6), (19, 1, 33))
 
 
 def run(report: Report, small: bool) -> None:
-    """Check attention in bf16 and fp32, then the head."""
+    """Check attention in bf16 and fp32, then Triton's kernels against torch's operations, then the head."""
     place = bridge.device()
     attention(report, place, small)
     math_is_not_used(report, place, small)
+    softmax(report, place, small)
     head(report, place, small)
 
 
@@ -129,6 +132,34 @@ def math_is_not_used(report: Report, place: torch.device, small: bool) -> None:
             "aten::_scaled_dot_product_attention_math" not in names,
             f"attention in {dtype} with window {window} takes torch's quadratic form",
         )
+
+
+def softmax(report: Report, place: torch.device, small: bool) -> None:
+    """The head's kernels against torch's operations on the same logits; --smoke interprets them."""
+    from dpo_trainer.kernels import head as kernels
+
+    reason = None if small else why_not(place)
+    report.require(reason is None, f"Triton's kernels do not run: {reason}")
+    if reason is not None:
+        return
+    for dtype, columns in product((torch.bfloat16, torch.float32), (501,) if small else (128_256, 151_936, 16_033)):
+        rows = 6 if small else 256
+        draw = torch.Generator(device=place).manual_seed(3)
+        wide = torch.randn(rows, columns + -columns % ALIGNMENT, generator=draw, device=place) * 4
+        logits = wide.to(dtype)[:, :columns]
+        places = torch.randint(-1, columns, (rows,), generator=draw, device=place)
+        exact, at = logits.double(), places.clamp(min=0)[:, None]
+        highest = exact.amax(1)
+        exps = (exact - highest[:, None]).exp()
+        mass, target = exps.sum(1), torch.where(places >= 0, exact.gather(1, at)[:, 0], 0)
+        found = [*kernels.statistics(logits, places)]
+        exps.scatter_add_(1, at, torch.where(places >= 0, -mass, 0)[:, None])
+        kernels.slope_in_place(logits, places, found[0], found[1])
+        rights = [highest, mass, target, exps]
+        names = ("largest logit", "mass", "label's logit", "slope")
+        for what, error in zip(names, errors([*found, logits], rights), strict=True):
+            bound = 2**-8 if what == "slope" and dtype == torch.bfloat16 else FP32_ERROR
+            report.within(f"the kernels' {what} of {columns} columns in {dtype}: its error", error, bound)
 
 
 def head(report: Report, place: torch.device, small: bool) -> None:

@@ -10,6 +10,8 @@ With peak a row's largest logit and mass = Σ exp(logit − peak), the kept matr
 the label. Since ∂ log p(label) / ∂ logit_v = [v = label] − p(v) = −m_v / mass, backward is two GEMMs, and the incoming
 gradient scales [R, H] values, not [R, V].
 
+On a GPU the softmax is two kernels of Triton (``kernels.head``), and torch's operations elsewhere.
+
 Only rows that predict a response token are passed in; prompts and padding never go through the LM head.
 """
 
@@ -29,7 +31,8 @@ from dpo_api.sizing.head import (
     HeadChunks,
     head_chunks,
 )
-from dpo_trainer.products import add_product
+from dpo_trainer.kernels.usable import usable
+from dpo_trainer.products import add_product, hand_over, main_grad_of
 
 
 def response_log_probs(
@@ -51,8 +54,8 @@ def response_log_probs(
 
     Returns [R] in fp32 (float64 for float64 rows), equal on all ranks of ``tp_group``: logits in the rows' dtype, the
     softmax in fp32. Gradients: of rows, complete on each rank (summed over ``tp_group`` here); of weight, this rank's
-    slice, summed over chunks in fp32 and returned once in the weight's dtype, as an ordinary gradient. Hooks on the
-    parameter (Megatron-Core's main_grad, tied embeddings) therefore work as usual.
+    slice, summed over chunks in fp32. If the weight has Megatron-Core's fp32 ``main_grad``, it is added there, by the
+    GEMM itself (see ``products.hand_over``); if not, it is returned in the weight's dtype.
 
     Raises ValueError for shapes that do not match, and IndexError for a label outside the vocabulary on CPU. On an
     accelerator this check would wait for the device; there the log-probability is NaN and the run's check for finite
@@ -140,10 +143,8 @@ class _ResponseLogProbs(torch.autograd.Function):
             part = slice(start, stop)
             keep = need_weight and stop <= chunks.kept
             matrix = _logits(rows[part], weight, shard, spare)
-            figures = _softmax(matrix, labels[part], shard, keep=keep or product is not None)
+            figures = _softmax(matrix, labels[part], shard, slope=keep or product is not None)
             log_probs[part], peak[part], mass[part] = figures
-            if keep or product is not None:
-                _subtract_mass(matrix, labels[part], shard, mass[part])
             if product is not None:
                 torch.mm(matrix, shard.of(weight), out=product[part])
             kept, spare = (matrix, None) if keep else (kept, matrix)
@@ -181,13 +182,18 @@ def _products(
     kept: Tensor | None,
     *,
     need_rows: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """The matrix times the head, [R, H], if wanted, and the head's gradient: matrixᵀ times the scaled rows, [V, H]."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """The matrix times the head, [R, H], if wanted, and the head's gradient: matrixᵀ times the scaled rows, [V, H].
+
+    None in place of a gradient that was added to ``main_grad``.
+    """
     parts = chunks.parts(rows.shape[0])
     product = torch.empty_like(rows) if need_rows else None
-    # A single part needs no fp32 sum: its GEMM rounds once, at the end.
-    total = torch.empty_like(weight, dtype=weight.dtype if len(parts) == 1 else mass.dtype)
-    total[shard.width if parts else 0 :].zero_()
+    total = main_grad = main_grad_of(weight)
+    if total is None:
+        # A single part needs no fp32 sum: its GEMM rounds once, at the end.
+        total = torch.empty_like(weight, dtype=weight.dtype if len(parts) == 1 else mass.dtype)
+        total[shard.width if parts else 0 :].zero_()
     spare = None
     for start, stop in parts:
         part = slice(start, stop)
@@ -195,11 +201,14 @@ def _products(
             matrix = kept
         else:
             matrix = spare = _logits(rows[part], weight, shard, spare)
-            _exponentiate(matrix, peak[part], keep=True)
-            _subtract_mass(matrix, labels[part], shard, mass[part])
+            _slope(matrix, labels[part], shard, peak[part], mass[part])
         if product is not None:
             torch.mm(matrix, shard.of(weight), out=product[part])
-        add_product(shard.of(total), matrix, (rows[part] * scale[part]).to(rows.dtype), first=start == 0)
+        first = main_grad is None and start == 0
+        add_product(shard.of(total), matrix, (rows[part] * scale[part]).to(rows.dtype), first=first)
+    if main_grad is not None:
+        hand_over(weight)
+        return product, None
     return product, total.to(weight.dtype)
 
 
@@ -219,21 +228,51 @@ def _logits(rows: Tensor, weight: Tensor, shard: _Shard, spare: Tensor | None) -
     return logits if shard.columns else logits.fill_(-torch.inf)
 
 
-def _softmax(logits: Tensor, labels: Tensor, shard: _Shard, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax(logits: Tensor, labels: Tensor, shard: _Shard, *, slope: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The label's log-probability, the largest logit and Σ exp(logit − peak) over the whole vocabulary, [C] each.
 
-    If ``keep``, the logits become exp(logit − peak); if not, they may become anything.
+    If ``slope``, the logits become the matrix; if not, they may become anything.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     index, inside = shard.local(labels)
-    target = logits.gather(1, index).squeeze(1).to(dtype)
-    peak = logits.amax(1).to(dtype)
-    shard.reduce(peak, dist.ReduceOp.MAX)
-    mass = _exponentiate(logits, peak, keep=keep)
-    figures = torch.stack((torch.where(inside, target - peak, 0), inside.to(dtype), mass))
+    if _has_kernels(logits):
+        from dpo_trainer.kernels import head  # Triton, which comes with torch for GPUs
+
+        highest, mass, target = head.statistics(logits, torch.where(inside, index.squeeze(1), -1))
+        peak = highest.clone()
+        shard.reduce(peak, dist.ReduceOp.MAX)
+        mass *= (highest - peak).exp_()
+    else:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        target = logits.gather(1, index).squeeze(1).to(dtype)
+        peak = logits.amax(1).to(dtype)
+        shard.reduce(peak, dist.ReduceOp.MAX)
+        mass = _exponentiate(logits, peak, keep=slope)
+    figures = torch.stack((torch.where(inside, target - peak, 0), inside.to(peak.dtype), mass))
     shard.reduce(figures, dist.ReduceOp.SUM)
     target, owned, mass = figures.unbind()
+    if slope:
+        if _has_kernels(logits):
+            _slope(logits, labels, shard, peak, mass)
+        else:
+            _subtract_mass(logits, labels, shard, mass)
     return torch.where(owned == 1, target - mass.log(), torch.nan), peak, mass
+
+
+def _slope(logits: Tensor, labels: Tensor, shard: _Shard, peak: Tensor, mass: Tensor) -> None:
+    """Turn logits into the matrix, in place, where ``peak`` and ``mass`` are known."""
+    if _has_kernels(logits):
+        from dpo_trainer.kernels import head
+
+        index, inside = shard.local(labels)
+        head.slope_in_place(logits, torch.where(inside, index.squeeze(1), -1), peak, mass)
+    else:
+        _exponentiate(logits, peak, keep=True)
+        _subtract_mass(logits, labels, shard, mass)
+
+
+def _has_kernels(logits: Tensor) -> bool:
+    """Whether Triton's kernels compute this, in fp32; they do on GPUs."""
+    return logits.dtype != torch.float64 and usable(logits.device)
 
 
 def _exponentiate(logits: Tensor, peak: Tensor, *, keep: bool) -> Tensor:

@@ -37,3 +37,21 @@ def add_product(total: Tensor, matrix: Tensor, rows: Tensor, *, first: bool) -> 
         product = matrix[:, start : start + block].t() @ rows
         part = total[start : start + block]
         part.copy_(product) if first else part.add_(product)
+
+
+def main_grad_of(weight: Tensor) -> Tensor | None:
+    """Return the fp32 buffer that Megatron-Core's DistributedDataParallel gave to a parameter, or None."""
+    buffer: Tensor | None = getattr(weight, "main_grad", None)
+    return buffer
+
+
+def hand_over(weight: Tensor) -> None:
+    """Mark in a backward pass that an operation has added its gradient of ``weight`` to ``main_grad`` itself.
+
+    The operation returns None to autograd. Megatron-Core's hook adds ``grad`` to ``main_grad``, unless the weight is
+    marked; where gradients are reduced meanwhile, it needs a ``grad``. A weight that the embedding uses too
+    (``zero_out_wgrad``) gets its gradient from there, and that must be added. Others get zeros that take no memory.
+    """
+    if not getattr(weight, "zero_out_wgrad", False):
+        weight.grad = weight.new_zeros(()).expand_as(weight)
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined] # Megatron-Core's name

@@ -67,6 +67,7 @@ def findings(gpus: int | None, s3: Sequence[str], endpoint: str | None) -> Itera
         ("gpu", lambda: devices(seen, gpus)),
         ("nccl", lambda: collectives(seen)),
         ("te", lambda: [transformer_engine(seen)]),
+        ("triton", lambda: [kernels(seen)]),
         ("shm", lambda: [shared_memory(SHM, seen)]),
         ("cache", lambda: [folder("cache", cache_folder(), "set DPO_CACHE_DIR to a folder this user may write to")]),
         ("scratch", lambda: [folder("scratch", Path(tempfile.gettempdir()), "mount a volume there, or set TMPDIR")]),
@@ -186,6 +187,21 @@ def transformer_engine(seen: int) -> Finding:
         text = f"Transformer Engine does not load: {_one_line(error)}; training works without it but is slower"
         return Finding("note", "te", f"{text}: use the trainer's GPU image, or install '.[gpu]'")
     return Finding("ok", "te", f"Transformer Engine {transformer_engine.__version__}")
+
+
+def kernels(seen: int) -> Finding:
+    """Check that Triton's kernels can be built and run; they need a C compiler and Python's headers."""
+    if seen == 0:
+        return Finding("note", "triton", "kernels are not used without a GPU")
+    import torch
+
+    from dpo_trainer.kernels.usable import why_not
+
+    reason = why_not(torch.device("cuda", 0))
+    if reason is not None:
+        text = f"kernels do not run: {reason}; training works without them but is slower"
+        return Finding("note", "triton", f"{text}: use the trainer's GPU image, or install gcc and Python's headers")
+    return Finding("ok", "triton", "kernels run")
 
 
 def shared_memory(place: Path, seen: int) -> Finding:

@@ -45,7 +45,6 @@ class Memory:
     activations: int
     adapter_activations: int
     logits: int
-    head_gradient: int
 
     @property
     def total(self) -> int:
@@ -169,19 +168,11 @@ def columns_of(model: ModelFacts, layout: Layout) -> int:
 def logits_bytes(model: ModelFacts, layout: Layout, value: int, *, trained: bool) -> int:
     """The LM head's matrices of rows × V/T: 2SV/T bytes in bf16, at most 2 GiB.
 
-    A frozen head needs one chunk at a time, at most 256 MiB. In bf16, the softmax is computed in 32 MiB of fp32.
+    A frozen head needs one chunk at a time, at most 256 MiB. In bf16, where Triton's kernels do not run, the softmax is
+    computed in 32 MiB of fp32. The head's gradient takes nothing: its GEMM adds it to the buffer of gradients.
     """
     held = head_bytes(chunks_of(model, layout, value, trained=trained), columns_of(model, layout), value)
     return held + (min(GPU_BLOCK_BYTES, 2 * held) if value == 2 else 0)
-
-
-def head_gradient_bytes(model: ModelFacts, layout: Layout, value: int) -> int:
-    """The LM head's gradient of one pack: 2Vh/T bytes in bf16, if all rows are kept.
-
-    If not, chunks are added in fp32 and, in bf16, the sum is then rounded: 6Vh/T.
-    """
-    single = len(chunks_of(model, layout, value, trained=True).parts(layout.pack_tokens // layout.context)) <= 1
-    return columns_of(model, layout) * model.hidden * (value if single or value == 4 else 6)
 
 
 def memory_of_stage(model: ModelFacts, spec: DPOJobSpec, layout: Layout, stage: Stage) -> Memory:
@@ -198,7 +189,6 @@ def memory_of_stage(model: ModelFacts, spec: DPOJobSpec, layout: Layout, stage: 
         activations=round(activation_bytes_per_token(model, layout, stage, value) * tokens),
         adapter_activations=adapter_bytes(model, lora, layout, stage, value),
         logits=logits_bytes(model, layout, value, trained=lora is None) if stage.last else 0,
-        head_gradient=head_gradient_bytes(model, layout, value) if stage.last and lora is None else 0,
     )
 
 

@@ -52,7 +52,6 @@ def memory_text(memory: Memory) -> str:
         "activations": "activations",
         "adapter_activations": "adapters' activations",
         "logits": "logits",
-        "head_gradient": "gradient of the LM head",
     }
     parts = [f"{name} {size(getattr(memory, field))}" for field, name in names.items() if getattr(memory, field)]
     return f"{size(memory.total)}: {', '.join(parts)}"

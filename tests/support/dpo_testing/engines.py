@@ -14,13 +14,13 @@ from dpo_trainer.model.build import build_model
 
 
 @contextmanager
-def tiny_engine(*, qkv_bias: bool = False) -> Iterator[Engine]:
+def tiny_engine(*, qkv_bias: bool = False, tied: bool = False) -> Iterator[Engine]:
     """An engine in fp32 that is not yet prepared for training; two layers of random weights."""
     data, training = {"train": [{"uri": "d"}]}, {"precision": "fp32"}
     spec = job_of({"model": {"huggingFace": {"uri": "m"}}, "data": data, "training": training}).spec
     config = ModelConfig(
         "llama", VOCABULARY, 32, 48, num_layers=2, num_attention_heads=4, num_query_groups=2, head_dim=8,
-        qkv_bias=qkv_bias,
+        qkv_bias=qkv_bias, tied_embeddings=tied,
     )  # fmt: skip
     world = World.join()
     try:

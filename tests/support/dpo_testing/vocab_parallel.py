@@ -1,10 +1,13 @@
 """One rank's part of the test that a vocabulary split over ranks gives what one rank gives."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dpo_api.sizing.head import HeadChunks
+from dpo_trainer import logprobs
 from dpo_trainer.logprobs import response_log_probs
 
 
@@ -41,10 +44,23 @@ def check_rank(rank: int) -> None:
             check_chunks(rank, chunks, vocabulary, frozen=True)
 
 
-def check_chunks(rank: int, chunks: HeadChunks, vocabulary: int, *, frozen: bool) -> None:
+def check_kernels(rank: int) -> None:
+    """Do the same in fp32 with Triton's kernels, which their interpreter runs."""
+    logprobs._has_kernels = lambda _logits: True  # type: ignore[assignment]
+    logprobs._exponentiate = logprobs._subtract_mass = None  # type: ignore[assignment]
+    for vocabulary in (20, 17, 10, 9):
+        for frozen in (False, True):
+            check_chunks(rank, HeadChunks(5, 3), vocabulary, frozen=frozen, dtype=torch.float32)
+
+
+def check_chunks(
+    rank: int, chunks: HeadChunks, vocabulary: int, *, frozen: bool, dtype: torch.dtype = torch.float64
+) -> None:
     """Compare this rank's slice with the whole for one division and one size of the vocabulary."""
-    rows, weight, labels, upstream = numbers(rows=13, hidden=6, vocabulary=20)
-    weight[:vocabulary] += torch.linspace(0, 40, vocabulary, dtype=torch.float64).unsqueeze(1)  # far apart
+    rows, weight, labels, upstream = (
+        x if x.dtype == torch.int64 else x.to(dtype) for x in numbers(rows=13, hidden=6, vocabulary=20)
+    )
+    weight[:vocabulary] += torch.linspace(0, 40, vocabulary, dtype=dtype).unsqueeze(1)  # far apart
     labels %= vocabulary
     expected, expected_rows_grad, expected_weight_grad = whole(rows, weight[:vocabulary], labels, upstream)
     group = dist.group.WORLD
@@ -53,9 +69,14 @@ def check_chunks(rank: int, chunks: HeadChunks, vocabulary: int, *, frozen: bool
     mine = slice(rank * size, (rank + 1) * size)
     features, part = rows.clone().requires_grad_(), weight[mine].clone().requires_grad_(not frozen)
     log_probs = response_log_probs(features, part, labels, chunks=chunks, tp_group=group, vocabulary=vocabulary)
-    torch.testing.assert_close(log_probs.detach(), expected)
+    close = (
+        partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+        if dtype == torch.float32
+        else torch.testing.assert_close
+    )
+    close(log_probs.detach(), expected)
     rows_grad, *weight_grad = torch.autograd.grad(log_probs, (features,) if frozen else (features, part), upstream)
-    torch.testing.assert_close(rows_grad, expected_rows_grad)
+    close(rows_grad, expected_rows_grad)
     padded = torch.zeros_like(weight)
     padded[:vocabulary] = expected_weight_grad
-    torch.testing.assert_close(weight_grad, [] if frozen else [padded[mine]])
+    close(weight_grad, [] if frozen else [padded[mine]])

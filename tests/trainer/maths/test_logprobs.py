@@ -100,7 +100,7 @@ def test_a_label_that_is_nearly_certain_has_a_gradient_in_bf16(chunks: HeadChunk
 
 def test_a_label_that_no_rank_holds_gives_nan() -> None:
     """On an accelerator, which does not look at the labels before."""
-    found, _, _ = _softmax(torch.randn(2, 8), torch.tensor([3, 4]), _Shard(first=0, columns=4, group=None), keep=False)
+    found, _, _ = _softmax(torch.randn(2, 8), torch.tensor([3, 4]), _Shard(first=0, columns=4, group=None), slope=False)
     assert found.isnan().tolist() == [False, True]
 
 

@@ -25,13 +25,15 @@ def test_a_product_is_added_in_fp32(dtype: torch.dtype, first: bool) -> None:
     torch.testing.assert_close(total.double(), wanted, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
-def test_the_buffer_gets_the_sum_of_all_packs_and_no_layer_makes_a_gradient_beside_it() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_buffer_gets_the_sum_of_all_packs_and_no_layer_makes_a_gradient_beside_it(tied: bool) -> None:
+    """A tied weight's buffer has the LM head's part, and Megatron-Core adds the embedding's."""
     packs = [pack_of(0, 1), pack_of(2)]
 
     def consume(_pack: Any, sums: Tensor, _counts: Tensor) -> tuple[Tensor, Tensor]:
         return sums.sum(), torch.tensor(1, dtype=torch.int32)
 
-    with tiny_engine(qkv_bias=True) as engine:
+    with tiny_engine(qkv_bias=True, tied=tied) as engine:
         model = engine.model
         engine.accumulate_gradients(packs, consume)
         wanted = {}
@@ -45,7 +47,11 @@ def test_the_buffer_gets_the_sum_of_all_packs_and_no_layer_makes_a_gradient_besi
         for name, parameter in model.named_parameters():
             # Megatron-Core divides by the sum of the packs' denominators.
             torch.testing.assert_close(parameter.main_grad * len(packs), wanted[name], rtol=1e-5, atol=1e-5, msg=name)
-            linear = name.endswith(
-                ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+            by_gemm = (
+                "linear_qkv.weight",
+                "linear_proj.weight",
+                "linear_fc1.weight",
+                "linear_fc2.weight",
+                "output_layer.weight",
             )
-            assert parameter.grad_added_to_main_grad is linear, name
+            assert parameter.grad_added_to_main_grad is name.endswith(by_gemm), name

@@ -1,0 +1,34 @@
+"""Whether Triton's kernels run on a device: the library, a C compiler for its launchers, and a GPU are needed."""
+
+import logging
+import subprocess
+from functools import cache
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Return why the kernels do not run there, or None if they do. A small one is run to find out, once a process."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    try:
+        from dpo_trainer.kernels import head
+
+        logits = torch.zeros(2, head.BLOCK + 8, device=device)[:, : head.BLOCK + 1]
+        _, mass, _ = head.statistics(logits, torch.zeros(2, dtype=torch.int64, device=device))
+        right = bool((mass == head.BLOCK + 1).all())
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return " ".join(str(error).split())[:300] or type(error).__name__
+    return None if right else "a sum that they compute is wrong"
+
+
+@cache
+def usable(device: torch.device) -> bool:
+    """Whether the kernels run there. Where a GPU is and they do not, says so in the log, once."""
+    reason = why_not(device)
+    if reason is not None and device.type == "cuda":
+        log.warning("Triton's kernels are not used, so the LM head and rotary embeddings are slower: %s", reason)
+    return reason is None
