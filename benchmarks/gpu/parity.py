@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from dpo_api.errors import InvalidSpecError
 from dpo_api.models import ModelConfig
 from dpo_trainer.distributed import World
+from dpo_trainer.model.build import Backend, refuse_fp8, use_transformer_engine
 from gpu.report import Report
 from gpu.world import Lengths, Trained, alone, config_of, spec_of
 
@@ -22,7 +24,7 @@ LENGTHS: list[Lengths] = [
     *((12, 12, 12), (40, 5, 9), (8, 30, 22), (2, 2, 3)),
 ]
 BATCHES = ((0, 1, 2, 3), (4, 5, 6, 7))
-PARITY, BF16 = 1e-5, 2e-2
+PARITY, BF16, FP8 = 1e-5, 2e-2, 5e-2
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 131,
@@ -52,6 +54,8 @@ def run(report: Report, small: bool) -> None:
     golden = json.loads(GOLDEN.read_text())
     worst: dict[str, float] = {}
     with alone() as world:
+        reason = no_fp8()
+        report.add(fp8="checked" if reason is None else f"skipped: {reason}")
         for family in FAMILIES:
             right = golden[family]
             found = measure(family, world, SMALL_STEPS if small else STEPS, SMALL_STEPS if small else LORA_STEPS)
@@ -81,9 +85,18 @@ def measure(family: str, world: World, steps: int, lora_steps: int) -> dict[str,
 
 
 def other(report: Report, family: str, world: World, golden: torch.Tensor, worst: dict[str, float]) -> None:
-    """Prompts that are not shared, in fp32; and bf16, whose rounding is what may differ."""
-    for what, precision, share, bound in (("unshared", "fp32", False, PARITY), ("bf16", "bf16", True, BF16)):
-        trained = _model(family, world, precision=precision)
+    """Prompts that are not shared, in fp32; and bf16 and FP8, whose rounding is what may differ."""
+    forms: list[tuple[str, float, bool, dict[str, Any]]] = [
+        ("unshared", PARITY, False, {}),
+        ("bf16", BF16, True, {"precision": "bf16"}),
+    ]
+    if use_transformer_engine("auto"):
+        forms.append(("bf16 on Transformer Engine", BF16, True, {"precision": "bf16", "backend": "auto"}))
+    if no_fp8() is None:
+        eight = {"precision": "bf16", "backend": "auto", "transformerEngine": {"fp8": "hybrid"}}
+        forms.append(("FP8", FP8, True, eight))
+    for what, bound, share, choices in forms:
+        trained = _model(family, world, **choices)
         trained.share = share
         off = float((trained.reference(range(len(LENGTHS))) / golden - 1).abs().max())
         worst[what] = max(worst.get(what, 0.0), off)
@@ -99,11 +112,20 @@ def write_golden() -> None:
     print(f"wrote {GOLDEN}, {GOLDEN.stat().st_size:,} bytes")
 
 
-def _model(family: str, world: World, precision: str = "fp32", **sections: Any) -> Trained:
+def no_fp8() -> str | None:
+    """Why FP8 is not computed here; None if it is."""
+    try:
+        refuse_fp8("hybrid", "auto")
+    except InvalidSpecError as error:
+        return str(error)
+    return None
+
+
+def _model(family: str, world: World, precision: str = "fp32", backend: Backend = "local", **sections: Any) -> Trained:
     training = {"precision": precision, "packing": {"maxTokens": 192}, "weightDecay": 0.01}
     architecture, changes = FAMILIES[family]
     config: ModelConfig = config_of(architecture, model_type=family, **{**_SHAPE, **changes})
-    return Trained.of(config, spec_of(training=training, **sections), world, LENGTHS, exact=True, backend="local")
+    return Trained.of(config, spec_of(training=training, **sections), world, LENGTHS, exact=True, backend=backend)
 
 
 def _flat(values: list[Any]) -> list[float]:

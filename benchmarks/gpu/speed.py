@@ -17,6 +17,7 @@ from dpo_api.sizing import product_named
 from dpo_trainer.distributed import World
 from dpo_trainer.model.build import use_transformer_engine
 from dpo_trainer.reference import ReferenceTable
+from gpu.parity import no_fp8
 from gpu.report import Report
 from gpu.timing import seconds, synchronize
 from gpu.world import Trained, alone, conversation_lengths, llama, spec_of
@@ -57,6 +58,9 @@ def cases(small: bool) -> list[Case]:
     ]
     if use_transformer_engine("auto"):
         found.append(Case("1B, full, Transformer Engine", ONE_BILLION, {}, packs=4, transformer_engine=True))
+    if no_fp8() is None:
+        eight = {"transformerEngine": {"fp8": "hybrid"}}
+        found.append(Case("1B, full, FP8", ONE_BILLION, eight, packs=4, transformer_engine=True))
     return found
 
 
@@ -132,7 +136,7 @@ def _fill(table: ReferenceTable, trained: Trained, batch: range) -> None:
 
 
 def _tokens(trained: Trained, batch: range) -> int:
-    return sum(pack.used for pack in trained.pairs.packs(batch, trained.most_tokens))
+    return sum(pack.used for pack in trained.packs(batch))
 
 
 def _is_finite(value: float) -> bool:

@@ -75,11 +75,13 @@ class Pairs:
         prompt, chosen, rejected = np.split(raw.astype(np.int32), np.cumsum(sizes)[:-1])
         return prompt, chosen, rejected
 
-    def packs(self, ids: Sequence[int], most_tokens: int, *, share: bool = True) -> list[Pack]:
-        """The packs of these pairs."""
+    def packs(self, ids: Sequence[int], most_tokens: int, *, share: bool = True, multiple: int = 1) -> list[Pack]:
+        """The packs of these pairs, each padded to a multiple."""
         costs = [pair_cost(*self.lengths[pair], share=share) for pair in ids]
         found = pack_batch(costs, most_tokens, None)
-        return [make_pack(self, [ids[place] for place in pack], share=share) for pack in found]
+        return [
+            make_pack(self, [ids[place] for place in pack], share=share, pad_to_multiple=multiple) for pack in found
+        ]
 
 
 def conversation_lengths(count: int, seed: int, most: int) -> list[Lengths]:
@@ -108,7 +110,7 @@ def alone() -> Iterator[World]:
 
 def model_of(config: ModelConfig, spec: DPOJobSpec, *, exact: bool, seed: int = 1, backend: Backend = "auto") -> Any:
     """A model with random weights, and the spec's adapters. exact: the same weights everywhere, drawn on the CPU."""
-    model = build_model(config, precision=spec.training.precision, backend=backend)
+    model = build_model(config, precision=spec.training.precision, backend=backend, fp8=spec.transformer_engine.fp8)
     torch.manual_seed(seed)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(model.named_parameters()):
@@ -144,9 +146,13 @@ class Trained:
         engine = Engine(model_of(config, spec, **model), spec, world)
         return cls(engine, Pairs(lengths, config.vocab_size), spec.training.packing.max_tokens or 1024)
 
+    def packs(self, ids: Sequence[int]) -> list[Pack]:
+        """The packs of these pairs."""
+        return self.pairs.packs(ids, self.most_tokens, share=self.share, multiple=self.engine.spec.pack_multiple)
+
     def reference(self, ids: Sequence[int]) -> Tensor:
         """Σ log π of both responses with the adapters off: [n, 2] float64."""
-        packs = self.pairs.packs(ids, self.most_tokens, share=self.share)
+        packs = self.packs(ids)
         with adapters_disabled(self.engine.model):
             return self.engine.log_prob_sums(np.asarray(ids), packs)
 
@@ -160,7 +166,7 @@ class Trained:
         """One optimizer step; the means of its metrics."""
         values, _ = self.engine.train_step(
             np.asarray(ids),
-            self.pairs.packs(ids, self.most_tokens, share=self.share),
+            self.packs(ids),
             lambda pairs: table.of(pairs.cpu()),
             lambda pairs: torch.zeros(len(pairs), 2, dtype=torch.float64),
             rate=rate,

@@ -38,8 +38,12 @@ NOT_YET: tuple[NotYet, ...] = (
         lambda s: s.storage.cache.size is not None,
         "leave it out; resources.scratch, or the claim's own size, bounds the cache",
     ),
-    NotYet("spec.transformerEngine.fp8", lambda s: s.transformer_engine.fp8 is not None, "leave it out"),
-    NotYet("spec.transformerEngine.attention", lambda s: s.transformer_engine.attention, "use false", "!self"),
+    NotYet(
+        "spec.transformerEngine.attention",
+        lambda s: s.transformer_engine.attention,
+        "attention is the trainer's own with every setting; leave it out",
+        "!self",
+    ),
 )
 
 

@@ -337,26 +337,42 @@ class Logging(Section):
     mlflow: Mlflow | None = Field(default=None, description="MLflow. Not set: not used.")
 
 
+FP8_MULTIPLE = 16
+"""What the sides of matrices are multiples of if their products are computed in FP8."""
+
+
 class TransformerEngine(Section):
     """NVIDIA Transformer Engine, on GPUs that support it."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "fp8",
+            "fp8 needs Transformer Engine, but enabled is false; leave one of them out",
+            "!has(self.fp8) || !has(self.enabled) || self.enabled",
+            lambda s: s.fp8 is None or s.enabled is not False,
+        ),
+    )
+
     enabled: Bool | None = Field(
         default=None,
-        description="Use its linear layers and norms. Not set: use them if it is installed and there is a GPU.",
+        description="Use its linear layers. Not set: use them if it is installed and there is a GPU.",
     )
     attention: Bool = Field(
         default=False,
-        description="Use its attention instead of ours, which computes shared prompts once. Default false.",
+        description="Kept for older manifests: attention is the trainer's own, and true is refused. Default false.",
     )
     fp8: Literal["e4m3", "hybrid"] | None = Field(
-        default=None, description="8-bit floating-point matrix products. Not set: none."
+        default=None,
+        description="Matrix products of the layers in 8-bit floating point, which is not exact: `e4m3`, or `hybrid` "
+        "with E5M2 for gradients. Needs GPUs of compute capability 8.9 or later. Not set: none.",
     )
     masked_softmax_fusion: Bool | None = Field(
-        default=None, description="NVTE_MASKED_SOFTMAX_FUSION; false avoids a missing kernel. Not set: its own default."
+        default=None,
+        description="NVTE_MASKED_SOFTMAX_FUSION. No effect: attention is the trainer's own. Not set: not set.",
     )
     flash_attention: Bool | None = Field(
-        default=None, description="NVTE_FLASH_ATTN; false avoids a missing kernel. Not set: its own default."
+        default=None, description="NVTE_FLASH_ATTN. No effect: attention is the trainer's own. Not set: not set."
     )
     fused_attention: Bool | None = Field(
-        default=None, description="NVTE_FUSED_ATTN; false avoids a missing kernel. Not set: its own default."
+        default=None, description="NVTE_FUSED_ATTN. No effect: attention is the trainer's own. Not set: not set."
     )

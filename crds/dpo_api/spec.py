@@ -39,6 +39,7 @@ from dpo_api.learning import Dpo, EarlyStopping, Lora, LoraModule, LossPart, Pac
 from dpo_api.loss import Loss
 from dpo_api.pods import EnvVar, PodSecurity, PodTemplate, Toleration, VolumeMount
 from dpo_api.running import (
+    FP8_MULTIPLE,
     Checkpoint,
     Logging,
     Mlflow,
@@ -54,6 +55,7 @@ from dpo_api.running import (
 )
 
 __all__ = [
+    "FP8_MULTIPLE",
     "CABundle",
     "Checkpoint",
     "Columns",
@@ -195,3 +197,8 @@ class DPOJobSpec(Section):
     pod_template: PodTemplate = Field(
         default=PodTemplate(), description="Fields that are merged into the trainer's pods."
     )
+
+    @property
+    def pack_multiple(self) -> int:
+        """What the tokens of a pack are a multiple of: the parts of sequence parallelism, each as FP8 needs it."""
+        return self.parallelism.sequence_parts * (1 if self.transformer_engine.fp8 is None else FP8_MULTIPLE)

@@ -15,7 +15,9 @@ from dpo_api.findings import Finding, Level
 from dpo_api.models import ModelFacts
 from dpo_api.not_yet import refused
 from dpo_api.plan import make_plan, plan_rates
-from dpo_api.spec import Dpo, DPOJobSpec, Loss
+from dpo_api.sizing.parameters import group_width, query_width
+from dpo_api.sizing.products import product_of
+from dpo_api.spec import FP8_MULTIPLE, Dpo, DPOJobSpec, Loss
 from dpo_api.texts import number, numbers
 
 __all__ = ["Finding", "Level", "ModelFacts", "check", "errors", "refuse_errors"]
@@ -300,9 +302,45 @@ def _transformer_engine(spec: DPOJobSpec) -> Iterator[Finding]:
         yield _error(
             "transformerEngine.enabled", "true needs GPUs, but resources.gpusPerNode is 0; leave one of them out"
         )
+    if engine.fp8 is not None:
+        yield from _fp8(spec)
     if engine.enabled is False:
         for name in sorted(engine.model_fields_set - {"enabled"}):
             yield _warning(f"transformerEngine.{_alias(engine, name)}", "has no effect, because enabled is false")
+
+
+def _fp8(spec: DPOJobSpec) -> Iterator[Finding]:
+    if spec.training.precision != "bf16":
+        yield _error(
+            "transformerEngine.fp8",
+            f"{spec.transformer_engine.fp8} needs training.precision bf16, and it is {spec.training.precision}",
+        )
+    if spec.resources.gpus_per_node == 0:
+        yield _error("transformerEngine.fp8", "it needs GPUs, but resources.gpusPerNode is 0; leave one of them out")
+    product = product_of(spec)
+    if product is not None and not product.fp8:
+        yield _error(
+            "transformerEngine.fp8", f"{product.name} has no FP8; leave it out, or use a GPU of Ada, Hopper or later"
+        )
+
+
+def _fp8_fits_model(spec: DPOJobSpec, model: ModelFacts) -> Iterator[Finding]:
+    """FP8 products read matrices whose sides are multiples of 16 on each rank."""
+    tensor = spec.parallelism.tensor
+    if spec.transformer_engine.fp8 is None:
+        return
+    sides = {
+        "hidden size": model.hidden,
+        "feed-forward size, divided by parallelism.tensor,": model.ffn / tensor,
+        "width of the queries, divided by parallelism.tensor,": query_width(model) / tensor,
+        "width of a key-value head": group_width(model) / model.kv_heads,
+    }
+    for name, width in sides.items():
+        if width % FP8_MULTIPLE:
+            yield _error(
+                "transformerEngine.fp8",
+                f"the model's {name} is {number(width)}, not a multiple of {FP8_MULTIPLE}; leave it out",
+            )
 
 
 def _divides(spec: DPOJobSpec, model: ModelFacts) -> Iterator[Finding]:
@@ -370,5 +408,9 @@ SPEC_RULES: tuple[Callable[[DPOJobSpec], Iterator[Finding]], ...] = (
 )
 """Rules that need the spec alone."""
 
-MODEL_RULES: tuple[Callable[[DPOJobSpec, ModelFacts], Iterator[Finding]], ...] = (_divides, _fits_model)
+MODEL_RULES: tuple[Callable[[DPOJobSpec, ModelFacts], Iterator[Finding]], ...] = (
+    _divides,
+    _fits_model,
+    _fp8_fits_model,
+)
 """Rules that need the model too."""

@@ -233,3 +233,11 @@ def test_the_field_wins_over_node_selectors() -> None:
     assert by_field is not None
     assert by_field.name == "L4"
     assert product_of(sized()) is None
+
+
+def test_fp8_keeps_the_matrices_of_the_layers_and_their_transposes_once_more() -> None:
+    """Of 8,030,261,248 parameters of an 8B, 65 norms and two tables are in no matrix of a layer."""
+    eight = sized(**{"transformerEngine.fp8": "hybrid"})
+    plain, found = memory_of(LLAMA_8B, sized(), layout(1, 8)), memory_of(LLAMA_8B, eight, layout(1, 8))
+    assert found.weights - plain.weights == 2 * (8_030_261_248 - 65 * 4096 - 2 * 128_256 * 4096)
+    assert found.total - plain.total == found.weights - plain.weights

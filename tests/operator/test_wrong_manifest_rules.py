@@ -89,7 +89,7 @@ def test_the_operator_rejects_it_and_creates_nothing(case: Wrong) -> None:
 
 # --- a check that is deleted -----------------------------------------------------------------------------------------
 
-NEEDS_FACTS = {"_steps", "_divides", "_fits_model"}
+NEEDS_FACTS = {"_steps", "_divides", "_fits_model", "_fp8_fits_model"}
 """Checks of the model and the data, which the operator does not see."""
 MODULES = (validation, cluster, overlay)
 

@@ -69,7 +69,7 @@ class Packer:
             max_pairs=plan.pack_max_pairs,
             share=spec.training.prefix_sharing,
             with_rejected=plan.with_rejected,
-            pad_to_multiple=spec.parallelism.sequence_parts,
+            pad_to_multiple=spec.pack_multiple,
         )
 
     def packs(self, data: DataSet, pairs: Pairs | Sequence[int], world: World) -> tuple[list[Pack], int]:

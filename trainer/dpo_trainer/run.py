@@ -34,7 +34,7 @@ from dpo_trainer.layout_check import compare, too_large
 from dpo_trainer.layouts import Decision
 from dpo_trainer.links import judge, measure
 from dpo_trainer.model.attend import form_of
-from dpo_trainer.model.build import Backend, build_model, use_transformer_engine
+from dpo_trainer.model.build import Backend, build_model, refuse_fp8, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora
 from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable, complete, reference_key
 from dpo_trainer.reporting import Reporter
@@ -153,6 +153,7 @@ class Run:
         if self._finished_before():
             return
         self.reporter.phase("starting")
+        refuse_fp8(self.spec.transformer_engine.fp8, self._backend)
         self._check_links()
         inputs = self._index()
         model, fingerprint, form = self._load()
@@ -210,6 +211,12 @@ class Run:
         self.reporter.close()
         return True
 
+    @property
+    def _backend(self) -> Backend:
+        """Whose linear layers the spec asks for."""
+        asked = self.spec.transformer_engine.enabled
+        return "auto" if asked is None else "transformer_engine" if asked else "local"
+
     def _check_links(self) -> None:
         """Name slow links between GPUs. On CPU a run is too short, and too slow, for it to matter."""
         if self.world.size == 1 or self.world.device.type != "cuda":
@@ -266,8 +273,7 @@ class Run:
     def _load(self) -> tuple[Any, str, str]:
         """Return the start model with LoRA's adapters, its fingerprint, and what computes its layers."""
         self.reporter.phase("starting", message="loading the model")
-        training, asked = self.spec.training, self.spec.transformer_engine.enabled
-        backend: Backend = "auto" if asked is None else "transformer_engine" if asked else "local"
+        training, fp8, backend = self.spec.training, self.spec.transformer_engine.fp8, self._backend
         torch.use_deterministic_algorithms(training.deterministic)
         # Nothing here reads memory before it is written, and filling each new tensor takes time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a property
@@ -278,10 +284,11 @@ class Run:
             recomputation=training.activation_recomputation,
             sequence_parallel=self.spec.parallelism.sequence,
             deterministic=training.deterministic,
+            fp8=fp8,
         )
         store, folder = model_source(self.spec)
         source = open_checkpoint(store, folder, self.config)
-        self._source, self._backend = source, backend
+        self._source = source
         loaded = load_weights(model, store, folder, checkpoint=source)
         self.reporter.loaded(loaded.bytes, loaded.seconds)
         self._start_weights = StartWeights(model, source)
@@ -289,6 +296,7 @@ class Run:
             attach_lora(model, self.spec.lora, seed=training.seed)
         self.stop.leave_before_training(self.world, "loading")
         linears = "transformer-engine" if use_transformer_engine(backend) else "local"
+        linears += f" {fp8}" if fp8 else ""
         attention = form_of(self.world.device, model.config.params_dtype, self.config.head_dim)
         return model, loaded.fingerprint, f"{linears} linears, {attention} attention"
 

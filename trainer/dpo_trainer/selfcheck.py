@@ -26,6 +26,9 @@ Level = Literal["ok", "note", "lacks"]
 LACKS = 1
 """Exit code if something is missing; 0 if nothing is."""
 
+OLDEST_ENGINE = (2, 9)
+"""The oldest Transformer Engine whose signatures the tests hold, as in pyproject.toml: the first for CUDA 13."""
+
 GIB = 1024**3
 SHM_GPU = GIB
 """NCCL keeps its buffers between the GPUs of a node in shared memory; Docker's default of 64 MiB is too small."""
@@ -186,7 +189,11 @@ def transformer_engine(seen: int) -> Finding:
     except (ImportError, OSError) as error:
         text = f"Transformer Engine does not load: {_one_line(error)}; training works without it but is slower"
         return Finding("note", "te", f"{text}: use the trainer's GPU image, or install '.[gpu]'")
-    return Finding("ok", "te", f"Transformer Engine {transformer_engine.__version__}")
+    version = transformer_engine.__version__
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_ENGINE:
+        oldest = ".".join(map(str, OLDEST_ENGINE))
+        return Finding("note", "te", f"Transformer Engine {version} is older than {oldest}, the oldest that is tested")
+    return Finding("ok", "te", f"Transformer Engine {version}")
 
 
 def kernels(seen: int) -> Finding:

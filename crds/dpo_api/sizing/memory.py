@@ -21,6 +21,7 @@ from dpo_api.sizing.parameters import (
     adapter_shape,
     group_width,
     inner_projections,
+    matrices_of_layer,
     parameters,
     parameters_of_rank,
     query_width,
@@ -60,6 +61,13 @@ def value_bytes(spec: DPOJobSpec) -> int:
 def weight_bytes(held: int, value: int) -> int:
     """The weights in the computation's precision: 2n bytes in bf16."""
     return held * value
+
+
+def fp8_bytes(model: ModelFacts, spec: DPOJobSpec, layout: Layout, stage: Stage) -> int:
+    """Transformer Engine's copies of the layers' matrices in FP8, and of their transposes: 2 bytes for each weight."""
+    if spec.transformer_engine.fp8 is None:
+        return 0
+    return 2 * len(stage.layers) * -(-matrices_of_layer(model) // layout.tensor)
 
 
 def gradient_bytes(trained: int) -> int:
@@ -183,7 +191,8 @@ def memory_of_stage(model: ModelFacts, spec: DPOJobSpec, layout: Layout, stage: 
     tokens = layout.pack_tokens / layout.context
     return Memory(
         weights=weight_bytes(parameters_of_rank(model, layout, stage), value)
-        + (weight_bytes(trained, value) if lora is not None else 0),
+        + (weight_bytes(trained, value) if lora is not None else 0)
+        + fp8_bytes(model, spec, layout, stage),
         gradients=gradient_bytes(trained),
         optimizer=optimizer_bytes(trained, value, shards),
         activations=round(activation_bytes_per_token(model, layout, stage, value) * tokens),

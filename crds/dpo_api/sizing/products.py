@@ -29,6 +29,8 @@ class Product:
     """GB/s that a GPU's share of the network sends to other nodes, in the usual machine with this GPU."""
     words: tuple[str, ...]
     """What a driver's or a label's name of the product contains, in lower case without punctuation."""
+    fp8: bool = True
+    """Whether it multiplies FP8 matrices: those of compute capability 8.9 and later do."""
 
 
 PRODUCTS: tuple[Product, ...] = (
@@ -36,11 +38,11 @@ PRODUCTS: tuple[Product, ...] = (
     Product("H200", 139 * GIB, 989, 450, 50, ("h200",)),
     Product("H100-NVL", 93 * GIB, 835, 300, 50, ("h100", "nvl")),
     Product("H100-80GB", 79 * GIB, 989, 450, 50, ("h100",)),
-    Product("A100-80GB", 79 * GIB, 312, 300, 25, ("a100", "80gb")),
-    Product("A100-40GB", 39 * GIB, 312, 300, 12.5, ("a100",)),
+    Product("A100-80GB", 79 * GIB, 312, 300, 25, ("a100", "80gb"), fp8=False),
+    Product("A100-40GB", 39 * GIB, 312, 300, 12.5, ("a100",), fp8=False),
     Product("L40S", 44 * GIB, 362, 32, 12.5, ("l40s",)),
     Product("L4", 21 * GIB, 121, 32, 3, ("l4",)),
-    Product("A10G", 21 * GIB, 70, 32, 3, ("a10g",)),
+    Product("A10G", 21 * GIB, 70, 32, 3, ("a10g",), fp8=False),
 )
 """The products, those with more words before those whose words they hold."""
 

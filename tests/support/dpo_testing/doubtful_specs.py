@@ -36,7 +36,6 @@ ON_CLUSTER = {"on_cluster": True}
 
 NOT_YET_CASES: dict[str, dict[str, Any]] = {
     "spec.storage.cache.size": {"storage.cache.size": "10Gi"},
-    "spec.transformerEngine.fp8": {"transformerEngine.fp8": "hybrid"},
     "spec.transformerEngine.attention": {"transformerEngine.attention": True},
 }
 
@@ -398,7 +397,36 @@ CASES = [
         "spec.transformerEngine.flashAttention",
         "enabled is false",
     ),
+    Case(
+        "FP8 in fp32",
+        {"transformerEngine.fp8": "hybrid", "training.precision": "fp32"},
+        "error",
+        "spec.transformerEngine.fp8",
+        "hybrid needs training.precision bf16, and it is fp32",
+    ),
+    Case(
+        "FP8 on a CPU",
+        {"resources.gpusPerNode": 0, "transformerEngine.fp8": "e4m3"},
+        "error",
+        "spec.transformerEngine.fp8",
+        "needs GPUs, but resources.gpusPerNode is 0",
+    ),
+    Case(
+        "FP8 on an A100",
+        {"resources.gpuProduct": "A100-80GB", "transformerEngine.fp8": "hybrid"},
+        "error",
+        "spec.transformerEngine.fp8",
+        "A100-80GB has no FP8",
+    ),
     # --- the model ---
+    Case(
+        "a width that FP8 cannot multiply",
+        {"transformerEngine.fp8": "hybrid"},
+        "error",
+        "spec.transformerEngine.fp8",
+        "the model's feed-forward size, divided by parallelism.tensor, is 60, not a multiple of 16; leave it out",
+        known={"model": ModelFacts(2, 12, 4, 48, 60, 99, 0, "llama")},
+    ),
     Case(
         "tensor does not divide heads",
         {"parallelism.tensor": 3},

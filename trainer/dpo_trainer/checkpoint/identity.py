@@ -38,6 +38,7 @@ def identity_of(spec: DPOJobSpec, *, model: str, data: str) -> Identity:
         "training.betas": training.betas,
         "training.eps": training.eps,
         "training.gradientClip": training.gradient_clip,
+        "transformerEngine.fp8": spec.transformer_engine.fp8,
     }
     return {name: str(value) for name, value in fields.items()}
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from megatron.core import parallel_state
+from megatron.core.enums import Fp8Recipe
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -35,6 +36,7 @@ from dpo_trainer.model.rotary import inverse_frequencies
 Precision = Literal["bf16", "fp32"]
 Backend = Literal["auto", "local", "transformer_engine"]
 Recomputation = Literal["none", "selective", "full"]
+Fp8 = Literal["e4m3", "hybrid"]
 
 NORMS: dict[Norm, tuple[str, Any]] = {
     "rms": ("RMSNorm", RMSNorm),
@@ -61,12 +63,14 @@ def build_model(
     recomputation: Recomputation = "none",
     sequence_parallel: bool = False,
     deterministic: bool = False,
+    fp8: Fp8 | None = None,
 ) -> Any:
     """Build this rank's part of the model, with uninitialised weights, on this process's device.
 
     Needs ``parallel_state`` to be initialised: the tensor and pipeline sizes and this rank's place are read from it.
     backend: whose linear layers; "auto" takes Transformer Engine where a GPU and the library are present.
-    recomputation: "selective" recomputes the MLP in the backward pass, "full" every layer.
+    recomputation: "selective" recomputes the MLP in the backward pass, "full" every layer. fp8: the format of the
+    layers' matrix products, which need Transformer Engine and packs of a multiple of 16 tokens; see ``refuse_fp8``.
     Returns a GPTModel whose attention reads a Pack; call it through dpo_trainer.model.forward. Raises InvalidSpecError
     when the parallel sizes do not divide the model.
     """
@@ -81,6 +85,7 @@ def build_model(
             recomputation=recomputation,
             sequence_parallel=sequence_parallel,
             deterministic=deterministic,
+            fp8=fp8,
         )
         model = GPTModel(
             config=transformer,
@@ -123,6 +128,7 @@ def transformer_config(
     recomputation: Recomputation = "none",
     sequence_parallel: bool = False,
     deterministic: bool = False,
+    fp8: Fp8 | None = None,
 ) -> Any:
     """Megatron-Core's own configuration of the model, sized by ``parallel_state``."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -168,6 +174,8 @@ def transformer_config(
         **ACTIVATIONS[config.activation][0],
         use_te_activation_func=True,  # Megatron-Core's name for an activation that is a module of the layer spec
         **choices[recomputation],
+        # Each tensor is scaled by its own largest value: no history of values that a checkpoint would have to hold.
+        **({} if fp8 is None else {"fp8": fp8, "fp8_recipe": Fp8Recipe.tensorwise}),
     )
 
 
@@ -190,6 +198,26 @@ def use_transformer_engine(backend: Backend) -> bool:
             f"spec.transformerEngine.enabled is true, but {missing}; leave it out to choose by itself"
         )
     return possible
+
+
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which on GPUs multiply FP8 matrices: Ada, Hopper and later."""
+
+
+def refuse_fp8(fp8: Fp8 | None, backend: Backend) -> None:
+    """Raise InvalidSpecError if FP8 is asked for, and cannot be computed here; before a model is loaded."""
+    if fp8 is None:
+        return
+    reason = None
+    if bridge.needed():
+        reason = "there is no GPU"
+    elif torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability()
+        reason = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and FP8 needs 8.9 or later"
+    elif not use_transformer_engine(backend):
+        reason = "Transformer Engine is not used" if backend == "local" else "Transformer Engine is not installed"
+    if reason is not None:
+        raise InvalidSpecError(f"spec.transformerEngine.fp8 is {fp8}, but {reason}; leave it out")
 
 
 def block_spec(config: ModelConfig, transformer: Any, transformer_engine: bool) -> Any:
