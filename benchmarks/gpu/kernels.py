@@ -12,6 +12,7 @@ from dpo_trainer import bridge
 from dpo_trainer.kernels.usable import why_not
 from dpo_trainer.logprobs import response_log_probs
 from dpo_trainer.model.attend import attend, attend_by_piece, form_of
+from dpo_trainer.model.rotary import rotation
 from dpo_trainer.model.varlen import VarlenPlan, pieces_of, plan_of
 from gpu.report import Report
 from gpu.world import Pairs
@@ -29,7 +30,11 @@ def run(report: Report, small: bool) -> None:
     place = bridge.device()
     attention(report, place, small)
     math_is_not_used(report, place, small)
-    softmax(report, place, small)
+    reason = None if small else why_not(place)
+    report.require(reason is None, f"Triton's kernels do not run: {reason}")
+    if reason is None:
+        softmax(report, place, small)
+        rotations(report, place, small)
     head(report, place, small)
 
 
@@ -138,10 +143,6 @@ def softmax(report: Report, place: torch.device, small: bool) -> None:
     """The head's kernels against torch's operations on the same logits; --smoke interprets them."""
     from dpo_trainer.kernels import head as kernels
 
-    reason = None if small else why_not(place)
-    report.require(reason is None, f"Triton's kernels do not run: {reason}")
-    if reason is not None:
-        return
     for dtype, columns in product((torch.bfloat16, torch.float32), (501,) if small else (128_256, 151_936, 16_033)):
         rows = 6 if small else 256
         draw = torch.Generator(device=place).manual_seed(3)
@@ -158,8 +159,43 @@ def softmax(report: Report, place: torch.device, small: bool) -> None:
         rights = [highest, mass, target, exps]
         names = ("largest logit", "mass", "label's logit", "slope")
         for what, error in zip(names, errors([*found, logits], rights), strict=True):
-            bound = 2**-8 if what == "slope" and dtype == torch.bfloat16 else FP32_ERROR
+            bound = _rounding(dtype, small) if what == "slope" else FP32_ERROR
             report.within(f"the kernels' {what} of {columns} columns in {dtype}: its error", error, bound)
+
+
+def rotations(report: Report, place: torch.device, small: bool) -> None:
+    """Queries turned, and keys turned and copied, against float64; a key's gradient is the sum over its copies."""
+    from dpo_trainer.kernels import rotary as kernels
+
+    lengths = SMALL_LENGTHS if small else LENGTHS
+    pack = Pairs(lengths, 100).packs(range(len(lengths)), 2**20)[0]
+    plan = plan_of(pieces_of(pack.segments, pack.length), pack.length).to(place)
+    draw = torch.Generator().manual_seed(4)
+    shapes = ((3, 24),) if small else ((8, 128), (32, 64), (3, 24))
+    for (heads, width), dtype in product(shapes, (torch.bfloat16, torch.float32)):
+        turns = rotation(pack.position_ids.to(place), torch.linspace(1, 0.01, width // 2, device=place))
+        drawn = [torch.randn(rows, heads, width, generator=draw) for rows in (pack.length, len(plan.keys))]
+        x, slope = (each.to(place, dtype) for each in drawn)
+        wide = [each.double() for each in turns]
+        right = [turned(x.double(), *wide), turned(x.double(), *wide)[plan.keys]]
+        sums = torch.zeros(pack.length, heads, width, dtype=torch.float64, device=place)
+        right.append(turned(sums.index_add(0, plan.keys, slope.double()), wide[0], -wide[1]))
+        found = [kernels.turned(x, *turns, 1), kernels.turned(x, *turns, 1, plan.keys)]
+        found.append(kernels.turned_back(slope, *turns, plan.starts, plan.copies))
+        bound = _rounding(dtype, small)
+        for what, error in zip(("turned", "turned and copied", "turned back"), errors(found, right), strict=True):
+            report.within(f"{heads} heads of {width} in {dtype}, {what}: the error", error, bound)
+
+
+def _rounding(dtype: torch.dtype, small: bool) -> float:
+    """Largest error of a value that a kernel computes in fp32 and stores; the interpreter cuts bits off."""
+    return FP32_ERROR if dtype == torch.float32 else 2**-7 if small else 2**-8
+
+
+def turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """The rotary embedding of [S, heads, d] in the precision of x."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
 
 
 def head(report: Report, place: torch.device, small: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_trainer.model.attend import attend
 from dpo_trainer.model.context import gathered, plan_of_pack
 from dpo_trainer.model.pack import Pack
-from dpo_trainer.model.rotary import rotate, rotation
+from dpo_trainer.model.rotary import rotate, rotate_and_spread, rotation
 from dpo_trainer.model.varlen import VarlenPlan, spread
 
 
@@ -80,6 +80,9 @@ class PackAttention(torch.nn.Module):
         context = packed_seq_params
         cosines, sines = context.rotation
         turned = rotate(query.squeeze(1), cosines, sines)
-        keys = spread(gathered(rotate(key.squeeze(1), cosines, sines), context.pack), context.plan)
+        if context.pack.context_size == 1:
+            keys = rotate_and_spread(key.squeeze(1), cosines, sines, context.plan)
+        else:
+            keys = spread(gathered(rotate(key.squeeze(1), cosines, sines), context.pack), context.plan)
         values = spread(gathered(value.squeeze(1), context.pack), context.plan)
         return attend(turned, keys, values, context.plan, self.window, self.softmax_scale).unsqueeze(1)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_api.models import ModelConfig, YarnScaling
+from dpo_trainer.kernels.usable import usable
+from dpo_trainer.model.varlen import VarlenPlan, spread
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -76,6 +78,42 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return turned
 
 
+def rotate_and_spread(x: Tensor, cosines: Tensor, sines: Tensor, plan: VarlenPlan) -> Tensor:
+    """Turn the stream's keys and copy them into the plan's key rows: [S, groups, d] → [K, groups, d].
+
+    The same as ``spread(rotate(x))``. On a GPU it is one pass, and in the backward pass sums are fp32.
+    """
+    if not plan.gathers or not _has_kernels(x):
+        return spread(rotate(x, cosines, sines), plan)
+    keys: Tensor = _RotateAndSpread.apply(x, cosines, sines, plan)
+    return keys
+
+
+class _RotateAndSpread(torch.autograd.Function):
+    """See ``rotate_and_spread``; for GPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor, plan: VarlenPlan) -> Tensor:
+        from dpo_trainer.kernels import rotary
+
+        ctx.save_for_backward(cosines, sines)
+        ctx.plan = plan
+        return rotary.turned(x, cosines, sines, 1, plan.keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        from dpo_trainer.kernels import rotary
+
+        cosines, sines = ctx.saved_tensors
+        return rotary.turned_back(grad, cosines, sines, ctx.plan.starts, ctx.plan.copies), None, None, None
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels compute this, in fp32; they do on GPUs."""
+    return x.dtype != torch.float64 and usable(x.device)
+
+
 class _Rotate(torch.autograd.Function):
     """A rotation's gradient is turned back by the same angle, and multiplied as x was: nothing of x is saved."""
 
@@ -92,6 +130,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
+    if _has_kernels(x):
+        from dpo_trainer.kernels import rotary
+
+        return rotary.turned(x, cosines, sines, direction)
     half = cosines.shape[-1]
     parts = (half, half, x.shape[-1] - 2 * half)
     first, second, still = x.float().split(parts, dim=-1)

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -90,6 +91,8 @@ class VarlenPlan:
     keys: Tensor  #: [K] int64, the stream row of each key row
     home: Tensor  #: [S] int64, the first key row of each stream row (0 for those that no sequence sees)
     unseen: Tensor  #: int64, the stream rows that no sequence sees
+    copies: Tensor  #: [K] int64, the key rows ordered by the stream row that they copy
+    starts: Tensor  #: [S + 1] int64, where the copies of each stream row start in ``copies``, and K
     repeats: tuple[tuple[Tensor, Tensor], ...]
     """(stream rows, their second key rows), then their third, and so on: int64, no row twice in one tensor."""
     _masks: dict[tuple[int, torch.dtype], Masks] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -127,6 +130,8 @@ class VarlenPlan:
             keys=self.keys.to(device),
             home=self.home.to(device),
             unseen=self.unseen.to(device),
+            copies=self.copies.to(device),
+            starts=self.starts.to(device),
             repeats=tuple((rows.to(device), again.to(device)) for rows, again in self.repeats),
         )
 
@@ -153,6 +158,8 @@ def plan_of(pieces: Sequence[Piece], size: int) -> VarlenPlan:
         keys=keys,
         home=home,
         unseen=(uses == 0).nonzero().squeeze(1),
+        copies=order,
+        starts=F.pad(uses.cumsum(0), (1, 0)),
         repeats=tuple((copied[turn == j], order[turn == j]) for j in rounds),
     )
 
