@@ -35,6 +35,7 @@ def run(report: Report, small: bool) -> None:
     if reason is None:
         softmax(report, place, small)
         rotations(report, place, small)
+        activation(report, place, small)
     head(report, place, small)
 
 
@@ -185,6 +186,25 @@ def rotations(report: Report, place: torch.device, small: bool) -> None:
         bound = _rounding(dtype, small)
         for what, error in zip(("turned", "turned and copied", "turned back"), errors(found, right), strict=True):
             report.within(f"{heads} heads of {width} in {dtype}, {what}: the error", error, bound)
+
+
+def activation(report: Report, place: torch.device, small: bool) -> None:
+    """SwiGLU and its gradient."""
+    from dpo_trainer.kernels import swiglu as kernels
+
+    draw = torch.Generator().manual_seed(5)
+    for width, dtype in product((65,) if small else (14_336, 4_865), (torch.bfloat16, torch.float32)):
+        drawn = [torch.randn(5, columns, generator=draw) * 3 for columns in (2 * width, width)]
+        x, slope = (each.to(place, dtype) for each in drawn)
+
+        def exact(wide: Tensor) -> Tensor:
+            gate, up = wide.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate) * up
+
+        right = with_gradients(exact, [x.double().requires_grad_()], slope)
+        found = [kernels.swiglu(x), kernels.swiglu_back(x, slope)]
+        for what, error in zip(("SwiGLU", "its gradient"), errors(found, right), strict=True):
+            report.within(f"{what} of {width} in {dtype}: the error", error, _rounding(dtype, small))
 
 
 def _rounding(dtype: torch.dtype, small: bool) -> float:

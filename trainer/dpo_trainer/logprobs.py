@@ -31,7 +31,7 @@ from dpo_api.sizing.head import (
     HeadChunks,
     head_chunks,
 )
-from dpo_trainer.kernels.usable import usable
+from dpo_trainer.kernels.usable import computes
 from dpo_trainer.products import add_product, hand_over, main_grad_of
 
 
@@ -234,7 +234,7 @@ def _softmax(logits: Tensor, labels: Tensor, shard: _Shard, *, slope: bool) -> t
     If ``slope``, the logits become the matrix; if not, they may become anything.
     """
     index, inside = shard.local(labels)
-    if _has_kernels(logits):
+    if computes(logits):
         from dpo_trainer.kernels import head  # Triton, which comes with torch for GPUs
 
         highest, mass, target = head.statistics(logits, torch.where(inside, index.squeeze(1), -1))
@@ -251,7 +251,7 @@ def _softmax(logits: Tensor, labels: Tensor, shard: _Shard, *, slope: bool) -> t
     shard.reduce(figures, dist.ReduceOp.SUM)
     target, owned, mass = figures.unbind()
     if slope:
-        if _has_kernels(logits):
+        if computes(logits):
             _slope(logits, labels, shard, peak, mass)
         else:
             _subtract_mass(logits, labels, shard, mass)
@@ -260,7 +260,7 @@ def _softmax(logits: Tensor, labels: Tensor, shard: _Shard, *, slope: bool) -> t
 
 def _slope(logits: Tensor, labels: Tensor, shard: _Shard, peak: Tensor, mass: Tensor) -> None:
     """Turn logits into the matrix, in place, where ``peak`` and ``mass`` are known."""
-    if _has_kernels(logits):
+    if computes(logits):
         from dpo_trainer.kernels import head
 
         index, inside = shard.local(labels)
@@ -268,11 +268,6 @@ def _slope(logits: Tensor, labels: Tensor, shard: _Shard, peak: Tensor, mass: Te
     else:
         _exponentiate(logits, peak, keep=True)
         _subtract_mass(logits, labels, shard, mass)
-
-
-def _has_kernels(logits: Tensor) -> bool:
-    """Whether Triton's kernels compute this, in fp32; they do on GPUs."""
-    return logits.dtype != torch.float64 and usable(logits.device)
 
 
 def _exponentiate(logits: Tensor, peak: Tensor, *, keep: bool) -> Tensor:

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dpo_api.sizing.head import ALIGNMENT
-from dpo_trainer.kernels import head, rotary
+from dpo_trainer.kernels import head, rotary, swiglu
 
 CAPABILITIES = (80, 90, 100)
 TYPES = ("bf16", "fp32")
@@ -41,6 +41,14 @@ def kernels(values: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
         "statistics": (head._statistics, {**pointers, "targets": "*fp32", **integers}, sizes, head._WARPS),
         "slope": (head._slope, {**pointers, **integers}, sizes, head._WARPS),
     }
+    for name, backward in (("swiglu", False), ("swiglu back", True)):
+        types = {"x": f"*{values}", "out": f"*{values}", "width": "i32"}
+        constants = {"BACKWARD": backward, "BLOCK": swiglu.BLOCK}
+        if backward:
+            types["grad"] = f"*{values}"
+        else:
+            constants["grad"] = None  # type: ignore[assignment]
+        found[name] = (swiglu._swiglu, types, constants, 8)
     turn = {"x": f"*{values}", "out": f"*{values}", "cosines": "*fp32", "sines": "*fp32"}
     turn |= dict.fromkeys(("direction", "x_row", "x_head", "heads", "half", "still"), "i32")
     for name, sums, gathers in (("turn", False, False), ("turn keys", False, True), ("turn back", True, True)):

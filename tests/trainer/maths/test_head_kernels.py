@@ -26,7 +26,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compute the softmax, and torch's operations cannot."""
-    monkeypatch.setattr(logprobs, "_has_kernels", lambda _logits: True)
+    monkeypatch.setattr(logprobs, "computes", lambda _logits: True)
     monkeypatch.setattr(logprobs, "_exponentiate", None)
     monkeypatch.setattr(logprobs, "_subtract_mass", None)
 
@@ -43,7 +43,7 @@ def both(logits: Tensor, labels: Tensor, shard: _Shard) -> Iterator[tuple[Tensor
     """(log-probs, peak, mass, the matrix, the matrix from peak and mass) by torch, and by the kernels."""
     for kernels in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(logprobs, "_has_kernels", lambda _logits, found=kernels: found)
+            patch.setattr(logprobs, "computes", lambda _logits, found=kernels: found)
             matrix, again = wide(logits), wide(logits)
             log_probs, peak, mass = _softmax(matrix, labels, shard, slope=True)
             _slope(again, labels, shard, peak, mass)

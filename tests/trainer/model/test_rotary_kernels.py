@@ -20,7 +20,7 @@ BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 
 @pytest.fixture(params=[True, False], ids=["kernels", "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(rotary, "_has_kernels", lambda _x: request.param)
+    monkeypatch.setattr(rotary, "computes", lambda _x: request.param)
     return bool(request.param)
 
 
@@ -28,7 +28,7 @@ def both(work: object, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[list[
     """(result, gradient of x) with the kernels, and without."""
     found = []
     for has in (True, False):
-        monkeypatch.setattr(rotary, "_has_kernels", lambda _x, has=has: has)
+        monkeypatch.setattr(rotary, "computes", lambda _x, has=has: has)
         out = work(x)  # type: ignore[operator]
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
         found.append([out.detach(), *torch.autograd.grad(out, x, weight)])
@@ -93,7 +93,7 @@ def test_a_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         model = engine.model
         found = []
         for has in (True, False):
-            monkeypatch.setattr(rotary, "_has_kernels", lambda _x, has=has: has)
+            monkeypatch.setattr(rotary, "computes", lambda _x, has=has: has)
             model.zero_grad()
             hidden = hidden_rows(model, pack_of(0, 1))
             hidden.square().sum().backward()

@@ -30,5 +30,10 @@ def usable(device: torch.device) -> bool:
     """Whether the kernels run there. Where a GPU is and they do not, says so in the log, once."""
     reason = why_not(device)
     if reason is not None and device.type == "cuda":
-        log.warning("Triton's kernels are not used, so the LM head and rotary embeddings are slower: %s", reason)
+        log.warning("Triton's kernels are not used, so a step is slower: %s", reason)
     return reason is None
+
+
+def computes(x: torch.Tensor) -> bool:
+    """Whether the kernels compute with tensors like this one: they do in fp32 on GPUs, not in float64."""
+    return x.dtype != torch.float64 and usable(x.device)

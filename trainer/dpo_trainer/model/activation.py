@@ -7,6 +7,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpo_trainer.kernels.usable import computes
+
 
 class SwiGLU(torch.nn.Module):
     """silu(gate) · up (Shazeer, GLU Variants Improve Transformer, 2020). Built by the layer spec.
@@ -40,6 +42,10 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        if computes(x):
+            from dpo_trainer.kernels import swiglu  # Triton, which comes with torch for GPUs
+
+            return swiglu.swiglu(x)
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
@@ -47,6 +53,10 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
+        if computes(x):
+            from dpo_trainer.kernels import swiglu
+
+            return swiglu.swiglu_back(x, grad)
         gate, up = x.chunk(2, dim=-1)
         total = torch.empty_like(x)
         to_gate, to_up = total.chunk(2, dim=-1)

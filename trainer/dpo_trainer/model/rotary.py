@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_api.models import ModelConfig, YarnScaling
-from dpo_trainer.kernels.usable import usable
+from dpo_trainer.kernels.usable import computes
 from dpo_trainer.model.varlen import VarlenPlan, spread
 
 
@@ -83,7 +83,7 @@ def rotate_and_spread(x: Tensor, cosines: Tensor, sines: Tensor, plan: VarlenPla
 
     The same as ``spread(rotate(x))``. On a GPU it is one pass, and in the backward pass sums are fp32.
     """
-    if not plan.gathers or not _has_kernels(x):
+    if not plan.gathers or not computes(x):
         return spread(rotate(x, cosines, sines), plan)
     keys: Tensor = _RotateAndSpread.apply(x, cosines, sines, plan)
     return keys
@@ -109,11 +109,6 @@ class _RotateAndSpread(torch.autograd.Function):
         return rotary.turned_back(grad, cosines, sines, ctx.plan.starts, ctx.plan.copies), None, None, None
 
 
-def _has_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels compute this, in fp32; they do on GPUs."""
-    return x.dtype != torch.float64 and usable(x.device)
-
-
 class _Rotate(torch.autograd.Function):
     """A rotation's gradient is turned back by the same angle, and multiplied as x was: nothing of x is saved."""
 
@@ -130,7 +125,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
-    if _has_kernels(x):
+    if computes(x):
         from dpo_trainer.kernels import rotary
 
         return rotary.turned(x, cosines, sines, direction)
