@@ -243,7 +243,10 @@ class DataSource(Section):
 
 
 class Columns(Section):
-    """Keys of a record, if they differ from the usual ones."""
+    """Keys of a record, if they differ from the usual ones.
+
+    A key of a nested value is a path: `a.b[0]`, `messages[-1].content`.
+    """
 
     prompt: Column | None = Field(default=None, description="Key of the prompt. Not set: `prompt`.")
     chosen: Column | None = Field(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from dpo_api.spec import Columns
+from dpo_trainer.data.keys import root_of, value_at, why_absent
 from dpo_trainer.data.problems import Problem, Reason, UnusableError, kind_of
 
 Message = dict[str, Any]
@@ -72,7 +73,7 @@ def names_read(columns: Columns, *, rejected_needed: bool = True) -> frozenset[s
     for role, usual in _USUAL.items():
         if rejected_needed or not role.startswith("rejected"):
             own: str | None = getattr(columns, role)
-            found.update((own,) if own else usual)
+            found.update((own, root_of(own)) if own else usual)
     return frozenset(found)
 
 
@@ -107,15 +108,17 @@ def _parse(row: Mapping[str, Any], columns: Columns, rejected_needed: bool) -> R
 
 def _find(row: Mapping[str, Any], role: str, name: str | None) -> tuple[str, Any]:
     """The role's key in this line and its value; a null counts as absent (then the value is None)."""
-    names = (name,) if name else _USUAL[role]
+    if name:
+        return name, value_at(row, name)
+    names = _USUAL[role]
     return next(((key, row[key]) for key in names if row.get(key) is not None), (names[0], None))
 
 
 def _missing(row: Mapping[str, Any], role: str, name: str | None) -> NoReturn:
-    wanted = " or ".join(f'"{key}"' for key in ((name,) if name else _USUAL[role]))
-    keys = ", ".join(f'"{key}"' for key in list(row)[:8]) or "none"
+    names = (name,) if name else _USUAL[role]
+    wanted = " or ".join(f'"{key}"' for key in names)
     raise UnusableError(
-        Reason.MISSING_KEY, f"no {wanted} (keys here: {keys}); spec.data.columns.{_camel(role)} names it"
+        Reason.MISSING_KEY, f"no {wanted} ({why_absent(row, names)}); spec.data.columns.{_camel(role)} names it"
     )
 
 
