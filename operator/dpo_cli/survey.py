@@ -186,7 +186,9 @@ class _Look:
             try:
                 check()
             except DPOError as error:
-                result.problems.append(self._problem(name, uri, error))
+                problem = self._problem(name, uri, error)
+                if problem not in result.problems:  # an archive's config.json is made from its weights, too
+                    result.problems.append(problem)
         if not result.problems:
             result.model_bytes = weight_bytes(files, uri)
 

@@ -209,7 +209,7 @@ class MegatronWeights:
         return found
 
     def _decoded(self, chunk: Chunk, itemsize: int) -> bytes:
-        size = (chunk.skip + math.prod(chunk.shape)) * itemsize
+        size = chunk.numbers * itemsize
         packed = chunk.place.read(self._store)
         try:
             if chunk.form == "zstd":
@@ -218,8 +218,11 @@ class MegatronWeights:
                 data = zlib.decompressobj(wbits=47).decompress(packed, size + 1)
         except (zlib.error, zstandard.ZstdError) as error:
             raise InvalidModelError(f"{chunk.place.object.uri}: a chunk cannot be decompressed ({error})") from None
-        if len(data) < size:
-            raise InvalidModelError(f"{chunk.place.object.uri}: a chunk is shorter than its tensor's description says")
+        if len(data) != size:
+            than = "more" if len(data) > size else "fewer"
+            raise InvalidModelError(
+                f"{chunk.place.object.uri}: a chunk has {than} bytes than its tensor's description says"
+            )
         return data
 
     def describe(self) -> dict[str, Any]:
@@ -295,7 +298,7 @@ def _cut(parts: Sequence[Stored], begin: int, each: int, row: int, whole: int, c
 
 def _unpacked(packed: bytes, size: int) -> bytes:
     with zstandard.ZstdDecompressor().stream_reader(packed) as reader:
-        return reader.read(size)
+        return reader.read(size + 1)
 
 
 def _described(part: Stored) -> list[Any]:
@@ -305,7 +308,7 @@ def _described(part: Stored) -> list[Any]:
 def _described_chunk(chunk: Chunk) -> list[Any]:
     place = chunk.place
     of_place = [place.object.uri, place.object.size, place.object.etag, place.start, place.size]
-    return [list(chunk.offsets), list(chunk.shape), *of_place, chunk.form, chunk.skip]
+    return [list(chunk.offsets), list(chunk.shape), *of_place, chunk.form, chunk.skip, chunk.numbers]
 
 
 def _stored(dtype: str, shape: list[int], chunks: list[list[Any]]) -> Stored:
@@ -322,6 +325,7 @@ def _chunk(
     length: int,
     form: Form,
     skip: int,
+    numbers: int,
 ) -> Chunk:
     place = Extent(ObjectInfo(uri, size, etag), start, length)
-    return Chunk(tuple(offsets), tuple(shape), place, form, skip)
+    return Chunk(tuple(offsets), tuple(shape), place, form, skip, numbers)

@@ -50,7 +50,11 @@ class MegatronModel(PresentedModel):
     def config(self) -> Mapping[str, Any]:
         """The keys of config.json."""
         if self._architecture is not None:
-            return read_json(self.files, self._architecture)
+            found = read_json(self.files, self._architecture)
+            layers = found.get("num_hidden_layers")
+            if isinstance(layers, int):
+                self.check_layers(layers, self.parameters)
+            return found
         return self._shape.config_json(self._folder)
 
     @property
@@ -67,7 +71,9 @@ class MegatronModel(PresentedModel):
                 " spec.model.megatron.architectureURI to a config.json"
             )
         embedding = embedding_of(self._checkpoint)
-        return shape_of(arguments, self._folder, embedding.shape[0], DTYPES.get(embedding.dtype, embedding.dtype))
+        found = shape_of(arguments, self._folder, embedding.shape[0], DTYPES.get(embedding.dtype, embedding.dtype))
+        self.check_layers(found.layers, self.parameters)
+        return found
 
     @cached_property
     def parameters(self) -> Mapping[str, list[Stored]]:

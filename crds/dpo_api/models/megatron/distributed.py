@@ -164,7 +164,7 @@ class Checkpoint:
             if found is None:
                 raise self.error(f"{name} is missing; copy the checkpoint again")
             offsets = tuple(number * each for number, each in zip(place, chunk_shape, strict=True))
-            chunks.append(Chunk(offsets, chunk_shape, found, form))
+            chunks.append(Chunk(offsets, chunk_shape, found, form, numbers=math.prod(chunk_shape)))
         return Stored(dtype, shape, tuple(chunks))
 
 

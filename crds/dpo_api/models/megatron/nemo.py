@@ -45,7 +45,9 @@ class NemoModel(PresentedModel):
             if not parts or not parts[0].shape:
                 raise self.error("its weights hold no embedding")
             rows, kind = sum(part.shape[0] for part in parts), parts[0].dtype
-        return self.settings.shape(rows, DTYPES.get(kind, kind))
+        found = self.settings.shape(rows, DTYPES.get(kind, kind))
+        self.check_layers(found.layers, self._tables if self._distributed is None else self.parameters)
+        return found
 
     @cached_property
     def settings(self) -> NemoSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins  # `list` is a method here
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from dpo_api.models.folder import Files
 from dpo_api.models.megatron.distributed import Checkpoint
 from dpo_api.models.megatron.members import Extent
 from dpo_api.models.megatron.stored import Stored
-from dpo_api.models.megatron.weights import UP, distributed_parameters
+from dpo_api.models.megatron.weights import UP, distributed_parameters, layers_in
 
 EMBEDDING = "embedding.word_embeddings.weight"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -115,6 +115,12 @@ class PresentedModel(ABC):
     @cached_property
     def _config_json(self) -> bytes:
         return (json.dumps(self.config, indent=2) + "\n").encode()
+
+    def check_layers(self, named: int, parameters: Iterable[str]) -> None:
+        """Raise InvalidModelError if the settings name another number of layers than the weights have."""
+        held = layers_in(parameters)
+        if named != held:
+            raise self.error(f"its settings name {named:,} layers, and its weights have {held:,}")
 
     def error(self, why: str) -> InvalidModelError:
         """Return the error that names the model."""

@@ -23,6 +23,8 @@ class Chunk:
     form: Form = "raw"
     skip: int = 0
     """Numbers in the place before those of the box."""
+    numbers: int = 0
+    """All numbers of a compressed place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ whole model: ``decoder.layers.7.self_attention.linear_qkv.weight``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from dpo_api.models.megatron.stored import Stored
 
@@ -58,6 +58,11 @@ def parameter_of(key: str, first_layer: int = 0) -> str | None:
         name = pattern.sub(new, name)
     found = _LAYER.match(name)
     return name if found is None else f"{found[1]}{int(found[2]) + first_layer}{found[3]}"
+
+
+def layers_in(parameters: Iterable[str]) -> int:
+    """Return how many layers the parameters are of: one more than the largest number."""
+    return max((1 + int(found[2]) for name in parameters if (found := _LAYER.match(name))), default=0)
 
 
 def distributed_parameters(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
