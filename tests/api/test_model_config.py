@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dpo_api.errors import InvalidModelError
-from dpo_api.models import ModelConfig, RopeScaling, YarnScaling, parse_config
+from dpo_api.models import ModelConfig, Multipliers, RopeScaling, YarnScaling, parse_config
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -33,6 +33,30 @@ def test_a_llama_2() -> None:
     assert (config.dtype, config.norm_eps) == ("float16", 1e-5)
     assert config.window is None
     assert not any((config.tied_embeddings, config.qkv_bias, config.qk_norm))
+
+
+GEMMA3 = {"model_type": "gemma3_text", "hidden_act": ..., "num_hidden_layers": 7, "head_dim": 16}
+NESTED = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+    "sliding_attention": {"rope_theta": 5e3},
+}
+
+
+def test_gemma_3() -> None:
+    config = read(**GEMMA3, sliding_window=512)
+    assert (config.norm, config.norm_places, config.activation, config.qk_norm) == ("rms1p", "both", "geglu", True)
+    assert (config.tied_embeddings, config.num_query_groups, config.rope_theta) == (True, 4, 1e6)
+    assert config.multipliers == Multipliers(embedding=8.0, attention=1 / 16)
+    assert [config.window_of(layer) for layer in range(7)] == [512, 512, 512, 512, 512, None, 512]
+    assert [config.rope_of(layer) for layer in range(7)] == [1, 1, 1, 1, 1, 0, 1]
+    assert config.local_rope_theta == 1e4
+    assert read(**GEMMA3, sliding_window_pattern=2).window_of(1) is None
+    old = read(**GEMMA3, rope_theta=2e6, rope_local_base_freq=5e3, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    new = read(**GEMMA3, rope_parameters=NESTED)
+    assert old == new
+    assert (new.rope_theta, new.local_rope_theta, new.rope_scaling) == (2e6, 5e3, RopeScaling("linear", 8.0))
+    full = read(**GEMMA3, layer_types=["full_attention"] * 7)
+    assert (full.window, full.local_rope_theta, full.rope_of(0)) == (None, None, 0)
 
 
 LLAMA3 = {
@@ -132,6 +156,24 @@ def test_families() -> None:
     phi4 = read(model_type="phi3", rms_norm_eps=..., partial_rotary_factor=0.75, sliding_window=None)
     assert (phi4.norm_eps, phi4.rotary_dim, phi4.window, phi4.num_query_groups) == (1e-5, 12, None, 4)
     assert read(model_type="phi3", sliding_window=2047).window == 2047
+    smollm3 = read(model_type="smollm3", num_hidden_layers=5)
+    assert (smollm3.tied_embeddings, smollm3.rope_theta, smollm3.num_query_groups) == (True, 2e6, 4)
+    assert [smollm3.rope_of(layer) for layer in range(5)] == [0, 0, 0, None, 0]
+    assert [read(model_type="smollm3", no_rope_layers=[1, 0, 1, 1]).rope_of(i) for i in range(4)] == [0, None, 0, 0]
+    assert read(model_type="smollm3", no_rope_layers=[1] * 4).rope_layers == ()
+    slides = {
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "layer_types": [*["full_attention"] * 3, "sliding_attention"],
+    }
+    assert [read(model_type="smollm3", **slides).window_of(i) for i in range(4)] == [None, None, None, 9]
+    granite = {"embedding_multiplier": 12.0, "attention_multiplier": 0.0078125, "residual_multiplier": 0.22}
+    assert read(model_type="granite", logits_scaling=16, **granite).multipliers == Multipliers(
+        12.0, 0.0078125, 0.22, 16.0
+    )
+    assert read(model_type="granite").multipliers == Multipliers(attention=1.0)
+    olmo2 = read(model_type="olmo2", rms_norm_eps=...)
+    assert (olmo2.norm_eps, olmo2.norm_places, olmo2.qk_norm, olmo2.qk_norm_over_all) == (1e-5, "after", True, True)
     qwen3 = read(model_type="qwen3", num_key_value_heads=2, tie_word_embeddings=True)
     assert (qwen3.qk_norm, qwen3.head_dim, qwen3.tied_embeddings) == (True, 128, True)
 
@@ -175,6 +217,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**NEMOTRON, "hidden_act": "silu"}, r'hidden_act is "silu": only relu2'),
     ({**NEMOTRON, "attention_bias": True}, r"attention_bias is true: a bias on q, k, v and o_proj"),
     ({**NEMOTRON, "mlp_bias": True}, r"mlp_bias is true"),
+    (
+        {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+        r"no_rope_layers is \[1, 0\]: it must hold 0 or 1 for each of",
+    ),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2, 1]}, r"no_rope_layers is \[1, 0, 2, 1\]"),
+    ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 9}, r"layer_types is null: it must name"),
+    ({"model_type": "granite", "residual_multiplier": -1}, r"residual_multiplier is -1: it must be a positive number"),
+    ({"model_type": "gemma2"}, r'model_type is "gemma2": its caps of scores and logits .*; supported are llama'),
+    ({"model_type": "gemma3"}, r'model_type is "gemma3": it reads images; .*\(gemma3_text\)'),
+    ({**GEMMA3, "final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30.0: a cap of the logits"),
+    ({**GEMMA3, "attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50.0: a cap of the attention's scores"),
+    ({**GEMMA3, "use_bidirectional_attention": True}, r"use_bidirectional_attention is true"),
+    ({**GEMMA3, "hidden_activation": "gelu"}, r'hidden_activation is "gelu": only gelu_pytorch_tanh'),
+    (
+        {**GEMMA3, "rope_parameters": {"rope_type": "default"}},
+        r"rope_parameters is .*it must hold sliding_attention and full_attention",
+    ),
+    (
+        {**GEMMA3, "rope_parameters": {**NESTED, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        r'rope_parameters.sliding_attention.rope_type is "linear": only default',
+    ),
     ({**STABLELM, "use_parallel_residual": True}, r"use_parallel_residual is true: an MLP beside the attention"),
     ({**STABLELM, "qk_layernorm": True}, r"qk_layernorm is true: a norm of its own for each head"),
     ({**STABLELM, "head_dim": 32}, r"head_dim is 32: a head size of its own"),

@@ -150,6 +150,32 @@ CASES = [
         rope_parameters=...,
         **PHI4_MINI,
     ),
+    *[
+        key(f"bias of {name}", "attention_bias is true", "use a model without it", model_type=name, attention_bias=True)
+        for name in ("smollm3", "granite")
+    ],
+    *[
+        key(f"MLP bias of {name}", "mlp_bias is true", "use a model without it", model_type=name, mlp_bias=True)
+        for name in ("smollm3", "granite")
+    ],
+    key("rope layers", "no_rope_layers is [1]", ORIGINAL, model_type="smollm3", no_rope_layers=[1]),
+    key(
+        "caps",
+        'model_type is "gemma2": its caps of scores and logits',
+        "start from a model of one",
+        model_type="gemma2",
+    ),
+    key("images", 'model_type is "gemma3": it reads images', "start from a model of one", model_type="gemma3"),
+    key("bias of OLMo 2", "attention_bias is true", "use a model without it", model_type="olmo2", attention_bias=True),
+    *[
+        key(f"Gemma 3, {name}", f"{name} is true", "use a model without it", model_type="gemma3_text", **{name: True})
+        for name in (
+            "attention_bias",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "use_bidirectional_attention",
+        )
+    ],
     key("odd head", "head_dim is 15: it must be even", "use a model with an even head size", head_dim=15),
     key("heads", "hidden_size is 50: not divisible by", "set head_dim", hidden_size=50, head_dim=...),
     key("groups", "num_key_value_heads is 3: it must divide", ORIGINAL, num_key_value_heads=3),

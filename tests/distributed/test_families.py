@@ -1,4 +1,4 @@
-"""Every family's DPO run over two tensor-parallel processes is the run of one process."""
+"""Every family's DPO run over several processes is the run of one process."""
 
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,33 @@ from dpo_testing.trajectories import differences
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("families")]
 
 STEADY = {"maxSteps": 5, "learningRate": 5e-4, "validationInterval": 4, "eps": 1e-6}
-SPLIT: dict[str, dict[str, Any]] = {"TP2": {"tensor": 2}, "TP2, sequence": {"tensor": 2, "sequence": True}}
-CHOSEN = {("nemotron", "TP2, sequence")}
+SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, {"tensor": 2}),
+    "TP2, sequence": (2, {"tensor": 2, "sequence": True}),
+    "TP4 of 2 groups": (4, {"tensor": 4}),
+    "TP2 PP2, sequence": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+}
+CASES = [
+    *[(variant, layout) for variant in VARIANTS for layout in ("TP2", "TP2, sequence")],
+    ("olmo2", "TP4 of 2 groups"),
+    *[(variant, "TP2 PP2, sequence") for variant in ("gemma3", "smollm3", "granite", "olmo2")],
+]
+CHOSEN = [("gemma3", "TP2, sequence"), ("olmo2", "TP4 of 2 groups")]
 """In `make test`: those with the most parts of their own. The others are nightly."""
 
 
 @pytest.mark.parametrize(
     ("variant", "layout"),
-    [
-        pytest.param(variant, layout, marks=[] if (variant, layout) in CHOSEN else [pytest.mark.nightly])
-        for variant in VARIANTS
-        for layout in SPLIT
-    ],
+    [pytest.param(*case, marks=[] if case in CHOSEN else [pytest.mark.nightly]) for case in CASES],
 )
-def test_two_tensor_parallel_processes_are_one_trajectory(variant: str, layout: str, tmp_path: Path) -> None:
+def test_several_processes_are_one_trajectory(variant: str, layout: str, tmp_path: Path) -> None:
+    processes, parallelism = SPLIT[layout]
     spec = merged(make(tmp_path, pairs=11, variant=variant), {"training": STEADY})
     alone = run_here(spec, tmp_path / "alone")
     losses = alone.series("train/preference_loss")
     assert losses[-1] < losses[0] - 0.1
     # A reference of its own: computed in this layout, not read from the other run's cache.
-    changed = merged(spec, {"parallelism": SPLIT[layout], "reference": {"cacheURI": str(tmp_path / "its reference")}})
-    split = run_processes(changed, tmp_path / "split", processes=2, scratch=tmp_path / "scratch")
+    changed = merged(spec, {"parallelism": parallelism, "reference": {"cacheURI": str(tmp_path / "its reference")}})
+    split = run_processes(changed, tmp_path / "split", processes=processes, scratch=tmp_path / "scratch")
     assert differences(alone, split) == []
     assert "layout verified: " in (tmp_path / "scratch" / "log").read_text()

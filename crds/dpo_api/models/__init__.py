@@ -10,6 +10,7 @@ folder's files.
 from dpo_api.models.config import ModelConfig, ModelFacts
 from dpo_api.models.families import FAMILIES, Activation, Family, Norm, TensorNames
 from dpo_api.models.folder import read_config
+from dpo_api.models.multipliers import Multipliers
 from dpo_api.models.reader import parse_config
 from dpo_api.models.rope import RopeScaling, YarnScaling
 
@@ -19,6 +20,7 @@ __all__ = [
     "Family",
     "ModelConfig",
     "ModelFacts",
+    "Multipliers",
     "Norm",
     "RopeScaling",
     "TensorNames",

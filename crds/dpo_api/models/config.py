@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any
 
-from dpo_api.models.families import FAMILIES, GATED, NORMS_WITH_BIAS, Activation, Family, Norm
+from dpo_api.models.families import FAMILIES, GATED, NORMS_WITH_BIAS, Activation, Family, Norm, NormPlaces
+from dpo_api.models.multipliers import Multipliers
 from dpo_api.models.rope import Scaling
 
 
@@ -35,6 +37,10 @@ class ModelFacts:
     """Whether each query and key head passes a norm."""
     norm_bias: bool = False
     """Whether norms have a bias beside their weight."""
+    qk_norm_over_all: bool = False
+    """Whether the norms of queries and of keys are each over all heads together."""
+    norms: int = 2
+    """A layer's norms over the hidden state."""
     gated: bool = True
     """Whether the MLP has a gate beside its up projection."""
 
@@ -65,6 +71,11 @@ class ModelConfig:
     norm: Norm = "rms"
     activation: Activation = "swiglu"
     rotary_dim: int | None = None  #: channels of a head that the rotary embedding turns, its first ones; None: all
+    rope_layers: tuple[bool, ...] = ()  #: whether each layer has the rotary embedding; empty: all of them
+    multipliers: Multipliers = field(default_factory=Multipliers)
+    norm_places: NormPlaces = "before"
+    qk_norm_over_all: bool = False  #: one norm over all query heads and one over all key heads, not one over each head
+    local_rope_theta: float | None = None  #: rotary base of windowed layers, unscaled; None: that of the others
 
     @property
     def row(self) -> Family:
@@ -87,6 +98,12 @@ class ModelConfig:
             return None
         return self.window
 
+    def rope_of(self, layer: int) -> int | None:
+        """Return which rotary embedding the 0-based ``layer`` has: 0, or 1 for the one of windowed layers, or None."""
+        if self.rope_layers and not self.rope_layers[layer]:
+            return None
+        return 0 if self.local_rope_theta is None or self.window_of(layer) is None else 1
+
     @property
     def facts(self) -> ModelFacts:
         """What the spec's validation needs to know of the model."""
@@ -104,6 +121,8 @@ class ModelConfig:
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
             norm_bias=self.norm_bias,
+            qk_norm_over_all=self.qk_norm_over_all,
+            norms=4 if self.norm_places == "both" else 2,
             gated=self.gated,
         )
 
@@ -114,9 +133,13 @@ class ModelConfig:
         del values["dtype"], values["max_positions"]
         # A field that came later is left out at its default: a model's fingerprint never changes.
         for later in fields(self)[_FIELDS_OF_THE_FIRST_FINGERPRINT:]:
-            if values[later.name] == later.default:
+            if getattr(self, later.name) == _default_of(later):
                 del values[later.name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-_FIELDS_OF_THE_FIRST_FINGERPRINT = [field.name for field in fields(ModelConfig)].index("dtype") + 1
+def _default_of(later: Field[Any]) -> Any:
+    return later.default if later.default_factory is MISSING else later.default_factory()
+
+
+_FIELDS_OF_THE_FIRST_FINGERPRINT = [one.name for one in fields(ModelConfig)].index("dtype") + 1

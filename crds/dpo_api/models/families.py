@@ -11,18 +11,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpo_api.models.keys import Keys
-from dpo_api.models.windows import Windows, all_layers, chosen_layers, no_windows
+from dpo_api.models.multipliers import Multipliers, gemma3, granite, ones
+from dpo_api.models.turning import all_turn, some_turn
+from dpo_api.models.windows import Windows, all_but_each_nth, all_layers, chosen_layers, named_layers, no_windows
 
-Norm = Literal["rms", "layernorm", "layernorm1p"]
+Norm = Literal["rms", "rms1p", "layernorm", "layernorm1p"]
 """``rms``: x · w / √(mean(x²) + ε). ``layernorm``: (x - mean(x)) · w / √(var(x) + ε) + b.
-``layernorm1p``: the same with 1 + w.
+``rms1p``, ``layernorm1p``: the same with 1 + w.
 """
-Activation = Literal["swiglu", "relu2"]
-"""``swiglu``: silu(gate) · up. ``relu2``: max(up, 0)², without a gate."""
+NormPlaces = Literal["before", "after", "both"]
+"""Whether the attention and the MLP have a norm of what they read, of what they add to the residual, or of both."""
+Activation = Literal["swiglu", "geglu", "relu2"]
+"""``swiglu``: silu(gate) · up. ``geglu``: gelu(gate) · up, of the tanh form. ``relu2``: max(up, 0)², no gate."""
 
-HIDDEN_ACTS: dict[Activation, tuple[str, ...]] = {"swiglu": ("silu", "swish"), "relu2": ("relu2",)}
+HIDDEN_ACTS: dict[Activation, tuple[str, ...]] = {
+    "swiglu": ("silu", "swish"),
+    "geglu": ("gelu_pytorch_tanh",),
+    "relu2": ("relu2",),
+}
 """Activation → the values of config.json's ``hidden_act`` that mean it, the usual one first."""
-GATED: frozenset[Activation] = frozenset({"swiglu"})
+GATED: frozenset[Activation] = frozenset({"swiglu", "geglu"})
 """Activations of two projections, of which one is the other's gate."""
 NORMS_WITH_BIAS: frozenset[Norm] = frozenset({"layernorm", "layernorm1p"})
 
@@ -43,7 +51,9 @@ class TensorNames:
     """Or one name, of a tensor that holds the rows of q, then of k, then of v."""
     qk_norm: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     attention_output: str = "self_attn.o_proj"
+    attention_norm_after: str = "post_attention_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    mlp_norm_after: str = "post_feedforward_layernorm"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """The gate first; the up projection alone where the activation has no gate. With a gate one name, too: of a tensor
     that holds the gate's rows, then those of the up projection."""
@@ -68,12 +78,23 @@ class Family:
     """Whether the query, key and value projections have biases, or the key of config.json that says it."""
     qk_norm: bool = False
     """Whether each query and key head passes a norm before the rotary embedding."""
+    qk_norm_over_all: bool = False
+    """Whether that norm is over all query heads together, and over all key heads."""
+    norm_places: NormPlaces = "before"
+    hidden_act: str = "hidden_act"
+    """Key of config.json for the activation."""
+    local_rope: bool = False
+    """Whether windowed layers have a rotary base of their own."""
     partial_rotary: bool = False
     """Whether ``partial_rotary_factor`` may be below 1: that share of a head's channels turns."""
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     """Those of ``rope.TYPES`` that transformers computes for this family as for others."""
     windows: Callable[[Keys, int], Windows] = no_windows
     """Reads which of the layers have a sliding window."""
+    turning: Callable[[Keys, int], tuple[bool, ...]] = all_turn
+    """Reads which of the layers have the rotary embedding; empty for all of them."""
+    multipliers: Callable[[Keys], Multipliers] = ones
+    """Reads the constant factors."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Key of config.json that must not be set → what it would mean."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -122,7 +143,64 @@ _ROWS = (
         defaults={"rms_norm_eps": 1e-5},
         tensors=TensorNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
     ),
+    Family(
+        "smollm3",
+        turning=some_turn,
+        windows=named_layers,
+        refused={**_OUTPUT_BIAS, **_MLP_BIAS},
+        defaults={
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope_theta": 2e6,
+            "no_rope_layer_interval": 4,
+        },
+    ),
+    Family("granite", multipliers=granite, refused={**_OUTPUT_BIAS, **_MLP_BIAS}),
+    Family(
+        "olmo2",
+        qk_norm=True,
+        qk_norm_over_all=True,
+        norm_places="after",
+        refused=_OUTPUT_BIAS,
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+    Family(
+        "gemma3_text",
+        norm="rms1p",
+        norm_places="both",
+        activation="geglu",
+        hidden_act="hidden_activation",
+        qk_norm=True,
+        windows=all_but_each_nth,
+        local_rope=True,
+        multipliers=gemma3,
+        refused={
+            **_OUTPUT_BIAS,
+            "attn_logit_softcapping": "a cap of the attention's scores",
+            "final_logit_softcapping": "a cap of the logits",
+            "use_bidirectional_attention": "attention to later tokens",
+        },
+        defaults={
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "tie_word_embeddings": True,
+            "vocab_size": 262_208,
+        },
+        tensors=TensorNames(mlp_norm="pre_feedforward_layernorm"),
+    ),
 )
+
+NOT_EXACT = {
+    "gemma2": "its caps of scores and logits (attn_logit_softcapping, final_logit_softcapping) are not supported",
+    "gemma3": "it reads images; of Gemma 3 those for text alone (gemma3_text) are supported",
+}
+"""``model_type`` of families close to these → why they are refused."""
 
 FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
 """``model_type`` → its family."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_api.models.config import ModelConfig
-from dpo_api.models.families import FAMILIES, HIDDEN_ACTS, Family
+from dpo_api.models.families import FAMILIES, HIDDEN_ACTS, NOT_EXACT, Family
 from dpo_api.models.keys import Keys
 from dpo_api.models.rope import read_rope
 
@@ -41,7 +41,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         raise keys.error(
             "head_dim", head_dim, "it must be even, for the rotary embedding; use a model with an even head size"
         )
-    theta, scaling, rotary_dim = read_rope(keys, head_dim, family)
+    rope = read_rope(keys, head_dim, family)
     window, windowed = family.windows(keys, layers)
     return ModelConfig(
         family=family.name,
@@ -53,8 +53,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         num_query_groups=groups,
         head_dim=head_dim,
         norm_eps=keys.number(family.epsilon, 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         window=window,
         windowed_layers=windowed,
         qkv_bias=bool(keys.get(family.qkv_bias) if isinstance(family.qkv_bias, str) else family.qkv_bias),
@@ -64,7 +64,12 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         dtype=_dtype(keys),
         norm=family.norm,
         activation=family.activation,
-        rotary_dim=rotary_dim,
+        rotary_dim=rope.turned,
+        rope_layers=turning if not all(turning := family.turning(keys, layers)) else (),
+        multipliers=family.multipliers(keys),
+        norm_places=family.norm_places,
+        qk_norm_over_all=family.qk_norm_over_all,
+        local_rope_theta=rope.local_theta if window is not None else None,
     )
 
 
@@ -72,11 +77,9 @@ def _family(keys: Keys) -> Family:
     name = keys.raw.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        raise keys.error(
-            "model_type",
-            name,
-            f"supported are {', '.join(FAMILIES)}; start from a model of one of these families",
-        )
+        known = f"supported are {', '.join(FAMILIES)}; start from a model of one of these families"
+        why = NOT_EXACT.get(name) if isinstance(name, str) else None
+        raise keys.error("model_type", name, known if why is None else f"{why}; {known}")
     return family
 
 
@@ -93,9 +96,9 @@ def _refuse_unsupported(keys: Keys, family: Family) -> None:
         if keys.raw.get(key):
             raise keys.error(key, keys.raw[key], "quantised weights cannot be trained; use the original model")
     names = HIDDEN_ACTS[family.activation]
-    act = keys.raw.get("hidden_act", names[0])
+    act = keys.raw.get(family.hidden_act, names[0])
     if act not in names:
-        raise keys.error("hidden_act", act, f"only {names[0]} is supported; use a model with this activation")
+        raise keys.error(family.hidden_act, act, f"only {names[0]} is supported; use a model with this activation")
     for key, meaning in family.refused.items():
         if keys.raw.get(key):
             raise keys.error(key, keys.raw[key], f"{meaning} is not supported; use a model without it")

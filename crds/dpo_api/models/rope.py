@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dpo_api.models.families import Family
 from dpo_api.models.keys import Keys
@@ -100,16 +100,29 @@ TYPES: dict[str, Callable[[Keys, Keys], Scaling | None]] = {
 _LONGROPE = ("longrope", "su")  # "su": in older files
 
 
-def read_rope(model: Keys, head_dim: int, family: Family) -> tuple[float, Scaling | None, int | None]:
-    """Return the rotary base (theta), the scaling, and the channels of a head that turn: None if all of them do.
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """What config.json says of the rotary embedding."""
 
-    Raises InvalidModelError for what cannot be reproduced.
-    """
+    theta: float
+    """Its base."""
+    scaling: Scaling | None
+    turned: int | None
+    """Channels of a head that turn; None: all of them."""
+    local_theta: float | None
+    """The base of windowed layers; None: that of the others."""
+
+
+def read_rope(model: Keys, head_dim: int, family: Family) -> Rope:
+    """Raises InvalidModelError for what cannot be reproduced."""
     # transformers ≥ 5 writes rope_parameters alone; older versions rope_theta and rope_scaling.
     key = "rope_parameters" if model.raw.get("rope_parameters") else "rope_scaling"
     raw = model.raw.get(key) or {}
     if not isinstance(raw, Mapping):
         raise model.error(key, raw, "it must be an object; copy the model's original config.json")
+    local_theta = None
+    if family.local_rope:
+        local_theta, raw = _local(model, key, raw)
     if any(isinstance(value, Mapping) for value in raw.values()):
         raise model.error(
             key, raw, "a different rope for each layer type is not supported; use a model with one for all layers"
@@ -120,7 +133,21 @@ def read_rope(model: Keys, head_dim: int, family: Family) -> tuple[float, Scalin
     if kind not in (None, *family.rope_types):
         raise model.error(f"{key}.rope_type", kind, _instead_of(kind, family))
     turned = _rotary_dim(rope if "partial_rotary_factor" in raw else model, head_dim, partial=family.partial_rotary)
-    return theta, TYPES[kind or "default"](rope, model), turned
+    return Rope(theta, TYPES[kind or "default"](rope, model), turned, local_theta)
+
+
+def _local(model: Keys, key: str, raw: Mapping[str, Any]) -> tuple[float, Mapping[str, Any]]:
+    """Return the base of windowed layers, and the settings of the others."""
+    names = ("sliding_attention", "full_attention")
+    if key == "rope_scaling" or not raw:
+        return model.number("rope_local_base_freq"), raw
+    if any(not isinstance(raw.get(name), Mapping) for name in names):
+        raise model.error(key, raw, f"it must hold {' and '.join(names)}; copy the model's original config.json")
+    local, others = (Keys(raw[name], model.where) for name in names)
+    if local.raw.get("rope_type", "default") != "default":
+        fix = "only default is supported for layers with a window; use a model of another family"
+        raise model.error(f"{key}.{names[0]}.rope_type", local.raw["rope_type"], fix)
+    return (local if "rope_theta" in local.raw else model).number("rope_theta", 1e4), others.raw
 
 
 def _instead_of(kind: object, family: Family) -> str:

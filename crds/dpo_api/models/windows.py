@@ -41,13 +41,35 @@ def chosen_layers(keys: Keys, layers: int) -> Windows:
             )
         windowed = tuple(layer >= first for layer in range(layers))
     else:
-        known = {"full_attention": False, "sliding_attention": True}
-        if not isinstance(types, list) or len(types) != layers or any(str(kind) not in known for kind in types):
-            raise keys.error(
-                "layer_types",
-                types,
-                f"it must name full_attention or sliding_attention {layers} times;"
-                " copy the model's original config.json",
-            )
-        windowed = tuple(known[str(kind)] for kind in types)
+        windowed = _named(keys, layers)
     return (keys.integer("sliding_window"), windowed) if any(windowed) else (None, ())
+
+
+def named_layers(keys: Keys, layers: int) -> Windows:
+    """``use_sliding_window`` turns windows on, for the layers that ``layer_types`` names."""
+    if not keys.raw.get("use_sliding_window", False) or keys.get("sliding_window") is None:
+        return None, ()
+    windowed = _named(keys, layers)
+    return (keys.integer("sliding_window"), windowed) if any(windowed) else (None, ())
+
+
+def all_but_each_nth(keys: Keys, layers: int) -> Windows:
+    """Windows for the layers that ``layer_types`` names; without it, for all but each ``sliding_window_pattern``-th."""
+    if keys.raw.get("layer_types") is not None:
+        windowed = _named(keys, layers)
+    else:
+        pattern = keys.integer("sliding_window_pattern")
+        windowed = tuple((layer + 1) % pattern != 0 for layer in range(layers))
+    return (keys.integer("sliding_window"), windowed) if any(windowed) else (None, ())
+
+
+def _named(keys: Keys, layers: int) -> tuple[bool, ...]:
+    types = keys.raw.get("layer_types")
+    known = {"full_attention": False, "sliding_attention": True}
+    if not isinstance(types, list) or len(types) != layers or any(str(kind) not in known for kind in types):
+        raise keys.error(
+            "layer_types",
+            types,
+            f"it must name full_attention or sliding_attention {layers} times; copy the model's original config.json",
+        )
+    return tuple(known[str(kind)] for kind in types)

@@ -86,9 +86,9 @@ def attention_bytes_per_token(model: ModelFacts, layout: Layout, value: int) -> 
     Of width h: the layer's input, its norm, the sum after the attention and its norm, divided by T if ``sequence``. Of
     width a: the rotated queries and the attention's output. Of width kv: keys and values (see ``key_rows``). One value
     more of each of h and a is for what exists only while a layer runs backward. In bf16 and with a = h: 16h + 6kv
-    bytes.
+    bytes. A layer of four norms keeps the inputs of the two that are after its parts, too: 2h values more.
     """
-    wide = 5 * model.hidden / (layout.tensor if layout.sequence else 1)
+    wide = (3 + model.norms) * model.hidden / (layout.tensor if layout.sequence else 1)
     keys = 2 * key_rows(layout) * key_width(model, layout)
     return value * (wide + 3 * query_width(model) / layout.tensor + keys)
 

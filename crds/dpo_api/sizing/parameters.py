@@ -40,8 +40,9 @@ def matrices_of_layer(model: ModelFacts) -> int:
 
 
 def norms_of_layer(model: ModelFacts) -> int:
-    """Parameters of a layer that every tensor-parallel rank holds: two norms, and those of query and key heads."""
-    return 2 * norm_parameters(model) + (2 * head_width(model) if model.qk_norm else 0)
+    """Parameters of a layer that every tensor-parallel rank holds: its norms, and those of query and key heads."""
+    of_heads = query_width(model) + group_width(model) if model.qk_norm_over_all else 2 * head_width(model)
+    return model.norms * norm_parameters(model) + (of_heads if model.qk_norm else 0)
 
 
 def norm_parameters(model: ModelFacts) -> int:

@@ -71,9 +71,33 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e3}}),
     "stablelm": ("StableLmConfig", {"use_qkv_bias": True, "rope_parameters": {"partial_rotary_factor": 0.5}}),
     "phi3": ("Phi3Config", {"sliding_window": 9, "rope_parameters": {"partial_rotary_factor": 0.75}}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 0.7,
+        },
+    ),
+    "olmo2": ("Olmo2Config", {"head_dim": 12}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 7,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2e3},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
     "nemotron": ("NemotronConfig", {"head_dim": 12, "rope_parameters": {"rope_theta": 1e3}}),
 }
-FROM_1 = ("NemotronLayerNorm1P",)
+FROM_1 = ("NemotronLayerNorm1P", "Gemma3RMSNorm")
 """transformers' norms whose weight is a difference from 1."""
 
 

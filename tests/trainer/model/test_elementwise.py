@@ -3,13 +3,15 @@
 import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatron-Core
 
 # isort: split
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor
 
-from dpo_trainer.model.activation import SwiGLU
-from dpo_trainer.model.norm import _OnCPU
+from dpo_trainer.model.activation import GeGLU, SwiGLU
+from dpo_trainer.model.norm import _RMSNorm
 from dpo_trainer.model.rotary import rotate, rotation
 
 
@@ -21,6 +23,11 @@ def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 def swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def geglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def saved(out: Tensor) -> int:
@@ -53,11 +60,14 @@ def test_a_rotation_in_bf16_is_computed_in_fp32() -> None:
     assert torch.equal(found, rotated(torch.ones_like(x).float(), cosines, -sines).bfloat16())
 
 
+@pytest.mark.parametrize(("module", "formula"), [(SwiGLU, swiglu), (GeGLU, geglu)], ids=["swiglu", "geglu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_swiglu_and_its_gradient(dtype: torch.dtype) -> None:
+def test_a_gated_activation_and_its_gradient(
+    module: type[torch.nn.Module], formula: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(9, 1, 20).to(dtype).requires_grad_()
-    ours, theirs = SwiGLU(None)(x), swiglu(x)
+    ours, theirs = module(None)(x), formula(x)
     assert torch.equal(ours, theirs)
     slope = torch.randn(9, 1, 10).to(dtype)
     found, expected = (torch.autograd.grad(out, x, slope, retain_graph=True)[0] for out in (ours, theirs))
@@ -72,7 +82,7 @@ def test_a_norm_and_its_gradients(dtype: torch.dtype, apart: float, strided: boo
     x = torch.randn(9, 2, 24, dtype=dtype)
     x = (x.transpose(0, 1) if strided else x).detach().requires_grad_()
     weight = torch.randn(24, dtype=dtype, requires_grad=True)
-    ours, theirs = _OnCPU.apply(x, weight, 1e-5), F.rms_norm(x, weight.shape, weight, 1e-5)
+    ours, theirs = _RMSNorm.apply(x, weight, 1e-5, None), F.rms_norm(x, weight.shape, weight, 1e-5)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, theirs, rtol=0, atol=apart)
     slope = torch.randn_like(ours)
@@ -80,5 +90,5 @@ def test_a_norm_and_its_gradients(dtype: torch.dtype, apart: float, strided: boo
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=apart, atol=apart)
     assert saved(ours) == x.nbytes + weight.nbytes + 18 * max(4, dtype.itemsize)
-    (alone,) = torch.autograd.grad(_OnCPU.apply(x, weight.detach(), 1e-5), x, slope)
+    (alone,) = torch.autograd.grad(_RMSNorm.apply(x, weight.detach(), 1e-5, None), x, slope)
     assert torch.equal(alone, found[0])

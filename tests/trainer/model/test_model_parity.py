@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_api.models import ModelConfig, RopeScaling, YarnScaling
+from dpo_api.models import ModelConfig, Multipliers, RopeScaling, YarnScaling
 from dpo_testing.models import (
     VARIANTS,
     load_model,
@@ -26,7 +26,6 @@ from dpo_trainer.formats.huggingface import load_weights
 from dpo_trainer.model.build import build_model
 from dpo_trainer.model.forward import head_weight, hidden_rows, logits
 from dpo_trainer.model.pack import Pack
-from dpo_trainer.model.rotary import inverse_frequencies
 
 TOLERANCE = 1e-5
 
@@ -164,6 +163,8 @@ ANOTHER = {
     "beta_slow": 0.2,
     "truncate": False,
 }
+GRANITE = Multipliers(embedding=3.0, attention=0.25, residual=0.6, logits=0.7)
+MULTIPLIERS = ("embedding", "attention", "residual", "logits")
 FEATURES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama3", "rope scaling", {"rope_scaling": None}),
     ("llama3", "its low frequency factor", {"rope_scaling": RopeScaling("llama3", 16.0, 1.0, 3.0, 32)}),
@@ -180,6 +181,16 @@ FEATURES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "epsilon", {"norm_eps": 0.1}),
     ("nemotron", "channels that turn", {"rotary_dim": 8}),
     ("nemotron", "1 + weight", {"norm": "layernorm"}),
+    ("smollm3", "which layers turn", {"rope_layers": ()}),
+    *[("granite", f"{one} multiplier", {"multipliers": replace(GRANITE, **{one: 1.0})}) for one in MULTIPLIERS],
+    ("gemma3", "1 + weight", {"norm": "rms"}),
+    ("gemma3", "tanh form", {"activation": "swiglu"}),
+    ("gemma3", "embedding multiplier", {"multipliers": Multipliers(attention=24**-0.5)}),
+    ("gemma3", "attention multiplier", {"multipliers": Multipliers(embedding=48**0.5)}),
+    ("gemma3", "local base", {"local_rope_theta": None}),
+    ("gemma3", "rope scaling of the others", {"rope_scaling": None}),
+    ("gemma3", "window", {"window": None}),
+    ("gemma3", "which layers are windowed", {"windowed_layers": ()}),
     ("phi3", "channels that turn", {"rotary_dim": None}),
     ("phi3", "window", {"window": None}),
     ("stablelm", "no 1 + weight", {"norm": "layernorm1p"}),
@@ -218,6 +229,13 @@ def _with_config(folder: Path, config: ModelConfig) -> Any:
         ("nemotron", "pre_mlp_layernorm.bias"),
         ("nemotron", "final_layernorm.bias"),
         ("nemotron", "final_layernorm.weight"),
+        ("gemma3", "self_attn_bda.norm.weight"),
+        ("gemma3", "mlp_bda.norm.weight"),
+        ("gemma3", "q_layernorm.weight"),
+        ("olmo2", "self_attn_bda.norm.weight"),
+        ("olmo2", "mlp_bda.norm.weight"),
+        ("olmo2", "q_layernorm.weight"),
+        ("olmo2", "k_layernorm.weight"),
         ("stablelm", "linear_qkv.bias"),
         ("stablelm", "final_layernorm.bias"),
     ],
@@ -285,7 +303,10 @@ def test_recomputation_changes_nothing(recomputation: Any, tmp_path: Path) -> No
 
 
 def test_rotary_frequencies_are_exactly_those_of_transformers(reference: Any, ours: Any) -> None:
-    assert torch.equal(inverse_frequencies(ours.dpo_config), reference.model.rotary_emb.inv_freq)
+    rotary = reference.model.rotary_emb
+    local = ours.dpo_config.local_rope_theta is not None
+    names = ("full_attention_inv_freq", "sliding_attention_inv_freq") if local else ("inv_freq",)
+    assert torch.equal(ours.rope_frequencies, torch.stack([getattr(rotary, name) for name in names]))
     assert ours.rope_frequencies.dtype == torch.float32
 
 

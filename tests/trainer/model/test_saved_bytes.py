@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_api.models import ModelConfig
+from dpo_api.models import ModelConfig, Multipliers
 from dpo_api.sizing import Layout
 from dpo_api.sizing.layout import Recomputation
 from dpo_api.sizing.memory import activation_bytes_per_token
@@ -31,6 +31,10 @@ def _alone() -> Iterator[None]:
 PARTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "nemotron": {"norm": "layernorm1p", "activation": "relu2", "rotary_dim": 16},
+    "qwen3": {"qk_norm": True},
+    "granite": {"multipliers": Multipliers(3.0, 0.1, 0.5, 2.0)},
+    "olmo2": {"norm_places": "after", "qk_norm": True, "qk_norm_over_all": True},
+    "gemma3_text": {"norm": "rms1p", "norm_places": "both", "activation": "geglu", "qk_norm": True},
 }
 """Family → what its layers have that Llama's have not."""
 

@@ -127,7 +127,7 @@ def oracle(
 ) -> Tensor:
     """softmax(scale · QKᵀ)V over the whole stream with one mask; zero for padding."""
     q, k, v = (x.squeeze(1) for x in inputs)
-    q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+    q, k = rotate(q, *context.rotation(0)), rotate(k, *context.rotation(0))
     times = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -137,7 +137,7 @@ def oracle(
 
 
 def attention(window: int | None = None, scale: float | None = None) -> Any:
-    return PackAttention(None, 1, None, "self", windows=(window,), softmax_scale=scale)
+    return PackAttention(None, 1, None, "self", windows=(window,), ropes=(0,), softmax_scale=scale)
 
 
 def inputs_of(pack: Pack, heads: int, groups: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -155,7 +155,7 @@ def with_gradients(result: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def context_of(pack: Pack) -> PackContext:
-    return PackContext(pack=pack, frequencies=torch.rand(SIZE // 2, generator=torch.Generator().manual_seed(5)))
+    return PackContext(pack=pack, frequencies=torch.rand(1, SIZE // 2, generator=torch.Generator().manual_seed(5)))
 
 
 CALLS = pytest.mark.parametrize(

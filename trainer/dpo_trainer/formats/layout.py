@@ -66,24 +66,32 @@ def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Slot]:
     h, f, d = config.hidden_size, config.ffn_hidden_size, config.head_dim
     q, kv = config.num_attention_heads * d, config.num_query_groups * d
     names = config.row.tensors
-    yield from _norm(config, f"{ours}.input_layernorm", f"{theirs}.{names.attention_norm}")
+    before, after = config.norm_places != "after", config.norm_places != "before"
+    if before:
+        yield from _norm(config, f"{ours}.input_layernorm", f"{theirs}.{names.attention_norm}")
     rows = (q, kv, kv) if len(names.qkv) > 1 else (q + 2 * kv,)
     weights, biases = (tuple(f"{theirs}.{name}.{kind}" for name in names.qkv) for kind in ("weight", "bias"))
     yield Slot("qkv", f"{ours}.self_attention.linear_qkv.weight", weights, tuple((count, h) for count in rows))
     if config.qkv_bias:
         yield Slot("qkv", f"{ours}.self_attention.linear_qkv.bias", biases, tuple((count,) for count in rows))
     if config.qk_norm:
-        for part, name in zip("qk", names.qk_norm, strict=True):
+        widths = (q, kv) if config.qk_norm_over_all else (d, d)
+        for part, name, width in zip("qk", names.qk_norm, widths, strict=True):
             of_heads = f"{ours}.self_attention.{part}_layernorm.weight"
-            yield Slot("copy", of_heads, (f"{theirs}.{name}.weight",), ((d,),))
+            yield Slot("copy", of_heads, (f"{theirs}.{name}.weight",), ((width,),))
     output = f"{theirs}.{names.attention_output}.weight"
     yield Slot("columns", f"{ours}.self_attention.linear_proj.weight", (output,), ((h, q),))
-    yield from _norm(config, f"{ours}.pre_mlp_layernorm", f"{theirs}.{names.mlp_norm}")
+    if after:
+        yield from _norm(config, f"{ours}.self_attn_bda.norm", f"{theirs}.{names.attention_norm_after}")
+    if before:
+        yield from _norm(config, f"{ours}.pre_mlp_layernorm", f"{theirs}.{names.mlp_norm}")
     kind: Kind = "gated" if config.gated else "rows"
     into = tuple(f"{theirs}.{name}.weight" for name in names.gate_up)
     whole_rows = f * (2 if config.gated else 1)
     yield Slot(kind, f"{ours}.mlp.linear_fc1.weight", into, ((whole_rows // len(into), h),) * len(into))
     yield Slot("columns", f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.{names.down}.weight",), ((h, f),))
+    if after:
+        yield from _norm(config, f"{ours}.mlp_bda.norm", f"{theirs}.{names.mlp_norm_after}")
 
 
 def _norm(config: ModelConfig, ours: str, theirs: str) -> Iterator[Slot]:

@@ -24,27 +24,30 @@ class PackContext(PackedSeqParams):
     """
 
     pack: Pack
-    frequencies: Tensor  # fp32 [rotary_dim / 2]
-    factor: float = 1.0  # of rotated queries and keys
+    frequencies: Tensor  # fp32 [ropes, rotary_dim / 2]
+    factors: tuple[float, ...] = (1.0,)  # of each rope's rotated queries and keys
 
     def __post_init__(self) -> None:
         self.qkv_format = "pack"
+        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def plan(self) -> VarlenPlan:
         """The pack's plan, or one that is made here if it came without (``transfer.loaded``)."""
         return self.pack.plan or plan_of_pack(self.pack).to(self.pack.tokens.device)
 
-    @cached_property
-    def rotation(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of every token's position."""
-        return rotation(self.pack.position_ids, self.frequencies, self.factor)
+    def rotation(self, rope: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of every token's position, computed once."""
+        if rope not in self._rotations:
+            self._rotations[rope] = rotation(self.pack.position_ids, self.frequencies[rope], self.factors[rope])
+        return self._rotations[rope]
 
 
 class PackAttention(torch.nn.Module):
     """Megatron-Core's ``core_attention``: rotary embedding, then softmax(QKᵀ/√d)V inside the pack's segments.
 
-    Built by the layer spec. ``windows`` holds the window of each layer (0-based), None where it sees everything.
+    Built by the layer spec. ``windows`` holds the window of each layer (0-based), None where it sees everything;
+    ``ropes`` which of the rotary embeddings each layer has, None if it has none.
     """
 
     def __init__(
@@ -54,11 +57,13 @@ class PackAttention(torch.nn.Module):
         attn_mask_type: Any,  # noqa: ARG002 - the pack's segments say what is causal
         attention_type: str,  # noqa: ARG002 - always self-attention here
         windows: tuple[int | None, ...] = (),
+        ropes: tuple[int | None, ...] = (),
         softmax_scale: float | None = None,
         **_unused: Any,
     ) -> None:
         super().__init__()
         self.window = windows[layer_number - 1]
+        self.rope = ropes[layer_number - 1]
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -78,11 +83,15 @@ class PackAttention(torch.nn.Module):
         for padding.
         """
         context = packed_seq_params
-        cosines, sines = context.rotation
-        turned = rotate(query.squeeze(1), cosines, sines)
-        if context.pack.context_size == 1:
-            keys = rotate_and_spread(key.squeeze(1), cosines, sines, context.plan)
+        queries, keys, values = (part.squeeze(1) for part in (query, key, value))
+        values = spread(gathered(values, context.pack), context.plan)
+        if self.rope is not None:
+            cosines, sines = context.rotation(self.rope)
+            queries = rotate(queries, cosines, sines)
+            if context.pack.context_size == 1:
+                keys = rotate_and_spread(keys, cosines, sines, context.plan)
+            else:
+                keys = spread(gathered(rotate(keys, cosines, sines), context.pack), context.plan)
         else:
-            keys = spread(gathered(rotate(key.squeeze(1), cosines, sines), context.pack), context.plan)
-        values = spread(gathered(value.squeeze(1), context.pack), context.plan)
-        return attend(turned, keys, values, context.plan, self.window, self.softmax_scale).unsqueeze(1)
+            keys = spread(gathered(keys, context.pack), context.plan)
+        return attend(queries, keys, values, context.plan, self.window, self.softmax_scale).unsqueeze(1)

@@ -12,6 +12,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -23,15 +24,16 @@ from dpo_api.errors import InvalidSpecError
 from dpo_api.models import Activation, ModelConfig, Norm
 from dpo_api.models.stages import layers_of_stages
 from dpo_trainer import bridge
-from dpo_trainer.model.activation import SquaredReLU, SwiGLU
+from dpo_trainer.model.activation import GeGLU, SquaredReLU, SwiGLU
 from dpo_trainer.model.attention import PackAttention
 from dpo_trainer.model.linear import (
     AdaptableColumnParallelLinear,
     AdaptableRowParallelLinear,
     transformer_engine_linears,
 )
-from dpo_trainer.model.norm import LayerNorm, LayerNorm1P, RMSNorm
-from dpo_trainer.model.rotary import inverse_frequencies
+from dpo_trainer.model.norm import HeadsRMSNorm, LayerNorm, LayerNorm1P, RMSNorm, RMSNorm1P
+from dpo_trainer.model.residual import LayerWithNormsAfter, ResidualAdd
+from dpo_trainer.model.rotary import all_frequencies
 
 Precision = Literal["bf16", "fp32"]
 Backend = Literal["auto", "local", "transformer_engine"]
@@ -42,11 +44,13 @@ NORMS: dict[Norm, tuple[str, Any]] = {
     "rms": ("RMSNorm", RMSNorm),
     "layernorm": ("LayerNorm", LayerNorm),
     "layernorm1p": ("LayerNorm", LayerNorm1P),
+    "rms1p": ("RMSNorm", RMSNorm1P),
 }
 """A family's norm → (Megatron-Core's name of it, our module)."""
 
 ACTIVATIONS: dict[Activation, tuple[dict[str, Any], type[torch.nn.Module]]] = {
     "swiglu": ({"gated_linear_unit": True, "activation_func": F.silu}, SwiGLU),
+    "geglu": ({"gated_linear_unit": True, "activation_func": F.gelu}, GeGLU),
     "relu2": ({"activation_func": F.relu}, SquaredReLU),
 }
 """A family's activation → Megatron-Core's settings, and the module that computes it.
@@ -99,18 +103,21 @@ def build_model(
             position_embedding_type="none",
         )
     if model.pre_process:
-        model.embedding.register_forward_hook(_as_matrix)
+        model.embedding.register_forward_hook(partial(_embedded, config.multipliers.embedding))
     model.dpo_config = config
-    model.register_buffer("rope_frequencies", inverse_frequencies(config).to(bridge.device()), persistent=False)
+    frequencies, model.rope_factors = all_frequencies(config)
+    model.register_buffer("rope_frequencies", frequencies.to(bridge.device()), persistent=False)
     return model
 
 
-def _as_matrix(_module: Any, _arguments: Any, embedded: Tensor) -> Tensor:
-    """Return the embedding's output, [S, 1, H], with strides (H, H, 1) in place of (H, S · H, 1).
+def _embedded(scale: float, _module: Any, _arguments: Any, embedded: Tensor) -> Tensor:
+    """Return the embedding's output, [S, 1, H], times ``scale``, with strides (H, H, 1) in place of (H, S · H, 1).
 
     With the latter, torch.matmul with a frozen weight makes S products with S copies of the weight of the one product.
     """
-    return embedded.flatten(0, 1).unsqueeze(1)
+    matrix = embedded.flatten(0, 1).unsqueeze(1)
+    # As transformers, which rounds the factor to the embedding's type.
+    return matrix if scale == 1 else matrix * torch.tensor(scale, dtype=matrix.dtype).item()
 
 
 def padded_vocabulary(size: int, tensor: int) -> int:
@@ -146,6 +153,7 @@ def transformer_config(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
         kv_channels=config.head_dim,
+        softmax_scale=config.multipliers.attention,
         normalization=NORMS[config.norm][0],
         layernorm_epsilon=config.norm_eps,
         add_bias_linear=False,
@@ -234,26 +242,40 @@ def block_spec(config: ModelConfig, transformer: Any, transformer_engine: bool) 
         column, row = transformer_engine_linears()
     activation: Any = ACTIVATIONS[config.activation][1]
     windows = tuple(config.window_of(layer) for layer in range(config.num_layers))
+    ropes = tuple(config.rope_of(layer) for layer in range(config.num_layers))
+    after: Any = norm if config.norm_places != "before" else None
+    add: Any = get_bias_dropout_add
+    if after is not None or config.multipliers.residual != 1:
+        add = ModuleSpec(
+            module=ResidualAdd, params={"config": transformer, "scale": config.multipliers.residual, "norm": after}
+        )
+    before: Any = norm if config.norm_places != "after" else IdentityOp
+    of_heads: dict[str, Any] = {"q": None, "k": None}
+    if config.qk_norm:
+        of_heads = dict.fromkeys(of_heads, norm)
+    if config.qk_norm_over_all:
+        heads = {"q": config.num_attention_heads, "k": config.num_query_groups}
+        of_heads = {part: partial(HeadsRMSNorm, heads=count) for part, count in heads.items()}
     attention = SelfAttentionSubmodules(
         linear_qkv=column,
-        core_attention=partial(PackAttention, windows=windows),
+        core_attention=partial(PackAttention, windows=windows, ropes=ropes),
         linear_proj=row,
-        q_layernorm=norm if config.qk_norm else None,
-        k_layernorm=norm if config.qk_norm else None,
+        q_layernorm=of_heads["q"],
+        k_layernorm=of_heads["k"],
     )
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=TransformerLayer if after is None else LayerWithNormsAfter,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=before,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            self_attn_bda=add,
+            pre_mlp_layernorm=before,
             mlp=partial(
                 MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation)
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
             # Checkpoints carry the names of fused norms on every backend, as Megatron-Core's own do.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

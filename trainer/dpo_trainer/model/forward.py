@@ -9,7 +9,6 @@ from torch import Tensor
 from dpo_trainer.model.attention import PackContext
 from dpo_trainer.model.dropout import TokenKeys, token_keys
 from dpo_trainer.model.pack import Pack
-from dpo_trainer.model.rotary import attention_factor
 
 
 def unwrap(model: Any) -> Any:
@@ -20,7 +19,7 @@ def unwrap(model: Any) -> Any:
 
 
 def hidden_rows(model: Any, pack: Pack, dropout_seed: int | None = None) -> Tensor:
-    """Final hidden states (after the last norm) of the pack's rows, [R, H] in the model's dtype.
+    """Final hidden states of the pack's rows, [R, H] in the model's dtype: times the head's weight they are the logits.
 
     On a pipeline stage that is not the last, returns the stage's output, [S, 1, H]. ``model`` may be wrapped.
     dropout_seed: of the run and the step, 64 bits; needed to train adapters with dropout.
@@ -68,9 +67,11 @@ def _run(model: Any, gpt: Any, pack: Pack, rows: Tensor | None) -> Tensor:
                 hidden_states, tensor_parallel_output_grad=False, group=parallel_state.get_tensor_model_parallel_group()
             )
         hidden = hidden_states.squeeze(1)
-        return hidden if rows is None else hidden.index_select(0, rows)
+        divisor = gpt.dpo_config.multipliers.logits
+        hidden = hidden if rows is None else hidden.index_select(0, rows)
+        return hidden if divisor == 1 else hidden / divisor
 
-    context = PackContext(pack=pack, frequencies=gpt.rope_frequencies, factor=attention_factor(gpt.dpo_config))
+    context = PackContext(pack=pack, frequencies=gpt.rope_frequencies, factors=gpt.rope_factors)
     result: Tensor = model(
         input_ids=pack.tokens[None],
         position_ids=pack.position_ids[None],

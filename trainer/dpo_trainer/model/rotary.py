@@ -4,6 +4,7 @@ GPTModel's own rotary takes the stream's order and ignores position ids, so it i
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,19 @@ from torch.autograd.function import once_differentiable
 from dpo_api.models import ModelConfig, YarnScaling
 from dpo_trainer.kernels.usable import computes
 from dpo_trainer.model.varlen import VarlenPlan, spread
+
+
+def all_frequencies(config: ModelConfig) -> tuple[Tensor, tuple[float, ...]]:
+    """Inverse frequencies, fp32 [ropes, rotary_dim / 2], and factor of each rotary embedding (``ModelConfig.rope_of``).
+
+    The factor is what rotated queries and keys are multiplied by: 1 but for YaRN.
+    """
+    scaling = config.rope_scaling
+    factor = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+    if config.local_rope_theta is None:
+        return inverse_frequencies(config)[None], (factor,)
+    local = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
+    return torch.stack([inverse_frequencies(config), inverse_frequencies(local)]), (factor, 1.0)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -50,11 +64,6 @@ def _kept_by_yarn(turned: int, theta: float, scaling: YarnScaling) -> Tensor:
     first, last = max(first, 0), min(last, turned - 1)
     width = last - first or 0.001  # transformers' own, where the blend has no width
     return 1 - ((torch.arange(turned // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
-
-
-def attention_factor(config: ModelConfig) -> float:
-    """What rotated queries and keys are multiplied by: 1 but for YaRN."""
-    return config.rope_scaling.attention_factor if isinstance(config.rope_scaling, YarnScaling) else 1.0
 
 
 def rotation(position_ids: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
