@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from dpo_api.errors import InvalidSpecError
-from dpo_testing.runs import ROOT
+from dpo_api.plan import make_plan
+from dpo_testing.runs import ROOT, job_of
 from dpo_testing.transformer_engine import GOLDEN, VERSIONS, rounded, signature
 from dpo_trainer import bridge
+from dpo_trainer.batches import Packer
 from dpo_trainer.model import build
 from dpo_trainer.model.build import FP8_CAPABILITY, refuse_fp8
 from dpo_trainer.selfcheck import OLDEST_ENGINE
@@ -123,3 +125,19 @@ def test_fp8_is_refused_where_it_cannot_be_computed(
         return
     with pytest.raises(InvalidSpecError, match=rf"spec.transformerEngine.fp8 is hybrid, but {says}; leave it out"):
         refuse_fp8("hybrid", backend)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "tensor", "multiple"), [(None, 1, 1), (None, 2, 2), ("hybrid", 1, 16), ("e4m3", 2, 32)]
+)
+def test_packs_have_a_length_that_fp8_can_multiply(fp8: str | None, tensor: int, multiple: int) -> None:
+    """Each part of the sequence, where tensor parallelism divides it too."""
+    spec = job_of(
+        {
+            "model": {"huggingFace": {"uri": "m"}},
+            "data": {"train": [{"uri": "d"}]},
+            "parallelism": {"tensor": tensor, "sequence": tensor > 1},
+            "transformerEngine": {"fp8": fp8} if fp8 else {},
+        }
+    ).spec
+    assert Packer.of(spec, make_plan(spec, 64), torch.device("cuda")).pad_to_multiple == multiple
