@@ -161,6 +161,10 @@ def test_families() -> None:
     assert [smollm3.rope_of(layer) for layer in range(5)] == [0, 0, 0, None, 0]
     assert [read(model_type="smollm3", no_rope_layers=[1, 0, 1, 1]).rope_of(i) for i in range(4)] == [0, None, 0, 0]
     assert read(model_type="smollm3", no_rope_layers=[1] * 4).rope_layers == ()
+    without = read(
+        model_type="smollm3", use_sliding_window=True, sliding_window=9
+    )  # transformers' default: NoPE layers
+    assert [without.window_of(layer) for layer in range(4)] == [None, None, None, 9]
     slides = {
         "use_sliding_window": True,
         "sliding_window": 9,
@@ -222,7 +226,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"no_rope_layers is \[1, 0\]: it must hold 0 or 1 for each of",
     ),
     ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2, 1]}, r"no_rope_layers is \[1, 0, 2, 1\]"),
-    ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 9}, r"layer_types is null: it must name"),
+    (
+        {"model_type": "smollm3", "use_sliding_window": False, "layer_types": ["sliding_attention"] * 4},
+        r"use_sliding_window is false: but layer_types names layers with a window",
+    ),
     ({"model_type": "granite", "residual_multiplier": -1}, r"residual_multiplier is -1: it must be a positive number"),
     ({"model_type": "gemma2"}, r'model_type is "gemma2": its caps of scores and logits .*; supported are llama'),
     ({"model_type": "gemma3"}, r'model_type is "gemma3": it reads images; .*\(gemma3_text\)'),

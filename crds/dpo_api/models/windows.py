@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpo_api.models.keys import Keys
+from dpo_api.models.turning import some_turn
 
 Windows = tuple[int | None, tuple[bool, ...]]
 """(tokens that a windowed layer sees, the query's own included; or None without windows), (whether each layer has a
@@ -46,10 +47,17 @@ def chosen_layers(keys: Keys, layers: int) -> Windows:
 
 
 def named_layers(keys: Keys, layers: int) -> Windows:
-    """``use_sliding_window`` turns windows on, for the layers that ``layer_types`` names."""
+    """``use_sliding_window`` turns windows on, for the layers that ``layer_types`` names, or else for those of NoPE."""
+    named = keys.raw.get("layer_types") is not None
+    windowed = _named(keys, layers) if named else tuple(not turns for turns in some_turn(keys, layers))
     if not keys.raw.get("use_sliding_window", False) or keys.get("sliding_window") is None:
+        if named and any(windowed):
+            raise keys.error(
+                "use_sliding_window",
+                keys.raw.get("use_sliding_window"),
+                "but layer_types names layers with a window; set both, or neither",
+            )
         return None, ()
-    windowed = _named(keys, layers)
     return (keys.integer("sliding_window"), windowed) if any(windowed) else (None, ())
 
 

@@ -71,7 +71,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e3}}),
     "stablelm": ("StableLmConfig", {"use_qkv_bias": True, "rope_parameters": {"partial_rotary_factor": 0.5}}),
     "phi3": ("Phi3Config", {"sliding_window": 9, "rope_parameters": {"partial_rotary_factor": 0.75}}),
-    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "smollm3": (
+        "SmolLM3Config",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 7},
+    ),
     "granite": (
         "GraniteConfig",
         {

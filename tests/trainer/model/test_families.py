@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dpo_api.learning import Lora
-from dpo_api.models import read_config
+from dpo_api.models import FAMILIES, read_config
 from dpo_api.sizing import parameters
 from dpo_testing.models import (
     VARIANTS,
@@ -35,6 +35,14 @@ PACK = plain_pack([token_stream(30, seed=3)])
 def _world() -> Iterator[None]:
     with single_process():
         yield
+
+
+def test_every_family_is_checked() -> None:
+    """What runs for each variant, in this folder and in tests/distributed, runs for each family."""
+    import transformers
+
+    checked = {getattr(transformers, name).model_type for name, _ in VARIANTS.values()}
+    assert checked == FAMILIES.keys()
 
 
 @torch.no_grad()

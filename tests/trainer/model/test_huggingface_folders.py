@@ -95,7 +95,9 @@ def test_several_files_in_and_out(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["llama3", "llama-linear", "llama-yarn", "mistral", "qwen3", "nemotron", "phi3"])
+@pytest.mark.parametrize(
+    "variant", ["llama3", "llama-linear", "llama-yarn", "mistral", "qwen3", "nemotron", "phi3", "gemma3"]
+)
 def test_another_dtype_rewrites_the_config_for_old_and_new_transformers(variant: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -104,7 +106,8 @@ def test_another_dtype_rewrites_the_config_for_old_and_new_transformers(variant:
     export(model, local_store(), str(source), tmp_path / "out", dtype=torch.bfloat16)
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert raw["dtype"] == raw["torch_dtype"] == "bfloat16"
-    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == model.dpo_config.rope_theta
+    rope = raw["rope_parameters"]
+    assert raw["rope_theta"] == rope.get("full_attention", rope)["rope_theta"] == model.dpo_config.rope_theta
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.bfloat16
     expected = logits(model, plain_pack([token_stream(12)]))

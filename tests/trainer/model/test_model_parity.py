@@ -182,6 +182,8 @@ FEATURES: list[tuple[str, str, dict[str, Any]]] = [
     ("nemotron", "channels that turn", {"rotary_dim": 8}),
     ("nemotron", "1 + weight", {"norm": "layernorm"}),
     ("smollm3", "which layers turn", {"rope_layers": ()}),
+    ("smollm3", "window", {"window": None}),
+    ("smollm3", "which layers are windowed", {"windowed_layers": ()}),
     *[("granite", f"{one} multiplier", {"multipliers": replace(GRANITE, **{one: 1.0})}) for one in MULTIPLIERS],
     ("gemma3", "1 + weight", {"norm": "rms"}),
     ("gemma3", "tanh form", {"activation": "swiglu"}),

@@ -358,16 +358,37 @@ def write_config(
     raw = read_json(store, uri)
     for key in ("dtype", "torch_dtype"):
         raw[key] = name
-    raw["rope_theta"] = config.rope_theta
+    raw |= _local_rope(raw, config) if config.row.local_rope else _rope(raw, config)
+    target_store.write(join_uri(out, "config.json"), (json.dumps(raw, indent=2) + "\n").encode())
+
+
+def _rope(raw: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Return the rope settings under the keys of transformers < 5 and ≥ 5."""
+    found: dict[str, Any] = {"rope_theta": config.rope_theta}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     rope.pop("rope_theta", None)
     if "partial_rotary_factor" in rope:  # beside both, as transformers reads rope_scaling before rope_parameters
-        raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    raw["rope_scaling"] = {"rope_type": kind, **rope} if config.rope_scaling else None
-    raw["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": kind, **rope}
-    target_store.write(join_uri(out, "config.json"), (json.dumps(raw, indent=2) + "\n").encode())
+        found["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    found["rope_scaling"] = {"rope_type": kind, **rope} if config.rope_scaling else None
+    found["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": kind, **rope}
+    return found
+
+
+def _local_rope(raw: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The same where windowed layers have a base of their own."""
+    nested = raw.get("rope_parameters") or {}
+    others = dict(nested.get("full_attention") or raw.get("rope_scaling") or {})
+    others |= {"rope_type": others.pop("type", others.get("rope_type", "default")), "rope_theta": config.rope_theta}
+    scaling = {key: value for key, value in others.items() if key != "rope_theta"}
+    found: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": scaling if config.rope_scaling else None}
+    local = config.local_rope_theta
+    if local is None:  # no layer has a window
+        return found | {"rope_parameters": {**nested, "full_attention": others}}
+    sliding = {"rope_type": "default", "rope_theta": local}
+    parameters = {"full_attention": others, "sliding_attention": sliding}
+    return found | {"rope_local_base_freq": local, "rope_parameters": parameters}
 
 
 def _dtypes(config: ModelConfig, store: RangeStore, source: str, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
