@@ -22,6 +22,7 @@ from dpo_trainer import bridge, messages
 from dpo_trainer.formats.huggingface import open_weights, slots_by_stage, stage_slots
 from dpo_trainer.formats.layout import Slot, Value, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, NAMES, RangeStore, bytes_of, header_of
+from dpo_trainer.formats.sentencepiece_json import tokenizer_files
 from dpo_trainer.model.forward import unwrap
 
 # Copied byte for byte: a newer transformers would rewrite them into forms that older ones cannot read.
@@ -330,8 +331,12 @@ def write_tensors(store: Store, uri: str, plan: Sequence[Planned], tensors: Iter
 
 
 def copy_companions(store: RangeStore, source: str, target_store: Store, out: str, tokenizer: str | None) -> list[str]:
-    """Copy the files that are neither weights nor config; return the names of those that exist."""
+    """Copy the files that are neither weights nor config; return the names of those that exist.
+
+    A tokenizer.model that is the only file of the tokenizer gets a tokenizer.json beside it.
+    """
     copied: list[str] = []
+    bare: bytes | None = None
     for folder, names in ((tokenizer or source, TOKENIZER_FILES), (source, OTHER_FILES)):
         for name in names:
             try:
@@ -340,6 +345,13 @@ def copy_companions(store: RangeStore, source: str, target_store: Store, out: st
                 continue
             target_store.write(join_uri(out, name), data)
             copied.append(name)
+            if name == "tokenizer.model":
+                bare = data
+    if bare is not None and not {"tokenizer.json", "tokenizer_config.json"}.intersection(copied):
+        for name, data in tokenizer_files(bare).items():
+            if name not in copied:
+                target_store.write(join_uri(out, name), data)
+                copied.append(name)
     return copied
 
 
