@@ -31,7 +31,7 @@ _NEVER = -1e6
 
 def tokenizer_files(model: bytes) -> dict[str, bytes]:
     """Return tokenizer.json and its settings for a tokenizer.model; {} if its tokens would not all be the same."""
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined] # made at run time
+    proto: Any = sentencepiece_model_pb2.ModelProto()
     processor: Any = sentencepiece.SentencePieceProcessor()
     try:
         proto.ParseFromString(model)
@@ -59,7 +59,7 @@ def tokenizer_files(model: bytes) -> dict[str, bytes]:
 
 
 def _tokenizer(proto: Any) -> Tokenizer:
-    kind = sentencepiece_model_pb2.ModelProto.SentencePiece  # type: ignore[attr-defined] # made at run time
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece
     pieces = list(proto.pieces)
     unknown = next(index for index, piece in enumerate(pieces) if piece.type == kind.UNKNOWN)
     fallback = bool(proto.trainer_spec.byte_fallback)
@@ -109,7 +109,7 @@ def _tokenizer(proto: Any) -> Tokenizer:
 
 def _user_symbols(proto: Any) -> list[str]:
     """Texts that are always one token."""
-    kind = sentencepiece_model_pb2.ModelProto.SentencePiece  # type: ignore[attr-defined] # made at run time
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece
     return [piece.piece for piece in proto.pieces if piece.type == kind.USER_DEFINED]
 
 
