@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, StringConstraints
+from pydantic.alias_generators import to_camel
 
 from dpo_api.fields import (
     DATA_KEY_PATTERN,
@@ -242,11 +243,35 @@ class DataSource(Section):
     storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
 
 
+_FORMS = (
+    ("chosen", "rejected", "chosen_reward", "rejected_reward"),
+    ("completions", "scores", "ranks"),
+    ("preference", "response1", "response2"),
+)
+
+
 class Columns(Section):
     """Keys of a record, if they differ from the usual ones.
 
-    A key of a nested value is a path: `a.b[0]`, `messages[-1].content`.
+    A key of a nested value is a path: `a.b[0]`, `messages[-1].content`, and for lists `answers[].text`.
     """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "",
+            "scores and ranks are both set; set one of them",
+            "!has(self.scores) || !has(self.ranks)",
+            lambda s: s.scores is None or s.ranks is None,
+        ),
+        Rule(
+            "",
+            "set the keys of one form: of a pair (chosen, rejected and their rewards), of a ranked list (completions"
+            " with scores or ranks), or of a comparison (preference, response1, response2)",
+            " + ".join(f"({' || '.join(f'has(self.{to_camel(name)})' for name in form)} ? 1 : 0)" for form in _FORMS)
+            + " <= 1",
+            lambda s: sum(any(getattr(s, name) is not None for name in form) for form in _FORMS) <= 1,
+        ),
+    )
 
     prompt: Column | None = Field(default=None, description="Key of the prompt. Not set: `prompt`.")
     chosen: Column | None = Field(
@@ -265,6 +290,26 @@ class Columns(Section):
         default=None,
         description="Key of the tools that are passed to the chat template: a list of JSON schemas, or the same as"
         " JSON text. Not set: `tools`.",
+    )
+    completions: Column | None = Field(
+        default=None, description="Key of a ranked list's responses. Not set: `completions`, if there is no pair."
+    )
+    scores: Column | None = Field(
+        default=None, description="Key of the responses' scores, the highest is the best. Not set: `scores`."
+    )
+    ranks: Column | None = Field(
+        default=None, description="Key of the responses' ranks, the lowest is the best. Not set: `ranks`."
+    )
+    preference: Column | None = Field(
+        default=None,
+        description="Key of a score that compares two responses: below 0 the first is better, above 0 the second. Not"
+        " set: `overall_preference` or `preference_strength`, if there is no pair.",
+    )
+    response1: Column | None = Field(
+        default=None, description="Key of the first response. Not set: `response1` or `response_1`."
+    )
+    response2: Column | None = Field(
+        default=None, description="Key of the second response. Not set: `response2` or `response_2`."
     )
 
 
@@ -317,6 +362,16 @@ class Data(Section):
         " its responses, never the prompt; or end the run with an `error`. Default drop.",
     )
     columns: Columns = Field(default=Columns(), description="Keys of a record, if they differ from the usual ones.")
+    pairs: Literal["bestWorst", "adjacent", "all"] = Field(
+        default="bestWorst",
+        description="Pairs that a ranked list gives: the best response with the worst; each with the next one; or all."
+        " Equal scores or ranks give none. Default bestWorst.",
+    )
+    preference_margin: Bool = Field(
+        default=False,
+        description="Use the size of a preference score as the preferred response's reward, and 0 as the other's."
+        " Default false: `dpo.defaultChosenReward` and `dpo.defaultRejectedReward`.",
+    )
     on_invalid: Literal["error", "skip"] = Field(
         default="error",
         description="What to do with a record that cannot be used (broken JSON, missing key, empty response): end the"

@@ -200,6 +200,8 @@ DEFAULTS: dict[str, Any] = {
     "training.deterministic": False,
     "data.max_length": 4096,
     "data.over_length": "drop",
+    "data.pairs": "bestWorst",
+    "data.preference_margin": False,
     "data.on_invalid": "error",
     "data.boundary": "strict",
     "data.add_bos": "auto",

@@ -24,7 +24,8 @@ from dpo_trainer.data.cache import cache_folder, exclusive, free_bytes, no_space
 from dpo_trainer.data.encode import EncodedPair, PairEncoder
 from dpo_trainer.data.order import Blend
 from dpo_trainer.data.problems import Problem
-from dpo_trainer.data.records import Record, names_read, record_of
+from dpo_trainer.data.ranked import names_read, records_of
+from dpo_trainer.data.records import Record
 from dpo_trainer.data.rows import place, read_rows
 from dpo_trainer.data.spill import FORMAT, PairIndex, SpillWriter
 from dpo_trainer.data.tally import Tally
@@ -304,22 +305,24 @@ class _Pass:
         return index
 
     def _batches(self) -> Iterator[list[tuple[int, int, Record | Problem]]]:
-        """Parsed rows as (number of the file, row, result), enough of them to keep the tokenizer busy."""
+        """Records as (number of the file, row, record or problem), enough of them to keep the tokenizer busy."""
         batch: list[tuple[int, int, Record | Problem]] = []
         held = 0
         for number, file in enumerate(self._files):
             for row in read_rows(file.source.store, file.info, file.format, self._names):
                 self._read += row.size
-                record = (
+                self._tally.read(file.number)
+                found: Sequence[Record] | Problem = (
                     row.content
                     if isinstance(row.content, Problem)
-                    else record_of(row.content, self._data.columns, rejected_needed=self._rejected_needed)
+                    else records_of(row.content, self._data, rejected_needed=self._rejected_needed)
                 )
-                batch.append((number, row.number, record))
-                held += row.size
-                if len(batch) >= _BATCH_LINES or held >= _BATCH_BYTES:
-                    yield batch
-                    batch, held = [], 0
+                for item in [found] if isinstance(found, Problem) else found:
+                    batch.append((number, row.number, item))
+                    held += row.size
+                    if len(batch) >= _BATCH_LINES or held >= _BATCH_BYTES:
+                        yield batch
+                        batch, held = [], 0
         if batch:
             yield batch
 

@@ -15,6 +15,8 @@ class Reason(StrEnum):
     BAD_TOOLS = "badTools"
     BAD_REWARD = "badReward"
     BAD_TEXT = "badText"
+    BAD_RANKING = "badRanking"
+    TIE = "tie"
     EMPTY_RESPONSE = "emptyResponse"
     EMPTY_PROMPT = "emptyPrompt"
     NO_COMMON_PROMPT = "noCommonPrompt"

@@ -48,6 +48,16 @@ _USUAL = {
     "rejected_reward": ("rejected_reward",),
     "tools": ("tools",),
 }
+_OTHER_FORMS = {
+    "completions": ("completions",),
+    "scores": ("scores",),
+    "ranks": ("ranks",),
+    "preference": ("overall_preference", "preference_strength"),
+    "response1": ("response1", "response_1"),
+    "response2": ("response2", "response_2"),
+    "context": ("context",),
+}
+"""Keys of the forms of ``ranked``."""
 _UNSUPPORTED = {
     "chat_template_kwargs": "variables for the chat template; set them in spec.chatTemplate ({% set name = value %})",
     "images": "images, and only text can be trained on",
@@ -70,11 +80,20 @@ def record_of(row: Mapping[str, Any], columns: Columns, *, rejected_needed: bool
 def names_read(columns: Columns, *, rejected_needed: bool = True) -> frozenset[str]:
     """Return the keys of a row that ``record_of`` may read."""
     found = set(_UNSUPPORTED)
-    for role, usual in _USUAL.items():
+    for role in _USUAL:
         if rejected_needed or not role.startswith("rejected"):
-            own: str | None = getattr(columns, role)
-            found.update((own, root_of(own)) if own else usual)
+            found.update(keys_of(role, columns))
     return frozenset(found)
+
+
+def keys_of(role: str, columns: Columns) -> tuple[str, ...]:
+    """Return the keys of a row that a role may be read from."""
+    own: str | None = getattr(columns, role, None)
+    return (own, root_of(own)) if own else _usual(role)
+
+
+def _usual(role: str) -> tuple[str, ...]:
+    return _USUAL[role] if role in _USUAL else _OTHER_FORMS[role]
 
 
 def _parse(row: Mapping[str, Any], columns: Columns, rejected_needed: bool) -> Record:
@@ -106,16 +125,16 @@ def _parse(row: Mapping[str, Any], columns: Columns, rejected_needed: bool) -> R
     return Record(prompt, chosen, rejected, chosen_reward, rejected_reward, tools or None, held)
 
 
-def _find(row: Mapping[str, Any], role: str, name: str | None) -> tuple[str, Any]:
-    """The role's key in this line and its value; a null counts as absent (then the value is None)."""
+def find(row: Mapping[str, Any], role: str, name: str | None) -> tuple[str, Any]:
+    """Return the role's key in this row and its value; a null counts as absent (then the value is None)."""
     if name:
         return name, value_at(row, name)
-    names = _USUAL[role]
+    names = _usual(role)
     return next(((key, row[key]) for key in names if row.get(key) is not None), (names[0], None))
 
 
 def _missing(row: Mapping[str, Any], role: str, name: str | None) -> NoReturn:
-    names = (name,) if name else _USUAL[role]
+    names = (name,) if name else _usual(role)
     wanted = " or ".join(f'"{key}"' for key in names)
     raise UnusableError(
         Reason.MISSING_KEY, f"no {wanted} ({why_absent(row, names)}); spec.data.columns.{_camel(role)} names it"
@@ -128,21 +147,38 @@ def _camel(role: str) -> str:
 
 
 def _reward(row: Mapping[str, Any], role: str, name: str | None) -> float | None:
-    key, value = _find(row, role, name)
+    key, value = find(row, role, name)
     if value is None:
         if name:
             _missing(row, role, name)
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UnusableError(Reason.BAD_REWARD, f'"{key}" is {kind_of(value)}, expected a number')
-    if not math.isfinite(value):
-        raise UnusableError(Reason.BAD_REWARD, f'"{key}" is {value}, not a finite number')
+    check_number(f'"{key}"', value, Reason.BAD_REWARD)
     return float(value)
+
+
+def required(row: Mapping[str, Any], role: str, name: str | None) -> tuple[str, Any]:
+    """Return the role's key in this row and its value. Raises UnusableError if it is absent."""
+    key, value = find(row, role, name)
+    if value is None:
+        _missing(row, role, name)
+    return key, value
+
+
+def check_number(what: str, value: object, reason: Reason) -> None:
+    """Raise UnusableError unless the value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UnusableError(reason, f"{what} is {kind_of(value)}, expected a number")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError as error:
+        raise UnusableError(reason, f"{what} is too large for a number") from error
+    if not finite:
+        raise UnusableError(reason, f"{what} is {value}, not a finite number")
 
 
 def _tools(row: Mapping[str, Any], name: str | None) -> list[dict[str, Any]]:
     """The tools' JSON schemas, each of them or all as JSON text or not; an empty list where there are none."""
-    key, value = _find(row, "tools", name)
+    key, value = find(row, "tools", name)
     if value is None or value == "":
         return []
     tools = _from_json(value)
@@ -167,13 +203,11 @@ def _from_json(value: Any) -> Any:
 
 def _prompt(row: Mapping[str, Any], name: str | None) -> str | Messages | None:
     """None when the usual key is absent: whole conversations need no prompt. A key that was asked for must be there."""
-    return _text(row, "prompt", name) if name or _find(row, "prompt", None)[1] is not None else None
+    return _text(row, "prompt", name) if name or find(row, "prompt", None)[1] is not None else None
 
 
 def _text(row: Mapping[str, Any], role: str, name: str | None) -> str | Messages:
-    key, value = _find(row, role, name)
-    if value is None:
-        _missing(row, role, name)
+    key, value = required(row, role, name)
     if isinstance(value, str):
         return value
     if isinstance(value, list):

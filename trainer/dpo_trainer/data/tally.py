@@ -50,6 +50,8 @@ class Tally:
         self._by_source = [Count() for _ in sources]
         self._errors: Counter[Reason] = Counter()
         self._shown: list[str] = []
+        self._failed_lines = 0
+        self._failed_last = ""
         self._longest_seen = 0
         self._ended = 0
         self._last_ids: set[int] = set()
@@ -59,10 +61,14 @@ class Tally:
         """Whether there was an error. The remaining lines are then only counted and no longer written."""
         return bool(self._errors)
 
+    def read(self, source: int) -> None:
+        """Count a line or row. A ranked list gives several pairs, or problems, of one."""
+        for count in (self.total, self._by_source[source]):
+            count.lines += 1
+
     def keep(self, source: int, pair: EncodedPair, *, ended: bool) -> None:
         """Count a usable pair. ``ended``: its chosen response ends in an end token (or was cut)."""
         for count in (self.total, self._by_source[source]):
-            count.lines += 1
             count.pairs += 1
             count.tokens += len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
             count.longest = max(count.longest, pair.length)
@@ -74,17 +80,18 @@ class Tally:
     def drop(self, source: int, where: str, problem: Problem) -> None:
         """Count a line that is not used, and keep the first few errors."""
         for count in (self.total, self._by_source[source]):
-            count.lines += 1
             count.dropped[problem.reason] += 1
         if self._is_error(problem.reason):
             self._errors[problem.reason] += 1
+            self._failed_lines += where != self._failed_last  # a ranked list can fail more than once
+            self._failed_last = where
             if len(self._shown) < _SHOWN:
                 self._shown.append(f"{where}: {problem.message}")
 
     def _is_error(self, reason: Reason) -> bool:
         if reason is Reason.OVER_LENGTH:
             return self._data.over_length == "error"
-        return reason is not Reason.NO_ROOM and self._data.on_invalid == "error"
+        return reason not in (Reason.NO_ROOM, Reason.TIE) and self._data.on_invalid == "error"
 
     def check(self) -> None:
         """Raise InvalidDataError if lines are errors, or if there are no usable pairs."""
@@ -98,9 +105,9 @@ class Tally:
         raise InvalidDataError(self._none_text())
 
     def _error_text(self) -> str:
-        count = sum(self._errors.values())
+        count = self._failed_lines
         text = f"{count} of {self.total.lines} lines of the {self._name} data cannot be used"
-        text += "; the first:" if count > len(self._shown) else ":"
+        text += "; the first:" if sum(self._errors.values()) > len(self._shown) else ":"
         text = "\n  ".join([text, *self._shown])
         hints = []
         if self._errors[Reason.NOT_A_PREFIX]:
@@ -125,20 +132,25 @@ class Tally:
             text += f"; {_SEPARATE}"
         return text
 
+    def _seen(self) -> str:
+        """The lines, or if ranked lists gave more, the pairs and what was dropped."""
+        pairs = self.total.pairs + sum(self.total.dropped.values())
+        return f"{pairs} pairs" if pairs > self.total.lines else f"{self.total.lines} lines"
+
     def _warnings(self, *, bare: bool) -> list[str]:
         warnings = []
         total = self.total
         broken = total.dropped[Reason.NOT_A_PREFIX]
         if broken:
             warnings.append(
-                f"{broken} of {total.lines} lines of the {self._name} data were skipped because the prompt's tokens are"
+                f"{broken} of {self._seen()} of the {self._name} data were skipped because the prompt's tokens are"
                 f" not a prefix of prompt + response; {_SEPARATE}"
             )
         dropped = sum(total.dropped.values())
         if dropped > broken:
             parts = [f"{reason.value} {n}" for reason, n in total.dropped.items() if reason is not Reason.NOT_A_PREFIX]
             warnings.append(
-                f"{dropped - broken} of {total.lines} lines of the {self._name} data were dropped ({', '.join(parts)})"
+                f"{dropped - broken} of {self._seen()} of the {self._name} data were dropped ({', '.join(parts)})"
             )
         if bare and not self._data.append_eos:
             warnings.append(
