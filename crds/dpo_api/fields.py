@@ -22,6 +22,12 @@ URI_PATTERN = (
 )
 """s3://bucket/key, pvc://claim/path, file:///path or a path; any other scheme does not match."""
 
+INPUT_PATTERN = (
+    URI_PATTERN.removesuffix(")$")
+    + r"|hf://(datasets/)?[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*(@[A-Za-z0-9][A-Za-z0-9_.-]*)?(/.*)?)$"
+)
+"""The same, or a repository of the Hugging Face Hub, which can only be read."""
+
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
@@ -40,6 +46,7 @@ ENV_NAME_PATTERN = r"^[-._a-zA-Z][-._a-zA-Z0-9]*$"
 
 PATTERN_HINTS = {
     URI_PATTERN: "write s3://bucket/key, pvc://claim/path or a path",
+    INPUT_PATTERN: "write s3://bucket/key, pvc://claim/path, hf://org/name@revision or a path",
     PERCENT_PATTERN: "write a whole number without quotes, or a percentage from above 0% to 100%",
     QUANTITY_PATTERN: "write a quantity such as 500m, 32 or 256Gi",
     DNS_SUBDOMAIN_PATTERN: "use lower-case letters, digits, - and ., starting and ending with a letter or digit",
@@ -93,6 +100,7 @@ Int = Annotated[int, BeforeValidator(whole), Strict()]
 Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Text = Annotated[str, Strict()]
 Uri = Annotated[str, StringConstraints(strict=True, pattern=URI_PATTERN, min_length=1, max_length=1024)]
+InputUri = Annotated[str, StringConstraints(strict=True, pattern=INPUT_PATTERN, min_length=1, max_length=1024)]
 DnsName = Annotated[str, StringConstraints(strict=True, pattern=DNS_SUBDOMAIN_PATTERN, min_length=1, max_length=253)]
 DnsLabel = Annotated[str, StringConstraints(strict=True, pattern=DNS_LABEL_PATTERN, min_length=1, max_length=63)]
 LabelKey = Annotated[str, StringConstraints(strict=True, pattern=LABEL_KEY_PATTERN, min_length=1, max_length=317)]

@@ -16,6 +16,7 @@ from dpo_api.fields import (
     ConfigMapRef,
     DnsName,
     Float,
+    InputUri,
     Int,
     Quantity,
     Rule,
@@ -29,6 +30,8 @@ Column = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=
 SourceName = Annotated[str, StringConstraints(strict=True, pattern=SOURCE_NAME_PATTERN, max_length=63)]
 
 URI_FORMS = "s3://bucket/key, pvc://claim/path, or a local path (for `dpo run`)"
+_INPUT_FORMS = "hf://org/name@revision, " + URI_FORMS
+_DATA_FORMS = "hf://datasets/org/name@revision/path, " + URI_FORMS
 
 
 def _one_of(*names: str) -> str:
@@ -140,7 +143,9 @@ class Storage(StorageAccess):
 class HuggingFaceSource(Section):
     """A model folder in Hugging Face format."""
 
-    uri: Uri = Field(description=f"Folder with config.json, *.safetensors and the tokenizer's files: {URI_FORMS}.")
+    uri: InputUri = Field(
+        description=f"Folder with config.json, *.safetensors and the tokenizer's files: {_INPUT_FORMS}."
+    )
     storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
 
 
@@ -199,7 +204,9 @@ class Model(Section):
 class Tokenizer(Section):
     """A tokenizer to use instead of the model's own."""
 
-    uri: Uri = Field(description=f"Folder with tokenizer.json or tokenizer.model, or one of these files: {URI_FORMS}.")
+    uri: InputUri = Field(
+        description=f"Folder with tokenizer.json or tokenizer.model, or one of these files: {_INPUT_FORMS}."
+    )
     storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
 
 
@@ -219,8 +226,8 @@ def data_format(uri: str, stated: DataFormat | None = None) -> DataFormat:
 class DataSource(Section):
     """Preference data: one JSON object per line (plain, .gz or .zst), or a table in Parquet or Arrow."""
 
-    uri: Uri = Field(
-        description=f"One object, a prefix that ends in /, or a pattern with *: {URI_FORMS}. Files are read in the"
+    uri: InputUri = Field(
+        description=f"One object, a prefix that ends in /, or a pattern with *: {_DATA_FORMS}. Files are read in the"
         " order of their names."
     )
     name: SourceName | None = Field(

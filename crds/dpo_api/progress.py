@@ -110,6 +110,11 @@ class Progress(_Message):
     layout: str = Field(
         default="", max_length=64, description="Sizes of tensor, pipeline and data parallelism, such as `T8 P2 D2`."
     )
+    revisions: tuple[str, ...] = Field(
+        default=(),
+        description="Repositories of the Hugging Face Hub that the run reads, each at its commit:"
+        " `hf://org/name@<commit>`.",
+    )
     layout_verified: bool | None = Field(
         default=None,
         description="Whether the layout computes what one process does. Not set: not compared; see `layoutVerdict`.",

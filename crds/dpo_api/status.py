@@ -15,6 +15,7 @@ from dpo_api.progress import Phase
 
 MESSAGE_MAX = 4096
 IMAGE_IDS_MAX = 4
+REVISIONS_MAX = 8
 
 Time = Annotated[
     str,
@@ -194,6 +195,11 @@ class StatusProgress(StatusSection):
     )
     layout: Layout | None = Field(
         default=None, description="Sizes of tensor, pipeline and data parallelism, such as T8 P2 D2."
+    )
+    revisions: tuple[Annotated[str, StringConstraints(max_length=256)], ...] | None = Field(
+        default=None,
+        max_length=REVISIONS_MAX,
+        description="Repositories of the Hugging Face Hub that the run reads, each at its commit.",
     )
     observed_at: Time | None = Field(default=None, description="When this was observed.")
     changed_at: Time | None = Field(default=None, description="When phase, step or units done last changed.")

@@ -38,6 +38,7 @@ from dpo_cli.validate import Options, Verdict, judge_job
 from dpo_store import Store, join_uri, local_path_of
 from dpo_store.access import CA_BUNDLE
 from dpo_store.errors import from_os_error
+from dpo_store.revisions import at_commits, repositories, saved
 
 LOG = "trainer.log"
 LOG_TAIL_LINES = 20
@@ -112,9 +113,13 @@ def run(options: RunOptions) -> int:
     verdict = _preflight(options, loaded, nodes, notes, hardware, quiet=not main)
     if not verdict.valid:
         return verdict.outcome.exit_code
-    run_dir = options.output or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
+    run_dir = options.output or job.spec.checkpoint.uri or _run_dir(job)
     shown = {str(finding) for finding in verdict.findings}
     return _Run(job, run_dir, processes, options, shown, place, gpus).go()
+
+
+def _run_dir(job: DPOJob) -> str:
+    return f"runs/{job.metadata.name}"
 
 
 def ignored_here(spec: DPOJobSpec) -> list[str]:
@@ -174,6 +179,10 @@ def _preflight(
     spec = loaded.job.spec.model_copy(update={"resources": here})
     if options.output is not None:  # checked like checkpoint.uri
         spec = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"uri": options.output})})
+    if repositories(spec):  # a later attempt reads what the first one read
+        run_dir = spec.checkpoint.uri or _run_dir(loaded.job)
+        store = Stores(spec).reach(spec.checkpoint.storage)
+        spec = at_commits(spec, saved(store, run_dir))
     job = loaded.job.model_copy(update={"spec": spec})
     verdict = judge_job(options.file, loaded.document, job, Options(here=True, hardware=hardware))
     if options.output is not None:

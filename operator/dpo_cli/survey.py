@@ -19,7 +19,7 @@ from dpo_api.models.megatron.outgoing import check_formats
 from dpo_api.models.start import check_weights, start_model, weight_bytes
 from dpo_api.spec import DataSource, DPOJobSpec, StorageAccess
 from dpo_cli.stores import Stores
-from dpo_store import ObjectInfo, Store, base_name, is_remote
+from dpo_store import HubMissingError, ObjectInfo, Store, base_name, is_remote
 
 SAMPLE_BYTES = 256 * 1024
 """Bytes read from each plain-text object to estimate its number of lines."""
@@ -144,6 +144,9 @@ class _Look:
                 Finding("note", name, f"{uri} is on a PersistentVolumeClaim, which cannot be checked from here"),
                 Outcome.Succeeded,
             )
+        if isinstance(error, HubMissingError):
+            text = f"{uri} is not checked here: huggingface_hub is not installed"
+            return Problem(Finding("note", name, text), Outcome.Succeeded)
         return Problem(Finding("error", name, f"{error}{hint}"), error.outcome)
 
     def source(self, name: str, source: DataSource, label: str) -> _Result:
@@ -216,7 +219,7 @@ def hub_hint(uri: str) -> str:
     """Return advice for an address that looks like a name on the Hugging Face Hub; empty otherwise."""
     if _HUB_NAME.fullmatch(uri) is None:
         return ""
-    return f"; models are not fetched from the Hub by name: download it first (hf download {uri} --local-dir FOLDER)"
+    return f"; for a model of the Hugging Face Hub, write hf://{uri}"
 
 
 def _similar(store: Store, folder: str, error: DPOError) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from dpo_api.metrics import ACCURACY, MARGIN, newest_group
 from dpo_api.progress import PHASE_TEXTS, PHASE_UNITS, Best, Progress
-from dpo_api.status import BestValidation, ConditionType, StatusProgress, Summary
+from dpo_api.status import REVISIONS_MAX, BestValidation, ConditionType, StatusProgress, Summary
 from dpo_api.texts import age, fixed
 from dpo_operator import clock, names
 from dpo_operator.conditions import find
@@ -55,6 +55,7 @@ def status_of(said: Progress, at: float, former: StatusProgress | None) -> Statu
         last_checkpoint_step=_count(said.last_checkpoint_step),
         best=best_of(said.best) or (former.best if former is not None else None),
         layout=clean(said.layout, 64) or None,
+        revisions=tuple(clean(each, 256) for each in said.revisions[:REVISIONS_MAX]) or None,
         observed_at=clock.to_text(at),
         changed_at=changed,
     )

@@ -98,7 +98,12 @@ MISTAKES: list[tuple[str, Callable[[World], None], int, str]] = [
     ("missing folder", edit("data.train.0.uri", "dat/"), 11, "did you mean data/ (2 objects)?"),
     ("missing model", edit("model.huggingFace.uri", "/no/model"), 11, "/no/model/config.json"),
     ("misspelt model", edit("model.huggingFace.uri", "modle"), 11, "config.json: does not exist; did you mean model/"),
-    ("hub name", edit("model.huggingFace.uri", "org/model"), 11, "models are not fetched from the Hub by name"),
+    (
+        "hub name",
+        edit("model.huggingFace.uri", "org/model"),
+        11,
+        "for a model of the Hugging Face Hub, write hf://org/model",
+    ),
     ("no claim", edit("data.train.0.uri", "pvc://claim/x"), 0, "note     spec.data.train[0].uri: pvc://claim/x is on"),
     ("other family", config(model_type="gpt2"), 4, 'model_type is "gpt2": supported are llama, mistral'),
     ("damaged config", replace_file("model/config.json", "{"), 4, "config.json: not valid JSON"),

@@ -6,7 +6,8 @@
             ...
 
 Addresses (URIs) everywhere: ``s3://bucket/key``, a plain path or ``file:///path``, ``pvc://claim/path`` (the folder
-``$DPO_PVC_ROOT/claim/path``). A folder's address may end with ``/`` or not where a method says "folder".
+``$DPO_PVC_ROOT/claim/path``), and to read ``hf://org/name@revision/path``. A folder's address may end with ``/`` or not
+where a method says "folder".
 
 Credentials come from boto3's usual chain (environment, profile, web identity, instance role), or from a folder of files
 that the options name.
@@ -18,11 +19,13 @@ gives the bound of ``lines``.
 """
 
 from dpo_store.errors import ObjectChangedError
+from dpo_store.hub import HubMissingError
 from dpo_store.options import ObjectInfo, RetryPolicy, StorageOptions, Timing
 from dpo_store.store import Store, open_store
 from dpo_store.uris import base_name, is_remote, join_uri, local_path_of
 
 __all__ = [
+    "HubMissingError",
     "ObjectChangedError",
     "ObjectInfo",
     "RetryPolicy",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from dpo_api.errors import DPOError, NotFoundError
 from dpo_store import uris
 from dpo_store.errors import BadCredentialsError
+from dpo_store.hub import HubBackend
 from dpo_store.local import LocalBackend
 from dpo_store.options import ObjectInfo
 from dpo_store.uris import Location
@@ -17,12 +18,15 @@ from dpo_store.uris import Location
 if TYPE_CHECKING:
     from dpo_store.s3 import S3Backend
 
+type Backend = LocalBackend | HubBackend | S3Backend
+"""What a store reads from, by the kind of address."""
+
 _COUNTED: Final = 1000
 """Objects are counted up to here for a suggestion."""
 _WILDCARD: Final = re.compile(r"[*?]")
 
 
-def expand(backend: LocalBackend | S3Backend, location: Location) -> list[ObjectInfo]:
+def expand(backend: Backend, location: Location) -> list[ObjectInfo]:
     """See Store.expand."""
     first = _WILDCARD.search(location.path)
     single = first is None and location.path != "" and not location.path.endswith("/")
@@ -50,7 +54,7 @@ def _base(path: str, first: int) -> str:
     return path[: path.rfind("/", 0, first) + 1]
 
 
-def _matching(backend: LocalBackend | S3Backend, location: Location, first: int) -> list[ObjectInfo]:
+def _matching(backend: Backend, location: Location, first: int) -> list[ObjectInfo]:
     path = location.path
     # S3 lists by prefix, which may end inside a name; files only by folder.
     start = _base(path, first) if isinstance(backend, LocalBackend) else path[:first]
@@ -58,7 +62,7 @@ def _matching(backend: LocalBackend | S3Backend, location: Location, first: int)
     return [info for info in backend.list(location.at(start)) if pattern.fullmatch(uris.parse(info.uri).path)]
 
 
-def _no_match(backend: LocalBackend | S3Backend, location: Location, first: int) -> DPOError:
+def _no_match(backend: Backend, location: Location, first: int) -> DPOError:
     base = location.at(_base(location.path, first))
     below = list(islice(backend.list(base), _COUNTED + 1))
     if not below:
@@ -69,7 +73,7 @@ def _no_match(backend: LocalBackend | S3Backend, location: Location, first: int)
     )
 
 
-def _not_found(backend: LocalBackend | S3Backend, location: Location, cause: NotFoundError | None = None) -> DPOError:
+def _not_found(backend: Backend, location: Location, cause: NotFoundError | None = None) -> DPOError:
     """Say what is missing and name the nearest thing that exists."""
     problem = "nothing found" if cause is None else "does not exist"
     try:
@@ -79,7 +83,7 @@ def _not_found(backend: LocalBackend | S3Backend, location: Location, cause: Not
     except BadCredentialsError as error:  # some servers answer "not found" to a HEAD by an unknown user
         return error
     except NotFoundError as error:  # not even the bucket or the claim is there
-        if isinstance(backend, LocalBackend):
+        if isinstance(backend, LocalBackend | HubBackend):
             return cause or error
         return NotFoundError(f"{location}: bucket {location.root!r} does not exist{_nearest_bucket(backend, location)}")
     except DPOError:  # the search for a hint must not hide what was missing
@@ -87,7 +91,7 @@ def _not_found(backend: LocalBackend | S3Backend, location: Location, cause: Not
     return NotFoundError(f"{location}: {problem}{near}")
 
 
-def _nearest(backend: LocalBackend | S3Backend, location: Location) -> str:
+def _nearest(backend: Backend, location: Location) -> str:
     """Walk up to the nearest folder that holds something, and compare its names with the one that was asked for."""
     wildcard = _WILDCARD.search(location.path)
     path = (location.path if wildcard is None else _base(location.path, wildcard.start())).rstrip("/")
@@ -107,7 +111,7 @@ def _nearest(backend: LocalBackend | S3Backend, location: Location) -> str:
     return ""
 
 
-def _suggestion(backend: LocalBackend | S3Backend, location: Location) -> str:
+def _suggestion(backend: Backend, location: Location) -> str:
     if not location.path.endswith("/"):
         return f"; did you mean {location}?"
     count = sum(1 for _ in islice(backend.list(location), _COUNTED + 1))
@@ -120,8 +124,8 @@ def _count(count: int) -> str:
     return "1 object" if count == 1 else f"{count} objects"
 
 
-def _nearest_bucket(backend: LocalBackend | S3Backend, location: Location) -> str:
-    if isinstance(backend, LocalBackend):
+def _nearest_bucket(backend: Backend, location: Location) -> str:
+    if isinstance(backend, LocalBackend | HubBackend):
         return ""
     try:
         names = backend.buckets()

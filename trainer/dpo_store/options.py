@@ -55,6 +55,7 @@ class StorageOptions:
         gets them from a Secret; None: boto3's usual chain.
     environment_keys: whether that chain begins with the keys in the environment. False where they belong to another
         endpoint, which no request may then show them to.
+    hub_cache: folder for files of the Hugging Face Hub; None: each read is a request, and nothing is kept.
     pvc_root: folder under which claims are mounted by name; None: ``DPO_PVC_ROOT``.
     """
 
@@ -64,6 +65,7 @@ class StorageOptions:
     ca_bundle: str | None = None
     credentials: str | None = None
     environment_keys: bool = True
+    hub_cache: str | None = None
     pvc_root: str | None = None
 
     def __post_init__(self) -> None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from dpo_api.errors import NotFoundError
 from dpo_store import find, readahead, trees, uris
 from dpo_store import lines as text
+from dpo_store.hub import HubBackend
 from dpo_store.local import LocalBackend
 from dpo_store.options import READ_AHEAD, ObjectInfo, RetryPolicy, StorageOptions, Timing
 from dpo_store.uris import Location
 
 if TYPE_CHECKING:
+    from dpo_store.find import Backend
     from dpo_store.s3 import S3Backend
 
 
@@ -37,10 +39,13 @@ class Store:
         self._retry = retry
         self._timing = timing
         self._local = LocalBackend(options.pvc_root)
+        self._hub = HubBackend(retry, timing, options.hub_cache)
         self._lock = threading.Lock()
         self._s3: S3Backend | None = None
 
-    def _backend(self, location: Location) -> LocalBackend | S3Backend:
+    def _backend(self, location: Location) -> Backend:
+        if location.scheme == "hf":
+            return self._hub
         if location.scheme != "s3":
             return self._local
         with self._lock:
@@ -49,6 +54,13 @@ class Store:
 
                 self._s3 = S3Backend(self.options, self._retry, self._timing)
             return self._s3
+
+    def commit(self, uri: str) -> str:
+        """Return the commit that the revision of a hub's address stands for now."""
+        location = uris.parse(uri)
+        if location.scheme != "hf":
+            raise ValueError(f"{uri} is not on the hub")
+        return self._hub.commit(location)
 
     # -- finding
 
@@ -111,7 +123,7 @@ class Store:
         info = self.stat(source) if isinstance(source, str) else source
         location = uris.parse(info.uri)
         backend = self._backend(location)
-        if isinstance(backend, LocalBackend):
+        if isinstance(backend, LocalBackend | HubBackend):
             return backend.stream(location, info, start)
         s3 = backend
         return readahead.stream(lambda cancelled: s3.blocks(location, info, start, info.size, cancelled), ahead)

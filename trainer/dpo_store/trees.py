@@ -15,7 +15,7 @@ from dpo_store.options import ObjectInfo
 from dpo_store.uris import Location
 
 if TYPE_CHECKING:
-    from dpo_store.s3 import S3Backend
+    from dpo_store.find import Backend
 
 _TOGETHER: Final = 4
 """Files under way at once: up to 4 * 32 MiB of parts going up, 4 * 16 MiB that were read ahead coming down."""
@@ -54,7 +54,7 @@ def download_tree(
     return sorted(found)
 
 
-def delete_tree(backend: LocalBackend | S3Backend, location: Location) -> None:
+def delete_tree(backend: Backend, location: Location) -> None:
     """See Store.delete_tree."""
     if isinstance(backend, LocalBackend):
         backend.delete_tree(location)

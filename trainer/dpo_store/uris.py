@@ -11,16 +11,22 @@ from urllib.parse import quote, unquote
 
 from dpo_api.errors import InvalidSpecError, NotFoundError
 
-Scheme = Literal["s3", "file", "pvc", "path"]
+Scheme = Literal["s3", "hf", "file", "pvc", "path"]
+
+REMOTE: Final = ("s3", "hf")
 
 _SCHEME: Final = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _CLAIM: Final = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
+_REPOSITORY: Final = re.compile(r"^((datasets/)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w.-]*)?)(/.*)?$")
 _BUCKET: Final = re.compile(r"^[A-Za-z0-9._-]{1,255}$")
 
 
 @dataclass(frozen=True)
 class Location:
-    """A parsed address. ``root``: bucket or claim ("" for paths). ``path``: key or path, wildcards as written."""
+    """A parsed address. ``root``: bucket, repository or claim ("" for paths). ``path``: key or path, as written.
+
+    A repository of the Hugging Face Hub is ``org/name@revision``, one of a data set ``datasets/org/name@revision``.
+    """
 
     scheme: Scheme
     root: str
@@ -56,15 +62,24 @@ def parse(uri: str) -> Location:
         if not _BUCKET.match(root):
             raise InvalidSpecError(f"{uri}: {root!r} is not a bucket's name; write s3://bucket/key")
         return Location("s3", root, path)
+    if scheme == "hf":
+        return _on_hub(uri, rest)
     if scheme == "pvc":
         if not _CLAIM.match(root) or ".." in path.split("/"):
             raise InvalidSpecError(f"{uri}: write pvc://claim/path, with a claim's name and no '..'")
         return Location("pvc", root, path)
-    raise InvalidSpecError(f"{uri}: {scheme}:// is not supported; use s3://, pvc://, file:// or a path")
+    raise InvalidSpecError(f"{uri}: {scheme}:// is not supported; use s3://, hf://, pvc://, file:// or a path")
+
+
+def _on_hub(uri: str, rest: str) -> Location:
+    found = _REPOSITORY.match(rest)
+    if found is None or ".." in rest.split("/"):
+        raise InvalidSpecError(f"{uri}: write hf://org/name@revision, or hf://datasets/org/name@revision/path")
+    return Location("hf", found[1], (found[4] or "")[1:])
 
 
 def to_path(location: Location, pvc_root: str | None = None) -> Path:
-    """Return the path of a location that is not in S3.
+    """Return the path of a location that is neither in S3 nor on the hub.
 
     Raises NotFoundError if it lies on a claim that is not mounted here.
     """
@@ -83,14 +98,14 @@ def to_path(location: Location, pvc_root: str | None = None) -> Path:
 
 
 def is_remote(uri: str) -> bool:
-    """Say whether the address is in S3 (and not a path, a file or a mounted claim)."""
-    return parse(uri).scheme == "s3"
+    """Say whether the address is in S3 or on the hub (and not a path, a file or a mounted claim)."""
+    return parse(uri).scheme in REMOTE
 
 
 def local_path_of(uri: str, pvc_root: str | None = None) -> Path | None:
-    """Return the path behind an address, or None if it is in S3."""
+    """Return the path behind an address, or None if it is remote."""
     location = parse(uri)
-    return None if location.scheme == "s3" else to_path(location, pvc_root)
+    return None if location.scheme in REMOTE else to_path(location, pvc_root)
 
 
 def join_uri(folder: str, name: str, *more: str) -> str:

@@ -20,6 +20,7 @@ from dpo_api.plan import make_plan
 from dpo_api.sizing import layout_of
 from dpo_api.validation import refuse_errors
 from dpo_store import Store
+from dpo_store.revisions import REVISIONS, at_commits, repositories, saved
 from dpo_trainer.batches import DataSet, Packer
 from dpo_trainer.checkpoint.identity import Identity, check_identity, identity_of
 from dpo_trainer.checkpoint.store import read_marker
@@ -68,6 +69,29 @@ def directory_of(job: DPOJob, options: RunOptions) -> RunDirectory:
     """Return the job's run directory: the command line's, the spec's, or one under runs/."""
     uri = options.run_dir or job.spec.checkpoint.uri or f"runs/{job.metadata.name}"
     return RunDirectory(store_for(job.spec, job.spec.checkpoint.storage), uri.rstrip("/"))
+
+
+def at_first_commits(job: DPOJob, world: World, directory: RunDirectory) -> DPOJob:
+    """Return the job with each input on the Hugging Face Hub at the commit that the first attempt found.
+
+    Rank 0 finds those that the run directory does not hold yet. A collective if there is such an input. Raises on rank
+    0 what the hub's answers mean.
+    """
+    wanted = repositories(job.spec)
+    if not wanted:
+        return job
+
+    def on_main() -> dict[str, str]:
+        known = saved(directory.store, directory.uri)
+        store = store_for(job.spec)
+        new = {name: store.commit(name) for name in wanted if name not in known}
+        if new:
+            directory.write_json(REVISIONS, {**known, **new})
+        return {**known, **new}
+
+    commits = world.from_main(on_main() if world.is_main else None)
+    assert commits is not None  # noqa: S101 - rank 0 ends if it has none
+    return job.model_copy(update={"spec": at_commits(job.spec, commits)})
 
 
 class Run:

@@ -1,6 +1,6 @@
 """The run directory: the same layout in a local folder or under an S3 prefix. The newest attempt owns it.
 
-metrics.jsonl, spec.json, layout.json, attempt, checkpoints/step-000100/, model/, export.json
+metrics.jsonl, spec.json, layout.json, revisions.json, attempt, checkpoints/step-000100/, model/, export.json
 """
 
 import json

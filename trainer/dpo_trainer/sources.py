@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from dpo_api.models.folder import Files
@@ -9,12 +10,13 @@ from dpo_api.models.start import start_model
 from dpo_api.spec import DPOJobSpec, StorageAccess
 from dpo_store import Store, open_store
 from dpo_store.access import options_of
+from dpo_trainer.data.cache import cache_folder
 from dpo_trainer.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer
 
 
 def store_for(spec: DPOJobSpec, access: StorageAccess | None = None) -> Store:
     """Return the store of one source or output. Its own access settings take precedence over spec.storage."""
-    return open_store(options_of(spec.storage, access))
+    return open_store(replace(options_of(spec.storage, access), hub_cache=str(cache_folder() / "hub")))
 
 
 def model_source(spec: DPOJobSpec) -> tuple[Files, str]:

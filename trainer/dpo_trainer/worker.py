@@ -23,7 +23,7 @@ from dpo_trainer.distributed import World, lost_contact
 from dpo_trainer.failures import of_text
 from dpo_trainer.layouts import agreed, hardware_here
 from dpo_trainer.results import RankResult
-from dpo_trainer.run import Run, RunOptions, directory_of
+from dpo_trainer.run import Run, RunOptions, at_first_commits, directory_of
 from dpo_trainer.stopping import StopRequest
 from dpo_trainer.waiting import Watch, stall_timeout, step_limit
 
@@ -71,7 +71,9 @@ def work(arguments: argparse.Namespace) -> int:
         stop = StopRequest(limit_seconds=job.spec.training.max_run_seconds)
         options = RunOptions.of(arguments)
         world = World.connect()
-        decision = agreed(job.spec, world, directory_of(job, options), hardware_here(world.size))
+        directory = directory_of(job, options)
+        job = at_first_commits(job, world, directory)
+        decision = agreed(job.spec, world, directory, hardware_here(world.size))
         layout = decision.layout
         world.divide(
             tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context, seed=job.spec.training.seed

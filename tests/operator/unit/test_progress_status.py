@@ -97,6 +97,13 @@ def test_the_layout_is_shown() -> None:
     assert cluster.status["summary"]["layout"] == "T2 P1 D4"
 
 
+def test_the_commits_of_inputs_on_the_hub_are_shown() -> None:
+    cluster = running()
+    cluster.say(step=1, revisions=["hf://org/model@" + "0" * 40], metrics=FINE)
+    cluster.settle()
+    assert cluster.status["progress"]["revisions"] == ["hf://org/model@" + "0" * 40]
+
+
 def test_progress_alone_is_written_once_a_minute() -> None:
     cluster = running()
     cluster.say(step=1, metrics=FINE)
@@ -187,13 +194,16 @@ def test_what_a_trainer_says_is_not_trusted() -> None:
         tokens_per_second=1e300,
         message="x" * 1000 + "\x00\n",
         layout="T8\n" * 20,
+        revisions=("hf://org/\n" + "x" * 1000,) * 100,
         metrics={**{f"m{i}": 1.0 for i in range(500)}, "a" * 5000: 1.0, "b\n": 1.0, "big": 1e308},
     )
     status = status_of(hostile, START, None)
     assert len(status.metrics) == 128
     assert all(len(name) <= 128 and name.isprintable() for name in status.metrics)
     text = json.dumps(status.model_dump(mode="json", by_alias=True), allow_nan=False)
-    assert len(text) < 8000
+    assert len(text) < 10_000
+    assert status.revisions
+    assert all(len(each) <= 256 and each.isprintable() for each in status.revisions)
     summary = summarise(status)
     assert all(len(value) <= 32 for name, value in summary.model_dump().items() if value and name != "layout")
     assert summary.layout is not None

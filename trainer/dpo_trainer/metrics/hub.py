@@ -11,6 +11,7 @@ from dpo_api.errors import DPOError, Outcome
 from dpo_api.manifest import DPOJob
 from dpo_api.version import VERSION
 from dpo_store import Store, join_uri, local_path_of
+from dpo_store.revisions import repositories
 from dpo_trainer.metrics import mlflow, tensorboard, wandb
 from dpo_trainer.metrics.credentials import Credentials
 from dpo_trainer.metrics.jsonl import LocalLog, ObjectLog
@@ -60,8 +61,8 @@ class Hub:
         return None if self._server is None else self._server.port
 
     def begin(self, attempt: int, layout: str = "") -> None:
-        """Report the attempt's number and its layout."""
-        self.progress.begin(attempt, layout)
+        """Report the attempt's number, its layout, and the commits of inputs on the Hugging Face Hub."""
+        self.progress.begin(attempt, layout, repositories(self._job.spec))
         self.prometheus.clear("dpo_trainer_info")
         self.prometheus.set("dpo_trainer_info", 1, version=VERSION, dpojob=self._job.metadata.name)
 

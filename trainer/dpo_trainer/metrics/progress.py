@@ -63,9 +63,9 @@ class ProgressTracker:
         """The newest state."""
         return self._state
 
-    def begin(self, attempt: int, layout: str = "") -> None:
-        """Report the attempt's number and its layout, as ``Progress.layout``."""
-        self._update(attempt=attempt, layout=layout)
+    def begin(self, attempt: int, layout: str = "", revisions: Sequence[str] = ()) -> None:
+        """Report the attempt's number, its layout and the commits of its inputs, as ``Progress`` holds them."""
+        self._update(attempt=attempt, layout=layout, revisions=tuple(revisions))
 
     def plan(self, *, step: int, total: int, epoch: float = 0.0, last_checkpoint_step: int | None = None) -> None:
         """Report the step at which the run starts (0, or the checkpoint's) and the last one."""
