@@ -1,4 +1,4 @@
-"""torch's Adam as GPUs have it: one kernel for all parameters, which counts the updates on their device."""
+"""torch's Adam as the engine has it: one kernel for all parameters, which counts the updates on their device."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_testing.engines import tiny_engine
 from dpo_trainer.torch_adam import allocate, fuse
 
 
@@ -57,3 +58,10 @@ def test_the_fused_kernel_finds_its_count_on_the_device() -> None:
         allocate(optimizer, 4)
         (state,) = optimizer.chained_optimizers[0].optimizer.state.values()
         assert (state["step"].device.type, state["step"].dtype) == (place, torch.float32)
+
+
+def test_the_engine_has_the_fused_kernel_on_a_cpu_too() -> None:
+    with tiny_engine() as engine:
+        engine.prepare_training()
+        parts = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+        assert [group["fused"] for part in parts for group in part.optimizer.param_groups] == [True, True]

@@ -103,8 +103,7 @@ class Engine:
                 use_gloo_process_groups=self.world.device.type == "cuda",
             )
         add_weight_gradients_in_place(self.model)
-        if self.world.device.type == "cuda":
-            torch_adam.fuse(self.optimizer)
+        torch_adam.fuse(self.optimizer)
         config.finalize_model_grads_func = partial(_reduce, self.world.place)
         if overlap:
             config.no_sync_func = self._wrapped.no_sync  # only the last pack's backward pass starts the reduction
