@@ -171,8 +171,15 @@ class MegatronSource(Section):
     )
 
 
+class AdapterSource(Section):
+    """A LoRA adapter in PEFT's format, such as the result of supervised fine-tuning."""
+
+    uri: Uri = Field(description=f"Folder with adapter_config.json and adapter_model.safetensors: {URI_FORMS}.")
+    storage: StorageAccess | None = Field(default=None, description="Access to this source, if not `spec.storage`.")
+
+
 class Model(Section):
-    """The start model, which is also the reference model: exactly one source."""
+    """The start model, which is also the reference model: exactly one source, with an adapter or without."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -199,6 +206,11 @@ class Model(Section):
     hugging_face: HuggingFaceSource | None = Field(default=None, description="A model folder in Hugging Face format.")
     nemo: NemoSource | None = Field(default=None, description="A NeMo 1.x .nemo archive.")
     megatron: MegatronSource | None = Field(default=None, description="A Megatron-Core distributed checkpoint.")
+    adapter: AdapterSource | None = Field(
+        default=None,
+        description="A LoRA adapter that is added to the source's weights. The sum is the start model: the reference,"
+        " and what is trained, or gets a new adapter with `lora`. Not set: none.",
+    )
 
 
 class Tokenizer(Section):

@@ -22,6 +22,7 @@ from dpo_api.fields import (
     count,
 )
 from dpo_api.inputs import (
+    AdapterSource,
     CABundle,
     Columns,
     Data,
@@ -56,6 +57,7 @@ from dpo_api.running import (
 
 __all__ = [
     "FP8_MULTIPLE",
+    "AdapterSource",
     "CABundle",
     "Checkpoint",
     "Columns",

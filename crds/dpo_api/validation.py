@@ -283,6 +283,8 @@ def _uris(spec: DPOJobSpec) -> Iterator[Finding]:
     """Refuse an output that would overwrite an input."""
     source = spec.model.hugging_face or spec.model.nemo or spec.model.megatron
     inputs = {"model": source.uri} if source is not None else {}
+    if spec.model.adapter is not None:
+        inputs["model.adapter"] = spec.model.adapter.uri
     inputs |= {f"data.train[{i}]": s.uri for i, s in enumerate(spec.data.train)}
     inputs |= {f"data.validation[{i}]": s.uri for i, s in enumerate(spec.data.validation)}
     for field, uri in (("checkpoint.uri", spec.checkpoint.uri), ("output.uri", spec.output.uri)):

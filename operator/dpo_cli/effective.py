@@ -35,7 +35,8 @@ def rows(
 
 def _model(spec: DPOJobSpec, seen: Survey) -> Iterator[Row]:
     weights = f" ({size(seen.model_bytes)} of weights)" if seen.model_bytes else ""
-    yield "model", f"{spec.model.source.uri}{weights}"
+    adapter = f" + adapter {spec.model.adapter.uri}" if spec.model.adapter is not None else ""
+    yield "model", f"{spec.model.source.uri}{weights}{adapter}"
     facts = seen.facts
     if facts is not None:
         groups = f" ({facts.kv_heads} key-value)" if facts.kv_heads != facts.heads else ""

@@ -13,7 +13,8 @@ from threading import Thread
 from dpo_api.errors import DPOError, InvalidModelError, InvalidSpecError, Outcome
 from dpo_api.findings import Finding
 from dpo_api.inputs import DataFormat, data_format
-from dpo_api.models import ModelFacts, read_config
+from dpo_api.models import ModelConfig, ModelFacts, read_config
+from dpo_api.models.adapter import read_adapter
 from dpo_api.models.folder import VOCABULARIES, check_tokenizer
 from dpo_api.models.megatron.outgoing import check_formats
 from dpo_api.models.start import check_weights, start_model, weight_bytes
@@ -172,6 +173,7 @@ class _Look:
         try:
             config = read_config(files, uri)
             result.facts = config.facts
+            self._adapter(spec, config, result)
             check_formats(config, spec.output.converted)
         except InvalidModelError as error:
             result.problems.append(self._problem(name, uri, error))
@@ -194,6 +196,16 @@ class _Look:
                     result.problems.append(problem)
         if not result.problems:
             result.model_bytes = weight_bytes(files, uri)
+
+    def _adapter(self, spec: DPOJobSpec, config: ModelConfig, result: _Result) -> None:
+        """Check the start model's adapter, if it has one, against the model."""
+        source = spec.model.adapter
+        if source is None:
+            return
+        try:
+            read_adapter(self._stores.reach(source.storage), source.uri, config)
+        except DPOError as error:
+            result.problems.append(self._problem("spec.model.adapter.uri", source.uri, error))
 
     def _tokenizer(self, uri: str, store: Store) -> list[Problem]:
         """Check what ``spec.tokenizer`` names: a folder, or one file that is a tokenizer by itself."""

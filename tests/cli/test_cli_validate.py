@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dpo_testing.cli import CONFIG, Dpo, Replay, World, pairs
 from dpo_testing.s3server import S3Server
@@ -91,6 +93,17 @@ def odd_rope_as_nemo(world: World) -> None:
     edit("output.formats", ["huggingFace", "nemo"])(world)
 
 
+def other_adapter(world: World) -> None:
+    """An adapter of a model of another size."""
+    folder = world.folder / "sft"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    matrices = {f"{name}A.weight": np.zeros((2, 999)), f"{name}B.weight": np.zeros((999, 2))}
+    save_file(matrices, folder / "adapter_model.safetensors")
+    edit("model.adapter", {"uri": "sft"})(world)
+
+
 MISTAKES: list[tuple[str, Callable[[World], None], int, str]] = [
     ("unknown field", edit("trainig", {}), 2, "spec.trainig: unknown field; did you mean training?"),
     ("wrong type", edit("dpo.beta", "high"), 2, 'spec.dpo.beta: "high" is not a number'),
@@ -111,6 +124,8 @@ MISTAKES: list[tuple[str, Callable[[World], None], int, str]] = [
     ("default length", edit("data.maxLength", None), 2, "maxLength: 4096 (the default) is above the 512 positions"),
     ("too long", edit("data.maxLength", 1024), 2, "spec.data.maxLength: 1024 is above the 512 positions"),
     ("no weights", replace_file("model/model.safetensors", None), 11, "holds neither model.safetensors nor"),
+    ("no adapter", edit("model.adapter", {"uri": "sft"}), 11, "spec.model.adapter.uri: sft/adapter_config.json: "),
+    ("adapter of another model", other_adapter, 4, "lora_A of model.layers.0.self_attn.q_proj has shape [2, 999]"),
     ("no tokenizer", replace_file("model/tokenizer.json", None), 11, "holds no tokenizer"),
     ("tokenizer elsewhere", edit("tokenizer", {"uri": "data/"}), 11, "spec.tokenizer.uri: data/ holds no tokenizer"),
     ("tokenizer of another name", edit("tokenizer", {"uri": "data/train.jsonl"}), 11, "train.jsonl holds no tokenizer"),

@@ -21,6 +21,7 @@ from dpo_trainer.convert.nemo import PARTS
 from dpo_trainer.convert.whole import Whole
 from dpo_trainer.data.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
+from dpo_trainer.formats.adapter import AdapterMatrices
 from dpo_trainer.formats.export import Collect, export
 from dpo_trainer.formats.layout import Value
 from dpo_trainer.formats.peft import export_adapter
@@ -74,11 +75,18 @@ class Result:
         return self._start.value(name) if self._start.rounded(name) else parameter.detach()
 
 
-def export_model(result: Result, spec: DPOJobSpec, world: World, source: tuple[Files, str], target: Place) -> None:
+def export_model(
+    result: Result,
+    spec: DPOJobSpec,
+    world: World,
+    source: tuple[Files, str],
+    target: Place,
+    below: AdapterMatrices | None = None,
+) -> None:
     """Write the result: with LoRA merged (unless ``output.merge`` is false) and as an adapter.
 
-    A collective; when it returns, all is written. An interrupted export is written again from the last checkpoint;
-    export.json marks a complete one.
+    below: the start model's own adapter, which the written one then contains. A collective; when it returns, all is
+    written. An interrupted export is written again from the last checkpoint; export.json marks a complete one.
     """
     store, uri = target
     messages.agreed(lambda: _remove_earlier(store, uri))
@@ -98,7 +106,9 @@ def export_model(result: Result, spec: DPOJobSpec, world: World, source: tuple[F
                 value_of=result.value_of,
             )
     if adapter and spec.lora is not None and world.data_rank == 0 and world.context_rank == 0:
-        export_adapter(result.model, spec.lora, base, join_uri(uri, "adapter"), store=store, trained=result.trained)
+        export_adapter(
+            result.model, spec.lora, base, join_uri(uri, "adapter"), store=store, trained=result.trained, below=below
+        )
     world.barrier()
     if spec.output.converted:
         messages.agreed(lambda: _convert(store, uri, spec))

@@ -29,6 +29,7 @@ from dpo_trainer.data.index import IndexProgress, Listener, blend_of, build_inde
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there
+from dpo_trainer.formats.adapter import MergedWeights, with_adapter
 from dpo_trainer.formats.huggingface import load_weights, open_checkpoint
 from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.layout_check import compare, too_large
@@ -41,7 +42,7 @@ from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable
 from dpo_trainer.reporting import Reporter
 from dpo_trainer.results import RankResult
 from dpo_trainer.rundir import LAYOUT, Finished, RunDirectory, SavedCheckpoint
-from dpo_trainer.sources import model_source, open_tokenizer, store_for
+from dpo_trainer.sources import model_source, open_adapter, open_tokenizer, store_for
 from dpo_trainer.stopping import StopRequest
 from dpo_trainer.training import Inputs, Training
 
@@ -259,6 +260,7 @@ class Run:
         self.config = read_config(store, folder)
         refuse_errors(self.spec, self.config.facts)
         check_formats(self.config, self.spec.output.converted)
+        self._adapter = open_adapter(self.spec, self.config)
 
         def progress(at: IndexProgress) -> None:
             if self.stop.wanted:  # no collective: others wait for this one, or read alone
@@ -311,7 +313,10 @@ class Run:
             fp8=fp8,
         )
         store, folder = model_source(self.spec)
-        source = open_checkpoint(store, folder, self.config)
+        source, digest = open_checkpoint(store, folder, self.config), ""
+        if self._adapter is not None:
+            digest = self._on_main(self._adapter.digest)
+            source = MergedWeights(source, self._adapter)
         self._source = source
         loaded = load_weights(model, store, folder, checkpoint=source)
         self.reporter.loaded(loaded.bytes, loaded.seconds)
@@ -322,7 +327,7 @@ class Run:
         linears = "transformer-engine" if use_transformer_engine(backend) else "local"
         linears += f" {fp8}" if fp8 else ""
         attention = form_of(self.world.device, model.config.params_dtype, self.config.head_dim)
-        return model, loaded.fingerprint, f"{linears} linears, {attention} attention"
+        return model, with_adapter(loaded.fingerprint, digest), f"{linears} linears, {attention} attention"
 
     def _check_layout(self, model: Any, inputs: Inputs) -> None:
         """Compare the layout with one rank. Raises WrongLayoutError if they disagree."""
@@ -463,7 +468,7 @@ class Run:
         lora = self.spec.lora is not None
         engine.settle_parameters()
         result = Result(engine.model, engine.masters, self._start_weights, lora=lora)
-        export_model(result, self.spec, self.world, model_source(self.spec), (store, uri))
+        export_model(result, self.spec, self.world, model_source(self.spec), (store, uri), self._adapter)
         self.model_uri = uri
         if self.world.is_main:
             self.directory.check_fence()

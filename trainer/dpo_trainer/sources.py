@@ -5,6 +5,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from dpo_api.models import ModelConfig
+from dpo_api.models.adapter import read_adapter
 from dpo_api.models.folder import Files
 from dpo_api.models.start import start_model
 from dpo_api.spec import DPOJobSpec, StorageAccess
@@ -12,6 +14,7 @@ from dpo_store import Store, open_store
 from dpo_store.access import options_of
 from dpo_trainer.data.cache import cache_folder
 from dpo_trainer.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer
+from dpo_trainer.formats.adapter import AdapterMatrices
 
 
 def store_for(spec: DPOJobSpec, access: StorageAccess | None = None) -> Store:
@@ -22,6 +25,18 @@ def store_for(spec: DPOJobSpec, access: StorageAccess | None = None) -> Store:
 def model_source(spec: DPOJobSpec) -> tuple[Files, str]:
     """Return the start model as a Hugging Face folder: its files and its address."""
     return start_model(store_for(spec, spec.model.source.storage), spec.model)
+
+
+def open_adapter(spec: DPOJobSpec, config: ModelConfig) -> AdapterMatrices | None:
+    """Return the start model's adapter, if it has one, which fits the model.
+
+    Raises NotFoundError or InvalidModelError for one that is absent, damaged or of another model.
+    """
+    source = spec.model.adapter
+    if source is None:
+        return None
+    store = store_for(spec, source.storage)
+    return AdapterMatrices(store, read_adapter(store, source.uri, config))
 
 
 def open_tokenizer(spec: DPOJobSpec) -> Tokenizer:

@@ -355,6 +355,13 @@ CASES = [
         "is also model, which would be overwritten",
     ),
     Case(
+        "output over the adapter",
+        {"model.adapter": {"uri": "s3://models/sft"}, "output.uri": "s3://models/sft/"},
+        "error",
+        "spec.output.uri",
+        "is also model.adapter, which would be overwritten",
+    ),
+    Case(
         "run over the data",
         {"checkpoint.uri": "s3://prefs/train.jsonl"},
         "error",

@@ -14,13 +14,23 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from dpo_api.models import ModelConfig, TensorNames
+from dpo_api.models.adapter import PREFIX, linear_shapes
 from dpo_api.models.stages import layers_of_stages
 from dpo_store import Store, join_uri, open_store
 from dpo_trainer import bridge
+from dpo_trainer.formats.adapter import AdapterMatrices
 from dpo_trainer.formats.export import Planned, write_tensors
 from dpo_trainer.formats.layout import slots, split_qkv
 from dpo_trainer.model.forward import unwrap
-from dpo_trainer.model.lora import LoraSettings, LowRankAdapter, Module, Trained, adapters, target_modules
+from dpo_trainer.model.lora import (
+    LoraSettings,
+    LowRankAdapter,
+    Module,
+    Trained,
+    adapters,
+    scale_of,
+    target_modules,
+)
 
 
 def projections(names: TensorNames, module: Module) -> tuple[str, ...]:
@@ -43,21 +53,26 @@ def export_adapter(
     store: Store | None = None,
     dtype: torch.dtype | None = None,
     trained: Trained | None = None,
+    below: AdapterMatrices | None = None,
 ) -> list[str]:
     """Write the adapters for ``PeftModel.from_pretrained`` on the Hugging Face model ``base``; return the files' names.
 
     out: a folder's address; store: to write with. dtype: of the written matrices; None means fp32; adapters are small.
     Raises NoSpaceError when the disk is full. A collective over the tensor-parallel ranks of all stages; only the first
-    of all writes. trained: see ``model.lora.merged_value``.
+    of all writes. trained: see ``model.lora.merged_value``. below: an adapter of the start model on ``base``; what is
+    written is then the sum of both, whose rank is the sum of theirs.
     """
     names = unwrap(model).dpo_config.row.tensors
     tensors = of_all_stages(model, lora, adapter_tensors(model, trained))
     if tensors is None:
         return []
+    config = adapter_config(lora, base, names)
+    if below is not None:
+        tensors, changes = _summed(tensors, lora, below, unwrap(model).dpo_config)
+        config |= changes
     plan: list[Planned] = [(name, tuple(value.shape), dtype or torch.float32) for name, value in tensors.items()]
     store, address = store or open_store(), str(out).rstrip("/")
-    config = json.dumps(adapter_config(lora, base, names), indent=2) + "\n"
-    store.write(join_uri(address, "adapter_config.json"), config.encode())
+    store.write(join_uri(address, "adapter_config.json"), (json.dumps(config, indent=2) + "\n").encode())
     write_tensors(store, join_uri(address, "adapter_model.safetensors"), plan, iter(tensors.values()))
     return ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -72,10 +87,37 @@ def adapter_tensors(model: Any, trained: Trained | None = None) -> dict[str, Ten
         of = projections(names, adapter.place.module)
         parts = _parts(adapter, b, config)
         for projection, part in zip(of, parts if len(of) > 1 else (torch.cat(parts),), strict=True):
-            prefix = f"base_model.model.{names.layer(adapter.place.layer)}.{projection}"
+            prefix = f"{PREFIX}{names.layer(adapter.place.layer)}.{projection}"
             found[f"{prefix}.lora_A.weight"] = a.clone()
             found[f"{prefix}.lora_B.weight"] = part.contiguous()
     return found
+
+
+def _summed(
+    tensors: dict[str, Tensor], lora: LoraSettings, below: AdapterMatrices, config: ModelConfig
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the sum of two adapters as one, in which each has its rows of A and its columns of B.
+
+    tensors: of the upper one, by PEFT's names. Returns the sum's, of scale 1, and its keys of adapter_config.json. It
+    has each kind of layer that one of them has, in all of the model's layers: PEFT has no other form.
+    """
+    lower, rank = below.adapter, lora.rank + below.adapter.rank
+    upper = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in tensors}
+    shapes = linear_shapes(config)
+    ends = {name.rpartition(".")[2] for name in (*upper, *lower.targets)}
+    found: dict[str, Tensor] = {}
+    for layer, (outputs, inputs) in shapes.items():
+        if layer.rpartition(".")[2] not in ends:
+            continue
+        a, b = torch.zeros(rank, inputs), torch.zeros(outputs, rank)
+        if layer in lower.targets:
+            a[: lower.rank], b[:, : lower.rank] = below.a(layer), lower.scale * below.b(layer)
+        if layer in upper:
+            a[lower.rank :] = tensors[f"{PREFIX}{layer}.lora_A.weight"]
+            b[:, lower.rank :] = scale_of(lora) * tensors[f"{PREFIX}{layer}.lora_B.weight"]
+        found |= {f"{PREFIX}{layer}.lora_A.weight": a, f"{PREFIX}{layer}.lora_B.weight": b}
+    changes = {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": sorted(ends)}
+    return found, {**changes, "layers_to_transform": None, "layers_pattern": None}
 
 
 def of_all_stages(model: Any, lora: LoraSettings, own: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -115,8 +157,8 @@ def _shapes(config: ModelConfig, lora: LoraSettings, span: range) -> dict[str, t
             for projection in projections(config.row.tensors, module):
                 name = f"{config.row.tensors.layer(layer)}.{projection}"
                 outputs, inputs = sizes[f"{name}.weight"]
-                found[f"base_model.model.{name}.lora_A.weight"] = (lora.rank, inputs)
-                found[f"base_model.model.{name}.lora_B.weight"] = (outputs, lora.rank)
+                found[f"{PREFIX}{name}.lora_A.weight"] = (lora.rank, inputs)
+                found[f"{PREFIX}{name}.lora_B.weight"] = (outputs, lora.rank)
     return found
 
 

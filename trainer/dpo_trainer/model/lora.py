@@ -74,6 +74,11 @@ class LoraSettings(Protocol):
     def row_init(self) -> str: ...  # noqa: D102
 
 
+def scale_of(lora: LoraSettings) -> float:
+    """Return the factor of B A: alpha / rank."""
+    return (lora.alpha if lora.alpha is not None else lora.rank) / lora.rank
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where an adapter is attached: its base's module and layer, and its place among the layers with adapters."""
@@ -101,7 +106,7 @@ class LowRankAdapter(torch.nn.Module):
         super().__init__()
         self.config, self.place, self.tokens = config, place, tokens
         self.enabled = True
-        self.scale = (lora.alpha if lora.alpha is not None else lora.rank) / lora.rank
+        self.scale = scale_of(lora)
         self.dropout, self.dropout_position = lora.dropout, lora.dropout_position
         size, rank = _tensor_parallel()
         axis = 1 if place.row_parallel else 0

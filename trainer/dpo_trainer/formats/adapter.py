@@ -1,0 +1,88 @@
+"""LoRA adapters in PEFT's format as part of a start model."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_api.models import ModelConfig
+from dpo_api.models.adapter import PREFIX, WEIGHTS, Adapter
+from dpo_store import join_uri
+from dpo_trainer.formats import weights
+from dpo_trainer.formats.safetensors_reader import RangeStore, SafetensorsFile, TensorInfo, bytes_of
+
+
+class AdapterMatrices:
+    """The matrices of an adapter by Hugging Face's name of the linear layer. Safe for threads."""
+
+    def __init__(self, store: RangeStore, adapter: Adapter) -> None:
+        """Raises InvalidModelError for a damaged file."""
+        self.adapter = adapter
+        self._file = SafetensorsFile(store, join_uri(adapter.uri, WEIGHTS))
+
+    def a(self, layer: str) -> Tensor:
+        """Return A, [rank, inputs] fp32."""
+        return self._file.read(f"{PREFIX}{layer}.lora_A.weight").float()
+
+    def b(self, layer: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return B, or some of its rows, [outputs, rank] fp32."""
+        return self._file.read(f"{PREFIX}{layer}.lora_B.weight", rows).float()
+
+    def digest(self) -> str:
+        """Return the sha256 of the adapter's content: its scale, and each matrix's name and values in fp32."""
+        found = hashlib.sha256(f"{self.adapter.scale!r}\n".encode())
+        for layer in self.adapter.targets:
+            for matrix in (self.a(layer), self.b(layer)):
+                found.update(f"{layer} {list(matrix.shape)}\n".encode())
+                for block in bytes_of(matrix):
+                    found.update(block)
+        return found.hexdigest()
+
+
+def with_adapter(model: str, adapter: str) -> str:
+    """Return the fingerprint of a start model from those of its weights and its adapter; "": it has none."""
+    return model if not adapter else hashlib.sha256(f"{model} {adapter}".encode()).hexdigest()
+
+
+class MergedWeights:
+    """A start model's weights with an adapter added, in fp32: W + scale · B A.
+
+    What ``watch`` receives are the bytes of W: those of the sum depend on the machine that adds.
+    """
+
+    def __init__(self, base: weights.Weights, matrices: AdapterMatrices) -> None:
+        self._base, self._matrices = base, matrices
+        self._targets = {f"{layer}.weight": layer for layer in matrices.adapter.targets}
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes read so far of the model's headers."""
+        return self._base.header_bytes
+
+    def check(self, config: ModelConfig) -> None:
+        """Check the model's own weights; see ``Weights.check``."""
+        self._base.check(config)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the model's own weights."""
+        return self._base.describe()
+
+    def info(self, name: str) -> weights.TensorInfo:
+        """Describe a tensor; the sums are fp32."""
+        info = self._base.info(name)
+        if name not in self._targets:
+            return info
+        return TensorInfo("F32", info.shape, 0, 4 * torch.Size(info.shape).numel())
+
+    def read(
+        self, name: str, rows: tuple[int, int] | None = None, watch: Callable[[memoryview], object] | None = None
+    ) -> Tensor:
+        """Read a tensor, or some of its rows; see ``Weights.read``."""
+        own = self._base.read(name, rows, watch)
+        layer = self._targets.get(name)
+        if layer is None:
+            return own
+        delta = self._matrices.adapter.scale * (self._matrices.b(layer, rows) @ self._matrices.a(layer))
+        return delta.add_(own.float())
