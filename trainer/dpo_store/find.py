@@ -98,7 +98,7 @@ def _nearest(backend: Backend, location: Location) -> str:
     while path:
         parent, _, name = path.rpartition("/")
         base = parent + "/" if parent or location.path.startswith("/") else ""
-        names = backend.children(location.at(base if base or location.scheme == "s3" else "./"))
+        names = backend.children(location.at(base if base or location.scheme in uris.REMOTE else "./"))
         if name + "/" in names:  # asked for without its slash
             return _suggestion(backend, location.at(base + name + "/"))
         if name in names:  # a file that was asked for as a folder

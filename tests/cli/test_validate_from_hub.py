@@ -1,0 +1,57 @@
+"""`dpo validate` of a model and data on the Hugging Face Hub, at a small local server that speaks the hub's calls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from dpo_testing.cli import Dpo, World
+from dpo_testing.hubserver import HubServer, hub_server
+
+
+@pytest.fixture
+def hub(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub that holds the world's model and data, named by the world's spec."""
+    with hub_server() as running:
+        for name, value in running.environment(world.folder / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        running.push("org/tiny", world.folder / "model")
+        running.push("datasets/org/pairs", world.folder / "data", branch="v1")
+        world.spec["model"]["huggingFace"]["uri"] = "hf://org/tiny"
+        world.spec["data"]["train"][0]["uri"] = "hf://datasets/org/pairs@v1/train.jsonl"
+        world.spec["data"]["validation"][0]["uri"] = "hf://datasets/org/pairs@v1/held*.jsonl"
+        yield running
+
+
+def test_a_valid_job_shows_its_plan(hub: HubServer, world: World, dpo: Dpo) -> None:
+    said = dpo("validate", world.write())
+    assert said.code == 0, said.all
+    assert "hf://org/tiny (1000 B of weights)" in said.out
+    assert "hf://datasets/org/pairs@v1/train.jsonl (1 object" in said.out
+    assert "llama · 2 layers" in said.out
+    assert "1 epoch of ≈ 100 pairs" in said.out
+    assert hub.downloads("model.safetensors") == [], "the weights stay where they are"
+
+
+def test_what_is_missing_is_named(hub: HubServer, world: World, dpo: Dpo) -> None:
+    world.spec["model"]["huggingFace"]["uri"] = "hf://org/tyni"
+    world.spec["data"]["train"][0]["uri"] = "hf://datasets/org/pairs@v2/train.jsonl"
+    world.spec["data"]["validation"][0]["uri"] = "hf://datasets/org/pairs@v1/heldot.jsonl"
+    said = dpo("validate", world.write())
+    assert said.code != 0
+    assert "hf://org/tyni: no such repository, or it is private and HF_TOKEN may not read it" in said.all
+    assert "hf://datasets/org/pairs@v2: the repository has no such revision" in said.all
+    assert "did you mean hf://datasets/org/pairs@v1/heldout.jsonl?" in said.all
+
+
+def test_a_client_without_huggingface_hub_accepts_the_job(
+    hub: HubServer, world: World, dpo: Dpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails, as where it is not installed
+    said = dpo("validate", world.write())
+    assert said.code == 0, said.all
+    assert "hf://org/tiny is not checked here: huggingface_hub is not installed" in said.all
+    assert hub.seen == []
