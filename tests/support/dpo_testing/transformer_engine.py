@@ -26,8 +26,10 @@ from torch import Tensor, nn
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "transformer-engine"
 VERSIONS = sorted(path.stem for path in GOLDEN.glob("*.json"))
 
+FUSED = "a weight's gradient was added to main_grad"
+
 calls: set[str] = set()
-"""Names of the golden file that were called."""
+"""Names of the golden file that were called, and FUSED."""
 
 
 class Format(enum.Enum):
@@ -263,6 +265,7 @@ class _Product(torch.autograd.Function):
         weight, product = ctx.parameter, slope.t() @ rows
         if not ctx.fuse:
             return to_rows, product.to(weight.dtype), None, None, None
+        calls.add(FUSED)
         # As the real one: the first pack of a step overwrites what is there.
         weight.main_grad.copy_(product) if ctx.first else weight.main_grad.add_(product)
         weight.grad_added_to_main_grad = True

@@ -16,7 +16,7 @@ import torch
 from dpo_api.errors import InvalidSpecError
 from dpo_api.plan import make_plan
 from dpo_testing.runs import ROOT, job_of
-from dpo_testing.transformer_engine import GOLDEN, VERSIONS, rounded, signature
+from dpo_testing.transformer_engine import FUSED, GOLDEN, VERSIONS, rounded, signature
 from dpo_trainer import bridge
 from dpo_trainer.batches import Packer
 from dpo_trainer.model import build
@@ -58,6 +58,7 @@ def test_every_call_fits_its_signature(result: dict[str, Any]) -> None:
     )
     for end in ends:
         assert any(name.endswith(f".{end}") for name in result["calls"]), end
+    assert FUSED in result["calls"]
 
 
 @pytest.mark.slow
