@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from dpo_api.errors import AccessDeniedError, InvalidSpecError, NotFoundError, StorageUnavailableError, UsageError
 from dpo_store import retry
 from dpo_store.errors import ERRNOS, Rule
-from dpo_store.local import LocalBackend
+from dpo_store.local import LocalBackend, check_space
 from dpo_store.options import MIB, ObjectInfo, RetryPolicy, Timing
 from dpo_store.uris import Location
 
@@ -153,17 +153,24 @@ class HubBackend:
         rests = [path[len(location.path) :] for path in self._tree(location) if path.startswith(location.path)]
         return sorted({first + slash for first, slash, _ in (rest.partition("/") for rest in rests)} - {""})
 
-    def _file(self, location: Location) -> Location:
-        """Return the cached copy of a file, downloading it first unless it is there."""
-        from huggingface_hub import hf_hub_download
+    def _file(self, location: Location, cache: str, info: ObjectInfo) -> Location:
+        """Return the cached copy of a file, downloading it first unless it is there.
+
+        Raises NoSpaceError before the first byte if the cache's file system is too full.
+        """
+        self._api()
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         repository, kind, _ = _parts(location)
-        self._api()
         commit = self.commit(location)
+        found = try_to_load_from_cache(repository, location.path, cache_dir=cache, revision=commit, repo_type=kind)
+        if isinstance(found, str):
+            return Location("path", "", found)
+        check_space(Path(cache), info.size, str(location))
 
         def attempt() -> str:
             return hf_hub_download(
-                repository, location.path, repo_type=kind, revision=commit, cache_dir=self._cache, endpoint=_endpoint()
+                repository, location.path, repo_type=kind, revision=commit, cache_dir=cache, endpoint=_endpoint()
             )
 
         return Location("path", "", self._run(str(location), attempt))
@@ -175,7 +182,7 @@ class HubBackend:
         if start >= stop:
             return b""
         if self._cache is not None:
-            return self._local.read(self._file(location), start, stop - start, None)
+            return self._local.read(self._file(location, self._cache, info), start, stop - start, None)
         return self._run(str(location), lambda: self._range(location, start, stop))
 
     def _range(self, location: Location, start: int, stop: int) -> bytes:
@@ -204,7 +211,7 @@ class HubBackend:
             for at in range(start, info.size, _CHUNK):
                 yield self.read(location, at, _CHUNK, info)
             return
-        copy = self._file(location)
+        copy = self._file(location, self._cache, info)
         yield from self._local.stream(copy, self._local.stat(copy), start)
 
     # Nothing is written to the hub.

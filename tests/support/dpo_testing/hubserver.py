@@ -28,6 +28,8 @@ class HubServer:
     seen: list[tuple[str, str, str]] = field(default_factory=list)
     branches: dict[tuple[str, str], str] = field(default_factory=dict)
     commits: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
+    announced: dict[str, int] = field(default_factory=dict)
+    """Sizes that a repository's list gives for paths, whatever their files hold."""
     cuts: list[int] = field(default_factory=list)
     """After how many bytes each of the next files breaks off."""
 
@@ -124,7 +126,13 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             files = self.state.commits[repository, commit]
             answer = [
-                {"type": "file", "path": path, "size": len(data), "oid": _name(data)} for path, data in files.items()
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": self.state.announced.get(path, len(data)),
+                    "oid": _name(data),
+                }
+                for path, data in files.items()
             ]
         self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_api.errors import AccessDeniedError, InvalidSpecError, NotFoundError, StorageUnavailableError
+from dpo_api.errors import AccessDeniedError, InvalidSpecError, NoSpaceError, NotFoundError, StorageUnavailableError
 from dpo_store import StorageOptions, Store, open_store
 from dpo_testing.faults import Pauses
 from dpo_testing.hubserver import HubServer, hub_server
@@ -63,6 +63,13 @@ def test_a_cached_commit_needs_no_request(hub: HubServer, tmp_path: Path) -> Non
     hub.seen.clear()
     assert store_at(tmp_path).read(info, 1, 2) == DATA[1:3]
     assert hub.seen == []
+
+
+def test_a_file_that_does_not_fit_is_not_begun(hub: HubServer, tmp_path: Path) -> None:
+    hub.announced["big.bin"] = 10**18
+    with pytest.raises(NoSpaceError, match=rf"hf://org/model/big\.bin: {tmp_path} needs .* but has .* free"):
+        next(store_at(tmp_path).stream("hf://org/model/big.bin"))
+    assert hub.downloads("big.bin") == []
 
 
 def test_one_store_sees_one_version(hub: HubServer, tmp_path: Path) -> None:
