@@ -41,9 +41,9 @@ sys.path[:0] = [str(ROOT / package) for package in ("crds", "operator", "trainer
 from dpo_api.models import read_config
 from dpo_api.sizing.flops import Work, forward_flops, seen_keys, step_flops
 from dpo_store import open_store
+from dpo_store.cache import cache_folder
 from dpo_testing.corpora import write_jsonl
 from dpo_testing.runs import Finished, job_of
-from dpo_trainer.data.cache import cache_folder
 from dpo_trainer.data.order import batch_pairs
 
 PEERS = Path(__file__).resolve().parent / "peers"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_api.errors import NotFoundError
-from dpo_store import find, readahead, trees, uris
+from dpo_store import decompress, find, readahead, trees, uris
 from dpo_store import lines as text
 from dpo_store.hub import HubBackend
 from dpo_store.local import LocalBackend
@@ -112,6 +112,10 @@ class Store:
         known = None if isinstance(source, str) else source
         location = uris.parse(source if isinstance(source, str) else source.uri)
         return self._backend(location).read(location, start, length, known)
+
+    def decompressed(self, info: ObjectInfo) -> ObjectInfo:
+        """Return a gzip object's decompressed copy in the node's cache: see ``decompress.local_copy``."""
+        return decompress.local_copy(self, info)
 
     def stream(self, source: str | ObjectInfo, ahead: int = READ_AHEAD, start: int = 0) -> Iterator[bytes]:
         """Yield an object's bytes from ``start`` in blocks of at most 1 MiB.

@@ -20,11 +20,11 @@ from dpo_api.plan import make_plan
 from dpo_api.sizing import layout_of
 from dpo_api.validation import refuse_errors
 from dpo_store import Store
+from dpo_store.cache import cache_folder
 from dpo_store.revisions import REVISIONS, at_commits, repositories, saved
 from dpo_trainer.batches import DataSet, Packer
 from dpo_trainer.checkpoint.identity import Identity, check_identity, identity_of
 from dpo_trainer.checkpoint.store import read_marker
-from dpo_trainer.data.cache import cache_folder
 from dpo_trainer.data.index import IndexProgress, Listener, blend_of, build_indexes
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine

@@ -18,8 +18,8 @@ from dpo_api.errors import DPOError
 from dpo_api.texts import size, sizes
 from dpo_api.version import VERSION
 from dpo_store import StorageOptions, open_store
+from dpo_store.cache import cache_folder
 from dpo_store.options import RetryPolicy
-from dpo_trainer.data.cache import cache_folder
 
 Level = Literal["ok", "note", "lacks"]
 

@@ -45,6 +45,13 @@ class Files(Objects, Protocol):
         """Return the names in a folder, those of folders with ``/`` at the end."""
 
 
+class Archives(Files, Protocol):
+    """The same for archives that are compressed."""
+
+    def decompressed(self, info: Any) -> Any:
+        """Describe a decompressed copy of a gzip object, which is made if there is none on this node."""
+
+
 def read_config(files: Objects, folder: str) -> ModelConfig:
     """Read the folder's config.json.
 

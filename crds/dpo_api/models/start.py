@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dpo_api.inputs import Model
 from dpo_api.models import folder
-from dpo_api.models.folder import Files
+from dpo_api.models.folder import Archives, Files
 from dpo_api.models.megatron.checkpoint import MegatronModel
 from dpo_api.models.megatron.nemo import NemoModel
 from dpo_api.models.megatron.presented import PresentedModel
 
 
-def start_model(files: Files, model: Model) -> tuple[Files, str]:
+def start_model(files: Archives, model: Model) -> tuple[Files, str]:
     """Return the model's files as those of a folder, and the folder's address. Nothing is read yet."""
     if model.nemo is not None:
         found: PresentedModel = NemoModel(files, model.nemo.uri)

@@ -15,6 +15,7 @@ import pytest
 
 from dpo_api.errors import InvalidDataError, InvalidModelError, NoSpaceError, NotFoundError
 from dpo_api.spec import Data, DPOJobSpec
+from dpo_store import cache as cache_module
 from dpo_store import open_store
 from dpo_testing.corpora import (
     Row,
@@ -26,7 +27,6 @@ from dpo_testing.corpora import (
     sentencepiece_tokenizer,
     write_jsonl,
 )
-from dpo_trainer.data import cache as cache_module
 from dpo_trainer.data import index as index_module
 from dpo_trainer.data.encode import EncodedPair, PairEncoder
 from dpo_trainer.data.index import IndexProgress, Listener, Source, build_index, build_indexes

@@ -1,6 +1,7 @@
 """Archives and checkpoints that were made to deceive: each is refused with one sentence. Nothing of them is executed,
 nothing is written, and none takes memory for what it claims to hold."""
 
+import gzip
 import io
 import json
 import os
@@ -63,12 +64,14 @@ def members() -> Members:
 
 
 @pytest.fixture
-def canary(tmp_path: Path) -> Iterator[Path]:
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Afterwards it does not exist, and there is nothing beside the input that was not there."""
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "canary"
     yield path
     assert not path.exists()
     assert {name.name for name in tmp_path.iterdir()} <= {"in", "job.yaml", "cache", "train.jsonl"}
+    assert [found for found in tmp_path.glob("cache/archives/*") if found.suffix != ".lock"] == []
 
 
 def refused(path: Path, says: str, kind: str = "nemo") -> None:
@@ -132,6 +135,8 @@ def pax(**values: str) -> bytes:
     return header("pax", len(text), tarfile.XHDTYPE) + text.ljust(512, b"\0")
 
 
+BOMB = gzip.compress(bytes(400 << 20))
+
 ARCHIVES: dict[str, tuple[Callable[[Path, Members], Path], str]] = {
     "traversal": (with_first(header("../../canary")), r"member '\.\./\.\./canary' is outside of the archive"),
     "traversal in a name": (with_first(header("a/../../canary")), "is outside of the archive"),
@@ -148,6 +153,12 @@ ARCHIVES: dict[str, tuple[Callable[[Path, Members], Path], str]] = {
     "long name of gigabytes": (with_first(header("a", 1 << 33, tarfile.GNUTYPE_LONGNAME)), "not a usable tar archive"),
     "sparse": (with_first(pax(**{"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 50)}) + header("a")), "archive"),
     "two of a name": (with_first(header("model_config.yaml")), "two members model_config.yaml"),
+    "a bomb": (lambda folder, _: unpack(folder, {"m.nemo": BOMB}) / "m.nemo", "more than 100 times its size"),
+    "a gzip that ends early": (lambda folder, _: unpack(folder, {"m.nemo": BOMB[:5000]}) / "m.nemo", "it ends early"),
+    "a damaged gzip": (
+        lambda folder, _: unpack(folder, {"m.nemo": gzip.compress(b"abc")[:-8] + b"x" * 8}) / "m.nemo",
+        "decompressed",
+    ),
     "no archive": (lambda folder, _: unpack(folder, {"m.nemo": b"x" * 5000}) / "m.nemo", "not a usable tar archive"),
     "empty file": (lambda folder, _: unpack(folder, {"m.nemo": b""}) / "m.nemo", "not a usable tar archive"),
 }

@@ -1,6 +1,7 @@
 """Models from .nemo archives: their logits are those of the same arithmetic in plain torch, whatever the layout."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from dpo_api.inputs import Model
 from dpo_api.models import read_config
 from dpo_api.models.folder import Files
+from dpo_api.models.megatron.presented import PresentedModel
 from dpo_api.models.start import start_model
 from dpo_store import join_uri
 from dpo_testing.models import local_store, plain_pack, single_process, token_stream
@@ -30,7 +32,8 @@ from dpo_testing.nemo_archives import (
     write,
 )
 from dpo_trainer.formats.export import export
-from dpo_trainer.formats.huggingface import load_weights
+from dpo_trainer.formats.huggingface import load_weights, open_weights
+from dpo_trainer.formats.megatron import MegatronWeights
 from dpo_trainer.model import forward
 from dpo_trainer.model.build import build_model
 
@@ -52,6 +55,11 @@ MODELS = {
 def _world() -> Iterator[None]:
     with single_process():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -109,7 +117,7 @@ def test_a_model_that_ranks_saved_is_the_same(name: str, tensor: int, pipeline: 
     assert loaded(parts)[1] == loaded(whole)[1]
 
 
-@pytest.mark.parametrize("form", ["no ./", "folder", "under model", "bf16"])
+@pytest.mark.parametrize("form", ["no ./", "folder", "gzip", "under model", "bf16"])
 def test_other_forms_of_an_archive(form: str, tmp_path: Path) -> None:
     tiny, weights = GPT_2B, state(GPT_2B)
     if form == "bf16":
@@ -122,8 +130,25 @@ def test_other_forms_of_an_archive(form: str, tmp_path: Path) -> None:
     if form == "folder":
         unpack(path, members)
     else:
-        write(path, members, prefix="" if form == "no ./" else "./")
+        write(path, members, prefix="" if form == "no ./" else "./", compressed=form == "gzip")
     assert apart(ours(path), logits(tiny, weights, TOKENS)) <= TOLERANCE
+
+
+def test_a_compressed_archive_is_decompressed_once_on_a_node(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.nemo", content(GPT_2B, state(GPT_2B)), compressed=True)
+    assert apart(ours(path), expected(GPT_2B)) <= TOLERANCE
+    (copy,) = (found for found in (tmp_path / "cache" / "archives").iterdir() if found.suffix != ".lock")
+    before = copy.stat().st_ino
+    assert apart(ours(path), expected(GPT_2B)) <= TOLERANCE
+    assert [found.stat().st_ino for found in copy.parent.iterdir() if found.suffix != ".lock"] == [before]
+    files, uri = source(path)
+    config, here = read_config(files, uri), open_weights(files, uri)
+    described, name = here.describe(), "model.embed_tokens.weight"
+    there, _ = source(path)
+    assert isinstance(there, PresentedModel)
+    read = here.read(name)
+    shutil.rmtree(tmp_path / "cache")  # another node has no copy yet
+    assert torch.equal(MegatronWeights.known(there, config, described).read(name), read)
 
 
 def test_the_file_may_name_its_parameters_as_megatron_core_does(tmp_path: Path) -> None:

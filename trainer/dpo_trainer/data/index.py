@@ -20,7 +20,7 @@ from dpo_api.inputs import DataFormat, data_format
 from dpo_api.spec import Data, DataSource, DPOJobSpec
 from dpo_api.texts import counted, size
 from dpo_store import ObjectInfo, Store
-from dpo_trainer.data.cache import cache_folder, exclusive, free_bytes, no_space
+from dpo_store.cache import cache_folder, exclusive, free_bytes, no_space
 from dpo_trainer.data.encode import EncodedPair, PairEncoder
 from dpo_trainer.data.order import Blend
 from dpo_trainer.data.problems import Problem

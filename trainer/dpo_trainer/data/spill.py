@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_api.errors import DPOError
+from dpo_store.cache import free_bytes, no_space
 from dpo_store.errors import from_os_error
-from dpo_trainer.data.cache import free_bytes, no_space
 from dpo_trainer.data.encode import EncodedPair
 from dpo_trainer.data.packing import pair_cost
 from dpo_trainer.data.rows import place

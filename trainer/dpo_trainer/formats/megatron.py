@@ -78,6 +78,9 @@ class MegatronWeights:
     def known(cls, model: PresentedModel, config: ModelConfig, description: dict[str, Any]) -> "MegatronWeights":
         """Return the weights as another process has described them, without reading."""
         parameters = {name: [_stored(*part) for part in parts] for name, parts in description["parameters"].items()}
+        places = {chunk.place.object.uri for parts in parameters.values() for part in parts for chunk in part.chunks}
+        if not all(place.startswith(model.uri) for place in places):  # a copy of an archive that was compressed
+            model.prepare()
         return cls(model.files, model.uri, config, parameters, Plan(**description["plan"]))
 
     @property

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_api.models.folder import VOCABULARIES, Files, read_json
+from dpo_api.models.folder import VOCABULARIES, Archives, read_json
 from dpo_api.models.megatron.arguments import NAMES, Values, shape_of
 from dpo_api.models.megatron.distributed import TABLE, Checkpoint
 from dpo_api.models.megatron.members import Extent
@@ -38,7 +38,9 @@ _INSIDE = (TABLE, "metadata.json", COMMON_FILE)
 class MegatronModel(PresentedModel):
     """The folder of a checkpoint, or a folder of several that Megatron-LM has written, of which one is read."""
 
-    def __init__(self, files: Files, uri: str, iteration: int | None = None, architecture: str | None = None) -> None:
+    def __init__(
+        self, files: Archives, uri: str, iteration: int | None = None, architecture: str | None = None
+    ) -> None:
         """iteration: None means the newest. architecture: address of a config.json; None: read Megatron-LM's arguments.
 
         Nothing is read yet.

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_api.models.folder import Files, Objects
+from dpo_api.models.folder import Archives, Objects
 
 MOST_MEMBERS = 100_000
 """More than a distributed checkpoint of the largest models has."""
@@ -59,7 +59,7 @@ class Extent:
         return Extent(self.object, self.start + start, size)
 
 
-def members(files: Files, uri: str) -> dict[str, Extent]:
+def members(files: Archives, uri: str) -> dict[str, Extent]:
     """Return the files of the archive or folder at ``uri`` by their name, without a leading ``./``.
 
     Raises NotFoundError if there is neither, InvalidModelError naming what is wrong with the archive.
@@ -74,7 +74,8 @@ def members(files: Files, uri: str) -> dict[str, Extent]:
         return inside
     whole = Extent(found, 0, found.size)
     if whole.size >= len(_GZIP) and whole.read(files, 0, len(_GZIP)) == _GZIP:
-        raise InvalidModelError(f"{uri}: the archive is compressed; unpack it and name the folder")
+        found = files.decompressed(found)
+        whole = Extent(found, 0, found.size)
     return dict(_walk(files, whole, uri))
 
 

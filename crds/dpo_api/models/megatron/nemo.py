@@ -120,6 +120,10 @@ class NemoModel(PresentedModel):
                     found.setdefault(name, []).append((file, saved))
         return found
 
+    def prepare(self) -> None:
+        """Decompress the archive on this node if it is compressed."""
+        _ = self._members
+
     @cached_property
     def _members(self) -> dict[str, Extent]:
         return members(self.files, self.uri)

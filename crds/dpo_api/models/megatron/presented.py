@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_api.models.folder import Files
+from dpo_api.models.folder import Archives
 from dpo_api.models.megatron.distributed import Checkpoint
 from dpo_api.models.megatron.members import Extent
 from dpo_api.models.megatron.stored import Stored
@@ -39,7 +39,7 @@ class PresentedModel(ABC):
     weights are described by ``parameters``; ``dpo_trainer.formats.megatron`` reads them.
     """
 
-    def __init__(self, files: Files, uri: str) -> None:
+    def __init__(self, files: Archives, uri: str) -> None:
         """Nothing is read yet."""
         self.files, self.uri = files, uri.rstrip("/")
 
@@ -67,6 +67,10 @@ class PresentedModel(ABC):
     @abstractmethod
     def weight_bytes(self) -> int:
         """Bytes of the files of weights."""
+
+    def prepare(self) -> None:
+        """Make what reading needs on this node, where another process has read the tables."""
+        return
 
     @abstractmethod
     def check_weights(self) -> None:

@@ -13,7 +13,7 @@ from dpo_store.errors import from_os_error
 
 
 def cache_folder() -> Path:
-    """Return ``$DPO_CACHE_DIR``, else ``~/.cache/dpo-operator``; it contains index/<key>/ and reference/."""
+    """Return ``$DPO_CACHE_DIR``, else ``~/.cache/dpo-operator``; it contains index/<key>/, reference/ and archives/."""
     return Path(os.environ.get("DPO_CACHE_DIR") or "~/.cache/dpo-operator").expanduser()
 
 
