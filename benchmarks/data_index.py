@@ -1,6 +1,7 @@
 """The index pass as the data grows: time, memory, and how full the packs are.
 
-    python benchmarks/data_index.py [--pairs 1000 10000 100000 1000000] [--lengths 256 1024 4096] [--parquet]
+    python benchmarks/data_index.py [--pairs 1000 10000 100000 1000000] [--lengths 256 1024 4096]
+    python benchmarks/data_index.py --parquet [--no-tokens] [--pairs …]
 
 Pairs of made-up words (110 + 2 × 45 on average, as in a dialogue) are read from jsonl by a fast BPE tokenizer of 8,192
 ids that is trained here. Each index is built in a process of its own. The peer is what training scripts do with a
@@ -12,12 +13,14 @@ batches of 64 pairs whose lengths vary tenfold. The peer pads each batch of 8 pa
 prompt; both responses repeat the prompt. The ratio compares places per pair. The last line is JSON.
 
 With --parquet, the same data are indexed from jsonl and from Parquet instead, and the two indexes are compared: pairs,
-order and token ids are the same, or the benchmark fails. Reading alone is the time without tokens.
+order and token ids are the same, or the benchmark fails. Reading alone makes records, and no tokens of them; with
+--no-tokens that is all, and the records are compared.
 """
 
 # ruff: noqa: E402 - the packages are found from here
 import argparse
 import contextlib
+import hashlib
 import json
 import random
 import subprocess
@@ -40,11 +43,13 @@ sys.path[:0] = [str(ROOT / package) for package in ("crds", "trainer")]
 from peers.memory import status
 
 from dpo_api.inputs import data_format
-from dpo_api.spec import Columns, Data
+from dpo_api.spec import Data
 from dpo_store import open_store
 from dpo_trainer.data.index import Source, build_index
 from dpo_trainer.data.packing import pack_batch, pair_cost
-from dpo_trainer.data.records import names_read
+from dpo_trainer.data.problems import Problem
+from dpo_trainer.data.ranked import names_read, records_of
+from dpo_trainer.data.records import Record
 from dpo_trainer.data.rows import read_rows
 from dpo_trainer.data.tokenizer import load_tokenizer
 
@@ -119,12 +124,20 @@ def index(data: Path, tokenizer: Path, cache: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def reading(data: Path) -> dict[str, float]:
-    """Read the rows and nothing else; seconds."""
-    store, began = open_store(), time.perf_counter()
-    names = names_read(Columns())
-    count = sum(1 for _ in read_rows(store, store.stat(str(data)), data_format(str(data)), names))
-    return {"rows": count, "seconds": time.perf_counter() - began}
+def reading(path: Path) -> dict[str, Any]:
+    """Read the records and nothing else; seconds, a digest of all of them, and the bytes by which the peak grew."""
+    store, data, digest = open_store(), Data.model_validate({"train": [{"uri": str(path)}]}), hashlib.sha256()
+    before, began, count = status("VmHWM"), time.perf_counter(), 0
+    for row in read_rows(store, store.stat(str(path)), data_format(str(path)), names_read(data.columns)):
+        assert not isinstance(row.content, Problem)
+        for record in records_of(row.content, data):
+            assert isinstance(record, Record)
+            digest.update(repr((record.prompt, record.chosen, record.rejected)).encode())
+            count += 1
+    return {
+        "records": count, "seconds": time.perf_counter() - began, "grown": status("VmHWM") - before,
+        "digest": digest.hexdigest(),
+    }  # fmt: skip
 
 
 def one_by_one(data: Path, tokenizer: Path) -> dict[str, float]:
@@ -165,8 +178,8 @@ def grow(folder: Path, pairs: int) -> dict[str, Any]:
     return {**ours, "tokens_per_s": rate, "peer_tokens_per_s": other, "ratio": rate / other}
 
 
-def compare(folder: Path, pairs: int) -> dict[str, Any]:
-    """Index this many pairs from jsonl and from Parquet; print and return the figures."""
+def compare(folder: Path, pairs: int, *, tokens: bool) -> dict[str, Any]:
+    """Index this many pairs from jsonl and from Parquet, or only read them; print and return the figures."""
     data, table = folder / "data.jsonl", folder / "data.parquet"
     with data.open("w", encoding="utf-8") as file:
         file.writelines(lines(pairs))
@@ -174,16 +187,18 @@ def compare(folder: Path, pairs: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"pairs": pairs}
     for path in (data, table):
         kind = path.suffix[1:]
-        with tempfile.TemporaryDirectory(dir=folder) as cache:
-            figures[kind] = child("index", path, folder / "tokenizer", Path(cache))
-        figures[kind]["reading"] = child("reading", path)["seconds"]
-        found = figures[kind]
-        print(
-            f"| {pairs:,} | {kind} | {path.stat().st_size / MIB:,.0f} MiB | {found['seconds']:,.1f} s |"
-            f" {found['reading']:,.1f} s | {found['grown'] / MIB:,.0f} MiB |",
-            flush=True,
-        )
-    assert figures["jsonl"]["fingerprint"] == figures["parquet"]["fingerprint"], "other pairs, order or token ids"
+        found: dict[str, Any] = {"reading": child("reading", path)}
+        assert found["reading"]["records"] == pairs
+        cells = [f"{found['reading']['seconds']:,.1f} s", f"{found['reading']['grown'] / MIB:,.0f} MiB", "", ""]
+        if tokens:
+            with tempfile.TemporaryDirectory(dir=folder) as cache:
+                found |= child("index", path, folder / "tokenizer", Path(cache))
+            cells[2:] = f"{found['seconds']:,.1f} s", f"{found['grown'] / MIB:,.0f} MiB"
+        figures[kind] = found
+        print(f"| {pairs:,} | {kind} | {path.stat().st_size / MIB:,.0f} MiB | {' | '.join(cells)} |", flush=True)
+    one, other = figures["jsonl"], figures["parquet"]
+    assert one["reading"]["digest"] == other["reading"]["digest"], "other pairs, or another order"
+    assert one.get("fingerprint") == other.get("fingerprint"), "other token ids"
     return figures
 
 
@@ -215,6 +230,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--pack-tokens", type=int, default=8192)
     parser.add_argument("--parquet", action="store_true", help="compare jsonl with Parquet, and nothing else")
+    parser.add_argument("--no-tokens", action="store_true", help="with --parquet: only read and compare records")
     parser.add_argument("--child", choices=tuple(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("paths", type=Path, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -222,12 +238,12 @@ def main() -> None:
         print(json.dumps(CHILDREN[options.child](*options.paths)))
         return
     if options.parquet:
-        print(
-            "| pairs | format | file | index | reading alone | memory grew by |\n|---|---|---|---|---|---|", flush=True
-        )
+        print("| pairs | format | file | reading alone | memory grew by | index | memory grew by |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         with tempfile.TemporaryDirectory(prefix="dpo-index-") as name:
             write_tokenizer(Path(name) / "tokenizer")
-            print(json.dumps([compare(Path(name), pairs) for pairs in options.pairs]))
+            found = [compare(Path(name), pairs, tokens=not options.no_tokens) for pairs in options.pairs]
+            print(json.dumps(found))
         return
     print("| pairs | text | index | thousand tokens/s | one by one | ratio | memory grew by |")
     print("|---|---|---|---|---|---|---|", flush=True)
