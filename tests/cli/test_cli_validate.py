@@ -245,6 +245,37 @@ def test_compressed_files_are_not_estimated(world: World, dpo: Dpo) -> None:
     assert "1 epoch in batches of 10 pairs · --deep counts them" in said.out
 
 
+@pytest.mark.parametrize(("name", "more"), [("train.parquet", {}), ("train.data", {"format": "arrow"})])
+def test_tables_are_not_estimated(world: World, dpo: Dpo, name: str, more: dict[str, str]) -> None:
+    """Their bytes say nothing about rows, and the client reads no Parquet."""
+    (world.folder / "data" / name).write_bytes(b"PAR1\n\n\n" * 1000)
+    edit("data.train", [{"uri": f"data/{name}", **more}])(world)
+    said = dpo("validate", world.write())
+    assert said.code == 0
+    assert "1 epoch in batches of 10 pairs · --deep counts them" in said.out
+
+
+WEIGHTED = [{"uri": "data/train.jsonl", "weight": 2}, {"uri": "data/train.jsonl", "name": "again"}]
+
+
+def test_weights_are_shown(world: World, dpo: Dpo) -> None:
+    assert "\n  weights" not in dpo("validate", world.write()).out
+    edit("data.train", WEIGHTED)(world)
+    assert (
+        "weights     relative to each other · --deep counts what an epoch uses\n" in dpo("validate", world.write()).out
+    )
+
+
+@pytest.mark.slow
+def test_deep_shows_what_an_epoch_uses(world: World, replay: Replay) -> None:
+    edit("data.train", WEIGHTED)(world)
+    sources = [{"name": "train-0", "pairs": 60, "uses": 80}, {"name": "again", "pairs": 60, "uses": 40}]
+    index = {"train": {"pairs": 120, "sources": sources}, "validation": {"heldout": {"pairs": 20}}}
+    said = replay.run({"index": index}, "validate", "--deep", world.write())
+    assert "weights     train-0: 80 uses of 60 pairs, 66.7% of an epoch\n" in said.out
+    assert "            again: 40 uses of 60 pairs, 33.3% of an epoch\n" in said.out
+
+
 @pytest.mark.slow
 def test_deep_counts_pairs(world: World, replay: Replay) -> None:
     index = {"train": {"pairs": 87}, "validation": {"heldout": {"pairs": 20}}}
