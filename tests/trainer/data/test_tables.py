@@ -334,3 +334,39 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     grown = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
     assert [count for count, _ in grown] == [7000, 7000, 28_000, 28_000]
     assert grown[2][1] + grown[3][1] < 20e6
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_a_table_without_any_known_column_says_what_it_has(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+    name, write = WRITERS[kind]
+    with pytest.raises(InvalidDataError, match="3 of 3 lines") as caught:
+        build(write(tmp_path / name, [{"question": "q", "good": "a"}] * 3), tokenizer, tmp_path / "cache")
+    assert f'{name}:row 1: no "chosen_response" or "chosen" (keys here: "question", "good")' in str(caught.value)
+
+
+def test_a_table_without_rows_is_no_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    schema = pa.schema([("prompt", pa.string()), ("chosen", pa.string()), ("rejected", pa.string())])
+    pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
+    with pytest.raises(InvalidDataError, match=r"a.parquet: no line in the train data"):
+        build(tmp_path / "a.parquet", tokenizer, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=["large", "view", "category"],
+)
+def test_every_kind_of_text_column_is_text(tmp_path: Path, tokenizer: Tokenizer, kind: pa.DataType) -> None:
+    """As polars, DuckDB and pandas' categories write them; rewards as integers or of half precision."""
+    rows = [
+        {**row, "chosen_reward": number % 5, "rejected_reward": 0} for number, row in enumerate(preference_rows(30))
+    ]
+    table = pa.Table.from_pylist(rows)
+    for name, column in (("prompt", kind), ("chosen_reward", pa.int8()), ("rejected_reward", pa.float16())):
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(column))
+    expected = build(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache")
+    pq.write_table(table, tmp_path / "a.parquet")
+    feather.write_feather(table, str(tmp_path / "a.arrow"), chunksize=11)
+    for name in ("a.parquet", "a.arrow"):
+        index = build(tmp_path / name, tokenizer, tmp_path / "cache")
+        assert (index.fingerprint, index.rewards_fingerprint) == (expected.fingerprint, expected.rewards_fingerprint)
