@@ -173,6 +173,7 @@ def check_extreme(losses: ModuleType) -> None:
     exact = torch.clamp(-x.detach(), min=0)  # −log σ(x) → max(−x, 0)
     far = x.detach().abs() >= 50
     torch.testing.assert_close(of(Loss.DPO, label_smoothing=0.0).detach()[far], exact[far])
+    assert not of(Loss.HINGE).detach()[x.detach() >= 50].any(), "the hinge is not flat beyond its margin"
     same = x.detach() == gap
     for loss in (Loss.RPO_SQ, Loss.RPO_BWD_KL, Loss.RPO_FWD_KL):
         value = of(loss).detach()
