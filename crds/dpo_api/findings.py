@@ -195,6 +195,7 @@ USUAL_NAMES = {
     "adapterdim": "rank",
     "lorarank": "rank",
     "loraalpha": "alpha",
+    "userslora": "rslora",
     "layerselection": "layers",
     "saveinterval": "everySteps",
     "savesteps": "everySteps",

@@ -221,6 +221,11 @@ class Lora(Section):
         le=1_000_000,
         description="Scale: the adapter's output is multiplied by alpha / rank. Not set: rank, a factor of 1.",
     )
+    rslora: Bool = Field(
+        default=False,
+        description="Scale by alpha / √rank instead of alpha / rank, as PEFT's use_rslora (rank-stabilised LoRA), so"
+        " that a high rank learns as fast as a low one. Default false.",
+    )
     dropout: Float = Field(
         default=0.0, ge=0, lt=1, description="Share of values dropped while training, 0 to below 1. Default 0."
     )

@@ -94,7 +94,8 @@ def _learning(spec: DPOJobSpec) -> Iterator[Row]:
         alpha = lora.alpha if lora.alpha is not None else lora.rank
         layers = f" of {counted(len(lora.layers), 'layer')}" if lora.layers is not None else ""
         modules = ", ".join(lora.target_modules)
-        yield "trains", f"LoRA rank {lora.rank}, alpha {number(alpha)}, on {modules}{layers}, {training.precision}"
+        kind = "rsLoRA" if lora.rslora else "LoRA"
+        yield "trains", f"{kind} rank {lora.rank}, alpha {number(alpha)}, on {modules}{layers}, {training.precision}"
 
 
 def _steps(spec: DPOJobSpec, plan: Plan | None, exact: bool) -> Iterator[Row]:

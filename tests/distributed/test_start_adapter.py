@@ -13,7 +13,7 @@ from dpo_testing.trajectories import differences
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("start-adapter")]
 
-LORA = {"rank": 2, "alpha": 3, "targetModules": ["attention"]}
+LORA = {"rank": 2, "alpha": 3, "rslora": True, "targetModules": ["attention"]}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["alpha/r", "alpha/√r"])

@@ -56,7 +56,7 @@ ALL = Lora(rank=4, alpha=6.0, target_modules=("all",), column_init="kaiming")
 SETTINGS = {
     "default": Lora(rank=8),
     "all": ALL,
-    "some layers": Lora(rank=3, alpha=1.0, target_modules=("mlp", "attention_dense"), layers=(2, 0)),
+    "some layers": Lora(rank=3, alpha=1.0, rslora=True, target_modules=("mlp", "attention_dense"), layers=(2, 0)),
 }
 
 
@@ -83,7 +83,7 @@ def test_peft_config_names_what_was_trained(folder: Path, tmp_path: Path) -> Non
     export_adapter(adapted(folder, SETTINGS["some layers"]), SETTINGS["some layers"], "s3://m/base", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "s3://m/base"
-    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (3, 1, False)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (3, 1, True)
     assert config["target_modules"] == ["o_proj", "gate_proj", "up_proj", "down_proj"]
     assert config["layers_to_transform"] == [0, 2]
 

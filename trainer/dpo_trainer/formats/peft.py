@@ -163,7 +163,7 @@ def _shapes(config: ModelConfig, lora: LoraSettings, span: range) -> dict[str, t
 
 
 def adapter_config(lora: LoraSettings, base: str, names: TensorNames) -> dict[str, Any]:
-    """Return the content of adapter_config.json. PEFT's scale is lora_alpha / r, like ours."""
+    """Return the content of adapter_config.json. PEFT's scale is ours: see ``model.lora.scale_of``."""
     alpha = lora.rank if lora.alpha is None else lora.alpha
     targets = [name for module in target_modules(lora.target_modules) for name in projections(names, module)]
     layers = None if lora.layers is None else sorted(set(lora.layers))
@@ -179,7 +179,7 @@ def adapter_config(lora: LoraSettings, base: str, names: TensorNames) -> dict[st
         "layers_pattern": None if layers is None else names.layers.rpartition(".")[2],
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": lora.rslora,
         "inference_mode": True,
     }
 

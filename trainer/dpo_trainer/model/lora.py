@@ -1,8 +1,9 @@
 """LoRA on Megatron-Core's fused linear layers (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021).
 
-y = Wx + (alpha / rank) · B A x with W frozen, A [rank, in], B [out, rank]; x is the linear layer's own input, that is
-the norm's output for q/k/v and the MLP's first layer. Modules and initialisations have NeMo's names. The policy without
-its adapters is the reference, so no second copy of the model exists.
+y = Wx + scale · B A x with W frozen, A [rank, in], B [out, rank]; scale is alpha / rank, or alpha / √rank with
+``rslora``; x is the linear layer's own input, that is the norm's output for q/k/v and the MLP's first layer. Modules
+and initialisations have NeMo's names. The policy without its adapters is the reference, so no second copy of the model
+exists.
 
 Tensor parallelism follows the base. Column-parallel bases (q/k/v, fc1): A is split over its rank and its output
 gathered, B over the base's rows. Row-parallel bases (the output projections): A is split over its input and its
@@ -61,6 +62,8 @@ class LoraSettings(Protocol):
     @property
     def alpha(self) -> float | None: ...  # noqa: D102
     @property
+    def rslora(self) -> bool: ...  # noqa: D102
+    @property
     def dropout(self) -> float: ...  # noqa: D102
     @property
     def dropout_position(self) -> Literal["pre", "post"]: ...  # noqa: D102
@@ -75,8 +78,9 @@ class LoraSettings(Protocol):
 
 
 def scale_of(lora: LoraSettings) -> float:
-    """Return the factor of B A: alpha / rank."""
-    return (lora.alpha if lora.alpha is not None else lora.rank) / lora.rank
+    """Return the factor of B A: alpha / rank, or alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    alpha = lora.alpha if lora.alpha is not None else lora.rank
+    return alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class _Place:
 
 
 class LowRankAdapter(torch.nn.Module):
-    """(alpha / rank) · B A x beside one linear layer. ``linear_in.weight`` is A, ``linear_out.weight`` is B."""
+    """scale · B A x beside one linear layer. ``linear_in.weight`` is A, ``linear_out.weight`` is B."""
 
     channels: Tensor  #: keys of the channels that dropout sees on this rank; absent without dropout
 
