@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dpo_testing.models import VARIANTS
 from dpo_testing.runs import merged, run_here, run_processes
-from dpo_testing.training_world import make
+from dpo_testing.training_world import LORA, make
 from dpo_testing.trajectories import differences
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("families")]
@@ -43,3 +45,19 @@ def test_several_processes_are_one_trajectory(variant: str, layout: str, tmp_pat
     split = run_processes(changed, tmp_path / "split", processes=processes, scratch=tmp_path / "scratch")
     assert differences(alone, split) == []
     assert "layout verified: " in (tmp_path / "scratch" / "log").read_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_adapters_of_two_processes_are_those_of_one(variant: str, tmp_path: Path) -> None:
+    spec = merged(make(tmp_path, pairs=11, variant=variant), {"training": STEADY})
+    spec = merged(spec, {"lora": LORA["lora"], "training": {"learningRate": 2e-3}})
+    alone = run_here(spec, tmp_path / "alone")
+    changed = merged(spec, {"parallelism": {"tensor": 2}, "reference": {"cacheURI": str(tmp_path / "its reference")}})
+    split = run_processes(changed, tmp_path / "split", processes=2, scratch=tmp_path / "scratch")
+    assert differences(alone, split) == []
+    one, two = (load_file(run.folder / "model" / "adapter" / "adapter_model.safetensors") for run in (alone, split))
+    assert one.keys() == two.keys()
+    for name, matrix in one.items():
+        assert matrix.abs().max() > 0, name
+        torch.testing.assert_close(two[name], matrix, rtol=0, atol=1e-5, msg=name)

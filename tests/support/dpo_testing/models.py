@@ -48,8 +48,8 @@ _LLAMA3_ROPE = {
 }
 _YARN = {
     "rope_type": "yarn",
-    "rope_theta": 500.0,
-    "factor": 4.0,
+    "rope_theta": 100.0,
+    "factor": 2.0,
     "original_max_position_embeddings": 32,
     "beta_fast": 4.0,
 }
@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}, "head_dim": 16},
     ),
-    "llama-yarn": ("LlamaConfig", {"rope_parameters": _YARN, "head_dim": 16, "max_position_embeddings": 128}),
+    "llama-yarn": ("LlamaConfig", {"rope_parameters": _YARN, "head_dim": 16, "max_position_embeddings": 64}),
     "mistral": ("MistralConfig", {"sliding_window": 7, "head_dim": 16}),
     "qwen2": ("Qwen2Config", {"use_sliding_window": False}),
     "qwen2-window": (

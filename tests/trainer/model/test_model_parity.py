@@ -154,7 +154,7 @@ def _gradients(model: Any, pack: Pack) -> dict[str, Tensor]:
     return found
 
 
-YARN = YarnScaling(4.0, 32, 0.1 * math.log(4) + 1, 4.0)
+YARN = YarnScaling(2.0, 32, 0.1 * math.log(2) + 1, 4.0)
 ANOTHER = {
     "factor": 5.0,
     "original_max_positions": 64,
