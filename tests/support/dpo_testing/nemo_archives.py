@@ -56,7 +56,8 @@ class Tiny:
             "attention_dropout": 0.0,
             "kv_channels": None,
             "apply_query_key_layer_scaling": True,
-            "normalization": self.norm,
+            "normalization": self.norm.removesuffix("1p") if self.norm == "rmsnorm1p" else self.norm,
+            "layernorm_zero_centered_gamma": self.norm == "rmsnorm1p",
             "layernorm_epsilon": self.eps,
             "make_vocab_size_divisible_by": 128,
             "position_embedding_type": "rope",
@@ -96,7 +97,7 @@ def state(tiny: Tiny, seed: int = 0) -> State:
     def norm(name: str) -> State:
         around = 0.0 if tiny.norm.endswith("1p") else 1.0
         found = {f"{name}.weight": around + 0.3 * torch.randn(tiny.hidden, generator=draw)}
-        if tiny.norm != "rmsnorm":
+        if not tiny.norm.startswith("rmsnorm"):
             found[f"{name}.bias"] = 0.5 * torch.randn(tiny.hidden, generator=draw)
         return found
 
@@ -131,9 +132,9 @@ def logits(tiny: Tiny, weights: State, tokens: Tensor) -> Tensor:
 
     def norm(x: Tensor, name: str) -> Tensor:
         weight = get[f"{name}.weight"]
-        if tiny.norm == "rmsnorm":
+        weight = weight + 1 if tiny.norm.endswith("1p") else weight
+        if tiny.norm.startswith("rmsnorm"):
             return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + tiny.eps) * weight
-        weight = weight + 1 if tiny.norm == "layernorm1p" else weight
         return F.layer_norm(x, (tiny.hidden,), weight, get[f"{name}.bias"], tiny.eps)
 
     def rotate(x: Tensor) -> Tensor:  # [S, heads, d]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_api.inputs import Model
-from dpo_api.models import read_config
+from dpo_api.models import ModelConfig, read_config
 from dpo_api.models.start import check_weights, start_model
 from dpo_testing.megatron_folders import (
     arguments,
@@ -124,24 +124,50 @@ def test_a_nemo_archive_with_megatron_cores_layout(form: str, dtype: torch.dtype
     assert apart(path, GPT_2B, weights, "nemo") <= TOLERANCE
 
 
-def test_what_megatron_core_itself_writes(tmp_path: Path) -> None:
+WRITTEN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"window_size": (6, 0)},
+    "qwen2": {"add_qkv_bias": True},
+    "qwen3": {"qk_layernorm": True},
+    "nemotron": {"squared_relu": True, "swiglu": False, "normalization": "LayerNorm", "apply_layernorm_1p": True},
+    "stablelm": {"normalization": "LayerNorm", "add_qkv_bias": True},
+}
+"""Variant of ``dpo_testing.models`` → its arguments besides the sizes."""
+
+
+@pytest.mark.parametrize("variant", WRITTEN)
+def test_what_megatron_core_itself_writes(variant: str, tmp_path: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from dpo_trainer import bridge
 
     filesystem_async._results_queue = queue.Queue()  # otherwise it starts a process that outlives this one
-    model = load_model(save_folder(reference_model("llama"), tmp_path / "llama"))
+    model = load_model(save_folder(reference_model(variant), tmp_path / "source"))
     with bridge.construction():
         sharded = model.sharded_state_dict()
     found = tmp_path / "c" / "iter_0000007"
     found.mkdir(parents=True)
-    sizes = {"num_attention_heads": 6, "num_query_groups": 2, "group_query_attention": True, "num_layers": 3}
-    shape = {"hidden_size": 48, "ffn_hidden_size": 80, "kv_channels": 8, "max_position_embeddings": 512}
-    values = {"args": arguments(LLAMA, **sizes, **shape, norm_epsilon=1e-6), "checkpoint_version": 3.0, "iteration": 7}
+    config: ModelConfig = model.dpo_config
+    sizes = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "norm_epsilon": config.norm_eps,
+        "rotary_percent": 1.0 if config.rotary_dim is None else config.rotary_dim / config.head_dim,
+        "rotary_base": config.rope_theta,
+        "untie_embeddings_and_output_weights": not config.tied_embeddings,
+    }
+    values = {"args": arguments(LLAMA, **sizes, **WRITTEN[variant]), "checkpoint_version": 3.0, "iteration": 7}
     dist_checkpointing.save({**sharded, **values}, str(found))
     (tmp_path / "c" / "latest_checkpointed_iteration.txt").write_text("7\n")
     again, _ = loaded(tmp_path / "c")
+    assert again.dpo_config.fingerprint == config.fingerprint
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             assert torch.equal(value, again.state_dict()[name]), name

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_api.inputs import Model
 from dpo_api.models import read_config
-from dpo_api.models.folder import Files
+from dpo_api.models.folder import Files, check_tokenizer
 from dpo_api.models.megatron.presented import PresentedModel
 from dpo_api.models.start import start_model
 from dpo_store import join_uri
@@ -45,6 +46,7 @@ MODELS = {
     "tied": replace(LLAMA, tied=True),
     "nemotron": NEMOTRON,
     "layernorm": replace(GPT_2B, norm="layernorm"),
+    "1 + w of an RMS norm": replace(LLAMA, norm="rmsnorm1p"),
     "nemotron of plain norms": replace(NEMOTRON, norm="layernorm"),
     "biases of q, k and v": replace(GPT_2B, qkv_bias=True),
     "interpolated": replace(GPT_2B, more={"seq_len_interpolation_factor": 4.0}),
@@ -218,3 +220,56 @@ def test_config_json_of_the_export(tmp_path: Path) -> None:
     assert found["partial_rotary_factor"] == found["rope_parameters"]["partial_rotary_factor"] == 0.5
     assert found["max_position_embeddings"] == GPT_2B.positions
     assert (found["dtype"], found["use_qkv_bias"], found["tie_word_embeddings"]) == ("float32", False, False)
+
+
+def test_the_tokenizer(tmp_path: Path) -> None:
+    members = content(GPT_2B, state(GPT_2B))
+    files, uri = source(write(tmp_path / "m.nemo", members))
+    model = next(data for name, data in members.items() if name.endswith("256k.model"))
+    assert files.children(uri) == ["config.json", "tokenizer.model"]
+    assert files.read(join_uri(uri, "tokenizer.model")) == model
+    with pytest.raises(NotFoundError):
+        files.read(join_uri(uri, "tokenizer.json"))
+    path = {"library": "sentencepiece", "model": "/path/of/its/author/spm.model"}
+    moved = {**members, **content(replace(GPT_2B, more={"tokenizer": path}), state(GPT_2B)), "spm.model": b"this one"}
+    files, uri = source(write(tmp_path / "moved.nemo", moved))
+    assert files.read(join_uri(uri, "tokenizer.model")) == b"this one"
+
+
+def test_a_tokenizer_that_is_not_read_is_named(tmp_path: Path) -> None:
+    other = {"library": "megatron", "type": "GPT2BPETokenizer", "vocab_file": "nemo:vocab.json"}
+    members = content(replace(GPT_2B, more={"tokenizer": other}), state(GPT_2B)) | {"vocab.json": b"{}"}
+    files, uri = source(write(tmp_path / "m.nemo", members))
+    with pytest.raises(NotFoundError, match=r"holds no tokenizer .*or set spec\.tokenizer\.uri"):
+        check_tokenizer(uri, files.children(uri))
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (
+            {"position_embedding_type": "learned_absolute"},
+            r'position_embedding_type is "learned_absolute": only "rope"',
+        ),
+        ({"activation": "gelu"}, 'activation is "gelu": supported are fast-swiglu, swiglu, squared-relu'),
+        ({"bias": True}, "bias is true: only false is supported"),
+        ({"normalization": "low_precision"}, "normalization is .*supported are layernorm, layernorm1p, rmsnorm"),
+        ({"num_moe_experts": 8}, "num_moe_experts is 8: remove it"),
+        ({"window_size": [7, 3]}, r"window_size is \[7, 3\]: it must be \[tokens, 0\]"),
+        ({"num_layers": None}, "num_layers is missing; copy the model's original model_config.yaml"),
+        ({"qk_layernorm": True}, "no family combines layernorm1p and swiglu, qk_layernorm"),
+        ({"normalization": "rmsnorm"}, "rotary_percentage is 0.5, which the family llama does not have"),
+        ({"num_query_groups": 3}, "num_key_value_heads is 3: it must divide"),
+    ],
+)
+def test_settings_that_no_family_computes(keys: dict[str, Any], says: str, tmp_path: Path) -> None:
+    files, uri = source(write(tmp_path / "m.nemo", content(replace(GPT_2B, more=keys), state(GPT_2B))))
+    with pytest.raises(InvalidModelError, match=says):
+        read_config(files, uri)
+
+
+def test_ranks_that_are_missing(tmp_path: Path) -> None:
+    members = content(GPT_2B, state(GPT_2B), tensor=2, pipeline=2)
+    del members["tp_rank_01_pp_rank_001/model_weights.ckpt"]
+    with pytest.raises(InvalidModelError, match="holds the weights of 3 ranks, and 2 x 2 ranks saved them"):
+        loaded(write(tmp_path / "m.nemo", members))

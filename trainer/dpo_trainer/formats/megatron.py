@@ -113,6 +113,8 @@ class MegatronWeights:
                     f"{self._uri}: parameter {name} has dtype {part.dtype}; trainable weights are"
                     f" {', '.join(WEIGHT_DTYPES)}: use the original model"
                 )
+        if len({part.dtype for part in parts}) > 1:
+            raise InvalidModelError(f"{self._uri}: the parts of parameter {name} have several dtypes; copy them again")
         each = list(whole)
         if kind != "copy":
             axis = int(kind == "columns")

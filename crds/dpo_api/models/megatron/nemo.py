@@ -146,23 +146,12 @@ class NemoModel(PresentedModel):
 
     @cached_property
     def companions(self) -> Mapping[str, Extent]:
-        """The tokenizer's files."""
+        """The SentencePiece model. A vocabulary with merges does not say how texts are cut into words first."""
         settings = self.settings.keys.get("tokenizer")
-        if not isinstance(settings, Mapping):
+        if not isinstance(settings, Mapping) or settings.get("library") != "sentencepiece":
             return {}
-        wanted: dict[str, tuple[str, ...]] = {}
-        if settings.get("library") == "sentencepiece":
-            wanted = {"tokenizer.model": ("model", "tokenizer_model")}
-        elif settings.get("library") == "megatron" and settings.get("type") == "GPT2BPETokenizer":
-            wanted = {"vocab.json": ("vocab_file",), "merges.txt": ("merge_file",)}
-        found = {}
-        for name, keys in wanted.items():
-            members_of = [self._artifact(settings.get(key)) for key in keys]
-            member = next((member for member in members_of if member is not None), None)
-            if member is None:
-                return {}
-            found[name] = member
-        return found
+        found = [self._artifact(settings.get(key)) for key in ("model", "tokenizer_model")]
+        return next(({"tokenizer.model": member} for member in found if member is not None), {})
 
     def _artifact(self, value: object) -> Extent | None:
         """Return the member that a setting names: ``nemo:MEMBER``, or a path whose last part it was packed under."""

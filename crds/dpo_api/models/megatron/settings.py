@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class NemoSettings:
         for key, allowed in _ONLY.items():
             value = keys.get(key)
             if value not in allowed:
-                only = "remove it" if None in allowed else f"only {allowed[0]} is supported"
+                only = "remove it" if None in allowed else f"only {json.dumps(allowed[0])} is supported"
                 raise keys.error(key, value, f"{only}; use a model of another architecture")
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         if keys.get("kv_channels") is None and hidden % heads:
