@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 
 from dpo_api.sizing.head import ALIGNMENT, HeadChunks
 from dpo_testing import vocab_parallel
@@ -134,3 +135,20 @@ def test_a_vocabulary_split_over_two_ranks() -> None:
 def test_the_cpu_does_without() -> None:
     assert why_not(torch.device("cpu")) == "there is no GPU"
     assert not usable(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'triton'"), CompilationError("", None, "ptxas fails")])
+def test_a_gpu_where_the_kernels_do_not_run_does_without(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is found out once, and said."""
+
+    def fail(*_: Tensor) -> None:
+        raise error
+
+    monkeypatch.setattr(head, "statistics", fail)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **_named: torch.empty(*size))
+    monkeypatch.setattr("dpo_trainer.kernels.usable.why_not", why_not.__wrapped__)
+    assert not usable.__wrapped__(torch.device("cuda", 0))
+    assert "kernels are not used, so a step is slower: " in caplog.text
+    assert str(error).split()[-1] in caplog.text
