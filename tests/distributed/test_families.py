@@ -19,11 +19,13 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor": 2}),
     "TP2, sequence": (2, {"tensor": 2, "sequence": True}),
     "TP4 of 2 groups": (4, {"tensor": 4}),
+    "CP2": (2, {"context": 2}),
     "TP2 PP2, sequence": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
 }
 CASES = [
     *[(variant, layout) for variant in VARIANTS for layout in ("TP2", "TP2, sequence")],
     ("olmo2", "TP4 of 2 groups"),
+    *[(variant, "CP2") for variant in ("gemma3", "smollm3", "nemotron")],
     *[(variant, "TP2 PP2, sequence") for variant in ("gemma3", "smollm3", "granite", "olmo2")],
 ]
 CHOSEN = [("gemma3", "TP2, sequence"), ("olmo2", "TP4 of 2 groups")]
