@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -296,10 +297,16 @@ def build_model_config() -> ModelConfig:
 
 
 def test_a_full_disk_is_named(pristine: Path, tmp_path: Path) -> None:
-    """/dev/full takes no byte, as a full disk."""
-    (tmp_path / "model.safetensors").symlink_to("/dev/full")
-    with pytest.raises(NoSpaceError, match=str(tmp_path)):
-        export(load_model(pristine), local_store(), str(pristine), tmp_path)
+    """A limit on the size of files ends the write as a full disk or a quota does; nothing half-written stays."""
+    model = load_model(pristine)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
+    try:
+        with pytest.raises(NoSpaceError, match=str(tmp_path)):
+            export(model, local_store(), str(pristine), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("*model.safetensors*"))
 
 
 def test_rows_are_read_as_slices(pristine: Path) -> None:
