@@ -345,4 +345,4 @@ def the_adapter_loads(folder: Path, said: Said) -> None:
     assert (adapted - together).abs().max() < 1e-4
     assert (together - start).abs().max() > 1e-2
     files = sorted(path.name for path in (folder / "elsewhere" / "model" / "adapter").iterdir())
-    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]

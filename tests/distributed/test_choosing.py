@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
@@ -86,6 +87,9 @@ def test_the_best_is_kept_and_exported_and_the_run_ends_early(undisturbed: Finis
         "stopped_early": f"val/loss has not improved in 6 validations since step 2, where it was {losses[BEST]:.3f}",
     }
     the_export_is_the_checkpoint(undisturbed, BEST)
+    card = ModelCard.load(undisturbed.folder / "model" / "README.md")
+    assert f"| val/loss | {losses[BEST]:.6g} |" in card.text, "the metrics are those of the weights"
+    assert f"{ENDS} steps of at most 8 pairs. The weights are those of step {BEST}." in card.text
     last = saved(undisturbed.folder, ENDS, NAMES)
     assert not torch.equal(undisturbed.weights["lm_head.weight"], last["lm_head.weight"])
 
@@ -169,10 +173,10 @@ def test_no_checkpoint_goes_before_its_successor_is_there(world: Path, monkeypat
     changes = {"checkpoint": {"async": True, "everySteps": 1}, "training": {"learningRate": 2e-3}}
     write = store.write
 
-    def failing(run: Any, rank: int, step: int, boxes: Any) -> Any:
+    def failing(run: Any, rank: int, step: int, *more: Any) -> Any:
         if step == 4:
             raise OSError("the disk is gone")
-        return write(run, rank, step, boxes)
+        return write(run, rank, step, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "write", failing)

@@ -23,6 +23,7 @@ from dpo_store import Store
 from dpo_store.cache import cache_folder
 from dpo_store.revisions import REVISIONS, at_commits, repositories, saved
 from dpo_trainer.batches import DataSet, Packer
+from dpo_trainer.card import Trained, write_cards
 from dpo_trainer.checkpoint.identity import Identity, check_identity, identity_of
 from dpo_trainer.checkpoint.store import read_marker
 from dpo_trainer.data.index import IndexProgress, Listener, blend_of, build_indexes
@@ -204,8 +205,8 @@ class Run:
         self.training.run()
         if self.training.stopped_early:
             self.reporter.note(f"stopping early after step {self.training.step}: {self.training.stopped_early}")
-        self._model_step = self._take_weights(self.training)
-        self._export(engine, self.training)
+        self._model_step, metrics = self._take_weights(self.training)
+        self._export(engine, self.training, Trained.of(inputs, self.training.step, self._model_step, metrics))
         self.reporter.phase("done", message=f"model: {self.model_uri}")
         self.reporter.close()
 
@@ -448,18 +449,17 @@ class Run:
         """Return the store for an address of the result, and the address."""
         return store_for(self.spec, self.spec.output.storage or self.spec.checkpoint.storage), uri
 
-    def _take_weights(self, training: Training) -> int:
-        """Let the engine have the weights to export, if they are not those of the last step; return their step."""
+    def _take_weights(self, training: Training) -> tuple[int, dict[str, float]]:
+        """Let the engine have the weights to export. Returns their step and the metrics then."""
         if self.spec.output.from_checkpoint == "last":
-            return training.step
+            return training.step, self.reporter.finite_latest
         self.reporter.phase("export", message="taking the weights of the best checkpoint")
-        step = training.take_best()
-        if step is None:
+        if training.chooser.best is None:
             self.reporter.warn(f"no validation had a finite {self.spec.checkpoint.monitor}: exporting the last step")
-        return training.step if step is None else step
+        return training.take_best()
 
-    def _export(self, engine: Engine, training: Training) -> None:
-        """Write the model, then export.json, which marks it as complete."""
+    def _export(self, engine: Engine, training: Training, trained: Trained) -> None:
+        """Write the model and its card, then export.json, which marks it as complete."""
         self.reporter.phase("export")
         store, uri = self._output((self.spec.output.uri or self.directory.path("model")).rstrip("/"))
         if self.world.is_main:
@@ -471,6 +471,7 @@ class Run:
         export_model(result, self.spec, self.world, model_source(self.spec), (store, uri), self._adapter)
         self.model_uri = uri
         if self.world.is_main:
+            write_cards(self.job, trained, model_source(self.spec), (store, uri))
             self.directory.check_fence()
             best = training.chooser.best
             done = {

@@ -129,17 +129,18 @@ class Training:
             lambda boxes: checkpoints.load(self.directory, self.world, boxes, saved, marker.format),
         )
 
-    def take_best(self) -> int | None:
-        """Load the best checkpoint's weights, if the last step's are not the best; return its step. A collective.
+    def take_best(self) -> tuple[int, dict[str, float]]:
+        """Load the best checkpoint's weights, if those of the last step are not the best. A collective.
 
-        None if no validation had a finite value: then the weights are the last step's.
+        Returns their step and the metrics then. Without a best checkpoint, the last step stays.
         """
         best = self.chooser.best
         if best is None or best.step == self.step:
-            return None if best is None else best.step
+            return self.step, self.reporter.finite_latest
         saved = SavedCheckpoint(best.step, self.directory.checkpoint_uri(best.step))
-        self._load(saved, checkpoints.read_marker(self.directory, saved))
-        return best.step
+        marker = checkpoints.read_marker(self.directory, saved)
+        self._load(saved, marker)
+        return best.step, marker.metrics
 
     @property
     def stopped_early(self) -> str:
