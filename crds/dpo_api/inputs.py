@@ -109,9 +109,19 @@ class StorageAccess(Section):
 class StorageCache(Section):
     """Where downloaded models and token files are kept."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "size",
+            "size limits a volume of the pod, but claim is set, whose own size limits the cache; leave size out",
+            "!(has(self.size) && has(self.claim))",
+            lambda s: s.size is None or s.claim is None,
+        ),
+    )
+
     size: Quantity | None = Field(
         default=None,
-        description="Maximum size of the cache, as a quantity such as 500Gi. Not set: the size of the volume.",
+        description="Size of a volume for the cache alone, such as 500Gi; a pod that exceeds it is evicted, which ends"
+        " the job. Not set: the cache is in the scratch volume, which `resources.scratch` limits.",
     )
     claim: DnsName | None = Field(
         default=None,

@@ -34,11 +34,6 @@ class NotYet:
 
 NOT_YET: tuple[NotYet, ...] = (
     NotYet(
-        "spec.storage.cache.size",
-        lambda s: s.storage.cache.size is not None,
-        "leave it out; resources.scratch, or the claim's own size, bounds the cache",
-    ),
-    NotYet(
         "spec.transformerEngine.attention",
         lambda s: s.transformer_engine.attention,
         "attention is the trainer's own with every setting; leave it out",

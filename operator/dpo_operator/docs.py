@@ -116,7 +116,7 @@ the finished run of the same spec, the first attempt ends within a minute, with 
 | `/etc/dpo/spec/spec.json` | the accepted DPOJob, from the ConfigMap |
 | `/tmp` | scratch space (`resources.scratch`); HOME, TMPDIR, the cache: the root file system is read-only |
 | `/dev/shm` | shared memory (`resources.shm`), counted as the pod's memory |
-| `/cache`, `DPO_CACHE_DIR` | the cache, where `storage.cache.claim` names a claim |
+| `/cache`, `DPO_CACHE_DIR` | the cache, where `storage.cache` names a claim or a size |
 | `/mnt/claims/CLAIM`, `DPO_PVC_ROOT` | each claim of a `pvc://` address; read-only where only inputs name it |
 | `DPO_STALL_TIMEOUT_SECONDS` | `runPolicy.stallTimeoutSeconds`, if it is set when the attempt starts |
 | `AWS_ACCESS_KEY_ID` … | the keys of `storage.credentialsSecretRef`, taken from the Secret by the kubelet |

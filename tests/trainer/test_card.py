@@ -84,7 +84,8 @@ def test_supervised_fine_tuning_is_no_dpo() -> None:
     [
         ("hf://org/name", "org/name"),
         ("hf://org/name@refs/pr/1", "org/name"),
-        ("hf://org/name/folder", "org/name"),
+        ("hf://datasets/org/name@main/part-*.jsonl", "org/name"),
+        ("hf://datasets/org/name/a.parquet", "org/name"),
         ("s3://org/name", None),
         ("/home/me/org/name", None),
     ],

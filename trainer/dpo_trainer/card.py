@@ -92,10 +92,10 @@ def license_of(files: Files, folder: str) -> dict[str, str]:
 
 
 def hub_id(uri: str) -> str | None:
-    """Return ``org/name`` of an address ``hf://org/name@revision``; None for other addresses."""
+    """Return ``org/name`` of an address of the hub, of a model or a data set; None for other addresses."""
     if not uri.startswith("hf://"):
         return None
-    parts = uri.removeprefix("hf://").partition("@")[0].split("/")
+    parts = uri.removeprefix("hf://").removeprefix("datasets/").partition("@")[0].split("/")
     return "/".join(parts[:2])
 
 

@@ -83,11 +83,12 @@ def metrics_credentials(settings: Settings, found: Mounts) -> None:
 
 
 def _cache(spec: DPOJobSpec, found: Mounts) -> None:
-    claim = spec.storage.cache.claim
-    if claim is None:
+    claim, size = spec.storage.cache.claim, spec.storage.cache.size
+    if claim is None and size is None:
         found.set("DPO_CACHE_DIR", f"{SCRATCH}/cache")
         return
-    found.add("cache", CACHE, {"persistentVolumeClaim": {"claimName": claim}}, read_only=False)
+    volume = {"emptyDir": {"sizeLimit": size}} if claim is None else {"persistentVolumeClaim": {"claimName": claim}}
+    found.add("cache", CACHE, volume, read_only=False)
     found.set("DPO_CACHE_DIR", CACHE)
 
 

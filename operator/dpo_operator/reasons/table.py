@@ -228,7 +228,8 @@ class Reason(Row, Enum):
     ScratchLimitExceeded = cause(
         "ScratchLimitExceeded",
         "The pod was evicted because its scratch volume or /dev/shm exceeded its size limit.",
-        "Raise spec.resources.scratch or shm, or keep the cache on a PersistentVolumeClaim (storage.cache.claim).",
+        "Raise spec.resources.scratch, shm or storage.cache.size, or keep the cache on a PersistentVolumeClaim"
+        " (storage.cache.claim).",
         "permanent",
     )
     NodeOutOfMemory = cause(

@@ -236,6 +236,15 @@ def test_claims_are_mounted_once_and_inputs_read_only() -> None:
     assert (env(body)["DPO_PVC_ROOT"], env(body)["DPO_CACHE_DIR"]) == ("/mnt/claims", "/cache")
 
 
+def test_a_cache_with_a_size_has_a_volume_of_its_own() -> None:
+    body = child(storage={"cache": {"size": "10Gi"}})
+    volumes = {volume["name"]: volume for volume in pod(body)["volumes"]}
+    assert volumes["cache"] == {"name": "cache", "emptyDir": {"sizeLimit": "10Gi"}}
+    assert {"name": "cache", "mountPath": "/cache"} in trainer(body)["volumeMounts"]
+    assert env(body)["DPO_CACHE_DIR"] == "/cache"
+    assert env(child())["DPO_CACHE_DIR"] == "/tmp/cache"  # in the scratch volume
+
+
 def test_common_credentials_are_environment_and_never_values() -> None:
     values = env(child())
     assert values["AWS_ACCESS_KEY_ID"] == {"secretKeyRef": {"name": "s3-credentials", "key": "AWS_ACCESS_KEY_ID"}}

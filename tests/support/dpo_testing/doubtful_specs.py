@@ -35,7 +35,6 @@ VALID = {"data.validation": [{"uri": "s3://prefs/valid.jsonl"}]}
 ON_CLUSTER = {"on_cluster": True}
 
 NOT_YET_CASES: dict[str, dict[str, Any]] = {
-    "spec.storage.cache.size": {"storage.cache.size": "10Gi"},
     "spec.transformerEngine.attention": {"transformerEngine.attention": True},
 }
 
