@@ -76,6 +76,13 @@ class Dpo(Section):
             lambda s: not s.has_loss(Loss.EXO_PAIR) or s.label_smoothing > 0,
         ),
         Rule(
+            "ldAlpha",
+            "ldAlpha weighs sums of log-probs, but this loss averages them; leave out ldAlpha, or averageLogProbs and"
+            " simpo",
+            f"!has(self.ldAlpha) || !({_has_loss(Loss.SIMPO)} || (has(self.averageLogProbs) && self.averageLogProbs))",
+            lambda s: s.ld_alpha is None or not s.averages,
+        ),
+        Rule(
             "simpoGamma",
             "only the loss simpo has a margin; leave simpoGamma out, or set loss to simpo",
             f"!has(self.simpoGamma) || {_has_loss(Loss.SIMPO)}",
@@ -105,6 +112,13 @@ class Dpo(Section):
         ge=0,
         le=1000,
         description="Margin by which simpo wants the chosen response's reward above the rejected one's. Not set: 0.5.",
+    )
+    ld_alpha: Float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Weight of the log-probs of the tokens that only the longer response of a pair has (LD-DPO), in the"
+        " preference loss and the rewards: 1 counts them as others, 0 not at all. Not set: as others.",
     )
     beta: Float = Field(
         default=0.1,
@@ -179,6 +193,11 @@ class Dpo(Section):
     def averages(self) -> bool:
         """Whether the preference loss divides each response's log-probs by its number of tokens."""
         return self.average_log_probs or self.rewards_are_means
+
+    @property
+    def splits_tails(self) -> bool:
+        """Whether tokens beyond the shorter response have a weight of their own."""
+        return self.has_preference and self.ld_alpha is not None
 
     @property
     def has_preference(self) -> bool:

@@ -137,7 +137,7 @@ def _loss(spec: DPOJobSpec) -> Iterator[Finding]:
         why = f"loss {dpo.loss_name} needs no reference" if dpo.has_preference else "dpo.preferenceWeight is 0"
         yield _warning("reference.cacheURI", f"has no effect, because {why}")
     if not dpo.has_preference:
-        unused = {"loss", "losses", "beta", "average_log_probs", "label_smoothing", "simpo_gamma"} | rewards
+        unused = {"loss", "losses", "beta", "average_log_probs", "label_smoothing", "simpo_gamma", "ld_alpha"} | rewards
         yield from _unused(spec, unused, "because preferenceWeight is 0")
         return
     if dpo.needs_rewards:

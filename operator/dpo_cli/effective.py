@@ -83,6 +83,7 @@ def _learning(spec: DPOJobSpec) -> Iterator[Row]:
         weight = f"{number(dpo.preference_weight)} × " if dpo.preference_weight != 1 else ""
         mean = ", log-probs averaged over tokens" if dpo.averages else ""
         own = f", label smoothing {number(dpo.label_smoothing)}" if dpo.label_smoothing else ""
+        own += f", LD alpha {number(dpo.ld_alpha)}" if dpo.ld_alpha is not None else ""
         own += f", gamma {number(dpo.margin)}" if dpo.has_loss(Loss.SIMPO) else ""
         names = " + ".join(f"{number(part)} × {loss}" if part != 1 else str(loss) for loss, part in dpo.parts)
         if weight and len(dpo.parts) > 1:

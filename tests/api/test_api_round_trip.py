@@ -163,6 +163,7 @@ DEFAULTS: dict[str, Any] = {
     "dpo.losses": None,
     "dpo.label_smoothing": 0.0,
     "dpo.simpo_gamma": None,
+    "dpo.ld_alpha": None,
     "dpo.beta": 0.1,
     "dpo.preference_weight": 1.0,
     "dpo.sft_weight": 0.0,

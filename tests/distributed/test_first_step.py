@@ -46,10 +46,10 @@ def pairs_of(spec: dict[str, Any]) -> list[tuple[list[int], list[int], list[int]
 
 
 def log_prob(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """Σ log π(response | prompt), one sequence by itself through transformers."""
+    """log π of each token of a response, one sequence by itself through transformers; [n]."""
     ids = torch.tensor([prompt + response])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-    return log_softmax(logits.double(), -1).gather(1, ids[0, len(prompt) :, None]).sum()
+    return log_softmax(logits.double(), -1).gather(1, ids[0, len(prompt) :, None]).squeeze(1)
 
 
 def expected_loss(name: str, good: torch.Tensor, bad: torch.Tensor, gap: float) -> torch.Tensor:
@@ -91,19 +91,21 @@ def settings_of(name: str) -> dict[str, Any]:
     return {"loss": name, **own, **({"simpoGamma": GAMMA} if name == "simpo" else {})}
 
 
-def independent(spec: dict[str, Any], name: str, sft_weight: float) -> tuple[float, float]:
+def independent(spec: dict[str, Any], name: str, sft_weight: float, ld_alpha: float = 1.0) -> tuple[float, float]:
     """Mean loss of the first batch and the norm of its gradient, without any of the trainer's numerical code."""
     model = AutoModelForCausalLM.from_pretrained(spec["model"]["huggingFace"]["uri"], attn_implementation="eager")
     model.train(False)
     total = torch.zeros((), dtype=torch.float64)
     pairs = pairs_of(spec)
     for prompt, chosen, rejected, gap in pairs:
-        good, bad = log_prob(model, prompt, chosen), log_prob(model, prompt, rejected)
+        tokens = [log_prob(model, prompt, response) for response in (chosen, rejected)]
+        common, full = min(len(chosen), len(rejected)), tokens[0].sum()
+        good, bad = (part[:common].sum() + ld_alpha * part[common:].sum() for part in tokens)
         if name == "simpo":
             good, bad = good / len(chosen), bad / len(rejected)
             total = total + expected_loss(name, good, bad, gap) - sft_weight * good
         else:
-            total = total + expected_loss(name, good - good.detach(), bad - bad.detach(), gap) - sft_weight * good
+            total = total + expected_loss(name, good - good.detach(), bad - bad.detach(), gap) - sft_weight * full
     loss = total / len(pairs)
     loss.backward()  # type: ignore[no-untyped-call]
     grads = [p.grad.double() for p in model.parameters() if p.grad is not None]
@@ -145,3 +147,18 @@ def test_two_processes_divide_once(spec: dict[str, Any], world: Path) -> None:
     changed = merged(spec, {"training": {"microBatchSize": 1}, "dpo": {"loss": "rpo_sq"}})
     run = run_processes(changed, world / "two", processes=2, scratch=world / "scratch")
     check(run, *independent(spec, "rpo_sq", 0.0))
+
+
+@pytest.mark.parametrize("parallelism", [{}, {"context": 2}], ids=["one process", "two share the tokens"])
+def test_tokens_beyond_the_shorter_response_have_their_weight(
+    parallelism: dict[str, int], spec: dict[str, Any], world: Path
+) -> None:
+    """In the reference too: the first loss would be another than ln 2."""
+    changed = merged(
+        spec, {"dpo": {**settings_of("dpo"), "ldAlpha": 0.3, "sftWeight": 0.25}, "parallelism": parallelism}
+    )
+    processes = 2 if parallelism else 1
+    folder = world / f"desensitised {processes}"
+    run = run_processes(changed, folder, processes=processes, scratch=world / f"scratch {processes}")
+    check(run, *independent(spec, "dpo", 0.25, ld_alpha=0.3))
+    assert run.series("train/preference_loss")[0] == pytest.approx(math.log(2), rel=1e-5)

@@ -25,7 +25,7 @@ from dpo_api.spec import DPOJobSpec
 from dpo_trainer import bridge, torch_adam
 from dpo_trainer.distributed import World
 from dpo_trainer.logprobs import response_log_probs, sums_by_owner
-from dpo_trainer.losses import pair_losses
+from dpo_trainer.losses import desensitized, pair_losses
 from dpo_trainer.masters import Masters
 from dpo_trainer.metrics.sums import empty_sums, loss_at_start, means, metric_sums
 from dpo_trainer.model.forward import head_weight, hidden_rows, unwrap
@@ -212,14 +212,16 @@ class Engine:
     def log_prob_sums(self, pairs: Pairs, packs: Sequence[Pack]) -> Tensor:
         """Return Σ log π of both responses of ``pairs`` [n], which are distinct: [n, 2] float64 on the CPU.
 
+        With ``dpo.ldAlpha``, tokens beyond the shorter response have that weight.
+
         A collective; equal on all ranks. ``packs``: this rank's. A pair that was not in exactly one pack of all ranks
         gets NaN.
         """
         place = {int(pair): row for row, pair in enumerate(pairs)}
         found: list[Tensor] = []  # a pack each; the host waits for them once, at the end
 
-        def consume(_pack: Pack, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-            found.append(sums.detach())
+        def consume(_pack: Pack, sums: Tensor, counts: Tensor, *, tails: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            found.append(desensitized(sums, tails, self.spec.dpo).detach())
             return sums.sum(), counts.sum().int()
 
         with self._without_training():
@@ -266,9 +268,16 @@ class Engine:
             return [_count(pack.pairs), rewards(pack.pairs), *known]
 
         def consume(
-            pack: Pack, sums: Tensor, counts: Tensor, count: Tensor, of_data: Tensor, of_reference: Tensor | None = None
+            pack: Pack,
+            sums: Tensor,
+            counts: Tensor,
+            count: Tensor,
+            of_data: Tensor,
+            of_reference: Tensor | None = None,
+            *,
+            tails: Tensor | None = None,
         ) -> tuple[Tensor, Tensor]:
-            losses = pair_losses(sums, counts, of_reference, of_data, self.spec.dpo, pack.pairs >= 0)
+            losses = pair_losses(sums, counts, of_reference, of_data, self.spec.dpo, pack.pairs >= 0, tails)
             table.add_(metric_sums(losses))
             counted.add_(count)
             return losses.total.sum(), losses.denominator.sum().int()
@@ -313,8 +322,15 @@ class Engine:
                 vocabulary=unwrap(model).dpo_config.vocab_size,
             )
             group = parallel_state.get_context_parallel_group()
-            sums, counts = sums_by_owner(log_probs, pack.owners, 2 * len(pack.pairs), group=group)
-            numerator, denominator = consume(pack, sums.view(-1, 2), counts.view(-1, 2), *others)
+            owners, pairs, more = pack.owners, len(pack.pairs), {}
+            common = pack.common if self.spec.dpo.splits_tails else None
+            if common is not None:  # tokens beyond the shorter response are summed by themselves
+                owners = owners + 2 * pairs * (pack.position_ids[pack.rows] >= common[owners // 2])
+            sums, counts = sums_by_owner(log_probs, owners, (2 if common is None else 4) * pairs, group=group)
+            parts, counted = sums.view(-1, pairs, 2), counts.view(-1, pairs, 2)
+            if common is not None:
+                more["tails"] = parts[1]
+            numerator, denominator = consume(pack, parts.sum(0), counted.sum(0), *others, **more)
             if self.world.context_rank > 0:  # Megatron-Core adds all ranks' denominators, and the first has this one
                 denominator = torch.zeros_like(denominator)
             return numerator, denominator, {}

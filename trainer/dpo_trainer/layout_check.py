@@ -240,7 +240,7 @@ class _Cut:
         """Run forward and backward over the pairs of this rank; return its own numbers, log-probs with their count."""
         sums = torch.zeros(self.count, 3, dtype=torch.float64)
 
-        def consume(pack: Pack, found: Tensor, _counts: Tensor) -> tuple[Tensor, Tensor]:
+        def consume(pack: Pack, found: Tensor, _counts: Tensor, **_tails: Tensor) -> tuple[Tensor, Tensor]:
             real = pack.pairs >= 0
             for pair, value in zip(pack.pairs.tolist(), found.detach().cpu(), strict=True):
                 if pair >= 0:

@@ -177,6 +177,7 @@ def pair_losses(
     rewards: Tensor,
     settings: Dpo,
     real: Tensor | None = None,
+    tails: Tensor | None = None,
 ) -> PairLosses:
     """Per-pair losses and rewards; column 0 is the chosen and column 1 the rejected response.
 
@@ -184,7 +185,8 @@ def pair_losses(
     tokens. reference_sums: [P, 2], Σ log π_ref, constants; ignored, and may be None, if ``settings`` need no reference:
     Δ is then that of the policy alone. rewards: [P, 2], the data's rewards or the spec's defaults. real: [P] bool,
     False for filler pairs (None: all real). The inputs of fillers are masked, so that a NaN in them cannot reach the
-    loss or a gradient.
+    loss or a gradient. tails: [P, 2], the part of the policy's sums that comes from tokens beyond the shorter response;
+    needed with ``ld_alpha``, and ``reference_sums`` are then weighted already (``desensitized``).
 
     All results have the sums' dtype. ``sums_by_owner`` returns float64: for two sums near −2,000 that differ by 1, fp32
     keeps only 4 digits of the difference. The formulas themselves are safe in fp32 at |βΔ| = 1e4.
@@ -199,11 +201,11 @@ def pair_losses(
     sft, denominator = _sft_term(policy[:, 0], counts[:, 0], settings, real)
     if not settings.has_preference:
         return PairLosses(settings.sft_weight * sft, denominator, real, None, None, sft.detach(), None, None)
-    gains = policy  # [P, 2]
+    gains = desensitized(policy, None if tails is None else torch.where(keep, tails, 0.0), settings)  # [P, 2]
     if settings.needs_reference:
         if reference_sums is None:
             raise ValueError(f"the loss {settings.loss_name} needs the reference's log-probabilities")
-        gains = policy - torch.where(keep, reference_sums, 0.0)
+        gains = gains - torch.where(keep, reference_sums, 0.0)
     rewarded = gains / lengths if settings.rewards_are_means else gains
     implicit = settings.beta * rewarded.detach()  # [P, 2]; rewards are only reported, so they have no gradient
     if settings.averages:
@@ -221,6 +223,19 @@ def pair_losses(
         total = total + settings.sft_weight * sft
     reported = sft.detach() if settings.sft_weight != 0 else None
     return PairLosses(total, denominator, real, preference.detach(), at_start, reported, implicit[:, 0], implicit[:, 1])
+
+
+def desensitized(sums: Tensor, tails: Tensor | None, settings: Dpo) -> Tensor:
+    """Weigh the tokens beyond the shorter response of a pair: Σ_common log π + α Σ_beyond log π; [P, 2] -> [P, 2].
+
+    sums: over all tokens. tails: over those beyond, needed with ``ld_alpha``, which is α. LD-DPO, Liu et al. 2024
+    (arXiv:2409.06411).
+    """
+    if not settings.splits_tails:
+        return sums
+    if tails is None or settings.ld_alpha is None:
+        raise ValueError("ld_alpha needs the sums of the tokens beyond the shorter response")
+    return sums - (1 - settings.ld_alpha) * tails
 
 
 def _sft_term(chosen: Tensor, counts: Tensor, settings: Dpo, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -356,6 +356,8 @@ class Run:
         cache = ReferenceCache(store_for(self.spec, self.spec.reference.storage), uri)
         needed = [(inputs.train, inputs.training_pairs())]
         needed += [(data, _joined(batches)) for data, batches in inputs.validation_batches()]
+        if self.spec.dpo.splits_tails:
+            form += f", LD alpha {self.spec.dpo.ld_alpha!r}"
         for data, pairs in needed:
             key = reference_key(
                 model=fingerprint, data=data.index.fingerprint, precision=self.spec.training.precision, form=form

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_api.spec import Loss, LossPart
+from dpo_api.spec import Dpo, Loss, LossPart
 from dpo_testing import papers
 from dpo_testing.papers import PairOfResponses, Settings, settings_of
 
+SIDES = ("chosen", "rejected")
 MIXTURE = (LossPart(loss=Loss.BCO_PAIR, weight=0.3), LossPart(loss=Loss.RPO_SQ, weight=1.4), LossPart(loss=Loss.DPO))
 
 
@@ -25,6 +26,9 @@ def settings_grid() -> Iterator[Settings]:
         yield settings_of(loss, sft_weight=0.8, average_log_probs=True, sft_average_log_probs=False)
     yield Settings(losses=MIXTURE, label_smoothing=0.2)
     yield Settings(losses=MIXTURE, label_smoothing=0.2, preference_weight=0.6, sft_weight=0.8, average_log_probs=True)
+    for alpha in (0.0, 0.4, 1.0):
+        yield Settings(ld_alpha=alpha)
+    yield Settings(loss="apo_zero", ld_alpha=0.4, sft_weight=0.8, preference_weight=0.6)
     yield Settings()  # without label smoothing
     yield Settings(loss="robust")
     yield Settings(loss="simpo")  # the default margin
@@ -44,6 +48,25 @@ def inputs(pairs: Sequence[PairOfResponses]) -> tuple[Tensor, Tensor, Tensor, Te
     counts = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs])
     given = torch.tensor([[p.chosen_reward, p.rejected_reward] for p in pairs], dtype=torch.float64)
     return _columns(pairs, ""), counts, _columns(pairs, "_reference"), given
+
+
+def desensitized_inputs(
+    pairs: Sequence[PairOfResponses], settings: Dpo
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """``inputs``, and with ``ld_alpha`` the tails, by which the reference's sums are weighted as the trainer's are."""
+    policy, counts, reference, given = inputs(pairs)
+    if settings.ld_alpha is None:
+        return (policy, counts, reference, given), {}
+
+    def tails(name: str) -> Tensor:
+        rows = []
+        for pair in pairs:
+            common = min(len(pair.chosen), len(pair.rejected))
+            rows.append(torch.stack([getattr(pair, f"{side}{name}")[common:].sum() for side in SIDES]))
+        return torch.stack(rows)
+
+    weighted = reference - (1 - settings.ld_alpha) * tails("_reference")
+    return (policy, counts, weighted, given), {"tails": tails("")}
 
 
 def _agree(name: str, ours: Tensor, theirs: Tensor) -> None:
@@ -68,7 +91,8 @@ def check_setting(losses: ModuleType, settings: Settings) -> None:
     tokens = [tensor for pair in pairs for tensor in (pair.chosen, pair.rejected)]
     expected = papers.batch_loss(settings, pairs)
     expected_gradients = torch.autograd.grad(expected, tokens, allow_unused=True, materialize_grads=True)
-    result = losses.pair_losses(*inputs(pairs), settings)
+    arguments, tails = desensitized_inputs(pairs, settings)
+    result = losses.pair_losses(*arguments, settings, **tails)
     loss = result.total.sum() / result.denominator.sum()
     label = f"{settings}"
     _agree(label, loss.detach(), expected.detach())

@@ -169,16 +169,23 @@ def preference(settings: Settings, pair: PairOfResponses) -> Tensor:
     """Preference loss of one pair, from the papers' own formulas."""
 
     average = settings.average_log_probs or settings.loss is Loss.SIMPO
-    winner = _log_ratio(pair.chosen, pair.chosen_reference, settings, average=average)
-    loser = _log_ratio(pair.rejected, pair.rejected_reference, settings, average=average)
+    common = min(len(pair.chosen), len(pair.rejected))
+    winner = _log_ratio(pair.chosen, pair.chosen_reference, common, settings, average=average)
+    loser = _log_ratio(pair.rejected, pair.rejected_reference, common, settings, average=average)
     gap = settings.gt_reward_scale * (pair.chosen_reward - pair.rejected_reward)
     given = Given(settings, winner, loser, gap)
     return torch.stack([weight * PAPERS[loss].loss(given) for loss, weight in settings.parts]).sum()
 
 
-def _log_ratio(policy: Tensor, reference: Tensor, settings: Settings, *, average: bool) -> Tensor:
+def _log_ratio(policy: Tensor, reference: Tensor, common: int, settings: Settings, *, average: bool) -> Tensor:
     """log π − log π_ref of a response, or log π alone for SimPO."""
-    summed = policy.sum() if settings.loss is Loss.SIMPO else policy.sum() - reference.sum()
+    if settings.loss is Loss.SIMPO:
+        summed = policy.sum()
+    else:  # Liu et al.: tokens beyond the shorter response weigh less
+        weights = torch.ones(len(policy), dtype=torch.float64)
+        if settings.ld_alpha is not None:
+            weights[common:] = settings.ld_alpha
+        summed = (weights * (policy - reference)).sum()
     return summed / max(len(policy), 1) if average else summed
 
 
@@ -213,12 +220,13 @@ def sft(settings: Settings, pairs: Sequence[PairOfResponses]) -> Tensor:
 def rewards(settings: Settings, pairs: Sequence[PairOfResponses]) -> tuple[Tensor, Tensor]:
     """Implicit rewards of the chosen and the rejected responses, [P] each: β·Σ(log π − log π_ref); SimPO's: β·mean."""
 
-    def of(policy: Tensor, reference: Tensor) -> float:
+    def of(pair: PairOfResponses, side: str) -> float:
         average = settings.loss is Loss.SIMPO
-        return settings.beta * float(_log_ratio(policy.detach(), reference, settings, average=average))
+        common = min(len(pair.chosen), len(pair.rejected))
+        policy, reference = getattr(pair, side).detach(), getattr(pair, f"{side}_reference")
+        return settings.beta * float(_log_ratio(policy, reference, common, settings, average=average))
 
-    chosen = [of(pair.chosen, pair.chosen_reference) for pair in pairs]
-    rejected = [of(pair.rejected, pair.rejected_reference) for pair in pairs]
+    chosen, rejected = ([of(pair, side) for pair in pairs] for side in ("chosen", "rejected"))
     return torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64)
 
 

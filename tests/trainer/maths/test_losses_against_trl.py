@@ -43,6 +43,7 @@ def cases() -> dict[str, tuple[Dpo, dict[str, Any]]]:
     # TRL's sigmoid has no label smoothing any more. aot_unpaired, which has, is the same for a batch of one pair.
     smoothed = {"loss_type": ["aot_unpaired"], "label_smoothing": SMOOTHING}
     found["conservative DPO"] = Dpo(beta=BETA, label_smoothing=SMOOTHING), smoothed
+    found["length-desensitised"] = Dpo(beta=BETA, ld_alpha=0.4), {"loss_type": ["sigmoid"], "ld_alpha": 0.4}
     mixture = [{"loss": "dpo", "weight": 0.8}, {"loss": "bco_pair", "weight": 0.2}]
     found["a mixture"] = (
         Dpo.model_validate({"beta": BETA, "losses": mixture}),
@@ -77,7 +78,8 @@ def pairs() -> list[dict[str, list[float]]]:
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradient_are_those_of_trl(name: str, answers: dict[str, dict[str, Any]]) -> None:
     some: list[PairOfResponses] = papers.some_pairs()
-    result = losses.pair_losses(*loss_parity.inputs(some), CASES[name][0])
+    arguments, tails = loss_parity.desensitized_inputs(some, CASES[name][0])
+    result = losses.pair_losses(*arguments, CASES[name][0], **tails)
     loss = result.total.mean()
     assert float(loss.detach()) == pytest.approx(answers[name]["loss"], rel=1e-6)
     tokens = [tensor for pair in some for tensor in (pair.chosen, pair.rejected)]

@@ -46,6 +46,8 @@ EDITS = {
     ),
     "only the first loss of a mixture counts": ("sum(others, start=first)", "first"),
     "the weights of a mixture are ignored": ("(weight * PREFERENCE_LOSSES", "(PREFERENCE_LOSSES"),
+    "length desensitising is ignored": ("return sums - (1 - settings.ld_alpha) * tails", "return sums"),
+    "SFT is desensitised": ("_sft_term(policy[:, 0]", "_sft_term(desensitized(policy, tails, settings)[:, 0]"),
     "APO raises both responses": ("(dpo.beta * of.rejected).sigmoid()", "(-dpo.beta * of.rejected).sigmoid()"),
     "the hinge is leaky": ("return relu(1 - ", "return torch.nn.functional.leaky_relu(1 - "),
     "the rewards are exchanged": ("implicit[:, 0], implicit[:, 1]", "implicit[:, 1], implicit[:, 0]"),

@@ -95,8 +95,10 @@ def make_pack(
     """
     stream = _Stream()
     ids = [int(pair) for pair in pair_ids] or [FILLER_PAIR]
+    common: list[int] = []
     for number, pair in enumerate(ids):
         prompt, chosen, rejected = index.tokens(pair) if pair != FILLER_PAIR else _filler()
+        common.append(len(prompt) - 1 + min(len(chosen), len(rejected)))
         if with_rejected:
             add = _add_shared if share else _add_unshared
             add(stream, pair, prompt, (chosen, rejected), 2 * number)
@@ -112,4 +114,5 @@ def make_pack(
         labels=_cat(stream.labels),
         owners=_cat(stream.owners),
         pairs=torch.tensor(ids, dtype=torch.int64),
+        common=torch.tensor(common, dtype=torch.int64) if with_rejected else None,
     )

@@ -51,6 +51,8 @@ class Pack:
     labels: Tensor  #: [R] int64, response tokens
     owners: Tensor  #: [R] int64, 2·i for the chosen and 2·i+1 for the rejected response of the pack's i-th pair
     pairs: Tensor  #: [P] int64, dataset index of each pair; -1 marks a filler pair of zero weight
+    common: Tensor | None = None  #: [P] int64, the position whose hidden state predicts the first token that a response
+    #: may have beyond the length of the other one of its pair; None without rejected responses
     context_rank: int = 0  #: of the ranks that share the pack
     context_size: int = 1  #: how many share it
     plan: "VarlenPlan | None" = None  #: of its attention, on the tensors' device, once ``transfer.loaded`` has made it
