@@ -142,20 +142,8 @@ class MegatronWeights:
         shape = slot.shapes[index]
         first, last = rows or (0, shape[0])
         parts = self._parameters[self._plan.stored_name(slot, index)]
-        found = torch.empty((last - first, *shape[1:]), dtype=DTYPES[parts[0].dtype])
-
-        def fill(box: Box) -> None:
-            block = self._read_rows(box.part, box.first, box.last)
-            at = found[box.row - first : box.row - first + len(block)]
-            (at[:, box.column : box.column + block.shape[1]] if at.dim() > 1 else at).copy_(block)
-
         boxes = list(self._plan.boxes(slot, index, parts, first, last, self._config))
-        if len(boxes) == 1:
-            fill(boxes[0])
-        else:
-            with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-                for _ in pool.map(fill, boxes):
-                    pass
+        found = self._joined(boxes, first, (last - first, *shape[1:]), DTYPES[parts[0].dtype])
         offset = self._offset(slot)
         if offset:  # in fp32: of bf16 close to 1 only 8 bits are left
             found = found.float() + offset
@@ -163,13 +151,35 @@ class MegatronWeights:
             watch(memoryview(found.view(-1).view(torch.uint8).numpy()))
         return found
 
+    def _joined(self, boxes: Sequence[Box], first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the boxes' numbers as one tensor, whose first row is row ``first``."""
+        if len(boxes) == 1:
+            return self._read_rows(boxes[0].part, boxes[0].first, boxes[0].last)
+        found = torch.empty(shape, dtype=dtype)
+
+        def fill(box: Box) -> None:
+            block = self._read_rows(box.part, box.first, box.last)
+            at = found[box.row - first : box.row - first + len(block)]
+            (at[:, box.column : box.column + block.shape[1]] if at.dim() > 1 else at).copy_(block)
+
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            for _ in pool.map(fill, boxes):
+                pass
+        return found
+
     def _offset(self, slot: Slot) -> int:
         return self._plan.gamma_offset if slot.parameter.endswith("layernorm.weight") else 0
 
     def _read_rows(self, part: Stored, first: int, last: int) -> Tensor:
         """Return rows of a stored tensor, from the chunks that have them."""
-        dtype = DTYPES[part.dtype]
-        found = torch.empty((last - first, *part.shape[1:]), dtype=dtype)
+        for chunk in part.chunks:
+            if (
+                chunk.offsets[0] <= first
+                and last <= chunk.offsets[0] + chunk.shape[0]
+                and chunk.shape[1:] == part.shape[1:]
+            ):
+                return self._numbers(chunk, part, first - chunk.offsets[0], last - first)
+        found = torch.empty((last - first, *part.shape[1:]), dtype=DTYPES[part.dtype])
         filled = 0
         for chunk in part.chunks:
             low, high = max(first, chunk.offsets[0]), min(last, chunk.offsets[0] + chunk.shape[0])
