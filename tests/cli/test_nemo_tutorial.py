@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file
 
+from dpo_api.inputs import Model
 from dpo_api.models import read_config
+from dpo_api.models.start import start_model
 from dpo_testing.command import Command
 from dpo_testing.corpora import preference_rows, write_jsonl
 from dpo_testing.models import local_store
 from dpo_testing.nemo_archives import GPT_2B, content, logits, replace, state, write
+from dpo_trainer.formats.huggingface import open_weights
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +102,8 @@ def test_the_tutorial(tmp_path: Path) -> None:
     tuned = {"huggingFace": {"uri": "results/sft/model"}}
 
     # DPO, all parameters: the tutorial's run
-    full = steps.run("nemo-tutorial.yaml", "full", start(tuned), data())
+    formats = {"output.formats": ["huggingFace", "nemo", "megatron"]}
+    full = steps.run("nemo-tutorial.yaml", "full", start(tuned), data(), formats)
     check_curves(full)
 
     # the same with LoRA, from the archive itself
@@ -115,6 +120,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
     # Reading the curves, and using the result
     said = steps.dpo("report", "results/full/")
     assert said.code == 0, said.all
+    check_other_formats(full / "model")
     for run in (sft, full, lora, rpo):
         check_result(run / "model")
 
@@ -142,3 +148,14 @@ def check_result(folder: Path) -> None:
     pieces: Any = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for row in preference_rows(5):
         assert AutoTokenizer.from_pretrained(folder)(row["prompt"]).input_ids == pieces.EncodeAsIds(row["prompt"])
+
+
+def check_other_formats(folder: Path) -> None:
+    """The archive and the checkpoint hold the model of the folder, bit by bit."""
+    expected = load_file(folder / "model.safetensors")
+    for kind, place in (("nemo", folder / "model.nemo"), ("megatron", folder / "megatron")):
+        files, uri = start_model(local_store(), Model.model_validate({kind: {"uri": str(place)}}))
+        assert read_config(files, uri).family == "stablelm"
+        weights = open_weights(files, uri)
+        for name, value in expected.items():
+            assert torch.equal(weights.read(name), value), (kind, name)
