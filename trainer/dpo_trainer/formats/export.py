@@ -22,7 +22,6 @@ from dpo_trainer import bridge, messages
 from dpo_trainer.formats.huggingface import open_weights, slots_by_stage, stage_slots
 from dpo_trainer.formats.layout import Slot, Value, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, NAMES, RangeStore, bytes_of, header_of
-from dpo_trainer.formats.sentencepiece_json import tokenizer_files
 from dpo_trainer.model.forward import unwrap
 
 # Copied byte for byte: a newer transformers would rewrite them into forms that older ones cannot read.
@@ -348,6 +347,8 @@ def copy_companions(store: RangeStore, source: str, target_store: Store, out: st
             if name == "tokenizer.model":
                 bare = data
     if bare is not None and not {"tokenizer.json", "tokenizer_config.json"}.intersection(copied):
+        from dpo_trainer.formats.sentencepiece_json import tokenizer_files  # imports tokenizers
+
         for name, data in tokenizer_files(bare).items():
             if name not in copied:
                 target_store.write(join_uri(out, name), data)
