@@ -29,7 +29,7 @@ from peers.memory import status
 from dpo_api.models.reader import parse_config
 from dpo_store import open_store
 from dpo_trainer.convert.command import main as convert
-from dpo_trainer.formats.export import PlannedFile, index_of, plan_shards, write_tensors
+from dpo_trainer.formats.export import PlannedFile, file_names, index_of, plan_shards, write_tensors
 from dpo_trainer.formats.layout import slots
 
 GIB = 2**30
@@ -47,14 +47,14 @@ def make(folder: Path, gib: float) -> int:
     layers = max(1, round((gib * GIB - 4 * 4096 * 32000) / layer))
     raw = SHAPE | {"num_hidden_layers": layers}
     config = parse_config(raw, "config.json")
-    held = slots(config, range(layers), first=True, last=True)
+    every = slots(config, range(layers), first=True, last=True)
     plan = [
         (name, shape, torch.bfloat16)
-        for slot in held
+        for slot in every
         for name, shape in zip(slot.sources, slot.shapes, strict=True)
     ]  # fmt: skip
     shards = plan_shards(plan, SHARD)
-    files = [PlannedFile(f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", 0, 0, s) for i, s in enumerate(shards)]
+    files = [PlannedFile(name, 0, 0, held) for name, held in zip(file_names(len(shards)), shards, strict=True)]
     store = open_store()
 
     def values(file: PlannedFile) -> Iterator[Tensor]:

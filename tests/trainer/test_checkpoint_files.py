@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_api.models.megatron.distributed import TABLE
 from dpo_trainer.checkpoint import files
 from dpo_trainer.checkpoint.boxes import Box
 from dpo_trainer.checkpoint.store import FORMAT
@@ -25,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     """A checkpoint of two ranks: rows 0 to 4 of a matrix and a vector; rows 5 to 7."""
     own = [[box("master.m", MATRIX, 0, 5), box("master.v", VECTOR, 0, 5)], [box("master.m", MATRIX, 5, 8)]]
     written = [entry for rank, boxes in enumerate(own) for entry in files.write(tmp_path, rank, boxes)]
-    (tmp_path / files.TABLE).write_bytes(files.table(written))
+    (tmp_path / TABLE).write_bytes(files.table(written))
     return tmp_path
 
 

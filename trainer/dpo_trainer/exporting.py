@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dpo_api.models import read_config
@@ -22,15 +21,13 @@ from dpo_trainer.convert.whole import Whole
 from dpo_trainer.data.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.adapter import AdapterMatrices
-from dpo_trainer.formats.export import Collect, export
+from dpo_trainer.formats.export import OUTPUT_DTYPES, Collect, export
 from dpo_trainer.formats.layout import Value
 from dpo_trainer.formats.peft import export_adapter
 from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.masters import Masters
 from dpo_trainer.model.lora import adapters, merged_value
 from dpo_trainer.sources import store_for
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
@@ -100,7 +97,7 @@ def export_model(
                 base,
                 uri,
                 target_store=store,
-                dtype=_DTYPES[spec.output.dtype] if spec.output.dtype else None,
+                dtype=OUTPUT_DTYPES[spec.output.dtype] if spec.output.dtype else None,
                 tokenizer=tokenizer,
                 collect=result.collect,
                 value_of=result.value_of,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dpo_api.models.megatron.distributed import TABLE
 from dpo_testing.nemo_archives import State, Tiny, content
 from dpo_trainer.checkpoint import files
 from dpo_trainer.checkpoint.boxes import Box
@@ -112,7 +113,7 @@ def torch_dist_of_ranks(folder: Path, tensors: State) -> Path:
             offsets[axis] = rank * (-(-value.shape[axis] // 2))
             boxes.append(Box(name, tuple(offsets), tuple(value.shape), half))
         written += files.write(folder, rank, boxes)
-    (folder / files.TABLE).write_bytes(files.table(written))
+    (folder / TABLE).write_bytes(files.table(written))
     return folder
 
 

@@ -5,7 +5,7 @@ The ranks exchange no pickles: each says as JSON what it has written, and rank 0
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import (
     _StoragePrefix,
 )
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -38,9 +39,6 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from dpo_trainer.checkpoint.boxes import Box
-
-TABLE = ".metadata"
-"""The table of contents: a pickle of torch's ``Metadata``."""
 
 Written = list[Any]
 """One written box as JSON: key, whole shape, offsets, sizes, file, first byte, bytes."""
@@ -125,15 +123,25 @@ def write(folder: Path, rank: int, boxes: Sequence[Box], values_of: ValuesOf | N
     return written
 
 
-def table(written: Sequence[Written]) -> bytes:
-    """Return the table of contents of all ranks' boxes."""
+def table(
+    written: Sequence[Written],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    objects: Mapping[str, Part] | None = None,
+) -> bytes:
+    """Return the table of contents of all ranks' boxes.
+
+    dtypes: of the tensors that are not fp32, by key. objects: what else is in the files, by key.
+    """
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for key, whole, offsets, sizes, file, first, length in written:
-        found = tensors.setdefault(key, TensorStorageMetadata(TensorProperties(torch.float32), Size(whole), []))
+        dtype = (dtypes or {}).get(key, torch.float32)
+        found = tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype), Size(whole), []))
         found.chunks.append(ChunkStorageMetadata(Size(offsets), Size(sizes)))
         places[MetadataIndex(key, Size(offsets))] = _StorageInfo(file, first, length)
-    return pickle.dumps(Metadata(dict(tensors), storage_data=places))
+    others = {key: BytesStorageMetadata() for key in objects or {}}
+    places |= {MetadataIndex(key): _StorageInfo(*part) for key, part in (objects or {}).items()}
+    return pickle.dumps(Metadata({**tensors, **others}, storage_data=places))
 
 
 class Reading:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dpo_api.errors import DPOError, IncompatibleCheckpointError, NotFoundError
+from dpo_api.models.megatron.distributed import TABLE
 from dpo_store import ObjectInfo, Store, local_path_of
 from dpo_store.errors import from_os_error
 from dpo_trainer.checkpoint import files
@@ -85,7 +86,7 @@ def complete(run: RunDirectory, world: World, written: list[files.Written], mark
     everything = world.to_main(written)
     if everything is not None:
         run.check_fence()
-        run.store.write(f"{uri}/{files.TABLE}", files.table([box for part in everything for box in part]))
+        run.store.write(f"{uri}/{TABLE}", files.table([box for part in everything for box in part]))
         run.write_json("checkpoints", f"step-{marker.step:06d}", MARKER, {**asdict(marker), "saved_at": time.time()})
     return SavedCheckpoint(marker.step, uri)
 
@@ -162,7 +163,7 @@ def load(run: RunDirectory, world: World, boxes: Sequence[Box], saved: SavedChec
     """
     local = local_path_of(saved.uri)
     with _table(run, saved.uri) as folder:
-        check_metadata(folder / files.TABLE, saved.uri)
+        check_metadata(folder / TABLE, saved.uri)
         with _incompatible_if_unreadable(saved.uri):
             reading = files.Reading(folder, boxes, version)
     if local is None and not _is_little(reading, world):
@@ -243,7 +244,7 @@ def _table(run: RunDirectory, uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="dpo-checkpoint-") as name:
         with suppress(NotFoundError):
-            run.store.download(f"{uri}/{files.TABLE}", Path(name) / files.TABLE)
+            run.store.download(f"{uri}/{TABLE}", Path(name) / TABLE)
         yield Path(name)
 
 

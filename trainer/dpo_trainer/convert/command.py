@@ -4,7 +4,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -16,16 +15,16 @@ from dpo_api.models.folder import Files
 from dpo_api.models.megatron.checkpoint import LATEST
 from dpo_api.models.megatron.distributed import TABLE
 from dpo_api.models.megatron.outgoing import describe
+from dpo_api.models.megatron.settings import CONFIG
 from dpo_api.models.start import start_model
 from dpo_store import StorageOptions, Store, base_name, open_store
 from dpo_trainer.convert import huggingface, megatron, nemo
 from dpo_trainer.convert.journal import Journal
 from dpo_trainer.convert.progress import Progress
 from dpo_trainer.convert.whole import Whole, compare
-from dpo_trainer.formats.export import MAX_SHARD_BYTES
+from dpo_trainer.formats.export import MAX_SHARD_BYTES, OUTPUT_DTYPES
 
 FORMATS = ("huggingface", "megatron", "nemo")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(words: Sequence[str]) -> int:
@@ -38,7 +37,9 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--to", choices=FORMATS, help="the target's format (default: nemo for *.nemo, else huggingface)"
     )
-    parser.add_argument("--dtype", choices=list(_DTYPES), help="type of the written weights (default: the source's)")
+    parser.add_argument(
+        "--dtype", choices=list(OUTPUT_DTYPES), help="type of the written weights (default: the source's)"
+    )
     parser.add_argument("--endpoint", help="the S3 server (default: boto3's usual sources)")
     parser.add_argument("--region", help="the S3 region")
     parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, help=argparse.SUPPRESS)
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> str:
     form = arguments.to or ("nemo" if target.endswith(".nemo") else "huggingface")
     if (form == "nemo") is not target.endswith(".nemo"):
         raise UsageError(f"{target}: a target in the format nemo, and no other, ends with .nemo")
-    source = open_model(store, arguments.source, _DTYPES.get(arguments.dtype or ""))
+    source = open_model(store, arguments.source, OUTPUT_DTYPES.get(arguments.dtype or ""))
     write_as(form, source, store, target, arguments.max_shard_bytes, _identity(store, source, form, arguments))
     return f"{target}: all {len(source.slots)} parameters are equal to those of {source.uri}"
 
@@ -105,7 +106,7 @@ def model_of(store: Files, uri: str) -> Model:
     """Return the start model that an address names; its format follows from its name and its files."""
     address = uri.rstrip("/")
     names: list[str] = [] if address.endswith(".nemo") else list(store.children(address))
-    if address.endswith(".nemo") or "model_config.yaml" in names:
+    if address.endswith(".nemo") or CONFIG in names:
         return Model.model_validate({"nemo": {"uri": address}})
     if "config.json" in names:
         return Model.model_validate({"huggingFace": {"uri": address}})
@@ -114,7 +115,7 @@ def model_of(store: Files, uri: str) -> Model:
     if not names:
         raise NotFoundError(f"{uri} does not exist, or is an empty folder")
     raise InvalidModelError(
-        f"{uri} is no model: it has neither config.json (Hugging Face) nor model_config.yaml (NeMo) nor {LATEST}"
+        f"{uri} is no model: it has neither config.json (Hugging Face) nor {CONFIG} (NeMo) nor {LATEST}"
         f" or {TABLE} (Megatron-Core)"
     )
 
@@ -123,7 +124,7 @@ def _identity(store: Store, source: Whole, form: str, arguments: argparse.Namesp
     """Return what must be the same for a stopped conversion to continue."""
     address = arguments.source.rstrip("/")
     objects = [store.stat(address)] if store.exists(address) else list(store.list(address))
-    files = [[str(PurePosixPath(info.uri).name), info.size, info.etag] for info in objects]
+    files = [[base_name(info.uri), info.size, info.etag] for info in objects]
     return {
         "source": base_name(address),
         "format": form,

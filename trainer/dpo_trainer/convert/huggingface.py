@@ -2,21 +2,27 @@
 
 import torch
 
-from dpo_api.models.folder import INDEX, SINGLE
+from dpo_api.models.folder import INDEX
 from dpo_store import Store, join_uri
 from dpo_trainer.convert.journal import Journal
 from dpo_trainer.convert.progress import Progress
 from dpo_trainer.convert.whole import Whole
-from dpo_trainer.formats.export import PlannedFile, copy_companions, index_of, plan_shards, write_config, write_tensors
+from dpo_trainer.formats.export import (
+    PlannedFile,
+    copy_companions,
+    file_names,
+    index_of,
+    plan_shards,
+    write_config,
+    write_tensors,
+)
 
 
 def write(source: Whole, store: Store, folder: str, journal: Journal, progress: Progress, max_shard_bytes: int) -> None:
     """Write the folder; the index and config.json come last, so that a part of it is no model."""
     plan = [(name, shape, source.dtype_of(name)) for name, shape in source.names]
     shards = plan_shards(plan, max_shard_bytes)
-    count = len(shards)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    files = [PlannedFile(name, 0, 0, tensors) for name, tensors in zip(names, shards, strict=True)]
+    files = [PlannedFile(name, 0, 0, held) for name, held in zip(file_names(len(shards)), shards, strict=True)]
     for file in files:
         if journal.done(file.name) is None:
             tensors = (progress.counted(source.tensor(name)) for name, _, _ in file.tensors)
@@ -25,7 +31,7 @@ def write(source: Whole, store: Store, folder: str, journal: Journal, progress: 
         else:
             progress.skip(file.size)
     copy_companions(source.files, source.uri, store, folder, None)
-    if count > 1:
+    if len(files) > 1:
         store.write(join_uri(folder, INDEX), index_of(files))
     write_config(source.files, source.uri, store, folder, source.config, source.dtype)
 

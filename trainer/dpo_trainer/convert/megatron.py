@@ -6,29 +6,21 @@ layers' parameters are stacked along a first axis.
 
 import io
 import json
-import pickle
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Size, Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch import Tensor
 
 from dpo_api.models.megatron.checkpoint import LATEST
 from dpo_api.models.megatron.distributed import TABLE
 from dpo_api.models.megatron.outgoing import megatron_arguments, shape_of
 from dpo_store import Store, join_uri
+from dpo_trainer.checkpoint.files import Written, table
 from dpo_trainer.convert.journal import Journal
 from dpo_trainer.convert.progress import Progress
 from dpo_trainer.convert.whole import Whole
@@ -45,10 +37,6 @@ _FUSED = (
 )
 _MODULES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 """Modules of a layer that have a state beside their weights; it is empty."""
-
-Note = list[Any]
-"""What the table needs of one tensor or object, of JSON's types: key, whole shape (null for an object), offsets, sizes,
-type, file, first byte, bytes."""
 
 
 def write(source: Whole, store: Store, folder: str, journal: Journal, progress: Progress) -> None:
@@ -67,25 +55,39 @@ def write_weights(
     source: Whole, store: Store, folder: str, journal: Journal, progress: Progress, prefix: str = ""
 ) -> None:
     """Write the checkpoint's files and its tables. Memory: twice the parameters of a layer, or of the embedding."""
-    notes: list[Note] = []
+    every = _Written()
     for number, group in enumerate(_groups(source.slots)):
         file = f"__{number}_0.distcp"
         known = journal.done(file)
         if known is None:
             data = io.BytesIO()
-            known = list(_write_group(source, group, file, data, prefix, progress))
+            written = _write_group(source, group, file, data, prefix, progress)
             store.write_blocks(join_uri(folder, file), [data.getbuffer()], data.tell())
-            journal.add(file, known)
+            journal.add(file, asdict(written))
         else:
-            progress.skip(sum(note[7] for note in known if note[1] is not None))
-        notes += known
+            written = _Written(**known)
+            progress.skip(sum(box[-1] for box in written.boxes))
+        every.add(written)
     store.write(join_uri(folder, "metadata.json"), json.dumps(_BACKEND).encode())
-    store.write(join_uri(folder, TABLE), table(notes))
+    dtypes = {key: getattr(torch, name) for key, name in every.dtypes.items()}
+    objects = {key: (file, first, length) for key, (file, first, length) in every.objects.items()}
+    store.write(join_uri(folder, TABLE), table(every.boxes, dtypes, objects))
 
 
-def _offsets(slot: Slot, layer: int | None) -> list[int]:
-    zeros = [0] * len(slot.shapes[0])
-    return zeros if layer is None else [layer, *zeros]
+@dataclass
+class _Written:
+    """What the table needs of some files, of JSON's types."""
+
+    boxes: list[Written] = field(default_factory=list)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, list[Any]] = field(default_factory=dict)
+    """By key: the file, the first byte and the number of bytes."""
+
+    def add(self, other: Self) -> None:
+        """Take what is known of other files, too."""
+        self.boxes += other.boxes
+        self.dtypes = other.dtypes | self.dtypes
+        self.objects |= other.objects
 
 
 _BACKEND = {
@@ -109,24 +111,21 @@ def _groups(held: list[Slot]) -> Iterator[list[Slot]]:
 
 def _write_group(
     source: Whole, group: list[Slot], file: str, data: io.BytesIO, prefix: str, progress: Progress
-) -> Iterator[Note]:
-    count = source.config.num_layers
-    layer = None
+) -> _Written:
+    found, count, layer = _Written(), source.config.num_layers, None
     for slot in group:
         value = progress.counted(source.parameter(slot))
-        key, layer = key_of(slot.parameter)
-        whole = list(value.shape)
+        name, layer = key_of(slot.parameter)
+        key, whole, offsets = prefix + name, list(value.shape), [0] * value.dim()
         if layer is not None:
-            value, whole = value[None], [count, *whole]
-        offsets = _offsets(slot, layer)
-        first, length = _save(value, data)
-        kind = str(value.dtype).removeprefix("torch.")
-        yield [prefix + key, whole, offsets, list(value.shape), kind, file, first, length]
+            value, whole, offsets = value[None], [count, *whole], [layer, *offsets]
+        found.boxes.append([key, whole, offsets, list(value.shape), file, *_save(value, data)])
+        found.dtypes[key] = str(value.dtype).removeprefix("torch.")
     if layer is not None:
         for module in _MODULES:
-            first, length = _save([None], data)
             key = f"{prefix}decoder.layers.{module}._extra_state/shard_{layer}_{count}"
-            yield [key, None, None, None, None, file, first, length]
+            found.objects[key] = [file, *_save([None], data)]
+    return found
 
 
 def _save(value: Tensor | list[None], data: io.BytesIO) -> tuple[int, int]:
@@ -145,22 +144,3 @@ def key_of(parameter: str) -> tuple[str, int | None]:
         if name.startswith(ours):
             name = fused + name.removeprefix(ours)
     return f"decoder.layers.{name}", int(found[1])
-
-
-def table(notes: list[Note]) -> bytes:
-    """Return the table of contents: a pickle of torch's ``Metadata``."""
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    for key, whole, offsets, sizes, kind, file, first, length in notes:
-        index = MetadataIndex(key)
-        if whole is None:
-            entries[key] = BytesStorageMetadata()
-        else:
-            found = entries.setdefault(
-                key, TensorStorageMetadata(TensorProperties(getattr(torch, kind)), Size(whole), [])
-            )
-            assert isinstance(found, TensorStorageMetadata)  # noqa: S101 - keys of tensors and objects differ
-            found.chunks.append(ChunkStorageMetadata(Size(offsets), Size(sizes)))
-            index = MetadataIndex(key, Size(offsets))
-        places[index] = _StorageInfo(file, first, length)
-    return pickle.dumps(Metadata(dict(entries), storage_data=places))

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from dpo_api.errors import DPOError, InvalidDataError
 from dpo_api.inputs import DataFormat
+from dpo_api.seekable import Seekable
 from dpo_store import ObjectInfo, Store
 from dpo_trainer.data.problems import Problem, Reason
 from dpo_trainer.data.rows import Row, place
@@ -30,38 +31,24 @@ _PARQUET, _ENCRYPTED = b"PAR1", b"PARE"
 _ARROW_FILE, _FEATHER_1, _STREAM = b"ARROW1", b"FEA1", b"\xff\xff\xff\xff"
 
 
-class _File(io.RawIOBase):
+class _File(Seekable, io.RawIOBase):
     """An object as a file that Arrow can seek in. Each read is a range request for the version that was listed."""
 
     def __init__(self, store: Store, info: ObjectInfo) -> None:
+        super().__init__(info.size)
         self._store, self._info = store, info
-        self._at = 0
         self.failure: DPOError | None = None
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._info.size}[whence]
-        return self._at
-
     def read(self, size: int | None = -1) -> bytes:
-        rest = self._info.size - self._at
-        length = rest if size is None or size < 0 else min(size, rest)
-        if length <= 0:
+        length = self.given(size)
+        if not length:
             return b""
         try:
-            data = self._store.read(self._info, self._at, length)
+            data = self._store.read(self._info, self.at, length)
         except DPOError as error:
             self.failure = error  # Arrow hands on what it likes of it
             raise
-        self._at += len(data)
+        self.at += len(data)
         return data
 
 

@@ -38,6 +38,8 @@ TOKENIZER_FILES = (
 )
 OTHER_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 MAX_SHARD_BYTES = 5 * 10**9
+OUTPUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Types that a model can be written in, by the names that users give them."""
 
 
 Collect = Callable[[Tensor, int], Tensor | None]
@@ -159,9 +161,12 @@ def plan_files(config: ModelConfig, dtypes: Mapping[str, str], max_shard_bytes: 
             for name, shape in zip(slot.sources, slot.shapes, strict=True)
         ]
         found += [(stage, place % ranks, shard) for place, shard in enumerate(plan_shards(plan, max_shard_bytes))]
-    count = len(found)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return [PlannedFile(name, *file) for name, file in zip(names, found, strict=True)]
+    return [PlannedFile(name, *file) for name, file in zip(file_names(len(found)), found, strict=True)]
+
+
+def file_names(count: int) -> list[str]:
+    """Return the names of a folder's files of weights, in their order."""
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def stage_ranks() -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_api.models.folder import Archives, Objects
+from dpo_api.seekable import Seekable
 
 MOST_MEMBERS = 100_000
 """More than a distributed checkpoint of the largest models has."""
@@ -115,48 +116,27 @@ def _name(member: tarfile.TarInfo, uri: str, size: int) -> str | None:
     return str(path)
 
 
-class ExtentFile(io.BufferedIOBase):
+class ExtentFile(Seekable, io.BufferedIOBase):
     """An extent as a file that can be read and sought. A read of more than ``limit`` bytes is a ValueError.
 
     Libraries ask for as many bytes as a header says, and a crafted header may say anything.
     """
 
     def __init__(self, files: Objects, extent: Extent, limit: int) -> None:
+        super().__init__(extent.size)
         self._files, self._extent, self._limit = files, extent, limit
-        self._at = 0
         self._held, self._held_from = b"", 0
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set the position."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._extent.size}[whence]
-        if base + offset < 0:
-            raise ValueError("it refers to bytes before its beginning")
-        self._at = base + offset
-        return self._at
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read up to ``size`` bytes; all that is left if negative."""
-        left = max(0, self._extent.size - self._at)
-        size = left if size is None or size < 0 else min(size, left)
+        size = self.given(size)
         if size > self._limit:
             raise ValueError(f"one of its headers has {size:,} bytes, at most {self._limit:,} are read")
-        first = self._at - self._held_from
+        first = self.at - self._held_from
         if not 0 <= first <= first + size <= len(self._held):
-            length = min(max(size, _AHEAD), left)
-            self._held, self._held_from, first = self._extent.read(self._files, self._at, length), self._at, 0
-        self._at += size
+            length = min(max(size, _AHEAD), self.given(None))
+            self._held, self._held_from, first = self._extent.read(self._files, self.at, length), self.at, 0
+        self.at += size
         return self._held[first : first + size]
 
 
