@@ -21,10 +21,15 @@ SMOOTHED = [loss for loss in Loss if loss.row.smooths]
 
 
 def _has_loss(*losses: Loss) -> str:
-    """Return the CEL expression for: the loss, or one of a mixture, is one of these."""
+    """Return the CEL expression for: the loss, or one of a mixture, is one of these.
+
+    The schema refuses a part without a loss; the guard keeps this rule from adding an error of its own.
+    """
     default = "!has(self.loss) || " if Loss.DPO in losses else "has(self.loss) && "
     names = [str(loss) for loss in losses]
-    return f"(has(self.losses) ? self.losses.exists(p, p.loss in {names}) : {default}self.loss in {names})"
+    return (
+        f"(has(self.losses) ? self.losses.exists(p, has(p.loss) && p.loss in {names}) : {default}self.loss in {names})"
+    )
 
 
 class LossPart(Section):
@@ -54,7 +59,8 @@ class Dpo(Section):
         Rule(
             "losses",
             "losses names a loss twice; add its weights",
-            "!has(self.losses) || self.losses.all(a, self.losses.exists_one(b, a.loss == b.loss))",
+            "!has(self.losses) || self.losses.all(a, !has(a.loss)"
+            " || self.losses.exists_one(b, has(b.loss) && a.loss == b.loss))",
             lambda s: s.losses is None or len(s.losses) == len({part.loss for part in s.losses}),
         ),
         Rule(

@@ -16,6 +16,7 @@ from typing import Any
 
 from dpo_api.crd import custom_resource_definition
 from dpo_api.findings import ManifestError
+from dpo_api.loss import Loss
 from dpo_api.manifest import load_documents, parse_job
 from dpo_api.not_yet import NOT_YET, refused
 from dpo_testing.doubtful_specs import CASES as DOUBTFUL
@@ -138,6 +139,9 @@ _TOO_LONG: dict[str, Any] = {
 }  # fmt: skip
 """Values one character too long that keep to every other rule of their field."""
 
+
+_MIXED = [loss for loss in Loss if loss.row.needs_reference and loss is not Loss.EXO_PAIR]
+"""Losses that can be parts of one mixture without a field of their own."""
 
 NEVER_ALONE = {
     # Above learningRate's own maximum, and so above learningRate.
@@ -262,6 +266,8 @@ def _nth(item: Any, n: int) -> Any:
     """Return an item like this one, to be added to others."""
     if isinstance(item, dict) and "name" in item:
         return {**item, "name": f"n{n}"}
+    if isinstance(item, dict) and "loss" in item:
+        return {**item, "loss": str(_MIXED[n])}
     return n if item == 0 else item
 
 

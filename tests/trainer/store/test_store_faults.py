@@ -264,7 +264,7 @@ def test_a_caller_that_leaves_during_a_pause_ends_the_tries(
     store = open_store(server.options(endpoint=proxy.endpoint), timing=Timing(sleep=pause))
     proxy.add("short", after=CHUNK)
     proxy.add("short", times=99)
-    blocks = store.stream(uri, ahead=CHUNK)
+    blocks = store.stream(uri, ahead=2 * CHUNK)  # more than comes before the pause, else the thread may wait for room
     next(blocks)
     assert pausing.wait(10)
     seen = proxy.count("GET")
