@@ -91,7 +91,7 @@ generate: setup ## rewrite what is generated: the CRD, the reference and operati
 
 .PHONY: bench
 bench: setup ## run the benchmarks; each prints a ratio against a peer
-	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+	@for bench in benchmarks/*.py; do echo "== $$bench"; env -u OMP_NUM_THREADS $(BIN)/python "$$bench"; done
 
 .PHONY: soak
 soak: setup tools ## the tests on a real control plane, five times over: none may fail now and then
