@@ -44,7 +44,7 @@ from dpo_store import open_store
 from dpo_store.cache import cache_folder
 from dpo_testing.corpora import write_jsonl
 from dpo_testing.runs import Finished, job_of
-from dpo_trainer.data.order import batch_pairs
+from dpo_trainer.data.packs.order import batch_pairs
 
 PEERS = Path(__file__).resolve().parent / "peers"
 VOCABULARY, LAYERS, HIDDEN, FFN, HEADS, GROUPS = 8192, 8, 512, 1408, 8, 4

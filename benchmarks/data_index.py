@@ -45,13 +45,13 @@ from peers.memory import status
 from dpo_api.inputs import data_format
 from dpo_api.spec import Data
 from dpo_store import open_store
-from dpo_trainer.data.index import Source, build_index
-from dpo_trainer.data.packing import pack_batch, pair_cost
+from dpo_trainer.data.index.build import Source, build_index
+from dpo_trainer.data.packs.packing import pack_batch, pair_cost
 from dpo_trainer.data.problems import Problem
-from dpo_trainer.data.ranked import names_read, records_of
-from dpo_trainer.data.records import Record
-from dpo_trainer.data.rows import read_rows
-from dpo_trainer.data.tokenizer import load_tokenizer
+from dpo_trainer.data.reading.ranked import names_read, records_of
+from dpo_trainer.data.reading.records import Record
+from dpo_trainer.data.reading.rows import read_rows
+from dpo_trainer.data.tokens.tokenizer import load_tokenizer
 
 MIB = 2**20
 PROMPT, RESPONSE = 110, 45

@@ -20,8 +20,8 @@ from dpo_api.manifest import parse_job
 from dpo_api.models import ModelConfig, parse_config
 from dpo_api.sizing import layout_of, memory_of
 from dpo_api.spec import DPOJobSpec
-from dpo_trainer.data.collate import TokenIds, make_pack
-from dpo_trainer.data.packing import pack_batch, pair_cost
+from dpo_trainer.data.packs.collate import TokenIds, make_pack
+from dpo_trainer.data.packs.packing import pack_batch, pair_cost
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.model.build import Backend, build_model

@@ -16,7 +16,7 @@ from dpo_api.manifest import parse_job
 from dpo_api.progress import Progress
 from dpo_testing.runs import Finished, merged, run_here, run_processes
 from dpo_testing.training_world import make
-from dpo_trainer.data.index import build_indexes
+from dpo_trainer.data.index.build import build_indexes
 from dpo_trainer.run import Run
 from dpo_trainer.sources import open_tokenizer, store_for
 

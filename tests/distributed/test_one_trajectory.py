@@ -12,7 +12,7 @@ from dpo_testing.runs import Finished, merged, run_here, run_processes
 from dpo_testing.training_world import make
 from dpo_testing.trajectories import differences
 from dpo_trainer import batches
-from dpo_trainer.data import collate
+from dpo_trainer.data.packs import collate
 from dpo_trainer.model.pack import Pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trajectory")]

@@ -56,7 +56,7 @@ def test_a_tokenizer_is_loaded_without_what_models_of_transformers_need(tmp_path
     folder = llama_tokenizer(tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "llama"}')
     found = imported(
-        "import pathlib, dpo_trainer.worker\nfrom dpo_trainer.data.tokenizer import load_tokenizer\n"
+        "import pathlib, dpo_trainer.worker\nfrom dpo_trainer.data.tokens.tokenizer import load_tokenizer\n"
         f"load_tokenizer(pathlib.Path({str(folder)!r}))"
     )
     assert found >= {"transformers.models.auto.tokenization_auto"}

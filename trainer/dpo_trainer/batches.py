@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dpo_api.plan import Plan
 from dpo_api.spec import Dpo, DPOJobSpec
-from dpo_trainer.data.collate import make_pack
-from dpo_trainer.data.packing import deal, pack_batch
-from dpo_trainer.data.spill import PairIndex
+from dpo_trainer.data.index.spill import PairIndex
+from dpo_trainer.data.packs.collate import make_pack
+from dpo_trainer.data.packs.packing import deal, pack_batch
 from dpo_trainer.distributed import World
 from dpo_trainer.model.context import share_of
 from dpo_trainer.model.pack import Pack

@@ -18,7 +18,7 @@ from dpo_trainer import messages
 from dpo_trainer.convert.command import write_as
 from dpo_trainer.convert.nemo import PARTS
 from dpo_trainer.convert.whole import Whole
-from dpo_trainer.data.tokenizer import fetch_tokenizer
+from dpo_trainer.data.tokens.tokenizer import fetch_tokenizer
 from dpo_trainer.distributed import World
 from dpo_trainer.formats.adapter import AdapterMatrices
 from dpo_trainer.formats.export import OUTPUT_DTYPES, Collect, export

@@ -11,7 +11,7 @@ from dpo_api.manifest import load_manifest
 from dpo_api.models import read_config
 from dpo_api.plan import make_plan
 from dpo_api.progress import LastWords
-from dpo_trainer.data.index import Listener, blend_of, build_indexes
+from dpo_trainer.data.index.build import Listener, blend_of, build_indexes
 from dpo_trainer.sources import model_source, open_tokenizer, store_for
 
 

@@ -26,7 +26,7 @@ from dpo_api.models.stages import layers_of_stages
 from dpo_api.sizing import Layout, comparison_bytes, cut_layers, memory_of_stage, stages
 from dpo_api.spec import DPOJobSpec
 from dpo_api.texts import size
-from dpo_trainer.data.collate import PairTokens, TokenIds, make_pack
+from dpo_trainer.data.packs.collate import PairTokens, TokenIds, make_pack
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.formats.export import exported, tensors_of

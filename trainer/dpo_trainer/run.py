@@ -26,7 +26,7 @@ from dpo_trainer.batches import DataSet, Packer
 from dpo_trainer.card import Trained, write_cards
 from dpo_trainer.checkpoint.identity import Identity, check_identity, identity_of
 from dpo_trainer.checkpoint.store import read_marker
-from dpo_trainer.data.index import IndexProgress, Listener, blend_of, build_indexes
+from dpo_trainer.data.index.build import IndexProgress, Listener, blend_of, build_indexes
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there

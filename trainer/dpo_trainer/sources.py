@@ -13,7 +13,7 @@ from dpo_api.spec import DPOJobSpec, StorageAccess
 from dpo_store import Store, open_store
 from dpo_store.access import options_of
 from dpo_store.cache import cache_folder
-from dpo_trainer.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer
+from dpo_trainer.data.tokens.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer
 from dpo_trainer.formats.adapter import AdapterMatrices
 
 

@@ -18,7 +18,7 @@ from dpo_trainer.checkpoint.identity import Identity, check_identity
 from dpo_trainer.checkpoint.saving import Saver
 from dpo_trainer.checkpoint.state import collect, restore
 from dpo_trainer.choosing import Chooser
-from dpo_trainer.data.order import Blend, batch_pairs, validation_batches
+from dpo_trainer.data.packs.order import Blend, batch_pairs, validation_batches
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.layouts import product_here

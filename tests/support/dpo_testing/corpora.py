@@ -22,8 +22,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from dpo_api.spec import Columns
 from dpo_trainer.data.problems import Problem
-from dpo_trainer.data.records import Record, record_of
-from dpo_trainer.data.rows import load_line
+from dpo_trainer.data.reading.records import Record, record_of
+from dpo_trainer.data.reading.rows import load_line
 
 Row = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_testing.models import VOCABULARY
-from dpo_trainer.data.collate import TokenIds, make_pack
+from dpo_trainer.data.packs.collate import TokenIds, make_pack
 from dpo_trainer.model.pack import Pack
 
 LENGTHS = ((17, 9, 14), (3, 21, 1), (26, 1, 12), (1, 6, 5))

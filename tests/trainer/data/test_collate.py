@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_trainer.data.collate import FILLER_PAIR, TokenIds, make_pack
-from dpo_trainer.data.packing import pair_cost
+from dpo_trainer.data.packs.collate import FILLER_PAIR, TokenIds, make_pack
+from dpo_trainer.data.packs.packing import pair_cost
 from dpo_trainer.model.pack import Pack
 
 ids = st.lists(st.integers(0, 999), min_size=1, max_size=7)

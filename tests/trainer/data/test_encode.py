@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from dpo_api.errors import InvalidSpecError
 from dpo_api.spec import Data
 from dpo_testing.corpora import CHATML, WORDS, byte_bpe_tokenizer, llama_tokenizer, sentencepiece_tokenizer
-from dpo_trainer.data.encode import EncodedPair, PairEncoder
 from dpo_trainer.data.problems import Problem, Reason
-from dpo_trainer.data.records import Record
-from dpo_trainer.data.tokenizer import Tokenizer, load_tokenizer
+from dpo_trainer.data.reading.records import Record
+from dpo_trainer.data.tokens.encode import EncodedPair, PairEncoder
+from dpo_trainer.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 KINDS = ("bpe", "llama", "sentencepiece")
 BOS = "<|begin_of_text|>"

@@ -27,12 +27,12 @@ from dpo_testing.corpora import (
     sentencepiece_tokenizer,
     write_jsonl,
 )
-from dpo_trainer.data import index as index_module
-from dpo_trainer.data.encode import EncodedPair, PairEncoder
-from dpo_trainer.data.index import IndexProgress, Listener, Source, build_index, build_indexes
-from dpo_trainer.data.records import Record
-from dpo_trainer.data.spill import PairIndex, SpillWriter
-from dpo_trainer.data.tokenizer import Tokenizer, load_tokenizer
+from dpo_trainer.data.index import build as index_module
+from dpo_trainer.data.index.build import IndexProgress, Listener, Source, build_index, build_indexes
+from dpo_trainer.data.index.spill import PairIndex, SpillWriter
+from dpo_trainer.data.reading.records import Record
+from dpo_trainer.data.tokens.encode import EncodedPair, PairEncoder
+from dpo_trainer.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 BAD_ROWS: list[Row | str] = [
     '{"prompt": ',
@@ -309,8 +309,8 @@ from pathlib import Path
 from dpo_api.errors import DPOError
 from dpo_api.spec import Data
 from dpo_store import open_store
-from dpo_trainer.data.index import Listener, Source, build_index
-from dpo_trainer.data.tokenizer import load_tokenizer
+from dpo_trainer.data.index.build import Listener, Source, build_index
+from dpo_trainer.data.tokens.tokenizer import load_tokenizer
 data, base = sys.argv[1], Path(sys.argv[2])
 def report(progress):
     print("progress", progress.lines, flush=True)

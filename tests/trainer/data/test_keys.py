@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from dpo_api.spec import Columns, Data
 from dpo_store import open_store
 from dpo_testing.corpora import byte_bpe_tokenizer, write_jsonl
-from dpo_trainer.data.index import Source, build_index
-from dpo_trainer.data.keys import root_of, steps_of, value_at
+from dpo_trainer.data.index.build import Source, build_index
 from dpo_trainer.data.problems import Problem, Reason
-from dpo_trainer.data.records import Record, record_of
-from dpo_trainer.data.tokenizer import load_tokenizer
+from dpo_trainer.data.reading.keys import root_of, steps_of, value_at
+from dpo_trainer.data.reading.records import Record, record_of
+from dpo_trainer.data.tokens.tokenizer import load_tokenizer
 
 ROW: dict[str, Any] = {
     "a": {"b": ["x", "y"], "c": [[1, 2], [3]], "d.e": 5},

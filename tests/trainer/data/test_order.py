@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dpo_api.blend import mean_weights, uses_per_epoch
 from dpo_api.errors import InvalidSpecError
 from dpo_api.plan import batches_per_epoch
-from dpo_trainer.data.order import Blend, batch_pairs, epoch_order, epoch_pairs, validation_batches
+from dpo_trainer.data.packs.order import Blend, batch_pairs, epoch_order, epoch_pairs, validation_batches
 
 KNOWN = [[[1, 2, 6, 10, 2], [0, 5, 0, 1, 3], [9, 7]], [[1, 1, 0, 0, 2], [3, 3, 4, 11, 8], [4, 11]]]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dpo_api.plan import make_plan
 from dpo_testing.manifests import spec
 from dpo_trainer.batches import Packer
-from dpo_trainer.data.packing import deal, pack_batch, pair_cost
+from dpo_trainer.data.packs.packing import deal, pack_batch, pair_cost
 
 costs_of_a_batch = st.lists(st.integers(1, 300), max_size=80)
 

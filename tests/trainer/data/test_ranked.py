@@ -14,12 +14,12 @@ from dpo_api.errors import InvalidDataError
 from dpo_api.spec import Data
 from dpo_store import open_store
 from dpo_testing.corpora import byte_bpe_tokenizer, write_jsonl
-from dpo_trainer.data.index import Source, build_index
+from dpo_trainer.data.index.build import Source, build_index
+from dpo_trainer.data.index.spill import PairIndex
 from dpo_trainer.data.problems import Problem, Reason
-from dpo_trainer.data.ranked import names_read, records_of
-from dpo_trainer.data.records import Record
-from dpo_trainer.data.spill import PairIndex
-from dpo_trainer.data.tokenizer import load_tokenizer
+from dpo_trainer.data.reading.ranked import names_read, records_of
+from dpo_trainer.data.reading.records import Record
+from dpo_trainer.data.tokens.tokenizer import load_tokenizer
 
 
 def data_of(**settings: Any) -> Data:

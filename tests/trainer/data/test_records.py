@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dpo_api.spec import Columns
 from dpo_testing.corpora import parse_line
 from dpo_trainer.data.problems import Problem, Reason
-from dpo_trainer.data.records import Record
+from dpo_trainer.data.reading.records import Record
 
 USUAL = Columns()
 

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from dpo_testing.corpora import sentences
-from dpo_trainer.data.tokenizer import load_tokenizer
+from dpo_trainer.data.tokens.tokenizer import load_tokenizer
 from dpo_trainer.formats.sentencepiece_json import PROBES, tokenizer_files
 
 KINDS: dict[str, dict[str, Any]] = {

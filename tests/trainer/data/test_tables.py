@@ -18,12 +18,12 @@ from dpo_api.spec import Columns, Data
 from dpo_store import ObjectInfo, Store, open_store
 from dpo_testing.corpora import Row, byte_bpe_tokenizer, chat_rows, preference_rows, write_jsonl
 from dpo_testing.s3server import S3Server, need, s3_server
-from dpo_trainer.data import tables
-from dpo_trainer.data.index import Source, build_index
-from dpo_trainer.data.records import names_read
-from dpo_trainer.data.rows import read_rows
-from dpo_trainer.data.spill import PairIndex
-from dpo_trainer.data.tokenizer import Tokenizer, load_tokenizer
+from dpo_trainer.data.index.build import Source, build_index
+from dpo_trainer.data.index.spill import PairIndex
+from dpo_trainer.data.reading import tables
+from dpo_trainer.data.reading.records import names_read
+from dpo_trainer.data.reading.rows import read_rows
+from dpo_trainer.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 from dpo_api.errors import InvalidDataError
 from dpo_store import open_store
 from dpo_api.inputs import data_format
-from dpo_trainer.data.rows import read_rows
+from dpo_trainer.data.reading.rows import read_rows
 
 folder, draw, store, found = pathlib.Path(sys.argv[1]), random.Random(7), open_store(), collections.Counter()
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
@@ -305,7 +305,7 @@ import sys
 from pathlib import Path
 from dpo_store import open_store
 from dpo_api.inputs import data_format
-from dpo_trainer.data.rows import read_rows
+from dpo_trainer.data.reading.rows import read_rows
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_store import open_store
 from dpo_testing.corpora import CHATML, byte_bpe_tokenizer, llama_tokenizer, sentencepiece_tokenizer, sentences
-from dpo_trainer.data.chat import TEMPLATE_DATE, ChatTemplate, TemplateFailedError
-from dpo_trainer.data.tokenizer import _configuration, fetch_tokenizer, load_tokenizer
+from dpo_trainer.data.tokens.chat import TEMPLATE_DATE, ChatTemplate, TemplateFailedError
+from dpo_trainer.data.tokens.tokenizer import _configuration, fetch_tokenizer, load_tokenizer
 
 TALK = [
     {"role": "user", "content": "Which year? <b>&</b>"},

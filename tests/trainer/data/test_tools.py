@@ -13,10 +13,10 @@ from dpo_api.spec import Data
 from dpo_store import open_store
 from dpo_testing.corpora import CHATML, byte_bpe_tokenizer, preference_rows, write_jsonl
 from dpo_testing.tool_templates import JSON_TEXT, QWEN, TIME, WEATHER, call, rows
-from dpo_trainer.data.collate import make_pack
-from dpo_trainer.data.index import Source, build_index
-from dpo_trainer.data.spill import PairIndex
-from dpo_trainer.data.tokenizer import fetch_tokenizer, load_tokenizer
+from dpo_trainer.data.index.build import Source, build_index
+from dpo_trainer.data.index.spill import PairIndex
+from dpo_trainer.data.packs.collate import make_pack
+from dpo_trainer.data.tokens.tokenizer import fetch_tokenizer, load_tokenizer
 
 
 def tokenizer_folder(folder: Path, template: str | list[dict[str, str]]) -> Path:

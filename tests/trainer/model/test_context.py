@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_testing import flashattention
 from dpo_testing.pairs import Pairs, pack_of
-from dpo_trainer.data.collate import FILLER_PAIR, make_pack
+from dpo_trainer.data.packs.collate import FILLER_PAIR, make_pack
 from dpo_trainer.model.attend import attend, attend_at_once, attend_by_piece
 from dpo_trainer.model.context import chunks_of, sequences_of, share_of
 from dpo_trainer.model.pack import Pack, Segment

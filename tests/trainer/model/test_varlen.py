@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpo_testing import flashattention
 from dpo_testing.models import load_model, reference_model, save_folder, shared_pack, single_process, token_stream
 from dpo_testing.pairs import Pairs, pack_of
-from dpo_trainer.data.collate import make_pack
+from dpo_trainer.data.packs.collate import make_pack
 from dpo_trainer.model.attend import attend, attend_at_once, attend_by_piece, form_of, varlen_kernel
 from dpo_trainer.model.attention import PackAttention, PackContext
 from dpo_trainer.model.context import sequences_of, share_of

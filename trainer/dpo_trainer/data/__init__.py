@@ -1,6 +1,6 @@
-"""From preference data in storage to packs: read, validate, tokenise, index, order, pack, collate.
+"""From preference data in storage to packs.
 
-``rows`` and ``tables`` read files; ``records`` and ``ranked`` make records of a row; ``index`` reads each row once and
-writes the token ids to memory-mapped files; ``order`` computes the pairs of each
-global batch; ``packing`` groups them under a token budget and assigns the groups to ranks; ``collate`` builds the pack.
+``reading`` makes records of rows, ``tokens`` token ids of records; ``index`` does both once for each row and writes the
+token ids to memory-mapped files; ``packs`` chooses the pairs of each global batch and builds each rank's packs.
+``problems`` are the reasons for which a row is not used.
 """

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from dpo_api.spec import Columns
-from dpo_trainer.data.keys import root_of, value_at, why_absent
 from dpo_trainer.data.problems import Problem, Reason, UnusableError, kind_of
+from dpo_trainer.data.reading.keys import root_of, value_at, why_absent
 
 Message = dict[str, Any]
 Messages = list[Message]

@@ -6,9 +6,9 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from dpo_api.spec import Columns, Data
-from dpo_trainer.data import records
 from dpo_trainer.data.problems import Problem, Reason, UnusableError, kind_of
-from dpo_trainer.data.records import Record
+from dpo_trainer.data.reading import records
+from dpo_trainer.data.reading.records import Record
 
 MOST = 64
 """Completions of one record; with ``pairs: all`` they make up to 2,016 pairs."""

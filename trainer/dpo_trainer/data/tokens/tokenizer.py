@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dpo_api.errors import InvalidModelError
 from dpo_api.models.folder import VOCABULARIES, Files, check_tokenizer
 from dpo_store import base_name, join_uri
-from dpo_trainer.data.chat import ChatTemplate
+from dpo_trainer.data.tokens.chat import ChatTemplate
 
 Ids = NDArray[np.int32]
 """[n] int32 token ids."""

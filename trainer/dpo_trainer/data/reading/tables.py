@@ -16,7 +16,7 @@ from dpo_api.inputs import DataFormat
 from dpo_api.seekable import Seekable
 from dpo_store import ObjectInfo, Store
 from dpo_trainer.data.problems import Problem, Reason
-from dpo_trainer.data.rows import Row, place
+from dpo_trainer.data.reading.rows import Row, place
 
 _BUFFER = 2 << 20
 """Bytes of one read of a column."""

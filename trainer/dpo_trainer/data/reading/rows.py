@@ -37,7 +37,7 @@ def read_rows(store: Store, info: ObjectInfo, format: DataFormat, names: frozens
     """
     if format == "jsonl":
         return _lines(store, info)
-    from dpo_trainer.data.tables import read_table  # Arrow takes a third of a second to load
+    from dpo_trainer.data.reading.tables import read_table  # Arrow takes a third of a second to load
 
     return read_table(store, info, format, names)
 

@@ -21,15 +21,15 @@ from dpo_api.spec import Data, DataSource, DPOJobSpec
 from dpo_api.texts import counted, size
 from dpo_store import ObjectInfo, Store
 from dpo_store.cache import cache_folder, exclusive, free_bytes, no_space
-from dpo_trainer.data.encode import EncodedPair, PairEncoder
-from dpo_trainer.data.order import Blend
+from dpo_trainer.data.index.spill import FORMAT, PairIndex, SpillWriter
+from dpo_trainer.data.index.tally import Tally
+from dpo_trainer.data.packs.order import Blend
 from dpo_trainer.data.problems import Problem
-from dpo_trainer.data.ranked import names_read, records_of
-from dpo_trainer.data.records import Record
-from dpo_trainer.data.rows import place, read_rows
-from dpo_trainer.data.spill import FORMAT, PairIndex, SpillWriter
-from dpo_trainer.data.tally import Tally
-from dpo_trainer.data.tokenizer import Tokenizer
+from dpo_trainer.data.reading.ranked import names_read, records_of
+from dpo_trainer.data.reading.records import Record
+from dpo_trainer.data.reading.rows import place, read_rows
+from dpo_trainer.data.tokens.encode import EncodedPair, PairEncoder
+from dpo_trainer.data.tokens.tokenizer import Tokenizer
 
 _BATCH_LINES = 256
 _BATCH_BYTES = 1 << 20  # with a list of ids, 30 to 60 times this while a batch is encoded

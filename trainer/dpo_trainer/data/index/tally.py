@@ -7,9 +7,9 @@ from typing import Any
 from dpo_api.errors import InvalidDataError
 from dpo_api.inputs import DataFormat
 from dpo_api.spec import Data
-from dpo_trainer.data.chat import TEMPLATE_DATE
-from dpo_trainer.data.encode import EncodedPair
 from dpo_trainer.data.problems import Problem, Reason
+from dpo_trainer.data.tokens.chat import TEMPLATE_DATE
+from dpo_trainer.data.tokens.encode import EncodedPair
 
 _SHOWN = 5
 _SEPARATE = "set spec.data.boundary: separate to tokenise the responses on their own"

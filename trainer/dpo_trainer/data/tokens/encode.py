@@ -8,10 +8,10 @@ import numpy as np
 
 from dpo_api.errors import InvalidSpecError
 from dpo_api.spec import Data
-from dpo_trainer.data.chat import ChatTemplate, TemplateFailedError
 from dpo_trainer.data.problems import Problem, Reason
-from dpo_trainer.data.records import Messages, Record, with_parsed_arguments
-from dpo_trainer.data.tokenizer import Ids, Tokenizer
+from dpo_trainer.data.reading.records import Messages, Record, with_parsed_arguments
+from dpo_trainer.data.tokens.chat import ChatTemplate, TemplateFailedError
+from dpo_trainer.data.tokens.tokenizer import Ids, Tokenizer
 
 _NONE = np.zeros(0, dtype=np.int32)
 

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from dpo_api.errors import DPOError
 from dpo_store.cache import free_bytes, no_space
 from dpo_store.errors import from_os_error
-from dpo_trainer.data.encode import EncodedPair
-from dpo_trainer.data.packing import pair_cost
-from dpo_trainer.data.rows import place
-from dpo_trainer.data.tokenizer import Ids
+from dpo_trainer.data.packs.packing import pair_cost
+from dpo_trainer.data.reading.rows import place
+from dpo_trainer.data.tokens.encode import EncodedPair
+from dpo_trainer.data.tokens.tokenizer import Ids
 
 FORMAT = 3
 """Part of every key: increase it if the format of these files or the meaning of a setting changes."""
