@@ -17,6 +17,7 @@ from dpo_api.models import ModelConfig, ModelFacts, read_config
 from dpo_api.models.adapter import read_adapter
 from dpo_api.models.folder import VOCABULARIES, check_tokenizer
 from dpo_api.models.megatron.outgoing import check_formats
+from dpo_api.models.start import check_tokenizer as check_start_tokenizer
 from dpo_api.models.start import check_weights, start_model, weight_bytes
 from dpo_api.spec import DataSource, DPOJobSpec, StorageAccess
 from dpo_cli.stores import Stores
@@ -186,7 +187,7 @@ class _Look:
             return
         checks: list[Callable[[], None]] = [lambda: check_weights(files, uri)]
         if with_tokenizer:
-            checks.append(lambda: check_tokenizer(uri, files.children(uri)))
+            checks.append(lambda: check_start_tokenizer(files, uri))
         for check in checks:
             try:
                 check()

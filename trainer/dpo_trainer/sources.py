@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo_api.models import ModelConfig
 from dpo_api.models.adapter import read_adapter
 from dpo_api.models.folder import Files
-from dpo_api.models.start import start_model
+from dpo_api.models.start import check_tokenizer, start_model
 from dpo_api.spec import DPOJobSpec, StorageAccess
 from dpo_store import Store, open_store
 from dpo_store.access import options_of
@@ -46,6 +46,7 @@ def open_tokenizer(spec: DPOJobSpec) -> Tokenizer:
         files: Files = store
     else:
         files, uri = model_source(spec)
+        check_tokenizer(files, uri)
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory(prefix=f"dpo-tokenizer-{name}-") as folder:
         fetched = fetch_tokenizer(files, uri, Path(folder))

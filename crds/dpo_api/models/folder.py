@@ -19,6 +19,8 @@ QUANTISED = ("quant_config.json", "quantize_config.json")
 """Files of older AWQ and GPTQ folders, whose config.json does not say that the weights are quantised."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that each make a folder one with a tokenizer."""
+OWN_TOKENIZER = frozenset({"qwen2"})
+"""Families of which transformers reads every tokenizer as the family's own, whatever tokenizer_config.json says."""
 _AT_ONCE = 8
 
 

@@ -35,6 +35,14 @@ def check_weights(files: Files, uri: str) -> None:
         folder.check_weights(files, uri)
 
 
+def check_tokenizer(files: Files, uri: str) -> None:
+    """Raise NotFoundError or InvalidModelError that says why the model has no tokenizer that is read, if so."""
+    if isinstance(files, PresentedModel):
+        files.check_tokenizer()
+    else:
+        folder.check_tokenizer(uri, files.children(uri))
+
+
 def weight_bytes(files: Files, uri: str) -> int:
     """Return the bytes of the model's weights."""
     if isinstance(files, PresentedModel):

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_api.inputs import Model
 from dpo_api.models import read_config
-from dpo_api.models.folder import Files, check_tokenizer
+from dpo_api.models.folder import Files
 from dpo_api.models.megatron.presented import PresentedModel
 from dpo_api.models.start import start_model
 from dpo_store import join_uri
@@ -234,14 +234,6 @@ def test_the_tokenizer(tmp_path: Path) -> None:
     moved = {**members, **content(replace(GPT_2B, more={"tokenizer": path}), state(GPT_2B)), "spm.model": b"this one"}
     files, uri = source(write(tmp_path / "moved.nemo", moved))
     assert files.read(join_uri(uri, "tokenizer.model")) == b"this one"
-
-
-def test_a_tokenizer_that_is_not_read_is_named(tmp_path: Path) -> None:
-    other = {"library": "megatron", "type": "GPT2BPETokenizer", "vocab_file": "nemo:vocab.json"}
-    members = content(replace(GPT_2B, more={"tokenizer": other}), state(GPT_2B)) | {"vocab.json": b"{}"}
-    files, uri = source(write(tmp_path / "m.nemo", members))
-    with pytest.raises(NotFoundError, match=r"holds no tokenizer .*or set spec\.tokenizer\.uri"):
-        check_tokenizer(uri, files.children(uri))
 
 
 @pytest.mark.parametrize(

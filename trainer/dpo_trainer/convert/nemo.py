@@ -3,17 +3,15 @@
 The files are first written into a folder beside the archive, and then put together; so a stopped conversion continues.
 """
 
-import hashlib
 import tarfile
 from collections.abc import Iterator
-from typing import Any
 
-from dpo_api.errors import NotFoundError
 from dpo_api.models.megatron.outgoing import nemo_settings, shape_of
 from dpo_api.models.megatron.settings import CONFIG
 from dpo_store import ObjectInfo, Store, join_uri
 from dpo_trainer.convert import megatron
 from dpo_trainer.convert.journal import NAME, Journal
+from dpo_trainer.convert.nemo_tokenizer import settings_of
 from dpo_trainer.convert.progress import Progress
 from dpo_trainer.convert.whole import Whole
 
@@ -25,7 +23,7 @@ PARTS = ".parts"
 def write(source: Whole, store: Store, uri: str, journal: Journal, progress: Progress) -> None:
     """Write the archive, which appears when it is complete. Its parts are deleted then."""
     parts = uri + PARTS
-    tokenizer, files = _tokenizer(source)
+    tokenizer, files = settings_of(source)
     settings = nemo_settings(shape_of(source.config, source.uri), tokenizer, source.uri)
     megatron.write_weights(source, store, join_uri(parts, WEIGHTS), journal, progress, prefix="model.")
     for name, data in {CONFIG: settings, **files}.items():
@@ -36,32 +34,6 @@ def write(source: Whole, store: Store, uri: str, journal: Journal, progress: Pro
     base = members[0].uri.removesuffix(CONFIG)
     store.write_blocks(uri, _tar(store, members, base), _size(members))
     store.delete_tree(parts)
-
-
-def _tokenizer(source: Whole) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the tokenizer's settings, and its files under the names that NeMo gives them."""
-
-    def found(name: str) -> bytes | None:
-        try:
-            return source.files.read(join_uri(source.uri, name))
-        except NotFoundError:
-            return None
-
-    def named(name: str, data: bytes) -> str:
-        return f"{hashlib.md5(data, usedforsecurity=False).hexdigest()}_{name}"
-
-    model = found("tokenizer.model")
-    if model is not None:
-        name = named("tokenizer.model", model)
-        settings = {"library": "sentencepiece", "type": None, "sentencepiece_legacy": False}
-        return {**settings, "model": f"nemo:{name}", "tokenizer_model": f"nemo:{name}"}, {name: model}
-    vocabulary, merges = found("vocab.json"), found("merges.txt")
-    if vocabulary is not None and merges is not None:
-        first, second = named("vocab.json", vocabulary), named("merges.txt", merges)
-        settings = {"library": "megatron", "type": "GPT2BPETokenizer"}
-        settings |= {"vocab_file": f"nemo:{first}", "merge_file": f"nemo:{second}"}
-        return settings, {first: vocabulary, second: merges}
-    return {"library": "huggingface", "type": None}, {}
 
 
 _BLOCK = 512

@@ -8,11 +8,12 @@ from functools import cached_property
 from typing import Any
 
 from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_api.models.folder import VOCABULARIES, Archives, read_json
+from dpo_api.models.folder import Archives, read_json
 from dpo_api.models.megatron.arguments import NAMES, Values, shape_of
 from dpo_api.models.megatron.distributed import TABLE, Checkpoint
 from dpo_api.models.megatron.members import Extent
-from dpo_api.models.megatron.presented import DTYPES, PresentedModel, embedding_of
+from dpo_api.models.megatron.nemo_tokenizer import GPT2, check_family, gpt2_files
+from dpo_api.models.megatron.presented import DTYPES, TOKENIZER_FILES, Companion, PresentedModel, embedding_of
 from dpo_api.models.megatron.shape import Shape
 from dpo_api.models.megatron.stored import Stored
 from dpo_api.models.megatron.torchfiles import TorchFile
@@ -22,15 +23,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 COMMON = "common_state/shard_0_1"
 """Object of the values that are not tensors, since Megatron-Core 0.19; a file of its own before."""
 COMMON_FILE = "common.pt"
-_TOKENIZER = (
-    *VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_COMPLETE = frozenset({"tokenizer.json", "tokenizer.model", "tokenizer_config.json"})
+"""Files with which a folder says how its tokenizer is read."""
 _ITERATION = re.compile(r"iter_(\d{7,})/")
 _INSIDE = (TABLE, "metadata.json", COMMON_FILE)
 
@@ -93,11 +87,33 @@ class MegatronModel(PresentedModel):
         return sum(member.size for member in self._members.values())
 
     @cached_property
-    def companions(self) -> Mapping[str, Extent]:
+    def companions(self) -> Mapping[str, Companion]:
         """The tokenizer's files, if they are beside the checkpoint."""
-        names = set(self.files.children(self.uri)).intersection(_TOKENIZER)
-        found = {name: self.files.stat(f"{self.uri}/{name}") for name in sorted(names)}
-        return {name: Extent(info, 0, info.size) for name, info in found.items()}
+        names = self.files.children(self.uri)
+        found: dict[str, Companion] = {name: self._beside(name) for name in TOKENIZER_FILES if name in names}
+        return found if _COMPLETE.intersection(found) else {**found, **self._gpt2(names)}
+
+    def check_tokenizer(self) -> None:
+        """Raise NotFoundError if there is none, InvalidModelError for one that the model's family does not have."""
+        super().check_tokenizer()
+        check_family(self.companions, str(self.config["model_type"]), self._folder)
+
+    def _gpt2(self, names: list[str]) -> dict[str, Companion]:
+        """Return the files of GPT-2's tokenizer if Megatron-LM's arguments name it and both files are there."""
+        arguments = self._arguments or {}
+        if arguments.get("tokenizer_type") != GPT2:
+            return {}
+        parts = {}
+        for name, key in (("vocab.json", "vocab_file"), ("merges.txt", "merge_file")):
+            own = next((own for own in (name, str(arguments.get(key)).rpartition("/")[2]) if own in names), None)
+            if own is None:
+                return {}
+            parts[name] = self._beside(own)
+        return gpt2_files(parts, self.uri, self.contents)
+
+    def _beside(self, name: str) -> Extent:
+        info = self.files.stat(f"{self.uri}/{name}")
+        return Extent(info, 0, info.size)
 
     @cached_property
     def _arguments(self) -> Mapping[str, Any] | None:

@@ -11,7 +11,8 @@ from typing import Any
 from dpo_api.errors import InvalidModelError
 from dpo_api.models.megatron.distributed import Checkpoint
 from dpo_api.models.megatron.members import Extent, members
-from dpo_api.models.megatron.presented import DTYPES, EMBEDDING, PresentedModel, embedding_of
+from dpo_api.models.megatron.nemo_tokenizer import check_family, find
+from dpo_api.models.megatron.presented import DTYPES, EMBEDDING, Companion, PresentedModel, embedding_of
 from dpo_api.models.megatron.settings import CONFIG, LARGEST, NemoSettings, read_settings
 from dpo_api.models.megatron.shape import Shape
 from dpo_api.models.megatron.stored import Stored, whole
@@ -145,18 +146,20 @@ class NemoModel(PresentedModel):
         return found
 
     @cached_property
-    def companions(self) -> Mapping[str, Extent]:
-        """The SentencePiece model. A vocabulary with merges does not say how texts are cut into words first."""
-        settings = self.settings.keys.get("tokenizer")
-        if not isinstance(settings, Mapping) or settings.get("library") != "sentencepiece":
+    def companions(self) -> Mapping[str, Companion]:
+        """The tokenizer's files; empty if it is none that is read, which ``check_tokenizer`` explains."""
+        try:
+            return self._tokenizer
+        except InvalidModelError:
             return {}
-        found = [self._artifact(settings.get(key)) for key in ("model", "tokenizer_model")]
-        return next(({"tokenizer.model": member} for member in found if member is not None), {})
 
-    def _artifact(self, value: object) -> Extent | None:
-        """Return the member that a setting names: ``nemo:MEMBER``, or a path whose last part it was packed under."""
-        if not isinstance(value, str) or not value:
-            return None
-        if value.startswith("nemo:"):
-            return self._members.get(value.removeprefix("nemo:").removeprefix("./"))
-        return self._members.get(value.rpartition("/")[2])
+    def check_tokenizer(self) -> None:
+        """Raise InvalidModelError naming the setting of a tokenizer that is not read."""
+        _ = self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Mapping[str, Companion]:
+        where, keys = f"{self.uri}/{CONFIG}", self.settings.keys
+        found = find(keys.get("tokenizer"), self._members, where, self.contents)
+        check_family(found, self.config["model_type"], where)
+        return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import builtins  # `list` is a method here
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_api.models.folder import Archives
+from dpo_api.models.folder import VOCABULARIES, Archives, check_tokenizer
 from dpo_api.models.megatron.distributed import Checkpoint
 from dpo_api.models.megatron.members import Extent
 from dpo_api.models.megatron.stored import Stored
@@ -20,7 +20,19 @@ from dpo_api.models.megatron.weights import UP, distributed_parameters, layers_i
 EMBEDDING = "embedding.word_embeddings.weight"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Type of a tensor → config.json's name of it."""
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files of a tokenizer beside a checkpoint or inside of an archive."""
 _LARGEST_COMPANION = 256 << 20
+type Companion = Extent | Callable[[], bytes]
+"""Where a file of the tokenizer is, or what makes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +72,12 @@ class PresentedModel(ABC):
 
     @property
     @abstractmethod
-    def companions(self) -> Mapping[str, Extent]:
+    def companions(self) -> Mapping[str, Companion]:
         """The tokenizer's files under Hugging Face's names; empty if there are none that are read."""
+
+    def check_tokenizer(self) -> None:
+        """Raise NotFoundError or InvalidModelError that says why there is no tokenizer, if there is none."""
+        check_tokenizer(self.uri, self.companions)
 
     @property
     @abstractmethod
@@ -109,12 +125,16 @@ class PresentedModel(ABC):
             data = self._config_json
         elif name in self.companions:
             member = self.companions[name]
-            if member.size > _LARGEST_COMPANION:
-                raise self.error(f"its {name} has {member.size:,} bytes, which no tokenizer has")
-            data = member.read(self.files)
+            data = self.contents(name, member) if isinstance(member, Extent) else member()
         else:
             raise NotFoundError(f"{uri} does not exist")
         return data[start:] if length is None else data[start : start + length]
+
+    def contents(self, name: str, member: Extent) -> bytes:
+        """Read a file of the tokenizer. Raises InvalidModelError if it is too large for one."""
+        if member.size > _LARGEST_COMPANION:
+            raise self.error(f"its {name} has {member.size:,} bytes, which no tokenizer has")
+        return member.read(self.files)
 
     @cached_property
     def _config_json(self) -> bytes:

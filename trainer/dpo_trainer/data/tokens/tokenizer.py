@@ -166,7 +166,8 @@ class Tokenizer:
         self._backend = backend
         self.size, self.base_size = backend.size, backend.base_size
         self.bos_id, self.eos_id = backend.bos_id, backend.eos_id
-        self.end_ids = (end_ids | backend.special_ids) - {backend.bos_id}
+        starts = {backend.bos_id} - {backend.eos_id}  # GPT-2's one special token is both
+        self.end_ids = (end_ids | backend.special_ids) - starts
         template = chat_template or backend.chat_template
         for_tools = None if chat_template else backend.tool_template
         self.chat = ChatTemplate(template, backend.special_tokens, tool_source=for_tools) if template else None
