@@ -91,7 +91,9 @@ generate: setup ## rewrite what is generated: the CRD, the reference and operati
 
 .PHONY: bench
 bench: setup ## run the benchmarks; each prints a ratio against a peer
-	@for bench in benchmarks/*.py; do echo "== $$bench"; env -u OMP_NUM_THREADS $(BIN)/python "$$bench"; done
+	@failed=; for bench in benchmarks/*.py; do \
+	    echo "== $$bench"; env -u OMP_NUM_THREADS $(BIN)/python "$$bench" || failed="$$failed $$bench"; \
+	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 .PHONY: soak
 soak: setup tools ## the tests on a real control plane, five times over: none may fail now and then

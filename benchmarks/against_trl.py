@@ -154,13 +154,13 @@ class Bench:
         self.count = 0
         write_model(folder / "model")
 
-    def spec(self, name: str, *, lora: bool, **training: Any) -> dict[str, Any]:
-        """The trainer's spec for a workload."""
+    def spec(self, name: str, *, lora: bool, rate: float | None = None, **training: Any) -> dict[str, Any]:
+        """The trainer's spec for a workload; ``rate`` is the learning rate, if not the workload's."""
         workload = WORKLOADS[name]
+        rate = rate or (LORA_RATE if lora else RATE)
         settings = {
             "globalBatchSize": workload.batch, "epochs": 1, "precision": "fp32", "weightDecay": 0.0,
-            "learningRate": LORA_RATE if lora else RATE,
-            "schedule": {"warmupSteps": 0, "minLearningRate": LORA_RATE if lora else RATE},
+            "learningRate": rate, "schedule": {"warmupSteps": 0, "minLearningRate": rate},
         }  # fmt: skip
         spec: dict[str, Any] = {
             "model": {"huggingFace": {"uri": str(self.folder / "model")}},
@@ -191,13 +191,13 @@ class Bench:
         begin, peak = json.loads(last)
         return "\n".join(before), begin, peak
 
-    def ours(self, name: str, *, lora: bool, **training: Any) -> dict[str, Any]:
+    def ours(self, name: str, *, lora: bool, rate: float | None = None, **training: Any) -> dict[str, Any]:
         """One run of the trainer; its figures."""
         self.count += 1
         out = self.folder / f"out {self.count}"
         out.mkdir()
         spec, events = out / "spec.json", out / "events"
-        spec.write_text(job_of(self.spec(name, lora=lora, **training)).to_json())
+        spec.write_text(job_of(self.spec(name, lora=lora, rate=rate, **training)).to_json())
         command = [sys.executable, "-m", "dpo_trainer", "launch", f"--spec={spec}", f"--run-dir={out / 'run'}"]
         _, begin, peak = self._child([*command, "--processes=1", f"--events={events}"])
         run = Finished(out / "run")
@@ -243,8 +243,8 @@ class Bench:
         rows = self.write_data(name)
         adapter = None
         if lora:  # TRL starts from our adapter: ours draws its own
-            first = self.ours(name, lora=True, maxSteps=1, learningRate=1e-30)
-            adapter = str(Path(first["folder"]) / "model")
+            first = self.ours(name, lora=True, rate=1e-30, maxSteps=1)
+            adapter = str(Path(first["folder"]) / "model" / "adapter")
         rates = [product_rate()]
         theirs = [
             self.trl(name, lora=lora, precomputed=False, micro=micro, adapter=adapter)
