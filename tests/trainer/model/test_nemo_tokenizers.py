@@ -21,7 +21,7 @@ from dpo_testing.megatron_folders import arguments, core, stacked, torch_dist
 from dpo_testing.models import local_store, reference_model, save_folder
 from dpo_testing.nemo_archives import GPT_2B, LLAMA, NEMOTRON, Tiny, content, replace, state, write
 from dpo_trainer.convert import command
-from dpo_trainer.data.tokenizer import fetch_tokenizer, load_tokenizer
+from dpo_trainer.data.tokens.tokenizer import fetch_tokenizer, load_tokenizer
 
 VOCABULARY, MERGES = "0b1_vocab.json", "0b2_merges.txt"
 GPT2: dict[str, Any] = {
