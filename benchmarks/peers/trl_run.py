@@ -43,7 +43,7 @@ def adapter(settings: dict[str, Any]) -> Any:
 
 
 def start_from(model: Any, folder: str) -> None:
-    """Copy an adapter's weights into the model's."""
+    """Copy an adapter's weights into the model's, and share what the trainer shares."""
     stored = load_file(Path(folder) / "adapter_model.safetensors")
     own = {name.replace(".default", ""): tensor for name, tensor in model.named_parameters() if "lora_" in name}
     missing = own.keys() ^ stored.keys()
@@ -51,6 +51,13 @@ def start_from(model: Any, folder: str) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(stored[name])
+    # The trainer's fused projections share one A (query, key and value; gate and up). So do TRL's here, or the two
+    # would train different models.
+    for layer in model.get_base_model().model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for other in (attention.k_proj, attention.v_proj):
+            other.lora_A["default"].weight = attention.q_proj.lora_A["default"].weight
+        mlp.up_proj.lora_A["default"].weight = mlp.gate_proj.lora_A["default"].weight
 
 
 def main() -> None:
