@@ -219,7 +219,8 @@ class Model(Section):
     adapter: AdapterSource | None = Field(
         default=None,
         description="A LoRA adapter that is added to the source's weights. The sum is the start model: the reference,"
-        " and what is trained, or gets a new adapter with `lora`. Not set: none.",
+        " and what is trained, or gets a new adapter with `lora`. `lora.continueAdapter` trains this adapter on. Not"
+        " set: none.",
     )
 
 

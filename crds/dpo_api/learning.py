@@ -14,6 +14,13 @@ Reward = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 Beta = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=0, lt=1)]
 LayerIndex = Annotated[int, BeforeValidator(whole), Strict(), Field(ge=0, le=4095)]
 LoraModule = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", "attention", "mlp", "all"]
+LoraLinear = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"]
+LORA_GROUPS: dict[str, tuple[LoraLinear, ...]] = {
+    "attention": ("attention_qkv", "attention_dense"),
+    "mlp": ("mlp_fc1", "mlp_fc2"),
+    "all": ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"),
+}
+"""Value of ``lora.targetModules`` that selects several linear layers → those, in a layer's order."""
 
 
 SMOOTHED = [loss for loss in Loss if loss.row.smooths]
@@ -222,7 +229,10 @@ class Dpo(Section):
 
 
 class Lora(Section):
-    """A low-rank adapter on frozen weights. The reference model is the same weights without the adapter."""
+    """A low-rank adapter on frozen weights. The reference model is the same weights without it.
+
+    With `continueAdapter` the reference is the same weights with `model.adapter` as it was given.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -237,7 +247,20 @@ class Lora(Section):
             "!has(self.layers) || self.layers.all(a, self.layers.exists_one(b, a == b))",
             lambda s: s.layers is None or len(s.layers) == len(set(s.layers)),
         ),
+        Rule(
+            "continueAdapter",
+            "continueAdapter starts from the values of model.adapter, so columnInit and rowInit have no effect; leave"
+            " them out",
+            "!(has(self.continueAdapter) && self.continueAdapter) || (!has(self.columnInit) && !has(self.rowInit))",
+            lambda s: not s.continue_adapter or not {"column_init", "row_init"} & s.model_fields_set,
+        ),
     )
+
+    @property
+    def modules(self) -> tuple[LoraLinear, ...]:
+        """The linear layers that get an adapter, each once, in a layer's order; groups are resolved."""
+        chosen = {module for name in self.target_modules for module in LORA_GROUPS.get(name, (name,))}
+        return tuple(module for module in LORA_GROUPS["all"] if module in chosen)
 
     rank: Int = Field(default=32, ge=1, le=4096, description="Inner dimension (NeMo's adapter_dim). Default 32.")
     alpha: Float | None = Field(
@@ -279,6 +302,12 @@ class Lora(Section):
         default="zero",
         description="Initial values of the second matrix (rank to output). Default zero: the policy starts equal to"
         " the reference.",
+    )
+    continue_adapter: Bool = Field(
+        default=False,
+        description="Train the matrices of `model.adapter` themselves instead of new ones: the result is an adapter of"
+        " the same rank for the same model. rank, alpha, rslora, targetModules and layers are then the adapter's; leave"
+        " them out. Default false: a new adapter.",
     )
 
 

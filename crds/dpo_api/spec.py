@@ -114,6 +114,13 @@ class DPOJobSpec(Section):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
+            "lora.continueAdapter",
+            "lora.continueAdapter is true, but there is no adapter to continue; set model.adapter, or leave it out",
+            "!(has(self.lora) && has(self.lora.continueAdapter) && self.lora.continueAdapter)"
+            " || has(self.model.adapter)",
+            lambda s: s.lora is None or not s.lora.continue_adapter or s.model.adapter is not None,
+        ),
+        Rule(
             "output.formats",
             "output.formats names peft, the adapter alone, but lora is not set; set lora or leave peft out",
             "has(self.lora) || !(has(self.output) && has(self.output.formats)"

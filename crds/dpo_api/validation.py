@@ -12,6 +12,7 @@ from dpo_api import cluster
 from dpo_api.errors import DPOError, InvalidSpecError
 from dpo_api.fields import count
 from dpo_api.findings import Finding, Level
+from dpo_api.learning import LORA_GROUPS
 from dpo_api.models import ModelFacts
 from dpo_api.not_yet import refused
 from dpo_api.plan import make_plan, plan_rates
@@ -202,15 +203,23 @@ def _lora(spec: DPOJobSpec) -> Iterator[Finding]:
         if "merge" in spec.output.model_fields_set:
             yield _warning("output.merge", "has no effect without lora")
         return
-    attention, mlp = ("attention_qkv", "attention_dense"), ("mlp_fc1", "mlp_fc2")
-    whole = {"attention": attention, "mlp": mlp, "all": (*attention, *mlp, "attention", "mlp")}
-    for group, parts in whole.items():
+    for group, linears in LORA_GROUPS.items():
+        parts = (*linears, "attention", "mlp") if group == "all" else linears
         doubled = [part for part in parts if part in lora.target_modules]
         if group in lora.target_modules and doubled:
             yield _warning("lora.targetModules", f"{group} already holds {', '.join(doubled)}; name it once")
     if lora.row_init != "zero":
         yield _warning(
             "lora.rowInit", f"{lora.row_init} starts from a policy that is not the reference; zero is the usual value"
+        )
+    tensor = spec.parallelism.tensor
+    known = "rank" in lora.model_fields_set or not lora.continue_adapter
+    if known and lora.rank % tensor:
+        default = "" if "rank" in lora.model_fields_set else " (the default)"
+        whose = " of model.adapter" if lora.continue_adapter else default
+        yield _error(
+            "lora.rank",
+            f"{lora.rank}{whose} is not divisible by parallelism.tensor {tensor}: each process has a part of it",
         )
 
 

@@ -21,7 +21,7 @@ def rows(
 
     counts: what the index pass printed.
     """
-    spec = job.spec
+    spec = seen.settled(job.spec)
     return [
         ("job", job.metadata.name),
         *_model(spec, seen),
@@ -96,6 +96,11 @@ def _learning(spec: DPOJobSpec) -> Iterator[Row]:
         layers = f" of {counted(len(lora.layers), 'layer')}" if lora.layers is not None else ""
         modules = ", ".join(lora.target_modules)
         kind = "rsLoRA" if lora.rslora else "LoRA"
+        if lora.continue_adapter:
+            if "rank" not in lora.model_fields_set:
+                yield "trains", f"the adapter itself, {training.precision}"
+                return
+            kind = f"the adapter itself, {kind}"
         yield "trains", f"{kind} rank {lora.rank}, alpha {number(alpha)}, on {modules}{layers}, {training.precision}"
 
 

@@ -14,12 +14,12 @@ from dpo_api.errors import DPOError, InvalidModelError, InvalidSpecError, Outcom
 from dpo_api.findings import Finding
 from dpo_api.inputs import DataFormat, data_format
 from dpo_api.models import ModelConfig, ModelFacts, read_config
-from dpo_api.models.adapter import read_adapter
+from dpo_api.models.adapter import continued, read_adapter
 from dpo_api.models.folder import VOCABULARIES, check_tokenizer
 from dpo_api.models.megatron.outgoing import check_formats
 from dpo_api.models.start import check_tokenizer as check_start_tokenizer
 from dpo_api.models.start import check_weights, start_model, weight_bytes
-from dpo_api.spec import DataSource, DPOJobSpec, StorageAccess
+from dpo_api.spec import DataSource, DPOJobSpec, Lora, StorageAccess
 from dpo_cli.stores import Stores
 from dpo_store import HubMissingError, ObjectInfo, Store, base_name, is_remote
 
@@ -61,6 +61,12 @@ class Survey:
     model_bytes: int = 0
     train: tuple[SourceSeen, ...] = ()
     validation: tuple[SourceSeen, ...] = ()
+    lora: Lora | None = None
+    """The job's ``lora`` with what it takes from the adapter that it continues; None if it continues none."""
+
+    def settled(self, spec: DPOJobSpec) -> DPOJobSpec:
+        """Return the spec with the settings of the adapter that it continues, as the trainer reads it."""
+        return spec if self.lora is None else spec.model_copy(update={"lora": self.lora})
 
     @property
     def estimated_pairs(self) -> int | None:
@@ -75,6 +81,7 @@ class _Result:
     facts: ModelFacts | None = None
     model_bytes: int = 0
     source: SourceSeen | None = None
+    lora: Lora | None = None
 
 
 def survey(spec: DPOJobSpec, *, here: bool) -> Survey:
@@ -101,25 +108,30 @@ def survey(spec: DPOJobSpec, *, here: bool) -> Survey:
         model_bytes=model.model_bytes,
         train=tuple(source for source in seen[:count] if source is not None),
         validation=tuple(source for source in seen[count:] if source is not None),
+        lora=model.lora,
     )
 
 
 def survey_model(spec: DPOJobSpec) -> Survey:
-    """Read the model's config.json alone, if it can be read within ``PEEK_SECONDS``; problems are not reported.
+    """Read the model's config.json, and a continued adapter, if that takes at most ``PEEK_SECONDS``.
 
-    For commands that do not look at model and data, because often only the cluster can reach them.
+    For commands that do not look at model and data, because often only the cluster can reach them. Problems are not
+    reported.
     """
-    source, found = spec.model.source, _Result()
+    source, found, stores = spec.model.source, _Result(), Stores(spec)
 
     def read() -> None:
         with suppress(DPOError):
-            found.facts = read_config(*start_model(Stores(spec).reach(source.storage), spec.model)).facts
+            config = read_config(*start_model(stores.reach(source.storage), spec.model))
+            if spec.lora is not None and spec.lora.continue_adapter:
+                _Look(stores, here=True).adapter(spec, config, found)
+            found.facts = None if found.problems else config.facts
 
     # A daemon: the command does not wait for a storage that does not answer.
     reader = Thread(target=read, daemon=True)
     reader.start()
     reader.join(PEEK_SECONDS)
-    return Survey(facts=found.facts)
+    return Survey(facts=found.facts, lora=found.lora)
 
 
 def _bound[**P](function: Callable[P, _Result], *arguments: P.args, **named: P.kwargs) -> Callable[[], _Result]:
@@ -174,7 +186,7 @@ class _Look:
         try:
             config = read_config(files, uri)
             result.facts = config.facts
-            self._adapter(spec, config, result)
+            self.adapter(spec, config, result)
             check_formats(config, spec.output.converted)
         except InvalidModelError as error:
             result.problems.append(self._problem(name, uri, error))
@@ -198,15 +210,18 @@ class _Look:
         if not result.problems:
             result.model_bytes = weight_bytes(files, uri)
 
-    def _adapter(self, spec: DPOJobSpec, config: ModelConfig, result: _Result) -> None:
-        """Check the start model's adapter, if it has one, against the model."""
+    def adapter(self, spec: DPOJobSpec, config: ModelConfig, result: _Result) -> None:
+        """Check the start model's adapter, if it has one, against the model and what the job says of it."""
         source = spec.model.adapter
         if source is None:
             return
         try:
-            read_adapter(self._stores.reach(source.storage), source.uri, config)
+            adapter = read_adapter(self._stores.reach(source.storage), source.uri, config)
         except DPOError as error:
             result.problems.append(self._problem("spec.model.adapter.uri", source.uri, error))
+            return
+        if spec.lora is not None and spec.lora.continue_adapter:
+            result.lora = continued(spec.lora, adapter, config)
 
     def _tokenizer(self, uri: str, store: Store) -> list[Problem]:
         """Check what ``spec.tokenizer`` names: a folder, or one file that is a tokenizer by itself."""

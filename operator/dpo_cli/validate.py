@@ -65,10 +65,11 @@ class Verdict:
 
     @property
     def runs(self) -> DPOJobSpec | None:
-        """The spec with the sizes that were chosen."""
-        if self.job is None or self.choice is None:
-            return None if self.job is None else self.job.spec
-        return with_layout(self.job.spec, self.choice.best.layout)
+        """The spec with the sizes that were chosen and the settings of the adapter that it continues."""
+        if self.job is None:
+            return None
+        spec = self.seen.settled(self.job.spec)
+        return spec if self.choice is None else with_layout(spec, self.choice.best.layout)
 
     @property
     def valid(self) -> bool:
@@ -98,6 +99,7 @@ def judge_job(file: str, document: Document, job: DPOJob, options: Options) -> V
     """Check everything that a valid job refers to and derive its plan."""
     spec = job.spec
     seen = survey(spec, here=options.here) if not options.offline else survey_model(spec) if options.peek else Survey()
+    spec = seen.settled(spec)
     problems = list(seen.problems)
     pairs, exact, counts = seen.estimated_pairs, False, None
     validation: list[int] | None = None

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dpo_api.errors import InvalidModelError, NotFoundError
-from dpo_api.models.adapter import read_adapter
+from dpo_api.errors import InvalidModelError, InvalidSpecError, NotFoundError
+from dpo_api.learning import Lora
+from dpo_api.models.adapter import continued, read_adapter
 from dpo_api.models.config import ModelConfig
 from dpo_api.models.reader import parse_config
 from dpo_store import open_store
@@ -96,3 +97,39 @@ def test_files_that_are_absent_or_damaged_are_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(InvalidModelError, match="must hold a JSON object"):
         read_adapter(open_store(), folder, model())
+
+
+def settings(found: Lora) -> tuple[Any, ...]:
+    return found.rank, found.alpha, found.rslora, found.modules, found.layers
+
+
+def test_an_adapter_that_is_continued_decides_the_settings(tmp_path: Path) -> None:
+    """Of the model's two layers one has an adapter, then both; settings that agree may be given."""
+    one = read_adapter(open_store(), write(tmp_path, {"use_rslora": True}), model())
+    given = Lora(continue_adapter=True, dropout=0.1)
+    found = continued(given, one, model())
+    assert settings(found) == (3, 6.0, True, ("attention_qkv",), (0,))
+    assert (found.dropout, found.continue_adapter) == (0.1, True)
+    assert continued(found, one, model()) == found
+    down = "base_model.model.model.layers.1.mlp.down_proj"
+    more = {f"{down}.lora_A.weight": (3, 12), f"{down}.lora_B.weight": (8, 3)}
+    both = read_adapter(open_store(), write(tmp_path, tensors=more), model())
+    assert settings(continued(given, both, model())) == (3, 6.0, False, ("attention_qkv", "mlp_fc2"), None)
+    agreeing = Lora(continue_adapter=True, rank=3, layers=(1, 0), target_modules=("mlp_fc2", "attention_qkv"))
+    assert settings(continued(agreeing, both, model())) == (3, 6.0, False, ("attention_qkv", "mlp_fc2"), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"rank": 4}, "spec.lora.rank: not that of model.adapter, 3; leave it out"),
+        ({"alpha": 3.0}, "spec.lora.alpha: not that of model.adapter, 6.0"),
+        ({"rslora": True}, "spec.lora.rslora: not that of model.adapter, False"),
+        ({"target_modules": ("all",)}, r"spec.lora.targetModules: not that of model.adapter, \['attention_qkv'\]"),
+        ({"layers": (0, 1)}, r"spec.lora.layers: not that of model.adapter, \[0\]"),
+    ],
+)
+def test_a_setting_that_is_not_the_adapter_s_is_refused(given: dict[str, Any], says: str, tmp_path: Path) -> None:
+    adapter = read_adapter(open_store(), write(tmp_path), model())
+    with pytest.raises(InvalidSpecError, match=says):
+        continued(Lora(continue_adapter=True, **given), adapter, model())

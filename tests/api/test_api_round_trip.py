@@ -241,7 +241,8 @@ def test_early_stopping_s_defaults() -> None:
 def test_lora_s_defaults() -> None:
     lora = spec({"lora": {}}).lora
     assert lora is not None
-    assert (lora.rank, lora.alpha, lora.dropout, lora.dropout_position) == (32, None, 0.0, "pre")
+    assert (lora.continue_adapter, lora.rank, lora.alpha, lora.dropout) == (False, 32, None, 0.0)
+    assert lora.dropout_position == "pre"
     assert (lora.target_modules, lora.layers, lora.column_init, lora.row_init) == (
         ("attention_qkv",),
         None,

@@ -39,10 +39,13 @@ def test_an_mlp_without_a_gate_and_its_adapter() -> None:
         ({}, 2 * 2400 + 2 * 240 + 3 * 480 + 1440),
         # Layer 0 is below the adapters and has no backward pass: 1.5 times, 2 times; adapters: 6*24*5.
         ({"layers": [1]}, 1.5 * 2400 + 2 * 240 + 2 * 480 + 720),
+        # An A for each of q, k and v: 2*(3*4 + 8) = 40.
+        ({"continueAdapter": True}, 2 * 2400 + 2 * 240 + 3 * 480 + 2400),
     ],
 )
 def test_a_step(lora: dict[str, Any] | None, expected: float) -> None:
     changes = {} if lora is None else {"lora": {"rank": 2, "targetModules": ["attention_qkv"], **lora}}
+    changes["model.adapter"] = {"uri": "/sft"}
     assert step_flops(TINY, WORK, sized(**changes).lora) == expected
 
 

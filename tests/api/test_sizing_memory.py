@@ -135,6 +135,18 @@ def test_an_adapter_on_a_70b() -> None:
     assert checkpoint_bytes(LLAMA_70B, spec, layout(8, 1)) == 12 * adapter
 
 
+def test_an_adapter_that_is_continued_on_a_70b() -> None:
+    """Query, key and value have an A each, and so have gate and up; B is widened to all of them."""
+    changes = {"rank": 16, "targetModules": ["all"], "continueAdapter": True}
+    spec = sized(lora=changes, **{"model.adapter": {"uri": "/sft"}})
+    found = memory_of(LLAMA_70B, spec, layout(8, 1, recomputation="full"))
+    adapter = 80 * 16 * (3 * 8192 + 10240 + 2 * 8192 + 8192 + 2 * 28672 + 2 * 8192 + 28672) // 8
+    assert found.optimizer == 12 * adapter
+    inner, gathered = 16 * (3 + 1 + 2 + 1), 2 * 8192
+    wide = 16 * (3 * 10240 + 2 * 2 * 28672) // 8
+    assert found.adapter_activations == 2 * ((inner + gathered) * 8192 + wide)
+
+
 def test_a_head_that_does_not_fit_into_its_budget() -> None:
     """Of 8,371 rows of 256,512 bytes that fit, 1,046 are a chunk's."""
     found = memory_of(LLAMA_8B, sized(), layout(1, 8, pack_tokens=16_384))

@@ -104,6 +104,44 @@ def other_adapter(world: World) -> None:
     edit("model.adapter", {"uri": "sft"})(world)
 
 
+def good_adapter(world: World, **config: Any) -> None:
+    """An adapter of the model's queries, continued."""
+    folder = world.folder / "sft"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}))
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    matrices = {f"{name}A.weight": np.zeros((2, 64)), f"{name}B.weight": np.zeros((64, 2))}
+    save_file(matrices, folder / "adapter_model.safetensors")
+    edit("model.adapter", {"uri": str(folder)})(world)
+    edit("lora", {"continueAdapter": True})(world)
+
+
+def test_a_continued_adapter_s_settings_are_shown(world: World, dpo: Dpo) -> None:
+    good_adapter(world, use_rslora=True)
+    said = dpo("validate", world.write())
+    assert said.code == 0
+    assert "the adapter itself, rsLoRA rank 2, alpha 4, on attention_qkv of 1 layer, bf16" in said.out
+    unread = dpo("validate", "--offline", world.write())
+    assert "  trains      the adapter itself, bf16\n" in unread.out
+
+
+def test_a_setting_that_a_continued_adapter_has_itself(world: World, dpo: Dpo) -> None:
+    good_adapter(world)
+    said = dpo("validate", world.write(), "--set", "lora.rank=4")
+    assert said.code == 2
+    assert "error    spec.lora.rank: not that of model.adapter, 2; leave it out" in said.out
+    said = dpo("validate", world.write(), "--set", "resources.gpusPerNode=4", "--set", "parallelism.tensor=4")
+    assert said.code == 2
+    assert "error    spec.lora.rank: 2 of model.adapter is not divisible by parallelism.tensor 4" in said.out
+
+
+def test_an_adapter_that_cannot_be_continued(world: World, dpo: Dpo) -> None:
+    good_adapter(world, use_dora=True)
+    said = dpo("validate", world.write())
+    assert said.code == 4
+    assert "use_dora is True, DoRA's magnitudes: not supported; merge the adapter first" in said.out
+
+
 MISTAKES: list[tuple[str, Callable[[World], None], int, str]] = [
     ("unknown field", edit("trainig", {}), 2, "spec.trainig: unknown field; did you mean training?"),
     ("wrong type", edit("dpo.beta", "high"), 2, 'spec.dpo.beta: "high" is not a number'),

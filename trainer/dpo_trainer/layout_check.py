@@ -29,6 +29,7 @@ from dpo_api.texts import size
 from dpo_trainer.data.packs.collate import PairTokens, TokenIds, make_pack
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
+from dpo_trainer.formats.adapter import AdapterMatrices
 from dpo_trainer.formats.export import exported, tensors_of
 from dpo_trainer.formats.layout import Slot, assemble, slots, target
 from dpo_trainer.formats.weights import Weights
@@ -85,15 +86,22 @@ def too_large(spec: DPOJobSpec, model: ModelFacts, layout: Layout) -> Verdict | 
 
 
 def compare(
-    spec: DPOJobSpec, world: World, model: Any, source: Weights, pairs: PairTokens, count: int, backend: Backend
+    spec: DPOJobSpec,
+    world: World,
+    model: Any,
+    source: Weights,
+    pairs: PairTokens,
+    count: int,
+    backend: Backend,
+    continued: AdapterMatrices | None = None,
 ) -> Verdict:
     """Compare the layout of ``model``, which ranks share, with one rank. A collective; the same verdict on all ranks.
 
-    pairs: the training data, of ``count`` pairs. Memory beside ``model``: the cut model with its fp32 gradients; on
-    rank 0 it whole and, in bf16, once more in fp32.
+    pairs: the training data, of ``count`` pairs. continued: the adapter that is trained on, if one is. Memory beside
+    ``model``: the cut model with its fp32 gradients; on rank 0 it whole and, in bf16, once more in fp32.
     """
     began = time.monotonic()
-    cut = _Cut(spec, world, _Short(pairs), min(PAIRS, count), unwrap(model).dpo_config, backend)
+    cut = _Cut(spec, world, _Short(pairs), min(PAIRS, count), unwrap(model).dpo_config, backend, continued)
     alone = cut.alone(source, spec.training.precision)
     in_layout = cut.in_layout(model, list(alone.gradients))
     if spec.training.precision == "fp32":
@@ -164,6 +172,7 @@ class _Cut:
     count: int
     config: ModelConfig
     backend: Backend
+    continued: AdapterMatrices | None
 
     @property
     def layers(self) -> list[int]:
@@ -232,7 +241,7 @@ class _Cut:
     def _adapt(self, small: Any) -> None:
         if self.spec.lora is not None:  # the dropout is compared elsewhere: here it would only add noise to bf16
             lora = self.spec.lora.model_copy(update={"layers": None, "dropout": 0.0})
-            attach_lora(small, lora, seed=self.spec.training.seed)
+            attach_lora(small, lora, seed=self.spec.training.seed, start=self.continued, numbers=self.layers)
 
     def _numbers(
         self, engine: Engine, held: Sequence[Slot], mine: Sequence[int], gradient: Callable[[Any], Tensor]

@@ -35,7 +35,7 @@ from dpo_api.texts import size
 from dpo_api.validation import refuse_errors
 from dpo_trainer.distributed import World
 from dpo_trainer.rundir import LAYOUT, RunDirectory
-from dpo_trainer.sources import model_source
+from dpo_trainer.sources import model_source, settled
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,10 @@ def agreed(spec: DPOJobSpec, world: World, directory: RunDirectory, hardware: Ha
 
     def on_main() -> dict[str, Any]:
         store, folder = model_source(spec)
-        facts = read_config(store, folder).facts
-        refuse_errors(spec, facts)
-        return asdict(decide(spec, facts, hardware, _saved(directory)))
+        config = read_config(store, folder)
+        job = settled(spec, config)
+        refuse_errors(job, config.facts)
+        return asdict(decide(job, config.facts, hardware, _saved(directory)))
 
     found = world.from_main(on_main() if world.is_main else None)
     assert found is not None  # noqa: S101 - rank 0 ends if it has none

@@ -5,6 +5,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,7 +31,7 @@ from dpo_trainer.data.index.build import IndexProgress, Listener, blend_of, buil
 from dpo_trainer.distributed import World
 from dpo_trainer.engine import Engine
 from dpo_trainer.exporting import Result, export_model, is_there
-from dpo_trainer.formats.adapter import MergedWeights, with_adapter
+from dpo_trainer.formats.adapter import AdapterMatrices, MergedWeights, with_adapter
 from dpo_trainer.formats.huggingface import load_weights, open_checkpoint
 from dpo_trainer.formats.start import StartWeights
 from dpo_trainer.layout_check import compare, too_large
@@ -38,12 +39,12 @@ from dpo_trainer.layouts import Decision
 from dpo_trainer.links import judge, measure
 from dpo_trainer.model.attend import form_of
 from dpo_trainer.model.build import Backend, build_model, refuse_fp8, use_transformer_engine
-from dpo_trainer.model.lora import adapters_disabled, attach_lora
+from dpo_trainer.model.lora import adapters_disabled, attach_lora, exact_values
 from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable, complete, reference_key
 from dpo_trainer.reporting import Reporter
 from dpo_trainer.results import RankResult
 from dpo_trainer.rundir import LAYOUT, Finished, RunDirectory, SavedCheckpoint
-from dpo_trainer.sources import model_source, open_adapter, open_tokenizer, store_for
+from dpo_trainer.sources import model_source, open_adapter, open_tokenizer, settled, store_for
 from dpo_trainer.stopping import StopRequest
 from dpo_trainer.training import Inputs, Training
 
@@ -259,6 +260,7 @@ class Run:
         self.reporter.phase("index")
         store, folder = model_source(self.spec)
         self.config = read_config(store, folder)
+        self.spec = settled(self.spec, self.config)
         refuse_errors(self.spec, self.config.facts)
         check_formats(self.config, self.spec.output.converted)
         self._adapter = open_adapter(self.spec, self.config)
@@ -317,18 +319,24 @@ class Run:
         source, digest = open_checkpoint(store, folder, self.config), ""
         if self._adapter is not None:
             digest = self._on_main(self._adapter.digest)
-            source = MergedWeights(source, self._adapter)
+            if self._continued is None:
+                source = MergedWeights(source, self._adapter)
         self._source = source
         loaded = load_weights(model, store, folder, checkpoint=source)
         self.reporter.loaded(loaded.bytes, loaded.seconds)
         self._start_weights = StartWeights(model, source)
         if self.spec.lora is not None:
-            attach_lora(model, self.spec.lora, seed=training.seed)
+            attach_lora(model, self.spec.lora, seed=training.seed, start=self._continued)
         self.stop.leave_before_training(self.world, "loading")
         linears = "transformer-engine" if use_transformer_engine(backend) else "local"
         linears += f" {fp8}" if fp8 else ""
         attention = form_of(self.world.device, model.config.params_dtype, self.config.head_dim)
         return model, with_adapter(loaded.fingerprint, digest), f"{linears} linears, {attention} attention"
+
+    @property
+    def _continued(self) -> AdapterMatrices | None:
+        """The start model's adapter if it is what is trained; it is then not merged into the weights."""
+        return self._adapter if self.spec.lora is not None and self.spec.lora.continue_adapter else None
 
     def _check_layout(self, model: Any, inputs: Inputs) -> None:
         """Compare the layout with one rank. Raises WrongLayoutError if they disagree."""
@@ -340,7 +348,9 @@ class Run:
         if self._decision.predicted_memory is not None:  # of a GPU: host memory is not so scarce
             verdict = too_large(self.spec, self.config.facts, self._decision.layout)
         if verdict is None:
-            verdict = compare(self.spec, self.world, model, self._source, index, index.n, self._backend)
+            verdict = compare(
+                self.spec, self.world, model, self._source, index, index.n, self._backend, self._continued
+            )
         self.reporter.verified(verdict.verified, str(verdict))
         if verdict.verified is False:
             raise WrongLayoutError(
@@ -358,6 +368,8 @@ class Run:
         needed += [(data, _joined(batches)) for data, batches in inputs.validation_batches()]
         if self.spec.dpo.splits_tails:
             form += f", LD alpha {self.spec.dpo.ld_alpha!r}"
+        if self._continued is not None:  # rounded in other places than a merged one
+            form += ", adapter beside the weights"
         for data, pairs in needed:
             key = reference_key(
                 model=fingerprint, data=data.index.fingerprint, precision=self.spec.training.precision, form=form
@@ -365,11 +377,14 @@ class Run:
             self._reference_of(data, pairs, cache, key, self._reference_pass(engine, inputs.packer, data))
 
     def _reference_pass(self, engine: Engine, packer: Packer, data: DataSet) -> Compute:
-        """Return the forward pass of the start model; with LoRA, the same weights with the adapters disabled."""
+        """Return the forward pass of the start model; with LoRA, the same weights with the new adapters disabled.
+
+        An adapter that is continued is a part of the start model, and nothing has trained it yet.
+        """
 
         def compute(chunk: Pairs) -> torch.Tensor:
             packs, _ = packer.packs(data, chunk, self.world)
-            with adapters_disabled(engine.model):
+            with adapters_disabled(engine.model) if self._continued is None else nullcontext():
                 return engine.log_prob_sums(chunk, packs)
 
         return compute
@@ -446,6 +461,9 @@ class Run:
         }
         masters = engine.masters
         self._start_weights.deliver(rounded, lambda name, value: masters.fill(rounded[name], value))
+        if self._continued is not None:
+            for matrix, value in exact_values(engine.model, self._continued):
+                masters.fill(matrix, value)
 
     def _output(self, uri: str) -> tuple[Store, str]:
         """Return the store for an address of the result, and the address."""
@@ -473,7 +491,10 @@ class Run:
         export_model(result, self.spec, self.world, model_source(self.spec), (store, uri), self._adapter)
         self.model_uri = uri
         if self.world.is_main:
-            write_cards(self.job, trained, model_source(self.spec), (store, uri))
+            settled_job = self.job.model_copy(
+                update={"spec": self.job.spec.model_copy(update={"lora": self.spec.lora})}
+            )
+            write_cards(settled_job, trained, model_source(self.spec), (store, uri))
             self.directory.check_fence()
             best = training.chooser.best
             done = {

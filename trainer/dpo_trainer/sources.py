@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo_api.models import ModelConfig
-from dpo_api.models.adapter import read_adapter
+from dpo_api.models.adapter import continued, read_adapter
 from dpo_api.models.folder import Files
 from dpo_api.models.start import check_tokenizer, start_model
 from dpo_api.spec import DPOJobSpec, StorageAccess
@@ -37,6 +37,18 @@ def open_adapter(spec: DPOJobSpec, config: ModelConfig) -> AdapterMatrices | Non
         return None
     store = store_for(spec, source.storage)
     return AdapterMatrices(store, read_adapter(store, source.uri, config))
+
+
+def settled(spec: DPOJobSpec, config: ModelConfig) -> DPOJobSpec:
+    """Return the spec with the settings of the adapter that it continues, if it does.
+
+    Raises what ``open_adapter`` raises, and InvalidSpecError for a setting that differs from the adapter's.
+    """
+    source, lora = spec.model.adapter, spec.lora
+    if source is None or lora is None or not lora.continue_adapter:
+        return spec
+    adapter = read_adapter(store_for(spec, source.storage), source.uri, config)
+    return spec.model_copy(update={"lora": continued(lora, adapter, config)})
 
 
 def open_tokenizer(spec: DPOJobSpec) -> Tokenizer:

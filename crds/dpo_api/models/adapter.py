@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_api.errors import InvalidModelError, NotFoundError
+from dpo_api.errors import InvalidModelError, InvalidSpecError, NotFoundError
+from dpo_api.learning import LORA_GROUPS, Lora
 from dpo_api.models.config import ModelConfig
 from dpo_api.models.folder import Objects, exists, file_in, read_json
 
@@ -44,6 +45,8 @@ class Adapter:
     """Whether the scale is alpha / √rank instead of alpha / rank."""
     targets: tuple[str, ...]
     """Hugging Face's names of the linear layers that have A and B, without ``.weight``."""
+    config: Mapping[str, Any]
+    """The content of adapter_config.json."""
 
     @property
     def scale(self) -> float:
@@ -72,7 +75,40 @@ def read_adapter(files: Objects, folder: str, config: ModelConfig) -> Adapter:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
         raise InvalidModelError(f"{uri}: lora_alpha is {alpha!r}, not a number above 0; copy the file again")
     targets = _targets(_shapes(files, folder), rank, config, file_in(folder, WEIGHTS))
-    return Adapter(folder.rstrip("/"), rank, float(alpha), bool(raw.get("use_rslora")), targets)
+    return Adapter(folder.rstrip("/"), rank, float(alpha), bool(raw.get("use_rslora")), targets, raw)
+
+
+def continued(lora: Lora, adapter: Adapter, config: ModelConfig) -> Lora:
+    """Return the settings of a run that trains ``adapter`` itself (``lora.continueAdapter``).
+
+    rank, alpha, rslora, targetModules and layers are the adapter's. Raises InvalidSpecError naming one of them that the
+    spec sets to something else.
+    """
+    places = {
+        f"{config.row.tensors.layer(layer)}.{name}": (layer, module)
+        for layer in range(config.num_layers)
+        for module in LORA_GROUPS["all"]
+        for name in config.row.tensors.projections(module)
+    }
+    held = [places[target] for target in adapter.targets]
+    layers = tuple(sorted({layer for layer, _ in held}))
+    found: dict[str, Any] = {
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "rslora": adapter.rslora,
+        "target_modules": tuple(module for module in LORA_GROUPS["all"] if module in {module for _, module in held}),
+        "layers": None if len(layers) == config.num_layers else layers,
+    }
+    said = {**{name: getattr(lora, name) for name in found}, "target_modules": lora.modules}
+    said["layers"] = None if lora.layers is None else tuple(sorted(lora.layers))
+    for name, own in {**found, "layers": layers}.items():
+        if name in lora.model_fields_set and said[name] not in (None, own):
+            shown = list(own) if isinstance(own, tuple) else own
+            raise InvalidSpecError(
+                f"spec.lora.{Lora.model_fields[name].alias}: not that of model.adapter, {shown}; leave it out, or set"
+                " continueAdapter to false to train a new adapter"
+            )
+    return lora.model_copy(update=found)
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -63,6 +63,14 @@ class TensorNames:
         """Return the prefix of the names of the layer with that number, counted from 0."""
         return f"{self.layers}.{number}"
 
+    def projections(self, module: str) -> tuple[str, ...]:
+        """Return the names in a layer of the linear layers that make one of those which ``lora.targetModules`` names.
+
+        module: attention_qkv, attention_dense, mlp_fc1 or mlp_fc2, no group.
+        """
+        of = {"attention_qkv": self.qkv, "attention_dense": (self.attention_output,)}
+        return {**of, "mlp_fc1": self.gate_up, "mlp_fc2": (self.down,)}[module]
+
 
 @dataclass(frozen=True, slots=True)
 class Family:

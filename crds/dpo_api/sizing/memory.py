@@ -17,7 +17,7 @@ from dpo_api.sizing.layout import Layout
 from dpo_api.sizing.parameters import (
     Stage,
     adapted,
-    adapter_modules,
+    adapter_parts,
     adapter_shape,
     group_width,
     inner_projections,
@@ -143,9 +143,9 @@ def adapter_bytes_per_token(model: ModelFacts, lora: Lora, layout: Layout, value
     layer gathers its input; with dropout, each keeps what is left of its input or output.
     """
     total = 0.0
-    for module in adapter_modules(lora):
+    for module in lora.modules:
         inputs, outputs = adapter_shape(model, module)
-        total += lora.rank
+        total += lora.rank * adapter_parts(model, lora, module)
         if ROW_COLUMN[module] == "column" and layout.sequence:
             total += inputs
         if lora.dropout > 0:
@@ -159,7 +159,17 @@ def adapter_bytes(model: ModelFacts, lora: Lora | None, layout: Layout, stage: S
         return 0
     layers = adapted(stage, lora)
     kept = min(1, layers) if layout.recomputation == "full" else layers * (layout.pipeline - stage.index)
-    return round(kept * adapter_bytes_per_token(model, lora, layout, value) * layout.pack_tokens / layout.context)
+    of_tokens = adapter_bytes_per_token(model, lora, layout, value) * layout.pack_tokens / layout.context
+    return round(kept * (of_tokens + wide_bytes(model, lora, layout, value)))
+
+
+def wide_bytes(model: ModelFacts, lora: Lora, layout: Layout, value: int) -> float:
+    """What one layer keeps of second matrices that are widened to the first matrices of all projections."""
+    total = 0.0
+    for module in lora.modules:
+        parts = adapter_parts(model, lora, module)
+        total += lora.rank * parts * adapter_shape(model, module)[1] if parts > 1 else 0
+    return value * total / layout.tensor
 
 
 def chunks_of(model: ModelFacts, layout: Layout, value: int, *, trained: bool) -> HeadChunks:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpo_api.models import ModelFacts
+from dpo_api.models import FAMILIES, ModelFacts
 from dpo_api.models.stages import layers_of_stages
 from dpo_api.sizing.layout import Layout
 from dpo_api.spec import Lora
-
-_GROUPS = {
-    "attention": ("attention_qkv", "attention_dense"),
-    "mlp": ("mlp_fc1", "mlp_fc2"),
-    "all": ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"),
-}
 
 
 @dataclass(frozen=True)
@@ -93,9 +87,9 @@ def parameters_of_rank(model: ModelFacts, layout: Layout, stage: Stage) -> int:
     return count
 
 
-def adapter_modules(lora: Lora) -> tuple[str, ...]:
-    """Return the linear layers that get an adapter, without duplicates."""
-    return tuple(dict.fromkeys(module for name in lora.target_modules for module in _GROUPS.get(name, (name,))))
+def adapter_parts(model: ModelFacts, lora: Lora, module: str) -> int:
+    """How many first matrices A an adapter has: one; where PEFT's is continued, one of each of its projections."""
+    return len(FAMILIES[model.family].tensors.projections(module)) if lora.continue_adapter else 1
 
 
 def adapter_shape(model: ModelFacts, module: str) -> tuple[int, int]:
@@ -110,8 +104,12 @@ def adapter_shape(model: ModelFacts, module: str) -> tuple[int, int]:
 
 
 def adapter_of_layer(model: ModelFacts, lora: Lora) -> int:
-    """Parameters of one layer's adapters: rank x (inputs + outputs) of each module."""
-    return sum(lora.rank * sum(adapter_shape(model, module)) for module in adapter_modules(lora))
+    """Parameters of one layer's adapters: rank x (parts x inputs + outputs) of each module."""
+    count = 0
+    for module in lora.modules:
+        inputs, outputs = adapter_shape(model, module)
+        count += lora.rank * (adapter_parts(model, lora, module) * inputs + outputs)
+    return count
 
 
 def adapted(stage: Stage, lora: Lora) -> int:

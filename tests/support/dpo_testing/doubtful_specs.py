@@ -190,6 +190,20 @@ CASES = [
         "hidden size 4096",
         known={"model": LLAMA},
     ),
+    Case(
+        "rank that tensor parallelism does not divide",
+        {"lora.rank": 6, "parallelism.tensor": 4},
+        "error",
+        "spec.lora.rank",
+        "6 is not divisible by parallelism.tensor 4: each process has a part of it",
+    ),
+    Case(
+        "rank of an adapter that tensor parallelism does not divide",
+        {"lora": {"rank": 6, "continueAdapter": True}, "model.adapter": {"uri": "/sft"}, "parallelism.tensor": 4},
+        "error",
+        "spec.lora.rank",
+        "6 of model.adapter is not divisible by parallelism.tensor 4",
+    ),
     # --- batches and packs ---
     Case(
         "pack budget without packing",

@@ -2,15 +2,18 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpo_api.learning import LoraLinear
 from dpo_api.models import ModelConfig
 from dpo_api.models.adapter import PREFIX, WEIGHTS, Adapter
 from dpo_store import join_uri
 from dpo_trainer.formats import weights
+from dpo_trainer.formats.layout import assemble, slots
 from dpo_trainer.formats.safetensors_reader import RangeStore, SafetensorsFile, TensorInfo, bytes_of
 
 
@@ -39,6 +42,45 @@ class AdapterMatrices:
                 for block in bytes_of(matrix):
                     found.update(block)
         return found.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The adapters of the projections of one of our fused linear layers, side by side. All fp32.
+
+    B's rows are in the order of the fused weight. A row of projection i is multiplied with A_i x alone.
+    """
+
+    a: Tensor  #: [projections · rank, inputs]: A_0, A_1, …; zeros for a projection without an adapter
+    b: Tensor  #: [outputs, rank]
+    owners: Tensor  #: [outputs, projections]: 1 where the row is the projection's and it has an adapter, else 0
+
+
+def projections_of(config: ModelConfig, layer: int, module: LoraLinear) -> tuple[str, ...]:
+    """Return Hugging Face's names of the linear layers that one of ours is made of, without ``.weight``."""
+    names = config.row.tensors
+    return tuple(f"{names.layer(layer)}.{name}" for name in names.projections(module))
+
+
+def joined(matrices: AdapterMatrices, config: ModelConfig, layer: int, module: LoraLinear) -> Joined:
+    """Read the adapters of one of our linear layers, of which at least one projection has one."""
+    of, rank, targets = projections_of(config, layer, module), matrices.adapter.rank, matrices.adapter.targets
+    slot = next(s for s in slots(config, [layer], first=False, last=False) if s.sources[0] == f"{of[0]}.weight")
+    (inputs,) = {shape[1] for shape in slot.shapes}
+    outputs = [shape[0] for shape in slot.shapes]
+    a = [matrices.a(name) if name in targets else torch.zeros(rank, inputs) for name in of]
+    b = [matrices.b(name) if name in targets else torch.zeros(n, rank) for name, n in zip(of, outputs, strict=True)]
+    owners = [torch.zeros(count, len(of)) for count in outputs]
+    for index, name in enumerate(of):
+        owners[index][:, index] = float(name in targets)
+
+    def fused(parts: list[Tensor]) -> Tensor:
+        def read(name: str, rows: tuple[int, int] | None) -> Tensor:
+            return parts[slot.sources.index(name)][slice(*(rows or (None,)))]
+
+        return assemble(replace(slot, shapes=tuple(tuple(part.shape) for part in parts)), config, read, 0, 1)
+
+    return Joined(torch.cat(a), fused(b), fused(owners))
 
 
 def with_adapter(model: str, adapter: str) -> str:

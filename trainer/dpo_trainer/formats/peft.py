@@ -1,10 +1,11 @@
 """LoRA adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
 Our adapters are attached to fused layers. B A of a fused layer is, for each part, that part's rows of B times the same
-A, so the split into PEFT's separate projections is exact.
+A, or with ``lora.continueAdapter`` the part's own, so the split into PEFT's separate projections is exact.
 """
 
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +14,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from dpo_api.learning import Lora
 from dpo_api.models import ModelConfig, TensorNames
 from dpo_api.models.adapter import PREFIX, linear_shapes
 from dpo_api.models.stages import layers_of_stages
 from dpo_store import Store, join_uri, open_store
 from dpo_trainer import bridge
-from dpo_trainer.formats.adapter import AdapterMatrices
+from dpo_trainer.formats.adapter import AdapterMatrices, projections_of
 from dpo_trainer.formats.export import Planned, write_tensors
-from dpo_trainer.formats.layout import slots, split_qkv
+from dpo_trainer.formats.layout import split_qkv
 from dpo_trainer.model.forward import unwrap
-from dpo_trainer.model.lora import (
-    LoraSettings,
-    LowRankAdapter,
-    Module,
-    Trained,
-    adapters,
-    scale_of,
-    target_modules,
-)
-
-
-def projections(names: TensorNames, module: Module) -> tuple[str, ...]:
-    """Return the names of the Hugging Face linear layers that one of our modules is made of."""
-    of: dict[Module, tuple[str, ...]] = {
-        "attention_qkv": names.qkv,
-        "attention_dense": (names.attention_output,),
-        "mlp_fc1": names.gate_up,
-        "mlp_fc2": (names.down,),
-    }
-    return of[module]
+from dpo_trainer.model.lora import LowRankAdapter, Trained, adapters, scale_of
 
 
 def export_adapter(
     model: Any,
-    lora: LoraSettings,
+    lora: Lora,
     base: str,
     out: str | Path,
     *,
@@ -59,16 +42,22 @@ def export_adapter(
 
     out: a folder's address; store: to write with. dtype: of the written matrices; None means fp32; adapters are small.
     Raises NoSpaceError when the disk is full. A collective over the tensor-parallel ranks of all stages; only the first
-    of all writes. trained: see ``model.lora.merged_value``. below: an adapter of the start model on ``base``; what is
-    written is then the sum of both, whose rank is the sum of theirs.
+    of all writes. trained: see ``model.lora.merged_value``. below: an adapter of the start model on ``base``. What is
+    written is then the same adapter, trained on, if ``lora`` continues it, else the sum of both, whose rank is the sum
+    of theirs.
     """
-    names = unwrap(model).dpo_config.row.tensors
-    tensors = of_all_stages(model, lora, adapter_tensors(model, trained))
+    of_model: ModelConfig = unwrap(model).dpo_config
+    continued = below if lora.continue_adapter else None
+    targets = tuple(_targets(lora, of_model)) if continued is None else continued.adapter.targets
+    tensors = of_all_stages(model, lora.rank, targets, adapter_tensors(model, trained))
     if tensors is None:
         return []
-    config = adapter_config(lora, base, names)
-    if below is not None:
-        tensors, changes = _summed(tensors, lora, below, unwrap(model).dpo_config)
+    config = adapter_config(lora, base, of_model.row.tensors)
+    if continued is not None:  # its own keys say where PEFT attaches it
+        kept = ("base_model_name_or_path", "lora_dropout", "inference_mode")
+        config = {**continued.adapter.config, **{key: config[key] for key in kept}}
+    elif below is not None:
+        tensors, changes = _summed(tensors, lora, below, of_model)
         config |= changes
     plan: list[Planned] = [(name, tuple(value.shape), dtype or torch.float32) for name, value in tensors.items()]
     store, address = store or open_store(), str(out).rstrip("/")
@@ -80,21 +69,20 @@ def export_adapter(
 def adapter_tensors(model: Any, trained: Trained | None = None) -> dict[str, Tensor]:
     """PEFT's names → fp32 matrices. Each projection has its own A, since safetensors refuses shared memory."""
     config: ModelConfig = unwrap(model).dpo_config
-    names = config.row.tensors
     found: dict[str, Tensor] = {}
     for adapter in adapters(model):
         a, b = adapter.matrices(trained)
-        of = projections(names, adapter.place.module)
+        of = projections_of(config, adapter.place.layer, adapter.place.module)
         parts = _parts(adapter, b, config)
-        for projection, part in zip(of, parts if len(of) > 1 else (torch.cat(parts),), strict=True):
-            prefix = f"{PREFIX}{names.layer(adapter.place.layer)}.{projection}"
-            found[f"{prefix}.lora_A.weight"] = a.clone()
-            found[f"{prefix}.lora_B.weight"] = part.contiguous()
+        firsts = (a,) * len(of) if adapter.owners is None else a.chunk(len(of))
+        for name, first, part in zip(of, firsts, parts if len(of) > 1 else (torch.cat(parts),), strict=True):
+            found[f"{PREFIX}{name}.lora_A.weight"] = first.clone()
+            found[f"{PREFIX}{name}.lora_B.weight"] = part.contiguous()
     return found
 
 
 def _summed(
-    tensors: dict[str, Tensor], lora: LoraSettings, below: AdapterMatrices, config: ModelConfig
+    tensors: dict[str, Tensor], lora: Lora, below: AdapterMatrices, config: ModelConfig
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the sum of two adapters as one, in which each has its rows of A and its columns of B.
 
@@ -120,10 +108,11 @@ def _summed(
     return found, {**changes, "layers_to_transform": None, "layers_pattern": None}
 
 
-def of_all_stages(model: Any, lora: LoraSettings, own: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def of_all_stages(model: Any, rank: int, targets: Collection[str], own: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """Return the adapters of all pipeline stages on the first stage's first tensor-parallel rank; None elsewhere.
 
-    own: this stage's ``adapter_tensors``, fp32.
+    rank: theirs. targets: Hugging Face's names of the linear layers whose adapters are returned, in this order. own:
+    this stage's ``adapter_tensors``, fp32.
     """
     config: ModelConfig = unwrap(model).dpo_config
     here = parallel_state.get_pipeline_model_parallel_rank()
@@ -131,7 +120,7 @@ def of_all_stages(model: Any, lora: LoraSettings, own: dict[str, Tensor]) -> dic
     found = dict(own)
     spans = layers_of_stages(config.num_layers, parallel_state.get_pipeline_model_parallel_world_size())
     for stage, span in enumerate(spans[1:], start=1):
-        shapes = _shapes(config, lora, span)
+        shapes = _shapes(config, rank, targets, span)
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         if here == stage and own:
             flat = torch.cat([own[name].flatten() for name in shapes]).to(bridge.device())
@@ -142,30 +131,32 @@ def of_all_stages(model: Any, lora: LoraSettings, own: dict[str, Tensor]) -> dic
         parts = flat.cpu().split(sizes)
         found |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
     first = here == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
-    return found if first else None
+    return {name: found[name] for name in _shapes(config, rank, targets, range(config.num_layers))} if first else None
 
 
-def _shapes(config: ModelConfig, lora: LoraSettings, span: range) -> dict[str, tuple[int, ...]]:
+def _shapes(config: ModelConfig, rank: int, targets: Collection[str], span: range) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of ``adapter_tensors`` for a stage of these layers."""
-    chosen = span if lora.layers is None else [layer for layer in span if layer in lora.layers]
+    shapes, prefixes = linear_shapes(config), tuple(f"{config.row.tensors.layer(layer)}." for layer in span)
     found: dict[str, tuple[int, ...]] = {}
-    sizes: dict[str, tuple[int, ...]] = {}
-    for slot in slots(config, span, first=False, last=False):
-        sizes.update(zip(slot.sources, slot.shapes, strict=True))
-    for layer in chosen:
-        for module in target_modules(lora.target_modules):
-            for projection in projections(config.row.tensors, module):
-                name = f"{config.row.tensors.layer(layer)}.{projection}"
-                outputs, inputs = sizes[f"{name}.weight"]
-                found[f"{PREFIX}{name}.lora_A.weight"] = (lora.rank, inputs)
-                found[f"{PREFIX}{name}.lora_B.weight"] = (outputs, lora.rank)
+    for name in targets:
+        if name.startswith(prefixes):
+            outputs, inputs = shapes[name]
+            found[f"{PREFIX}{name}.lora_A.weight"] = (rank, inputs)
+            found[f"{PREFIX}{name}.lora_B.weight"] = (outputs, rank)
     return found
 
 
-def adapter_config(lora: LoraSettings, base: str, names: TensorNames) -> dict[str, Any]:
+def _targets(lora: Lora, config: ModelConfig) -> Iterator[str]:
+    """Yield Hugging Face's names of the linear layers that get a new adapter, without ``.weight``."""
+    for layer in range(config.num_layers) if lora.layers is None else sorted(set(lora.layers)):
+        for module in lora.modules:
+            yield from projections_of(config, layer, module)
+
+
+def adapter_config(lora: Lora, base: str, names: TensorNames) -> dict[str, Any]:
     """Return the content of adapter_config.json. PEFT's scale is ours: see ``model.lora.scale_of``."""
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    targets = [name for module in target_modules(lora.target_modules) for name in projections(names, module)]
+    targets = [name for module in lora.modules for name in names.projections(module)]
     layers = None if lora.layers is None else sorted(set(lora.layers))
     return {
         "peft_type": "LORA",

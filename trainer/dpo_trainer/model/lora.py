@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,50 +34,23 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from dpo_api.errors import InvalidSpecError
+from dpo_api.learning import Lora, LoraLinear
 from dpo_trainer import bridge
+from dpo_trainer.formats.adapter import AdapterMatrices, Joined, joined, projections_of
 from dpo_trainer.formats.layout import Value
 from dpo_trainer.model.dropout import TokenKeys, channel_keys, dropout, key_of
 from dpo_trainer.model.forward import unwrap
 
-Module = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"]
-MODULES: dict[Module, str] = {
+MODULES: dict[LoraLinear, str] = {
     "attention_qkv": "self_attention.linear_qkv",
     "attention_dense": "self_attention.linear_proj",
     "mlp_fc1": "mlp.linear_fc1",
     "mlp_fc2": "mlp.linear_fc2",
 }
-GROUPS: dict[str, tuple[Module, ...]] = {
-    "attention": ("attention_qkv", "attention_dense"),
-    "mlp": ("mlp_fc1", "mlp_fc2"),
-    "all": tuple(MODULES),
-}
 _NORMAL_STD = 0.2  # NeMo's
 
 
-class LoraSettings(Protocol):
-    """The fields of ``spec.lora`` that are read here."""
-
-    @property
-    def rank(self) -> int: ...  # noqa: D102
-    @property
-    def alpha(self) -> float | None: ...  # noqa: D102
-    @property
-    def rslora(self) -> bool: ...  # noqa: D102
-    @property
-    def dropout(self) -> float: ...  # noqa: D102
-    @property
-    def dropout_position(self) -> Literal["pre", "post"]: ...  # noqa: D102
-    @property
-    def target_modules(self) -> Sequence[str]: ...  # noqa: D102
-    @property
-    def layers(self) -> Sequence[int] | None: ...  # noqa: D102
-    @property
-    def column_init(self) -> str: ...  # noqa: D102
-    @property
-    def row_init(self) -> str: ...  # noqa: D102
-
-
-def scale_of(lora: LoraSettings) -> float:
+def scale_of(lora: Lora) -> float:
     """Return the factor of B A: alpha / rank, or alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732)."""
     alpha = lora.alpha if lora.alpha is not None else lora.rank
     return alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
@@ -87,7 +60,7 @@ def scale_of(lora: LoraSettings) -> float:
 class _Place:
     """Where an adapter is attached: its base's module and layer, and its place among the layers with adapters."""
 
-    module: Module
+    module: LoraLinear
     layer: int
     position: int
     count: int
@@ -100,24 +73,44 @@ class _Place:
 
 
 class LowRankAdapter(torch.nn.Module):
-    """scale · B A x beside one linear layer. ``linear_in.weight`` is A, ``linear_out.weight`` is B."""
+    """scale · B A x beside one linear layer. ``linear_in.weight`` is A, ``linear_out.weight`` is B.
+
+    One that continues PEFT's adapters of a fused layer's projections has all their A, one below the other, and a row of
+    B is multiplied with the result of its own projection's.
+    """
 
     channels: Tensor  #: keys of the channels that dropout sees on this rank; absent without dropout
+    owners: Tensor | None  #: [rows of B on this rank, projections]: see ``Joined``; None: all rows have the same A
 
     def __init__(
-        self, config: Any, lora: LoraSettings, place: _Place, inputs: int, outputs: int, seed: int, tokens: TokenKeys
+        self,
+        config: Any,
+        lora: Lora,
+        place: _Place,
+        inputs: int,
+        outputs: int,
+        seed: int,
+        tokens: TokenKeys,
+        start: Joined | None = None,
     ) -> None:
         super().__init__()
         self.config, self.place, self.tokens = config, place, tokens
         self.enabled = True
         self.scale = scale_of(lora)
         self.dropout, self.dropout_position = lora.dropout, lora.dropout_position
-        size, rank = _tensor_parallel()
-        axis = 1 if place.row_parallel else 0
-        first = _draw(lora.column_init, (lora.rank, inputs), f"{seed}/{place.layer}/{place.module}/in")
-        second = _draw(lora.row_init, (outputs, lora.rank), f"{seed}/{place.layer}/{place.module}/out")
-        self.linear_in = _Matrix(config, first.chunk(size, dim=axis)[rank], axis)
-        self.linear_out = _Matrix(config, _rows_of_rank(second, place.gated, size, rank), 0)
+        if start is None:
+            first = _draw(lora.column_init, (lora.rank, inputs), f"{seed}/{place.layer}/{place.module}/in")
+            second = _draw(lora.row_init, (outputs, lora.rank), f"{seed}/{place.layer}/{place.module}/out")
+            owners = None
+        else:
+            first, second = start.a, start.b
+            owners = None if start.owners.shape[1] == 1 else _rows_of_rank(start.owners, place.gated)
+        first, second = self.divided(first, second)
+        self.linear_in = _Matrix(config, first, 1 if place.row_parallel else 0)
+        self.linear_out = _Matrix(config, second, 0)
+        if owners is not None:
+            owners = owners.to(device=bridge.device(), dtype=config.params_dtype)
+        self.register_buffer("owners", owners, persistent=False)
         if lora.dropout:
             channels = _channels(lora.dropout_position, place, inputs, outputs).to(bridge.device())
             keys = channel_keys(channels, key_of("adapter", place.layer, place.module))
@@ -141,7 +134,7 @@ class LowRankAdapter(torch.nn.Module):
                 else copy_to_tensor_model_parallel_region(x)
             )
             inner = gather_from_tensor_model_parallel_region(self.linear_in(x))
-            out = self.linear_out(copy_to_tensor_model_parallel_region(inner))
+            out = F.linear(copy_to_tensor_model_parallel_region(inner), self._wide(self.linear_out.weight))
         if self.dropout_position == "post":
             out = self._drop(out)
         return out if self.scale == 1 else out * self.scale
@@ -157,9 +150,24 @@ class LowRankAdapter(torch.nn.Module):
             tokens = tokens.chunk(size)[rank]
         return dropout(x, tokens, self.channels, self.dropout)
 
+    def _wide(self, b: Tensor) -> Tensor:
+        """B [rows, rank] as the factor of A x: with an A of each projection, [rows, projections · rank], else B itself.
+
+        Each row has its values in its own projection's columns, and zeros that are no parameters in the others.
+        """
+        return b if self.owners is None else (b.unsqueeze(1) * self.owners.unsqueeze(2)).flatten(1)
+
+    def divided(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's parts of whole matrices."""
+        size, rank = _tensor_parallel()
+        return a.chunk(size, dim=1 if self.place.row_parallel else 0)[rank], _rows_of_rank(b, self.place.gated)
+
     @torch.no_grad()
     def matrices(self, trained: "Trained | None" = None) -> tuple[Tensor, Tensor]:
-        """Whole A [rank, in] and B [out, rank], fp32, unscaled. A collective over tensor-parallel ranks."""
+        """Whole A [rank, in] and B [out, rank], fp32, unscaled. A collective over tensor-parallel ranks.
+
+        With an A of each projection, A is [projections · rank, in].
+        """
         a, b = self._parts(trained)
         a = _whole(a, 1 if self.place.row_parallel else 0)
         b = _whole(b, 0, gated=self.place.gated)
@@ -173,7 +181,7 @@ class LowRankAdapter(torch.nn.Module):
             b = _whole(b, 0)
         else:
             a = _whole(a, 0)
-        return self.scale * (b.float() @ a.float())
+        return self.scale * (self._wide(b.float()) @ a.float())
 
     def _parts(self, trained: "Trained | None") -> tuple[Tensor, Tensor]:
         """This rank's parts of A and B: the parameters, or what ``trained`` returns for them."""
@@ -225,21 +233,25 @@ class _Matrix(torch.nn.Module):
         return F.linear(x, self.weight)
 
 
-def target_modules(names: Sequence[str]) -> tuple[Module, ...]:
-    """Return the modules that ``spec.lora.targetModules`` means, in the layer's order."""
-    chosen = {module for name in names for module in GROUPS.get(name, (name,))}
-    return tuple(module for module in MODULES if module in chosen)
-
-
-def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> None:
+def attach_lora(
+    model: Any,
+    lora: Lora,
+    *,
+    seed: int,
+    start: AdapterMatrices | None = None,
+    numbers: Sequence[int] | None = None,
+) -> None:
     """Freeze the model and attach adapters to the layers that ``lora`` names.
 
     Call it after the weights are loaded and before the model is wrapped for training. The initial values depend
-    on ``seed`` only, not on the parallel sizes. Raises InvalidSpecError naming the field for layers that do not exist
-    and for a rank that tensor parallelism cannot split.
+    on ``seed`` only, not on the parallel sizes. start: the adapter that ``lora`` continues (see
+    ``dpo_api.models.adapter.continued``); the values are then its own. numbers: those that the model's layers have in
+    ``start``; None: their own. Raises InvalidSpecError naming the field for layers that do not exist and for a rank
+    that tensor parallelism cannot split.
     """
     gpt = unwrap(model)
-    layers = _chosen_layers(gpt, lora)
+    layers, numbers = _chosen_layers(gpt, lora), numbers or range(gpt.config.num_layers)
+    of_module = {module: _with_adapter(gpt, layers, numbers, module, start) for module in lora.modules}
     size, _ = _tensor_parallel()
     if lora.rank % size:
         raise InvalidSpecError(
@@ -253,18 +265,19 @@ def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> None:
         gpt.adapter_tokens = tokens
     for layer in gpt.decoder.layers:
         index = layer.layer_number - 1
-        if index not in layers:
-            continue
-        for module in target_modules(lora.target_modules):
+        for module, held in of_module.items():
+            if index not in held:
+                continue
             linear = layer.get_submodule(MODULES[module])
             gated = module == "mlp_fc1" and gpt.config.gated_linear_unit
-            place = _Place(module, index, layers.index(index), len(layers), gated)
+            place = _Place(module, index, held.index(index), len(held), gated)
             outputs, inputs = linear.weight.shape
             if place.row_parallel:
                 inputs *= size
             else:
                 outputs *= size
-            linear.adapter = LowRankAdapter(gpt.config, lora, place, inputs, outputs, seed, tokens)
+            values = None if start is None else joined(start, gpt.dpo_config, numbers[index], module)
+            linear.adapter = LowRankAdapter(gpt.config, lora, place, inputs, outputs, seed, tokens, values)
     if gpt.pre_process and gpt.config.recompute_granularity == "full":
         # Recomputation of a layer gives gradients only if its input asks for one, and a frozen embedding does not.
         gpt.embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(torch.is_grad_enabled()))
@@ -273,6 +286,14 @@ def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> None:
 def adapters(model: Any) -> Iterator[LowRankAdapter]:
     """The model's adapters, in the model's order."""
     return (module for module in unwrap(model).modules() if isinstance(module, LowRankAdapter))
+
+
+def exact_values(model: Any, start: AdapterMatrices) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each matrix of the adapters with its value in ``start``, which they continue: fp32, this rank's part."""
+    for adapter in adapters(model):
+        values = joined(start, unwrap(model).dpo_config, adapter.place.layer, adapter.place.module)
+        matrices = (adapter.linear_in.weight, adapter.linear_out.weight)
+        yield from zip(matrices, adapter.divided(values.a, values.b), strict=True)
 
 
 @contextmanager
@@ -320,7 +341,7 @@ def adapter_state(sharded: dict[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in sharded.items() if ".adapter." in name}
 
 
-def _chosen_layers(gpt: Any, lora: LoraSettings) -> list[int]:
+def _chosen_layers(gpt: Any, lora: Lora) -> list[int]:
     count = gpt.config.num_layers
     if lora.layers is None:
         return list(range(count))
@@ -333,6 +354,19 @@ def _chosen_layers(gpt: Any, lora: LoraSettings) -> list[int]:
     return sorted(set(lora.layers))
 
 
+def _with_adapter(
+    gpt: Any, layers: list[int], numbers: Sequence[int], module: LoraLinear, start: AdapterMatrices | None
+) -> list[int]:
+    """Of the model's layers, those that get an adapter of this module: all, or those that have one to continue."""
+    if start is None:
+        return layers
+    return [
+        layer
+        for layer in layers
+        if not set(start.adapter.targets).isdisjoint(projections_of(gpt.dpo_config, numbers[layer], module))
+    ]
+
+
 def _tensor_parallel() -> tuple[int, int]:
     return (
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -340,8 +374,9 @@ def _tensor_parallel() -> tuple[int, int]:
     )
 
 
-def _rows_of_rank(whole: Tensor, gated: bool, size: int, rank: int) -> Tensor:
+def _rows_of_rank(whole: Tensor, gated: bool) -> Tensor:
     """This rank's rows of B in the base's order: a gated one holds its part of the gate, then of the up projection."""
+    size, rank = _tensor_parallel()
     if not gated:
         return whole.chunk(size)[rank]
     gate, up = whole.chunk(2)
@@ -353,7 +388,7 @@ def _channels(position: Literal["pre", "post"], place: _Place, inputs: int, outp
     size, rank = _tensor_parallel()
     if position == "post":
         channels = torch.arange(outputs)
-        return channels if place.row_parallel else _rows_of_rank(channels, place.gated, size, rank)
+        return channels if place.row_parallel else _rows_of_rank(channels, place.gated)
     channels = torch.arange(inputs)
     return channels.chunk(size)[rank] if place.row_parallel else channels
 
