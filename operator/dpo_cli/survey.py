@@ -125,7 +125,9 @@ def survey_model(spec: DPOJobSpec) -> Survey:
             config = read_config(*start_model(stores.reach(source.storage), spec.model))
             if spec.lora is not None and spec.lora.continue_adapter:
                 _Look(stores, here=True).adapter(spec, config, found)
-            found.facts = None if found.problems else config.facts
+                if found.lora is None:  # without its rank there is no layout to choose
+                    return
+            found.facts = config.facts
 
     # A daemon: the command does not wait for a storage that does not answer.
     reader = Thread(target=read, daemon=True)
@@ -207,7 +209,7 @@ class _Look:
                 problem = self._problem(name, uri, error)
                 if problem not in result.problems:  # an archive's config.json is made from its weights, too
                     result.problems.append(problem)
-        if not result.problems:
+        if all(problem.finding.level == "warning" for problem in result.problems):
             result.model_bytes = weight_bytes(files, uri)
 
     def adapter(self, spec: DPOJobSpec, config: ModelConfig, result: _Result) -> None:
@@ -220,6 +222,10 @@ class _Look:
         except DPOError as error:
             result.problems.append(self._problem("spec.model.adapter.uri", source.uri, error))
             return
+        if (base := adapter.other_base(spec.model.source.uri)) is not None:
+            text = f"the adapter was made for {base}, not for {spec.model.source.uri}; check that the weights agree"
+            finding = Finding("warning", "spec.model.adapter.uri", text)
+            result.problems.append(Problem(finding, Outcome.Succeeded))
         if spec.lora is not None and spec.lora.continue_adapter:
             result.lora = continued(spec.lora, adapter, config)
 

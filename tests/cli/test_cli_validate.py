@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dpo_testing.cli import CONFIG, Dpo, Replay, World, pairs
+from dpo_testing.cli import CONFIG, Dpo, Replay, World, good_adapter, pairs
 from dpo_testing.s3server import S3Server
 
 
@@ -102,18 +102,6 @@ def other_adapter(world: World) -> None:
     matrices = {f"{name}A.weight": np.zeros((2, 999)), f"{name}B.weight": np.zeros((999, 2))}
     save_file(matrices, folder / "adapter_model.safetensors")
     edit("model.adapter", {"uri": "sft"})(world)
-
-
-def good_adapter(world: World, **config: Any) -> None:
-    """An adapter of the model's queries, continued."""
-    folder = world.folder / "sft"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}))
-    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
-    matrices = {f"{name}A.weight": np.zeros((2, 64)), f"{name}B.weight": np.zeros((64, 2))}
-    save_file(matrices, folder / "adapter_model.safetensors")
-    edit("model.adapter", {"uri": str(folder)})(world)
-    edit("lora", {"continueAdapter": True})(world)
 
 
 def test_a_continued_adapter_s_settings_are_shown(world: World, dpo: Dpo) -> None:

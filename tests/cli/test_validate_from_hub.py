@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from dpo_testing.cli import Dpo, World
+from dpo_testing.cli import Dpo, World, good_adapter
 from dpo_testing.hubserver import HubServer, hub_server
 
 
@@ -34,6 +35,18 @@ def test_a_valid_job_shows_its_plan(hub: HubServer, world: World, dpo: Dpo) -> N
     assert "llama · 2 layers" in said.out
     assert "1 epoch of ≈ 100 pairs" in said.out
     assert hub.downloads("model.safetensors") == [], "the weights stay where they are"
+
+
+def test_an_adapter_of_another_model_of_the_hub(hub: HubServer, world: World, dpo: Dpo) -> None:
+    good_adapter(world, base_model_name_or_path="org/other")
+    said = dpo("validate", world.write())
+    assert said.code == 0, said.all
+    assert "warning  spec.model.adapter.uri: the adapter was made for org/other, not for hf://org/tiny;" in said.out
+    assert "hf://org/tiny (1000 B of weights)" in said.out
+    for base in ("org/tiny", "/work/models/llama"):
+        config = world.folder / "sft" / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+        assert "was made for" not in dpo("validate", world.write()).out
 
 
 def test_what_is_missing_is_named(hub: HubServer, world: World, dpo: Dpo) -> None:

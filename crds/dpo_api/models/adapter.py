@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 PREFIX = "base_model.model."
 _HEADER_MAX = 100_000_000
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("bias", ("none", None), "trained biases"),
@@ -52,6 +54,12 @@ class Adapter:
     def scale(self) -> float:
         """Factor of B A."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+    def other_base(self, model: str) -> str | None:
+        """Return the hub's name of the model that the adapter is of, if ``model`` is another address of the hub."""
+        named = str(self.config.get("base_model_name_or_path", ""))
+        ours = re.match(r"hf://([^/@]+/[^/@]+)", model)
+        return None if ours is None or not _HUB_NAME.fullmatch(named) or named == ours[1] else named
 
 
 def read_adapter(files: Objects, folder: str, config: ModelConfig) -> Adapter:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
+from dpo_api.models.adapter import WEIGHTS
 from dpo_cli.__main__ import run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -81,6 +84,17 @@ class World:
         path = self.folder / name
         path.write_text(yaml.safe_dump(document, sort_keys=False))
         return str(path)
+
+
+def good_adapter(world: World, **config: Any) -> None:
+    """Let the job continue an adapter of rank 2 of the last layer's queries; ``config``: more keys of its file."""
+    folder = world.folder / "sft"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}))
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    save_file({f"{name}A.weight": np.zeros((2, 64)), f"{name}B.weight": np.zeros((64, 2))}, folder / WEIGHTS)
+    world.spec["model"]["adapter"] = {"uri": str(folder)}
+    world.spec["lora"] = {"continueAdapter": True}
 
 
 def pairs(count: int) -> str:
