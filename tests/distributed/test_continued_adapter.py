@@ -103,6 +103,20 @@ def test_one_trajectory_in_every_layout(
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_an_adapter_on_the_last_layer_alone(sizes: dict[str, Any], tmp_path: Path) -> None:
+    """The layers in which the layout is compared have none; of two stages, only one trains."""
+    spec = merged(make(tmp_path, pairs=13, validation=3, num_hidden_layers=3), CHANGES)
+    sft = write_adapter(tmp_path / "model", tmp_path / "sft", r=2, layers_to_transform=[2])
+    spec = merged(spec, {"model": {"adapter": {"uri": str(sft)}}, "lora": {"dropout": 0.1}})
+    one = run_here(spec, tmp_path / "one")
+    divided = merged(spec, {"parallelism": sizes})
+    two = run_processes(divided, tmp_path / "two", processes=2, scratch=tmp_path / "scratch")
+    assert differences(one, two) == []
+    adapter = two.folder / "model" / "adapter"
+    torch.testing.assert_close(logits(tmp_path / "model", adapter), logits(two.folder / "model"), rtol=1e-5, atol=1e-5)
+
+
 def test_a_resumed_run_keeps_its_reference(spec: dict[str, Any], whole: Finished, tmp_path: Path) -> None:
     """Even if the cache is lost: the reference is the adapter as given, not as trained so far."""
     folder = tmp_path / "run"

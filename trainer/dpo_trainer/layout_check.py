@@ -241,7 +241,9 @@ class _Cut:
     def _adapt(self, small: Any) -> None:
         if self.spec.lora is not None:  # the dropout is compared elsewhere: here it would only add noise to bf16
             lora = self.spec.lora.model_copy(update={"layers": None, "dropout": 0.0})
-            attach_lora(small, lora, seed=self.spec.training.seed, start=self.continued, numbers=self.layers)
+            held = self.spec.lora.layers  # a layer without an adapter to continue gets that of another
+            numbers = [layer if held is None or layer in held else held[0] for layer in self.layers]
+            attach_lora(small, lora, seed=self.spec.training.seed, start=self.continued, numbers=numbers)
 
     def _numbers(
         self, engine: Engine, held: Sequence[Slot], mine: Sequence[int], gradient: Callable[[Any], Tensor]
