@@ -20,7 +20,6 @@ from pydantic import BaseModel
 
 from dpo_api.fields import PATTERN_HINTS
 from dpo_api.manifest import GROUP, KIND, NAME_MAX, VERSION
-from dpo_api.not_yet import NOT_YET
 from dpo_api.spec import DPOJobSpec
 from dpo_api.status import DPOJobStatus
 
@@ -181,17 +180,6 @@ def _immutable(spec: Schema) -> list[Schema]:
     return rules
 
 
-def _refuse_what_is_not_implemented(spec: Schema) -> None:
-    """Add one rule to each field of ``NOT_YET``, so that ``kubectl apply`` says it."""
-    for entry in NOT_YET:
-        place: Schema = {"properties": {"spec": spec}}
-        for step in entry.field.replace("[]", ".[]").split("."):
-            place = place["items"] if step == "[]" else place["properties"][step]
-        if entry.allows is not None:
-            rule = {"rule": entry.allows, "message": entry.message, "reason": "FieldValueForbidden"}
-            place.setdefault("x-kubernetes-validations", []).append(rule)
-
-
 CLUSTER_RULES: list[Schema] = [
     {
         "rule": "has(self.checkpoint) && has(self.checkpoint.uri)",
@@ -240,7 +228,6 @@ COLUMNS: list[Schema] = [
 def custom_resource_definition() -> Schema:
     """Return the whole CustomResourceDefinition."""
     spec = structural(DPOJobSpec)
-    _refuse_what_is_not_implemented(spec)
     spec["x-kubernetes-validations"] = [*spec.get("x-kubernetes-validations", []), *CLUSTER_RULES]
     spec["description"] = "What to train, on what, how and where. Only runPolicy can be changed after acceptance."
     status = structural(DPOJobStatus)

@@ -12,7 +12,6 @@ from dpo_api.errors import Outcome
 from dpo_api.fields import PATTERN_HINTS
 from dpo_api.findings import section_class
 from dpo_api.manifest import API_VERSION, KIND, NAME_MAX
-from dpo_api.not_yet import NOT_YET
 from dpo_api.progress import LastWords, Progress
 from dpo_api.spec import DPOJobSpec
 from dpo_api.status import STATES, ConditionType, DPOJobStatus
@@ -35,7 +34,6 @@ def reference() -> str:
         HEADER,
         "## Spec\n",
         *_sections(DPOJobSpec, structural(DPOJobSpec), "spec"),
-        _not_yet(),
         "## Status\n",
         *_sections(DPOJobStatus, structural(DPOJobStatus), "status"),
         _states(),
@@ -124,11 +122,6 @@ def _table(heading: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]])
     lines = [heading, "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
-
-
-def _not_yet() -> str:
-    text = "### Not implemented in this version\n\nThese fields are reserved. Setting one is an error.\n"
-    return _table(text, ("Field", "Instead"), [(f"`{entry.field}`", entry.instead) for entry in NOT_YET])
 
 
 def _states() -> str:

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
@@ -139,6 +148,22 @@ class Rule:
         return {"rule": self.cel, "message": self.message, **path}
 
 
+@dataclass(frozen=True)
+class Removed:
+    """A field that an earlier version had."""
+
+    field: str
+    """Its name in camelCase."""
+    was: Any
+    """The value that changed nothing. Specs that the earlier version accepted can hold this one only."""
+    answer: str
+    """What an error about the field says: why it is gone and what to do."""
+
+
+STORED = {"stored": True}
+"""Context of validation for a spec that was accepted before: it may hold fields that were removed since."""
+
+
 def _add_rules(schema: dict[str, Any], section: type[BaseModel]) -> None:
     """Add the section's rules to its JSON schema, in the form that the API server evaluates."""
     rules = section.rules if issubclass(section, Section) else ()
@@ -157,13 +182,17 @@ class Section(BaseModel):
         json_schema_extra=_add_rules,
     )
     rules: ClassVar[tuple[Rule, ...]] = ()
+    removed: ClassVar[tuple[Removed, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
+    def _drop_nulls(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict):
+            return data
+        gone = {entry.field: entry.was for entry in cls.removed} if info.context == STORED else {}
+        return {
+            key: value for key, value in data.items() if value is not None and (key not in gone or value != gone[key])
+        }
 
     @model_validator(mode="after")
     def _follow_rules(self) -> Self:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dpo_api.errors import InvalidSpecError
-from dpo_api.fields import PATTERN_HINTS
+from dpo_api.fields import PATTERN_HINTS, Section
 
 Level = Literal["error", "warning", "note"]
 
@@ -255,6 +255,9 @@ def _unknown_field(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
     name = str(loc[-1])
     if section is None:
         return "unknown field"
+    gone = [entry.answer for entry in section.removed if entry.field == name] if issubclass(section, Section) else []
+    if gone:
+        return f"unknown field; {gone[0]}"
     known = [field.alias or attribute for attribute, field in section.model_fields.items()]
     if name in section.model_fields:
         return f"unknown field; did you mean {section.model_fields[name].alias}?"

@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from dpo_api.errors import NotFoundError
-from dpo_api.fields import NAME_PATTERN, AnnotationValue, DnsLabel, LabelKey, LabelValue, Rule, Section, Text
+from dpo_api.fields import NAME_PATTERN, STORED, AnnotationValue, DnsLabel, LabelKey, LabelValue, Rule, Section, Text
 from dpo_api.findings import Finding, ManifestError, findings_of
 from dpo_api.findings import Path as FieldPath
 from dpo_api.spec import DPOJobSpec
@@ -114,17 +114,17 @@ class Document:
     """Line of each path, from 1."""
 
 
-def load_manifests(source: Path | str) -> list[DPOJob]:
+def load_manifests(source: Path | str, *, stored: bool = False) -> list[DPOJob]:
     """Read every DPOJob in a file or a text; other kinds are skipped.
 
     ``source`` is a path, ``-`` for standard input, or, when it spans lines or starts with ``{``, the text itself.
-    Raises ManifestError with all findings, and NotFoundError if the file does not exist.
+    ``stored``: as in ``parse_job``. Raises ManifestError with all findings, and NotFoundError if there is no such file.
     """
     jobs: list[DPOJob] = []
     findings: list[Finding] = []
     for document in dpo_documents(load_documents(source)):
         try:
-            jobs.append(parse_job(document))
+            jobs.append(parse_job(document, stored=stored))
         except ManifestError as error:
             findings += error.findings
     if findings:
@@ -132,21 +132,25 @@ def load_manifests(source: Path | str) -> list[DPOJob]:
     return jobs
 
 
-def load_manifest(source: Path | str) -> DPOJob:
+def load_manifest(source: Path | str, *, stored: bool = False) -> DPOJob:
     """Like ``load_manifests``, for exactly one DPOJob. Raises ManifestError if there are more."""
-    jobs = load_manifests(source)
+    jobs = load_manifests(source, stored=stored)
     if len(jobs) != 1:
         names = ", ".join(job.metadata.name for job in jobs)
         raise ManifestError([Finding("error", "", f"holds {len(jobs)} DPOJobs ({names}) where one is expected")])
     return jobs[0]
 
 
-def parse_job(document: Document | Mapping[str, Any]) -> DPOJob:
-    """Validate one document. Raises ManifestError with all findings."""
+def parse_job(document: Document | Mapping[str, Any], *, stored: bool = False) -> DPOJob:
+    """Validate one document. Raises ManifestError with all findings.
+
+    ``stored``: an earlier version may have accepted it, so fields that were removed since are dropped if they changed
+    nothing. In a manifest they are errors.
+    """
     if not isinstance(document, Document):
         document = Document(document, "")
     try:
-        return DPOJob.model_validate(document.value, by_alias=True, by_name=False)
+        return DPOJob.model_validate(document.value, by_alias=True, by_name=False, context=STORED if stored else None)
     except ValidationError as error:
         found = findings_of(error, DPOJob, source=document.source, lines=document.lines)
         raise ManifestError(found) from None

@@ -14,6 +14,7 @@ from dpo_api.fields import (
     Int,
     LabelKey,
     Quantity,
+    Removed,
     Rule,
     SecretKeyRef,
     Section,
@@ -352,14 +353,13 @@ class TransformerEngine(Section):
             lambda s: s.fp8 is None or s.enabled is not False,
         ),
     )
+    removed: ClassVar[tuple[Removed, ...]] = (
+        Removed("attention", False, "attention is the trainer's own with every setting; remove the field"),
+    )
 
     enabled: Bool | None = Field(
         default=None,
         description="Use its linear layers. Not set: use them if it is installed and there is a GPU.",
-    )
-    attention: Bool = Field(
-        default=False,
-        description="Kept for older manifests: attention is the trainer's own, and true is refused. Default false.",
     )
     fp8: Literal["e4m3", "hybrid"] | None = Field(
         default=None,

@@ -14,7 +14,6 @@ from dpo_api.fields import count
 from dpo_api.findings import Finding, Level
 from dpo_api.learning import LORA_GROUPS
 from dpo_api.models import ModelFacts
-from dpo_api.not_yet import refused
 from dpo_api.plan import make_plan, plan_rates
 from dpo_api.sizing.parameters import group_width, query_width
 from dpo_api.sizing.products import product_of
@@ -36,9 +35,7 @@ def check(
 
     Rules about unknown values (None) are skipped. ``on_cluster`` adds the rules that only apply on a cluster.
     """
-    found: list[Finding] = list(refused(spec))
-    for rule in SPEC_RULES:
-        found += rule(spec)
+    found: list[Finding] = [finding for rule in SPEC_RULES for finding in rule(spec)]
     if model is not None:
         for model_rule in MODEL_RULES:
             found += model_rule(spec, model)
@@ -315,9 +312,8 @@ def _transformer_engine(spec: DPOJobSpec) -> Iterator[Finding]:
         )
     if engine.fp8 is not None:
         yield from _fp8(spec)
-    if engine.enabled is False:
-        for name in sorted(engine.model_fields_set - {"enabled"}):
-            yield _warning(f"transformerEngine.{_alias(engine, name)}", "has no effect, because enabled is false")
+    for name in sorted(engine.model_fields_set - {"enabled", "fp8"}):
+        yield _note(f"transformerEngine.{_alias(engine, name)}", "has no effect: attention is the trainer's own")
 
 
 def _fp8(spec: DPOJobSpec) -> Iterator[Finding]:

@@ -93,7 +93,7 @@ def _mapping(job: Mapping[str, Any] | None, key: str) -> Mapping[str, Any]:
 def _effective(job: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return the spec with all defaults; empty for a spec that this version cannot read."""
     try:
-        return {} if job is None else parse_job(job).spec.model_dump(mode="json", by_alias=True)
+        return {} if job is None else parse_job(job, stored=True).spec.model_dump(mode="json", by_alias=True)
     except DPOError:
         return {}
 

@@ -38,7 +38,7 @@ def name_taken(draft: Draft, found: Object) -> Obstacle | None:
 def is_of_this_spec(draft: Draft, text: str) -> bool:
     """Whether a pinned text is the job's spec. Another version may have written it in another form."""
     try:
-        return pytorchjob.spec_json(parse_job(json.loads(text))) == pytorchjob.spec_json(draft.view.job)
+        return pytorchjob.spec_json(parse_job(json.loads(text), stored=True)) == pytorchjob.spec_json(draft.view.job)
     except (ValueError, ManifestError):
         return False
 

@@ -75,7 +75,7 @@ class View:
     @cached_property
     def job(self) -> DPOJob:
         """The DPOJob, validated. Raises ManifestError."""
-        return parse_job(self.observed.job)
+        return parse_job(self.observed.job, stored=True)
 
     @property
     def spec(self) -> DPOJobSpec:

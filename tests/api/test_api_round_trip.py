@@ -11,13 +11,14 @@ import pytest
 import yaml
 
 from dpo_api.crd import custom_resource_definition
+from dpo_api.findings import ManifestError
 from dpo_api.manifest import DPOJob, load_documents, load_manifest, load_manifests, parse_job
 from dpo_api.spec import DPOJobSpec, Loss, StorageAccess
 from dpo_api.status import DPOJobStatus
 from dpo_api.validation import ModelFacts, check, errors
 from dpo_testing.crd_schema import problems, unknown_fields
 from dpo_testing.go_json import go_json, go_number
-from dpo_testing.manifests import spec
+from dpo_testing.manifests import manifest, spec
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -108,6 +109,18 @@ def test_go_s_numbers(value: float, text: str) -> None:
 def test_a_released_manifest_loads_for_ever(path: Path) -> None:
     for job in jobs(path):
         assert job.spec.data.train
+
+
+def test_a_stored_spec_may_hold_a_field_that_was_removed_as_it_changed_nothing() -> None:
+    """0.1.0 had transformerEngine.attention, and refused true."""
+    now = manifest({"spec.transformerEngine": {"fp8": "hybrid"}})
+    before = manifest({"spec.transformerEngine": {"fp8": "hybrid", "attention": False}})
+    assert parse_job(before, stored=True) == parse_job(now)
+    assert load_manifest(json.dumps(before), stored=True) == parse_job(now)
+    for value, stored in ((False, False), (True, True), (True, False)):
+        before["spec"]["transformerEngine"]["attention"] = value
+        with pytest.raises(ManifestError, match=r"spec\.transformerEngine\.attention: unknown field; attention is the"):
+            parse_job(before, stored=stored)
 
 
 def test_the_complete_manifest_means_what_it_says() -> None:

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from dpo_api import cluster, not_yet, plan, validation
-from dpo_api.not_yet import NOT_YET
+from dpo_api import cluster, plan, validation
 from dpo_api.validation import Finding, check, errors
-from dpo_testing.doubtful_specs import CASES, GROUPED, LLAMA, NOT_YET_CASES, SFT, VALID, Case
+from dpo_testing.doubtful_specs import CASES, GROUPED, LLAMA, SFT, VALID, Case
 from dpo_testing.manifests import spec
 
 
@@ -79,10 +78,6 @@ def test_everything_is_said_at_once_and_errors_come_first() -> None:
     assert "note" in levels
 
 
-def test_a_field_of_the_table_of_the_unimplemented_is_a_field() -> None:
-    assert {entry.field for entry in NOT_YET} == set(NOT_YET_CASES)
-
-
 def sites(module: ModuleType) -> set[int]:
     """Return the lines of a module where a finding is made."""
     makers = {"Finding", "_error", "_warning", "_note", "_unused"}
@@ -93,7 +88,7 @@ def sites(module: ModuleType) -> set[int]:
     }
 
 
-@pytest.mark.parametrize("module", [validation, cluster, plan, not_yet], ids=lambda module: str(module.__name__))
+@pytest.mark.parametrize("module", [validation, cluster, plan], ids=lambda module: str(module.__name__))
 def test_every_place_that_makes_a_finding_has_a_case(module: ModuleType) -> None:
     """A rule that no case reaches could be dropped without a test noticing."""
     seen: set[int] = set()

@@ -31,20 +31,20 @@ from dpo_api.sizing.speed import context_seconds
 from dpo_api.sizing.texts import layout_text, sizes_text
 from dpo_api.spec import DPOJobSpec
 from dpo_testing.manifests import job
-from dpo_testing.sizes import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B, MISTRAL_7B, everything, gpus, sized
+from dpo_testing.sizes import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B, MISTRAL_7B, gpus, sized
 
 H100, H200 = gpus("H100-80GB"), gpus("H200")
 LORA = {"lora": {"rank": 32, "targetModules": ["attention_qkv"]}}
 
 
 def chosen(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware) -> Choice:
-    found = choose(model, spec, hardware, allowed=everything)
+    found = choose(model, spec, hardware)
     assert isinstance(found, Choice), found
     return found
 
 
 def refused(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware) -> Refusal:
-    found = choose(model, spec, hardware, allowed=everything)
+    found = choose(model, spec, hardware)
     assert isinstance(found, Refusal), found
     return found
 
@@ -122,7 +122,7 @@ def test_a_size_that_is_set_to_its_default_is_kept() -> None:
     # It would be divided otherwise.
     assert chosen(LLAMA_8B, sized(), H100).best.layout.model_size > 1
     kept = {"parallelism.tensor": 1, "parallelism.pipeline": 1, "training.activationRecomputation": "none"}
-    found = choose(LLAMA_8B, sized(**kept), H100, allowed=everything)
+    found = choose(LLAMA_8B, sized(**kept), H100)
     assert isinstance(found, Refusal)
     assert found.field == "spec.parallelism"
     out = "leave parallelism.tensor and parallelism.pipeline and training.activationRecomputation out: tensor "
@@ -230,7 +230,7 @@ def test_more_gpus_never_refuse_what_fewer_fit() -> None:
     ):
         spec = sized(**changes)
         fits = [
-            isinstance(choose(model, spec, gpus(product, per_node, nodes), allowed=everything), Choice)
+            isinstance(choose(model, spec, gpus(product, per_node, nodes)), Choice)
             for per_node, nodes in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (8, 8))
         ]
         assert fits == sorted(fits), (model.layers, changes, product)
@@ -239,7 +239,7 @@ def test_more_gpus_never_refuse_what_fewer_fit() -> None:
 def test_more_memory_never_refuses_what_less_fits() -> None:
     for model, changes in itertools.product((LLAMA_8B, LLAMA_70B), ({}, LORA)):
         fits = [
-            isinstance(choose(model, sized(**changes), gpus(product), allowed=everything), Choice)
+            isinstance(choose(model, sized(**changes), gpus(product)), Choice)
             for product in ("A10G", "A100-40GB", "L40S", "A100-80GB", "H100-NVL", "H200", "B200")
         ]
         assert fits == sorted(fits)
@@ -268,12 +268,6 @@ def test_what_no_number_of_gpus_fits_says_so() -> None:
 def test_sizes_that_divide_nothing_are_named() -> None:
     found = refused(LLAMA_8B, sized(**{"parallelism.tensor": 3}), H100)
     assert found.message == "no layout of 8 processes divides the model; leave parallelism.tensor out"
-
-
-def test_layouts_that_this_version_does_not_run_are_not_chosen() -> None:
-    found = choose(LLAMA_1B, sized(), H100, allowed=lambda _spec, layout: layout.tensor == 2)
-    assert isinstance(found, Choice)
-    assert found.best.layout.tensor == 2
 
 
 def test_the_pinned_spec_keeps_what_its_author_wrote() -> None:

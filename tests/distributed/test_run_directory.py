@@ -63,6 +63,13 @@ def test_a_damaged_file_ends_the_command_without_a_traceback(
     assert "Traceback" not in (tmp_path / "scratch" / "log").read_text()
 
 
+def test_a_spec_with_a_field_that_was_removed_is_read(spec: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """By the launcher and by its workers: 0.1.0 wrote it."""
+    older = {"transformerEngine": {"attention": False}}
+    child = start(spec, folder, processes=1, scratch=tmp_path / "scratch", stored=older)
+    assert finish(child, tmp_path / "scratch")["outcome"] == "Succeeded"
+
+
 @pytest.mark.parametrize("lost", ["model", "model/model.safetensors", "model/adapter"])
 def test_a_finished_run_whose_model_is_gone_writes_it_again(
     lost: str, spec: dict[str, Any], finished: Finished, capsys: pytest.CaptureFixture[str]

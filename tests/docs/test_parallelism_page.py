@@ -29,7 +29,7 @@ from dpo_api.sizing import (
 from dpo_api.sizing.layout import Recomputation
 from dpo_api.spec import DPOJobSpec
 from dpo_cli.layouts import layout_rows
-from dpo_testing.sizes import LLAMA_8B, LLAMA_70B, MODELS, everything, gpus, sized
+from dpo_testing.sizes import LLAMA_8B, LLAMA_70B, MODELS, gpus, sized
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "parallelism.md"
@@ -73,7 +73,7 @@ def chosen_rows() -> list[str]:
     rows = ["| model | trains | GPUs | T × P × D | recomputation | pack | of a GPU |", "|---|---|---|---|---|---|---|"]
     for model, kind, product, nodes in CASES:
         hardware = gpus(product, nodes=nodes)
-        found = choose(MODELS[model], spec_of(kind), hardware, allowed=everything)
+        found = choose(MODELS[model], spec_of(kind), hardware)
         where = f"{nodes} × 8 {product}"
         if not isinstance(found, Choice):
             rows.append(f"| {model} | {kind} | {where} | does not fit | | | |")
@@ -156,7 +156,7 @@ def test_an_example_predicts_its_memory(name: str) -> None:
     spec, text = load_manifest(path).spec, path.read_text()
     hardware = hardware_of(spec)
     assert hardware is not None
-    found = choose(EXAMPLES[name], spec, hardware, allowed=everything)
+    found = choose(EXAMPLES[name], spec, hardware)
     assert isinstance(found, Choice)
     assert found.best.layout in set(candidates(EXAMPLES[name], spec, hardware))
     said = "".join(f"#   {label:<11} {line}\n" for label, line in layout_rows(found))

@@ -9,13 +9,12 @@ import ast
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from types import ModuleType
 from typing import Any, TypeGuard
 
 import pytest
 
-from dpo_api import cluster, not_yet, overlay, validation
+from dpo_api import cluster, overlay, validation
 from dpo_api.findings import Finding, ManifestError
 from dpo_api.manifest import parse_job
 from dpo_api.spec import DPOJobSpec
@@ -31,12 +30,11 @@ from dpo_testing.wrong_manifests import (
     NEVER_ALONE,
     RULES,
     SCHEMA,
-    UNIMPLEMENTED,
     Wrong,
     is_repeated,
 )
 
-EVERY = (*ADMISSION, *CHANGES, *UNIMPLEMENTED, *ACCEPTANCE, *DRY_RUN)
+EVERY = (*ADMISSION, *CHANGES, *ACCEPTANCE, *DRY_RUN)
 PROVEN = {case.rule for case in (*ADMISSION, *CHANGES)}
 
 
@@ -73,7 +71,7 @@ def observed(document: dict[str, Any]) -> Observed:
 
 
 # The name is the API server's to check in every case.
-STORABLE = [case for case in (*ADMISSION, *UNIMPLEMENTED, *ACCEPTANCE) if case.rule is None or case.rule.path]
+STORABLE = [case for case in (*ADMISSION, *ACCEPTANCE) if case.rule is None or case.rule.path]
 
 
 @pytest.mark.parametrize("case", STORABLE, ids=lambda case: str(case.name))
@@ -132,7 +130,7 @@ def without_site(module: ModuleType, line: int) -> Callable[[DPOJobSpec], Iterab
 
 
 def parsed() -> Iterator[tuple[Wrong, DPOJobSpec]]:
-    for case in (*ADMISSION, *UNIMPLEMENTED, *ACCEPTANCE):
+    for case in (*ADMISSION, *ACCEPTANCE):
         try:
             yield case, parse_job(case.document).spec
         except ManifestError:  # answered before there is a spec to check
@@ -155,8 +153,6 @@ def test_a_case_fails_without_its_check() -> None:
     for module in MODULES:
         whole = module.check
         deletions += [(f"{module.__name__}:{line}", whole, without_site(module, line)) for line in sites(module)]
-    for row in not_yet.NOT_YET:
-        deletions.append((row.field, not_yet.refused, partial(_refused_without, row)))
     idle = []
     for what, whole, rest in deletions:
         lost = {c.name for c, spec in cases if answered(c, whole(spec)) and not answered(c, rest(spec))}
@@ -165,14 +161,3 @@ def test_a_case_fails_without_its_check() -> None:
             idle.append(what)
     assert idle == [], "checks that no case needs"
     assert {case.name for case, _ in cases} - fallen == set(), "cases that no check answers"
-
-
-def _refused_without(row: not_yet.NotYet, spec: DPOJobSpec) -> Iterator[Finding]:
-    """Yield what is refused when a row of the table is deleted."""
-    kept = tuple(other for other in not_yet.NOT_YET if other != row)
-    before = not_yet.NOT_YET
-    not_yet.NOT_YET = kept
-    try:
-        yield from list(not_yet.refused(spec))
-    finally:
-        not_yet.NOT_YET = before

@@ -49,7 +49,7 @@ def _launch(arguments: argparse.Namespace, results: Path) -> LastWords:
     try:
         if arguments.spec_digest is not None:
             check_digest(arguments.spec, arguments.spec_digest)
-        job = load_manifest(arguments.spec)
+        job = load_manifest(arguments.spec, stored=True)
         refuse_errors(job.spec)
     except DPOError as error:
         return LastWords(outcome=error.outcome.name, message=str(error))

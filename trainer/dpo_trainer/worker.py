@@ -67,7 +67,7 @@ def work(arguments: argparse.Namespace) -> int:
     run: Run | None = None
     watch: Watch | None = None
     try:
-        job = load_manifest(arguments.spec)
+        job = load_manifest(arguments.spec, stored=True)
         stop = StopRequest(limit_seconds=job.spec.training.max_run_seconds)
         options = RunOptions.of(arguments)
         world = World.connect()

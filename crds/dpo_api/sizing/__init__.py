@@ -13,7 +13,6 @@ from dpo_api.sizing.choice import (
     choose,
     hardware_named,
     hardware_of,
-    implemented,
     memory_limit,
     without_sizes,
 )
@@ -50,7 +49,6 @@ __all__ = [
     "cut_layers",
     "hardware_named",
     "hardware_of",
-    "implemented",
     "layout_of",
     "memory_limit",
     "memory_of",

@@ -8,11 +8,10 @@ less memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dpo_api.models import ModelFacts
-from dpo_api.not_yet import refused
 from dpo_api.sizing.layout import (
     SIZES,
     Layout,
@@ -22,7 +21,6 @@ from dpo_api.sizing.layout import (
     layout_of,
     set_sizes,
     smallest_pack,
-    with_layout,
 )
 from dpo_api.sizing.memory import FREE_SHARE, Memory, memory_of
 from dpo_api.sizing.products import assumed, product_named, product_of
@@ -102,27 +100,16 @@ def hardware_named(nodes: int, gpus: int, name: str | None) -> Hardware:
     return Hardware(nodes, gpus, product or assumed(), known=product is not None)
 
 
-def implemented(spec: DPOJobSpec, layout: Layout) -> bool:
-    """Whether this version can run a layout."""
-    return set(refused(with_layout(spec, layout))) <= set(refused(spec))
-
-
-Allowed = Callable[[DPOJobSpec, Layout], bool]
-
-
-def choose(
-    model: ModelFacts, spec: DPOJobSpec, hardware: Hardware, *, allowed: Allowed = implemented
-) -> Choice | Refusal:
+def choose(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware) -> Choice | Refusal:
     """Choose the sizes that the spec leaves out. On CPU nothing is chosen: do not call it."""
     limit = memory_limit(hardware)
     tried = [
         Candidate(layout, memory_of(model, spec, layout), step_seconds(model, spec, layout, hardware))
         for layout in candidates(model, spec, hardware)
-        if allowed(spec, layout)
     ]
     fitting = sorted((found for found in tried if found.memory.total <= limit), key=_rank)
     if not fitting:
-        return _refuse(model, spec, hardware, tried, allowed)
+        return _refuse(model, spec, hardware, tried)
     best, *rest = fitting
     runners_up: list[Candidate] = []
     for found in rest:
@@ -174,9 +161,7 @@ def _packs(spec: DPOJobSpec, data: int) -> list[int]:
     return [smallest, *(factor * smallest for factor in PACK_FACTORS[1:] if factor * smallest <= most)]
 
 
-def _refuse(
-    model: ModelFacts, spec: DPOJobSpec, hardware: Hardware, tried: list[Candidate], allowed: Allowed
-) -> Refusal:
+def _refuse(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware, tried: list[Candidate]) -> Refusal:
     """Return the error for a spec without a layout that fits, with the nearest one that would."""
     kept = set_sizes(spec)
     fields = [field for name, field in SIZES.items() if name in kept]
@@ -190,33 +175,33 @@ def _refuse(
     )
     text = f"the model does not fit {hardware_text(hardware)}: {need}, but a layout may take"
     text += f" {limit_text(hardware, memory_limit(hardware))}"
-    if fields and (found := _fits(model, without_sizes(spec), hardware, allowed)):
+    if fields and (found := _fits(model, without_sizes(spec), hardware)):
         fix = f"leave {' and '.join(fields)} out: {sizes_text(found.layout)} would fit"
         return Refusal("spec.parallelism", f"{text}; {fix}")
-    return Refusal("spec.resources", f"{text}; {_nearest(model, spec, hardware, allowed)}")
+    return Refusal("spec.resources", f"{text}; {_nearest(model, spec, hardware)}")
 
 
-def _nearest(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware, allowed: Allowed) -> str:
+def _nearest(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware) -> str:
     """Say what would fit if every size is left out: more GPUs, or an adapter on the same ones."""
     free = without_sizes(spec)
     fixes = []
     for more in _larger(hardware):
-        if found := _fits(model, free, more, allowed):
+        if found := _fits(model, free, more):
             fixes.append(f"{hardware_text(more)} would fit ({sizes_text(found.layout)})")
             break
-    if spec.lora is None and (found := _fits(model, free.model_copy(update={"lora": Lora()}), hardware, allowed)):
+    if spec.lora is None and (found := _fits(model, free.model_copy(update={"lora": Lora()}), hardware)):
         fixes.append(f"lora would fit these ({sizes_text(found.layout)})")
     if not fixes:
         return "no number of them would fit; use a smaller data.maxLength or GPUs with more memory"
     return ", and ".join(fixes)
 
 
-def _fits(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware, allowed: Allowed) -> Candidate | None:
+def _fits(model: ModelFacts, spec: DPOJobSpec, hardware: Hardware) -> Candidate | None:
     limit = memory_limit(hardware)
     found = [
         Candidate(layout, memory, step_seconds(model, spec, layout, hardware))
         for layout in candidates(model, spec, hardware)
-        if (memory := memory_of(model, spec, layout)).total <= limit and allowed(spec, layout)
+        if (memory := memory_of(model, spec, layout)).total <= limit
     ]
     return min(found, key=_rank, default=None)
 

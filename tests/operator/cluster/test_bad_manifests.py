@@ -7,6 +7,7 @@ variants of the CRD that lack its rule.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,6 @@ import pytest
 
 from dpo_api.crd import custom_resource_definition
 from dpo_api.manifest import NAME_MAX
-from dpo_api.not_yet import NOT_YET
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.jobs import Jobs
 from dpo_testing.kubeapi import DPOJOBS, Api, ApiError, Object, eventually, path_of
@@ -30,11 +30,8 @@ from dpo_testing.wrong_manifests import (
     CHANGES,
     COMPLETE,
     DRY_RUN,
-    NOT_IMPLEMENTED,
     SCHEMA,
-    UNIMPLEMENTED,
     Wrong,
-    is_unimplemented,
 )
 
 _CRDS = ("apiextensions.k8s.io/v1", "customresourcedefinitions")
@@ -42,8 +39,7 @@ STORED: Object = copy.deepcopy(MINIMAL) | {"metadata": {"name": "stored"}}
 """The DPOJob that the cases of CHANGES try to change."""
 ACCEPTED: Object = {"acceptedSpecDigest": "sha256:" + "0" * 64}
 """Its status."""
-SAID_BY_ANOTHER = {row.field for row in NOT_YET if row.allows is None}
-REFUSED = (*ADMISSION, *CHANGES, *(case for case in UNIMPLEMENTED if case.field not in SAID_BY_ANOTHER))
+REFUSED = (*ADMISSION, *CHANGES)
 
 
 def names(cases: Sequence[Wrong]) -> list[str]:
@@ -105,8 +101,6 @@ def test_admission_names_the_field_and_the_fix(answers: dict[str, ApiError | Non
     error = answers[case.name]
     assert error is not None, "it was admitted"
     found = causes(error)
-    if case not in UNIMPLEMENTED:  # a field with a mistake may also be one that this version does not implement
-        found = [(where, words) for where, words in found if NOT_IMPLEMENTED not in words]
     assert any(case.says in message for _, message in found), found
     # One mistake, one answer: nothing hides it. (A value of the wrong kind is none of the allowed ones either.)
     assert {where for where, _ in found} in ({case.field}, {""}, {"<nil>"}), found
@@ -140,6 +134,38 @@ def test_a_job_that_0_1_0_accepted_cannot_be_edited(cluster: ControlPlane, space
         with pytest.raises(ApiError, match="cannot be changed after acceptance"):
             cluster.admin.patch(DPOJOBS, space, "former", {"spec": change})
     cluster.admin.patch(DPOJOBS, space, "former", {"spec": {"runPolicy": {"maxRestarts": 7}}})
+
+
+def test_a_job_that_0_1_0_accepted_with_a_field_that_was_removed(cluster: ControlPlane, space: str) -> None:
+    """The API server drops the field when it reads the job, which can still be written."""
+    name = "dpojobs.dpo-operator.dev"
+    place = ("schema", "openAPIV3Schema", "properties", "spec", "properties", "transformerEngine", "properties")
+
+    def serve(field: Object | None) -> None:
+        versions = cluster.admin.get(_CRDS, None, name)["spec"]["versions"]
+        fields = functools.reduce(lambda part, key: part[key], place, versions[0])
+        fields.pop("attention", None)
+        fields |= {} if field is None else {"attention": field}
+        cluster.admin.patch(_CRDS, None, name, {"spec": {"versions": versions}})
+
+    def engine() -> Object | None:
+        found: Object | None = cluster.admin.get(DPOJOBS, space, "older")["spec"].get("transformerEngine")
+        return found
+
+    older = manifest({"metadata.name": "older", "spec.transformerEngine": {"attention": False}})
+    serve({"type": "boolean"})
+    try:
+        eventually(lambda: _made(cluster.admin, space, older) and engine() == {"attention": False}, seconds=30,
+                   what="a CRD with the field")  # fmt: skip
+        cluster.admin.patch(DPOJOBS, space, "older", {"status": {"configMap": "older-spec-1"}}, sub="status")
+    finally:
+        serve(None)
+    eventually(lambda: engine() == {}, seconds=30, what="a CRD without it")
+    cluster.admin.patch(DPOJOBS, space, "older", {"status": {"restarts": 1}}, sub="status")
+    cluster.admin.patch(DPOJOBS, space, "older", {"spec": {"runPolicy": {"suspend": True}}})
+    with pytest.raises(ApiError, match="transformerEngine cannot be changed after acceptance"):
+        cluster.admin.patch(DPOJOBS, space, "older", {"spec": {"transformerEngine": None}})
+    cluster.admin.delete(DPOJOBS, space, "older")
 
 
 _SOURCES = [{"uri": f"s3://prefs/{n}", "name": f"source-{n}"} for n in range(64)]
@@ -218,8 +244,7 @@ def test_a_manifest_is_refused_by_its_own_rule_alone(cluster: ControlPlane, spac
         stored = {**STORED, "apiVersion": f"{group}/v0", "status": ACCEPTED}
         eventually(lambda: _made(cluster.admin, space, stored), seconds=60, what="the variants are served")
         tried = [(case, n) for case in REFUSED if case.rule for n in {*range(THIRDS), lacks[case.rule]}]
-        tried += [(case, 0) for case in UNIMPLEMENTED]
-        admitted: dict[str, set[int]] = {case.name: set() for case in (*REFUSED, *UNIMPLEMENTED)}
+        admitted: dict[str, set[int]] = {case.name: set() for case in REFUSED}
         reasons: dict[str, str] = {}
 
         def attempt(pair: tuple[Wrong, int]) -> None:
@@ -237,8 +262,6 @@ def test_a_manifest_is_refused_by_its_own_rule_alone(cluster: ControlPlane, spac
             if case.rule is not None and admitted[case.name] != {lacks[case.rule]}
         }
         assert not wrong, wrong
-        # SCHEMA lacks the rules about fields that are not implemented: only they refuse these.
-        assert [case.name for case in UNIMPLEMENTED if admitted[case.name] != {0}] == []
     finally:
         cluster.admin.delete(_CRDS, None, crd["metadata"]["name"])
 
@@ -255,7 +278,7 @@ def _made(api: Api, namespace: str, body: Object) -> bool:
 
 # --- answered by the operator ----------------------------------------------------------------------------------------
 
-JUDGED = (*(case for case in ACCEPTANCE if not is_unimplemented(case)), *DRY_RUN)
+JUDGED = (*ACCEPTANCE, *DRY_RUN)
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,23 @@ def test_a_job_that_0_1_0_accepted_keeps_its_contract_to_the_end() -> None:
     assert not {"launchContract", "acceptedSpecDigest"} & cluster.status.keys()
 
 
+def test_a_job_that_0_1_0_accepted_with_a_field_that_was_removed_goes_on() -> None:
+    """Under a CRD of 0.1.0; a newer one drops the field from the DPOJob."""
+    cluster = accepted_by_0_1_0()
+    assert cluster.job is not None
+    (pinned,) = cluster.config_maps.values()
+    text = json.loads(pinned["data"]["spec.json"])
+    for holder in (cluster.job, text):
+        holder["spec"]["transformerEngine"] = {"attention": False}
+    pinned["data"]["spec.json"] = json.dumps(text)
+    cluster.lose_attempt(1)
+    assert "job-2" in cluster.children
+    del cluster.job["status"]
+    cluster.settle()
+    assert cluster.status["launchContract"] == FIRST
+    assert json.loads(pinned["data"]["spec.json"]) == text
+
+
 @pytest.mark.parametrize("gone", ["status", "ConfigMap"])
 def test_a_job_that_0_1_0_accepted_keeps_its_contract_after_a_loss(gone: str) -> None:
     cluster = accepted_by_0_1_0()

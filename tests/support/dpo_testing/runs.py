@@ -103,15 +103,19 @@ def start(
     more: Sequence[str] = (),
     name: str = "test",
     preloaded: bool = True,
+    stored: Mapping[str, Any] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start the launcher in a session of its own; ``scratch`` gets its log and its termination message.
 
     more: further arguments. preloaded: fork its processes from a server that has imported torch
-    (dpo_testing.preloaded); False starts new interpreters, for tests of what happens while they import.
+    (dpo_testing.preloaded); False starts new interpreters, for tests of what happens while they import. stored: more
+    of the spec's sections as an earlier version wrote them.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "spec.json"
-    path.write_text(job_of(spec, name).to_json())
+    document = job_of(spec, name).to_dict()
+    document["spec"] |= stored or {}
+    path.write_text(json.dumps(document))
     command = [sys.executable, "-m", "dpo_trainer", "launch", f"--spec={path}", f"--run-dir={folder}"]
     command += [f"--processes={processes}", f"--last-words={scratch / 'last-words.json'}", *more]
     variables = {**os.environ, "PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1", **(environment or {})}

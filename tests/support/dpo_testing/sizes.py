@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_api.models import ModelFacts
-from dpo_api.sizing import Hardware, Layout, product_named
+from dpo_api.sizing import Hardware, product_named
 from dpo_api.spec import DPOJobSpec
 from dpo_testing.manifests import spec
 
@@ -39,8 +39,3 @@ def gpus(product: str, per_node: int = 8, nodes: int = 1, *, known: bool = True)
     found = product_named(product)
     assert found is not None
     return Hardware(nodes, per_node, found, known)
-
-
-def everything(_spec: DPOJobSpec, _layout: Layout) -> bool:
-    """Allow every layout, also those that this version does not implement."""
-    return True

@@ -1,8 +1,7 @@
 """Wrong manifests: what is changed in a good one, the one rule that refuses it, and the words of the answer.
 
-``ADMISSION``: refused by the API server, each by a single rule of the CRD. ``UNIMPLEMENTED``: refused by a rule about a
-field that is not implemented; ``SCHEMA`` lacks these rules. ``CHANGES``: refused changes of a stored DPOJob.
-``ACCEPTANCE``: answered by the operator in the condition Accepted; those that ``is_unimplemented`` are not admitted.
+``ADMISSION``: refused by the API server, each by a single rule of the CRD. ``CHANGES``: refused changes of a stored
+DPOJob. ``ACCEPTANCE``: answered by the operator in the condition Accepted.
 ``DRY_RUN``: admitted, and answered there in the API server's words about the child.
 """
 
@@ -15,21 +14,16 @@ from pathlib import Path as File
 from typing import Any
 
 from dpo_api.crd import custom_resource_definition
-from dpo_api.findings import ManifestError
 from dpo_api.loss import Loss
-from dpo_api.manifest import load_documents, parse_job
-from dpo_api.not_yet import NOT_YET, refused
+from dpo_api.manifest import load_documents
 from dpo_testing.doubtful_specs import CASES as DOUBTFUL
-from dpo_testing.doubtful_specs import NOT_YET_CASES
 from dpo_testing.manifests import manifest
-from dpo_testing.schema_rules import Path, Schema, SchemaRule, broken, node, rules, without
+from dpo_testing.schema_rules import Path, Schema, SchemaRule, broken, node, rules
 
 Object = dict[str, Any]
 
 _GOLDEN = File(__file__).resolve().parents[2] / "golden" / "api"
-NOT_IMPLEMENTED = "is not implemented in this version"
-_WHOLE: Schema = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-SCHEMA: Schema = without(_WHOLE, [rule for rule in rules(_WHOLE) if NOT_IMPLEMENTED in rule.what])
+SCHEMA: Schema = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 COMPLETE: Object = load_documents(_GOLDEN / "v1alpha1" / "complete.yaml")[0].value
 _OTHERS: list[Object] = [document.value for document in load_documents(_GOLDEN / "v1alpha1" / "other-forms.yaml")]
 
@@ -383,7 +377,7 @@ _TEMPLATES: tuple[tuple[str, Object, str, str], ...] = (
 def _acceptance_cases() -> Iterator[Wrong]:
     for case in DOUBTFUL:
         # What needs the model or the data is said by `dpo validate` and the trainer, not by the operator.
-        if case.level != "error" or case.removed or set(case.known) - {"on_cluster"} or case.says in NOT_IMPLEMENTED:
+        if case.level != "error" or case.removed or set(case.known) - {"on_cluster"}:
             continue
         document = manifest({f"spec.{path}": value for path, value in case.changes.items()})
         yield Wrong(case.name, document, case.field, case.says)
@@ -401,20 +395,6 @@ def _acceptance_cases() -> Iterator[Wrong]:
                 "comes from spec.logging.mlflow.tokenSecretRef; set one of the two")  # fmt: skip
     percent = manifest({"spec.training.validationInterval": "0.0%"})
     yield Wrong("interval of nought percent", percent, "spec.training.validationInterval", "should be above 0%")
-
-
-def is_unimplemented(case: Wrong) -> bool:
-    """Whether a case also asks for something that is not implemented, which the API server says first."""
-    try:
-        return any(refused(parse_job(case.document).spec))
-    except ManifestError:
-        return False
-
-
-def _unimplemented_cases() -> Iterator[Wrong]:
-    for entry in NOT_YET:
-        document = manifest({f"spec.{path}": value for path, value in NOT_YET_CASES[entry.field].items()})
-        yield Wrong(f"not yet: {entry.field}", document, entry.field.replace("[]", "[0]"), entry.message)
 
 
 _DRY_RUN: tuple[tuple[str, Object, str], ...] = (
@@ -436,7 +416,6 @@ _DRY_RUN: tuple[tuple[str, Object, str], ...] = (
 ADMISSION: tuple[Wrong, ...] = tuple(_golden_cases())
 ADMISSION += tuple(_limit_cases({case.rule for case in ADMISSION if case.rule is not None}))
 CHANGES: tuple[Wrong, ...] = tuple(_change_cases())
-UNIMPLEMENTED: tuple[Wrong, ...] = tuple(_unimplemented_cases())
 ACCEPTANCE: tuple[Wrong, ...] = tuple(_acceptance_cases())
 DRY_RUN: tuple[Wrong, ...] = tuple(
     Wrong(name, manifest({"spec.podTemplate": template}), "spec.podTemplate", says) for name, template, says in _DRY_RUN
