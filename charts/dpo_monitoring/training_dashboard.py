@@ -188,6 +188,28 @@ LEARNING = Row(
             "none",
             _both("sft_loss"),
         ),
+        Panel(
+            "Best validation",
+            "Best value so far of the metric that checkpoint.monitor names; empty before the first validation, and"
+            " without that field.",
+            "none",
+            (
+                Query(
+                    f"max by ({', '.join((*ATTEMPT, 'metric'))}) ({of_run('dpo_checkpoint_best_value')})",
+                    f"{WHO} {{{{metric}}}}",
+                ),
+            ),
+            width=12,
+        ),
+        Panel(
+            "Steps since the best validation",
+            "Optimizer steps since that value. If it grows for many validations, the run no longer improves: see"
+            " training.earlyStopping.",
+            "short",
+            (Query(f"{run('dpo_train_steps_total')} - {run('dpo_checkpoint_best_step')}", WHO),),
+            width=12,
+            lowest=0,
+        ),
     ),
 )
 

@@ -198,6 +198,18 @@ RUN: tuple[Metric, ...] = (
         "dpo_checkpoint_last_success_timestamp_seconds", "gauge", "Time of the newest complete checkpoint.", "Unix time"
     ),
     Metric("dpo_checkpoint_last_step", "gauge", "Step of the newest complete checkpoint."),
+    Metric(
+        "dpo_checkpoint_best_value",
+        "gauge",
+        "Best value so far of the validation metric that checkpoint.monitor names (label metric): NaN before there is"
+        " one, absent without checkpoint.monitor.",
+        labels=("metric",),
+    ),
+    Metric(
+        "dpo_checkpoint_best_step",
+        "gauge",
+        "Step of that value: NaN before there is one, absent without checkpoint.monitor.",
+    ),
     Metric("dpo_checkpoint_wait_seconds_total", "counter", "Time that training waited for checkpoints.", "seconds"),
     Metric("dpo_trainer_info", "gauge", "Always 1; its labels describe the run.", labels=("version", "dpojob")),
 )

@@ -58,8 +58,10 @@ def undisturbed(
     if cluster.given is None:
         request.getfixturevalue("prometheus")
     run = Run(cluster, jobs, "calm")
+    body = disturbable(cluster, "calm")
+    body["spec"]["checkpoint"]["monitor"] = "val/loss"
     with steps.step("an undisturbed run"):
-        run.create(disturbable(cluster, "calm"))
+        run.create(body)
         assert run.wait_succeeded()["state"] == "Succeeded"
     losses = run.losses()
     assert sorted(losses) == list(range(1, STEPS + 1))

@@ -67,7 +67,7 @@ def _spec(folder: Path) -> Object:
             "data": {"overLength": "drop"},
             "dpo": {"sftWeight": 0.1},
             "training": {"maxSteps": 100_000, "validationInterval": 20, "learningRate": 1e-4},
-            "checkpoint": {"everySteps": 20, "keep": 1},
+            "checkpoint": {"everySteps": 20, "keep": 1, "monitor": "val/loss"},
         },
     )
 

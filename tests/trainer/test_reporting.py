@@ -1,6 +1,7 @@
 """What a run reports: nothing before there is news, and from the start everything that is already known."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_a_run_exports_exactly_the_rows_of_the_table(
         text = generate_latest(run.reporter._hub.prometheus.registry).decode()
         found.update({family.name: family for family in text_string_to_metric_families(text)})
 
-    run_here(merged(spec, {"dpo": {"sftWeight": 0.1}}), tmp_path / "run", look)
+    run_here(merged(spec, {"dpo": {"sftWeight": 0.1}, "checkpoint": {"monitor": "val/loss"}}), tmp_path / "run", look)
     rows = {row.family: row for row in METRICS}
     assert set(found) == set(rows)
     for name, family in found.items():
@@ -93,6 +94,41 @@ def test_a_run_exports_exactly_the_rows_of_the_table(
         assert family.samples, name
         for sample in family.samples:
             assert (sample.name, set(sample.labels)) == (row.name, set(row.labels))
+
+
+BEST = {"dpo_checkpoint_best_value", "dpo_checkpoint_best_step"}
+
+
+def test_the_best_validation_is_nan_until_there_is_one(
+    spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That before the first step does not count."""
+    stepped = Reporter.stepped
+    after: dict[int, dict[str, float]] = {}
+
+    def watched(self: Reporter, step: int, *args: Any, **kwargs: Any) -> None:
+        stepped(self, step, *args, **kwargs)
+        after[step] = {name: value for name, value in gauges(self).items() if name in BEST}
+
+    def at_end(run: Run) -> None:
+        after[3] = {name: value for name, value in gauges(run.reporter).items() if name in BEST}
+
+    monkeypatch.setattr(Reporter, "stepped", watched)
+    changes = {"checkpoint": {"monitor": "val/rewards_margin"}, "training": {"validationInterval": 1}}
+    run = run_here(merged(spec, changes), tmp_path / "run", at_end)
+    assert after[1].keys() == BEST
+    assert all(math.isnan(value) for value in after[1].values())
+    margins = {event["step"]: event["val/rewards_margin"] for event in run.events if event.get("val/rewards_margin")}
+    assert after[2] == {"dpo_checkpoint_best_value": margins[1], "dpo_checkpoint_best_step": 1}
+    best = max((1, 2), key=lambda step: margins[step])
+    assert after[3] == {"dpo_checkpoint_best_value": margins[best], "dpo_checkpoint_best_step": best}
+
+
+def test_a_run_that_monitors_nothing_has_no_best_validation(spec: dict[str, Any], tmp_path: Path) -> None:
+    seen: set[str] = set()
+    run_here(spec, tmp_path / "run", lambda run: seen.update(gauges(run.reporter)))
+    assert "dpo_checkpoint_last_step" in seen
+    assert not seen & BEST
 
 
 def test_a_resumed_run_says_which_checkpoint_it_has_and_how_old_it_is(spec: dict[str, Any], tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Reporter:
         self.predicted_memory: int | None = None
         self.hosts: list[str] = []
         self._slowness = Slowness()
+        self._monitor = job.spec.checkpoint.monitor
         self._hub = Hub(job, port=port, host=host, events=events) if world.is_main else None
 
     def begin(self, directory: RunDirectory, layout: str = "") -> None:
@@ -198,8 +199,13 @@ class Reporter:
 
     def best(self, best: Best | None) -> None:
         """Report the best validation so far; None: there is none."""
-        if self._hub is not None:
-            self._hub.progress.best(best)
+        if self._hub is None:
+            return
+        self._hub.progress.best(best)
+        if self._monitor is not None:
+            value, step = (math.nan, math.nan) if best is None else (best.value, best.step)
+            self._hub.prometheus.set("dpo_checkpoint_best_value", value, metric=self._monitor)
+            self._hub.prometheus.set("dpo_checkpoint_best_step", step)
 
     def flush(self) -> None:
         """Write the metrics record out, so that it is at least as new as the checkpoint that follows."""
