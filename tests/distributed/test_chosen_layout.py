@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dpo_api.errors import InvalidSpecError
-from dpo_api.sizing import Hardware, Product
+from dpo_api.sizing import Hardware, Product, memory_of
+from dpo_testing.adapters import write_adapter
 from dpo_testing.runs import job_of, merged, run_here
 from dpo_testing.sizes import gpus
 from dpo_testing.training_world import make
@@ -70,6 +71,23 @@ def test_a_choice_is_recorded_and_used_again(
     assert "layout of an earlier attempt: " in capfd.readouterr().out
     assert second.layout.pack_tokens == run.spec.training.packing.max_tokens == 2 * spec["data"]["maxLength"]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1] == 4
+
+
+def test_a_continued_adapter_counts_with_its_own_rank(spec: dict[str, Any], tmp_path: Path) -> None:
+    """The choice reads the adapter before the run does; the spec that is kept says nothing of its rank."""
+    sft = write_adapter(Path(spec["model"]["huggingFace"]["uri"]), tmp_path / "sft", r=2)
+    continued = merged(spec, {"lora": {"continueAdapter": True}, "model": {"adapter": {"uri": str(sft)}}})
+    found, run = attempt(continued, tmp_path / "run")
+    lora = run.spec.lora
+    assert lora is not None
+    assert (lora.rank, lora.modules) == (2, ("attention_qkv", "mlp_fc2"))
+
+    def predicted(rank: int) -> int:
+        sized = run.spec.model_copy(update={"lora": lora.model_copy(update={"rank": rank})})
+        return memory_of(run.config.facts, sized, found.layout).total
+
+    assert found.predicted_memory == predicted(2) < predicted(32)
+    assert json.loads((tmp_path / "run" / "spec.json").read_text())["spec"]["lora"] == {"continueAdapter": True}
 
 
 def test_a_record_that_is_not_json_is_made_again(spec: dict[str, Any], tmp_path: Path) -> None:
