@@ -1,12 +1,14 @@
 """PEFT's adapters of single projections, trained on beside fused layers: its outputs, its gradients, its files."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -28,7 +30,7 @@ from dpo_trainer.formats.adapter import AdapterMatrices
 from dpo_trainer.formats.export import export
 from dpo_trainer.formats.peft import adapter_tensors, export_adapter
 from dpo_trainer.model.forward import logits
-from dpo_trainer.model.lora import adapters, attach_lora, merged_value
+from dpo_trainer.model.lora import adapter_state, adapters, attach_lora, merged_value
 
 PACK = plain_pack([token_stream(30, seed=3)])
 ALL = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
@@ -88,6 +90,22 @@ def test_outputs_and_gradients_are_those_of_peft(case: tuple[Path, Path]) -> Non
         assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp_min(1.0), name
     for name in found.keys() - gradients.keys():
         assert not found[name].any(), f"{name} has no adapter, and would learn"
+
+
+def test_a_checkpoint_has_no_gaps(case: tuple[Path, Path]) -> None:
+    """Each matrix is stacked over the layers that have one of its kind, and no others."""
+    model, _, _ = continuing(case)
+    held = Counter(adapter.place.module for adapter in adapters(model))
+    kinds = {"qkv": "attention_qkv", "proj": "attention_dense", "fc1": "mlp_fc1", "fc2": "mlp_fc2"}
+    places: dict[str, list[tuple[int, int]]] = {}
+    for entry in adapter_state(model.sharded_state_dict()).values():
+        for tensor in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
+            places.setdefault(tensor.key, []).append((tensor.global_shape[0], tensor.global_offset[0]))
+    assert len(places) == 2 * len(held)
+    for key, found in places.items():
+        (count,) = {held[module] for kind, module in kinds.items() if f"linear_{kind}.adapter" in key}
+        assert {size for size, _ in found} == {count}, key
+        assert {offset for _, offset in found} == set(range(count)), key
 
 
 @torch.no_grad()

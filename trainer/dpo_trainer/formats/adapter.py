@@ -48,12 +48,13 @@ class AdapterMatrices:
 class Joined:
     """The adapters of the projections of one of our fused linear layers, side by side. All fp32.
 
-    B's rows are in the order of the fused weight. A row of projection i is multiplied with A_i x alone.
+    B's rows are in the order of the fused weight. A row of projection i is multiplied with A_i x alone. A projection
+    without an adapter has zeros, which stay zeros: the gradient of each matrix is a product with the other one.
     """
 
-    a: Tensor  #: [projections · rank, inputs]: A_0, A_1, …; zeros for a projection without an adapter
+    a: Tensor  #: [projections · rank, inputs]: A_0, A_1, …
     b: Tensor  #: [outputs, rank]
-    owners: Tensor  #: [outputs, projections]: 1 where the row is the projection's and it has an adapter, else 0
+    owners: Tensor  #: [outputs, projections]: 1 for the projection that the row is of, else 0
 
 
 def projections_of(config: ModelConfig, layer: int, module: LoraLinear) -> tuple[str, ...]:
@@ -70,9 +71,7 @@ def joined(matrices: AdapterMatrices, config: ModelConfig, layer: int, module: L
     outputs = [shape[0] for shape in slot.shapes]
     a = [matrices.a(name) if name in targets else torch.zeros(rank, inputs) for name in of]
     b = [matrices.b(name) if name in targets else torch.zeros(n, rank) for name, n in zip(of, outputs, strict=True)]
-    owners = [torch.zeros(count, len(of)) for count in outputs]
-    for index, name in enumerate(of):
-        owners[index][:, index] = float(name in targets)
+    owners = [row.expand(count, -1) for row, count in zip(torch.eye(len(of)), outputs, strict=True)]
 
     def fused(parts: list[Tensor]) -> Tensor:
         def read(name: str, rows: tuple[int, int] | None) -> Tensor:
