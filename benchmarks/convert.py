@@ -1,6 +1,6 @@
 """`dpo convert` of models of several sizes: the rate, against copying the files, and the memory by which it grows.
 
-    python benchmarks/convert.py [--gib 1 10] [--to megatron nemo huggingface]
+    python benchmarks/convert.py [--gib 1 10] [--to megatron nemo huggingface] [--no-check]
 
 Llamas of one width and more and more layers, with random bf16 weights. Each conversion is a process of its own, which
 reads the model twice (to write it, and to compare) and the result once. The peer is `cp` of the source's files, after
@@ -68,10 +68,10 @@ def make(folder: Path, gib: float) -> int:
     return sum(file.size for file in files)
 
 
-def measure(source: str, target: str, form: str) -> dict[str, float]:
+def measure(source: str, target: str, form: str, *more: str) -> dict[str, float]:
     """Convert in this process; its seconds, and the growth of its peak in bytes."""
     before, began = status("VmHWM"), time.perf_counter()
-    code = convert([source, target, f"--to={form}", f"--max-shard-bytes={SHARD}"])
+    code = convert([source, target, f"--to={form}", f"--max-shard-bytes={SHARD}", *more])
     if code:
         raise SystemExit(code)
     return {"seconds": time.perf_counter() - began, "grown": status("VmHWM") - before}
@@ -91,10 +91,11 @@ def main() -> None:
     parser.add_argument("--gib", type=float, nargs="+", default=[1.0, 10.0])
     parser.add_argument("--to", nargs="+", default=["megatron", "nemo"], choices=["megatron", "nemo", "huggingface"])
     parser.add_argument("--folder", help="where to write; it needs three times the largest size [a temporary folder]")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--no-check", action="store_true", help="compare neither parameters nor log-probs")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(*options.child)))
+        print(json.dumps(measure(*options.child, *(["--no-check"] if options.no_check else []))))
         return
     rows = []
     print(f"{'GiB':>6} {'to':12} {'s':>7} {'MiB/s':>7} {'cp, s':>7} {'ratio':>6} {'grown, MiB':>11}")
@@ -108,6 +109,7 @@ def main() -> None:
             for form in options.to:
                 target = Path(name) / ("out.nemo" if form == "nemo" else "out")
                 words = [sys.executable, __file__, "--child", source, target, form]
+                words += ["--no-check"] if options.no_check else []
                 found = json.loads(subprocess.run(words, check=True, capture_output=True).stdout.splitlines()[-1])
                 subprocess.run(["rm", "-r", target], check=True)
                 row = {"gib": size / GIB, "to": form, "copy_s": peer, "ratio": peer / found["seconds"], **found}

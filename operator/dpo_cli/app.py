@@ -165,6 +165,9 @@ def convert(
     dtype: Annotated[WeightType | None, typer.Option(help="Type of the written weights. [the source's]")] = None,
     endpoint: Annotated[str | None, typer.Option(metavar="URL", help="S3 endpoint. [$AWS_ENDPOINT_URL]")] = None,
     region: Annotated[str | None, typer.Option(metavar="REGION", help="S3 region. [$AWS_REGION]")] = None,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not compare the result with SOURCE at the end.")
+    ] = False,
 ) -> None:
     """Write a model in another format.
 
@@ -172,7 +175,7 @@ def convert(
     """
     from dpo_cli import convert as command
 
-    options = command.ConvertOptions(source, target, to, dtype, endpoint, region)
+    options = command.ConvertOptions(source, target, to, dtype, endpoint, region, not no_check)
     raise typer.Exit(command.convert(options))
 
 

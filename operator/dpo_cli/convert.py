@@ -18,6 +18,7 @@ class ConvertOptions:
     dtype: str | None
     endpoint: str | None
     region: str | None
+    check: bool
 
 
 def convert(options: ConvertOptions) -> int:
@@ -28,6 +29,8 @@ def convert(options: ConvertOptions) -> int:
         value = getattr(options, name)
         if value is not None:
             words.append(f"--{name}={value}")
+    if not options.check:
+        words.append("--no-check")
     child = subprocess.Popen(words)
     while True:
         try:

@@ -13,8 +13,12 @@ def test_a_folder_to_a_checkpoint_and_a_mistake(tmp_path: Path) -> None:
     dpo = Command(tmp_path)
     save_folder(reference_model("llama"), tmp_path / "source")
     done = dpo("convert", "source", "out", "--to", "megatron")
-    assert (done.code, done.out) == (0, "out: all 21 parameters are equal to those of source\n")
+    said = "out: all 21 parameters and the log-probs of 15 tokens are equal to those of source\n"
+    assert (done.code, done.out) == (0, said)
+    assert not done.err, "no library's warnings"
     again = dpo("convert", "source", "out", "--to", "megatron")
     assert again.code == 64
     assert again.err.startswith("error: out is not empty (it holds")
     assert dpo("convert", "source", "other", "--to", "gguf").code == 64
+    unread = dpo("convert", "source", "unread", "--no-check")
+    assert (unread.code, unread.out) == (0, "unread: written, and not compared with source\n")

@@ -164,8 +164,7 @@ def test_a_stopped_conversion_is_no_model_and_continues(
         return read(whole, what)
 
     monkeypatch.setattr(Whole, read.__name__, counting)
-    monkeypatch.setattr(command, "compare", lambda *_: None)
-    convert(*words)
+    convert(*words, "--no-check")
     assert 0 < len(seen) < (30 if form == "huggingface" else 21), "what the first run has written is not read again"
     assert same(tensors(folder), tensors(target))
 

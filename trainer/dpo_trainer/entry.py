@@ -1,7 +1,9 @@
 """The trainer's commands: `launch` and `index` for users and pods; `agent` and `worker` are started by `launch`."""
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return agent(words[1:])
     if words[:1] == ["convert"]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it computes on the CPU, where equal bits give equal log-probs
+        warnings.simplefilter("ignore")  # libraries' warnings of what they do not find
         from dpo_trainer.convert.command import main as convert
 
         return convert(words[1:])

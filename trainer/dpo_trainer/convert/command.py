@@ -3,7 +3,8 @@
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from dpo_api.models.megatron.settings import CONFIG
 from dpo_api.models.start import start_model
 from dpo_store import StorageOptions, Store, base_name, open_store
 from dpo_trainer.convert import huggingface, megatron, nemo
+from dpo_trainer.convert.compare import compare
+from dpo_trainer.convert.forward import TOKENS
 from dpo_trainer.convert.journal import Journal
 from dpo_trainer.convert.progress import Progress
-from dpo_trainer.convert.whole import Whole, compare
+from dpo_trainer.convert.whole import Whole
 from dpo_trainer.formats.export import MAX_SHARD_BYTES, OUTPUT_DTYPES
 
 FORMATS = ("huggingface", "megatron", "nemo")
@@ -40,6 +43,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype", choices=list(OUTPUT_DTYPES), help="type of the written weights (default: the source's)"
     )
+    parser.add_argument("--no-check", action="store_true", help="do not read the result again to compare it")
     parser.add_argument("--endpoint", help="the S3 server (default: boto3's usual sources)")
     parser.add_argument("--region", help="the S3 region")
     parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, help=argparse.SUPPRESS)
@@ -62,19 +66,30 @@ def run(arguments: argparse.Namespace) -> str:
     if (form == "nemo") is not target.endswith(".nemo"):
         raise UsageError(f"{target}: a target in the format nemo, and no other, ends with .nemo")
     source = open_model(store, arguments.source, OUTPUT_DTYPES.get(arguments.dtype or ""))
-    write_as(form, source, store, target, arguments.max_shard_bytes, _identity(store, source, form, arguments))
-    return f"{target}: all {len(source.slots)} parameters are equal to those of {source.uri}"
+    identity = _identity(store, source, form, arguments)
+    with _written(form, source, store, target, arguments.max_shard_bytes, identity):
+        if not arguments.no_check:
+            compare(source, open_model(store, target), log_probs=True)
+    if arguments.no_check:
+        return f"{target}: written, and not compared with {source.uri}"
+    equal = f"all {len(source.slots)} parameters and the log-probs of {TOKENS - 1} tokens"
+    return f"{target}: {equal} are equal to those of {source.uri}"
 
 
-def write_as(
-    form: str,
-    source: Whole,
-    store: Store,
-    target: str,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    identity: dict[str, Any] | None = None,
-) -> None:
-    """Write a model in a format of ``FORMATS``, and compare it with the source. Raises DPOError.
+def write_as(form: str, source: Whole, store: Store, target: str) -> None:
+    """Write a model in a format of ``FORMATS``, and compare its parameters with the source's. Raises DPOError.
+
+    Log-probs are not compared: they need a process whose model is not divided.
+    """
+    with _written(form, source, store, target, MAX_SHARD_BYTES, {"source": source.uri, "format": form}):
+        compare(source, open_model(store, target), log_probs=False)
+
+
+@contextmanager
+def _written(
+    form: str, source: Whole, store: Store, target: str, max_shard_bytes: int, identity: dict[str, Any]
+) -> Iterator[None]:
+    """Write a model, and note after the context that all is right with it.
 
     identity: what must be the same for a stopped conversion to continue.
     """
@@ -83,7 +98,7 @@ def write_as(
     if form != "huggingface":
         describe(source.config, form, source.uri)
     folder = target + nemo.PARTS if form == "nemo" else target
-    journal = Journal(store, folder, identity or {"source": source.uri, "format": form})
+    journal = Journal(store, folder, identity)
     with Progress(huggingface.bytes_of(source), f"Converting to {form}") as progress:
         if form == "nemo":
             nemo.write(source, store, target, journal, progress)
@@ -91,7 +106,7 @@ def write_as(
             megatron.write(source, store, target, journal, progress)
         else:
             huggingface.write(source, store, target, journal, progress, max_shard_bytes)
-    compare(source, open_model(store, target))
+    yield
     if form != "nemo":  # whose parts, the journal among them, are deleted
         journal.close()
 

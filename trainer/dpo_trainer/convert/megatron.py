@@ -6,11 +6,8 @@ layers' parameters are stacked along a first axis.
 
 import io
 import json
-import re
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from typing import Any, Self
 
 import torch
@@ -23,14 +20,13 @@ from dpo_store import Store, join_uri
 from dpo_trainer.checkpoint.files import Written, table
 from dpo_trainer.convert.journal import Journal
 from dpo_trainer.convert.progress import Progress
-from dpo_trainer.convert.whole import Whole
+from dpo_trainer.convert.whole import LAYER, Whole
 from dpo_trainer.formats.export import copy_companions
 from dpo_trainer.formats.layout import Slot
 
 ITERATION = "release"
 """Megatron-LM's name of a checkpoint that no training step wrote."""
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _FUSED = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
@@ -56,7 +52,7 @@ def write_weights(
 ) -> None:
     """Write the checkpoint's files and its tables. Memory: twice the parameters of a layer, or of the embedding."""
     every = _Written()
-    for number, group in enumerate(_groups(source.slots)):
+    for number, (_, group) in enumerate(source.groups):
         file = f"__{number}_0.distcp"
         known = journal.done(file)
         if known is None:
@@ -98,17 +94,6 @@ _BACKEND = {
 }
 
 
-def _groups(held: list[Slot]) -> Iterator[list[Slot]]:
-    """Yield the parameters of each file."""
-
-    def layer(slot: Slot) -> str:
-        found = _LAYER.match(slot.parameter)
-        return found[1] if found else slot.parameter
-
-    for _, group in groupby(held, layer):
-        yield list(group)
-
-
 def _write_group(
     source: Whole, group: list[Slot], file: str, data: io.BytesIO, prefix: str, progress: Progress
 ) -> _Written:
@@ -136,7 +121,7 @@ def _save(value: Tensor | list[None], data: io.BytesIO) -> tuple[int, int]:
 
 def key_of(parameter: str) -> tuple[str, int | None]:
     """Return a parameter's key, and its place among the stacked layers if it is one of a layer."""
-    found = _LAYER.match(parameter)
+    found = LAYER.match(parameter)
     if found is None:
         return parameter, None
     name = found[2]

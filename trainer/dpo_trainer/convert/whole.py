@@ -1,20 +1,22 @@
 """A model that is read one tensor at a time, in one process, whatever its format."""
 
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from dpo_api.errors import InvalidModelError
 from dpo_api.models import ModelConfig
 from dpo_api.models.folder import Files
-from dpo_api.models.megatron.outgoing import NOT_COMPUTED
 from dpo_trainer.formats.huggingface import open_weights
 from dpo_trainer.formats.layout import Slot, assemble, slots
 from dpo_trainer.formats.safetensors_reader import DTYPES
 from dpo_trainer.formats.weights import Weights
+
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+"""The name of a layer's parameter: the layer's number from 0, and the name in the layer."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,14 @@ class Whole:
         return list(slots(self.config, range(self.config.num_layers), first=True, last=True))
 
     @property
+    def groups(self) -> Iterator[tuple[int | None, list[Slot]]]:
+        """Yield the parameters of each layer with its number, and of each other module with None, in their order."""
+        for _, group in groupby(self.slots, lambda slot: _layer_of(slot) or slot.parameter.rpartition(".")[0]):
+            held = list(group)
+            layer = _layer_of(held[0])
+            yield None if layer is None else int(layer), held
+
+    @property
     def names(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the tensors under Hugging Face's names, with their shapes."""
         for slot in self.slots:
@@ -60,23 +70,12 @@ class Whole:
         found = assemble(slot, self.config, self.weights.read, 0, 1)
         return found if self.dtype is None else found.to(self.dtype)
 
-
-def compare(source: Whole, written: Whole) -> None:
-    """Compare what both compute: the configuration, and each parameter bit by bit.
-
-    Raises InvalidModelError for what differs.
-    """
-    ours, theirs = (_computed(model.config) for model in (source, written))
-    for name, value in ours.items():
-        if theirs[name] != value:
-            raise InvalidModelError(f"{written.uri}: its {name} is {theirs[name]}, that of {source.uri} {value}")
-    for here, there in zip(source.slots, written.slots, strict=True):
-        if not torch.equal(source.parameter(here), written.parameter(there)):
-            raise InvalidModelError(
-                f"{written.uri}: {here.parameter} is not that of {source.uri}; delete it and convert again"
-            )
+    def rows(self, slot: Slot, first: int, last: int) -> Tensor:
+        """Read rows [first, last) of a parameter that is one whole tensor of Hugging Face's, such as the embedding."""
+        (name,) = slot.sources
+        return self.weights.read(name, (first, last)).to(self.dtype_of(name))
 
 
-def _computed(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields that change a logit."""
-    return {name: value for name, value in asdict(config).items() if name not in NOT_COMPUTED}
+def _layer_of(slot: Slot) -> str | None:
+    found = LAYER.match(slot.parameter)
+    return found[1] if found else None

@@ -179,6 +179,8 @@ def assemble(slot: Slot, config: ModelConfig, read: Read, rank: int, size: int) 
         columns = [columns[0] // size]
     elif slot.kind != "copy":
         rows = -(-rows // size)
+    if len(blocks) == 1 and blocks[0].shape == (rows, *columns):
+        return blocks[0]
     part = torch.zeros(rows, *columns, dtype=reduce(torch.promote_types, (block.dtype for block in blocks)))
     for piece, block in zip(held, blocks, strict=True):
         place([piece], part, piece.source, block, piece.first)

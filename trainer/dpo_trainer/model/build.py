@@ -1,6 +1,7 @@
 """Builds Megatron-Core's GPTModel from a ModelConfig."""
 
 import logging
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -68,6 +69,7 @@ def build_model(
     sequence_parallel: bool = False,
     deterministic: bool = False,
     fp8: Fp8 | None = None,
+    empty: bool = False,
 ) -> Any:
     """Build this rank's part of the model, with uninitialised weights, on this process's device.
 
@@ -75,6 +77,7 @@ def build_model(
     backend: whose linear layers; "auto" takes Transformer Engine where a GPU and the library are present.
     recomputation: "selective" recomputes the MLP in the backward pass, "full" every layer. fp8: the format of the
     layers' matrix products, which need Transformer Engine and packs of a multiple of 16 tokens; see ``refuse_fp8``.
+    empty: matrices have a shape and no memory (torch's meta device), for a caller that has their values; CPU only.
     Returns a GPTModel whose attention reads a Pack; call it through dpo_trainer.model.forward. Raises InvalidSpecError
     when the parallel sizes do not divide the model.
     """
@@ -82,7 +85,7 @@ def build_model(
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     _check_divides(config, tensor, parallel_state.get_pipeline_model_parallel_world_size())
-    with bridge.construction():
+    with bridge.construction(), torch.device("meta") if empty else nullcontext():
         transformer = transformer_config(
             config,
             precision=precision,

@@ -38,6 +38,12 @@ def head_weight(model: Any) -> Tensor:
     return weight
 
 
+def scaled_for_head(model: Any, hidden: Tensor) -> Tensor:
+    """Return hidden states after the final norm as the head takes them: in some families divided by a constant."""
+    divisor = unwrap(model).dpo_config.multipliers.logits
+    return hidden if divisor == 1 else hidden / divisor
+
+
 def logits(model: Any, pack: Pack) -> Tensor:
     """Logits of every token of the stream, [S, V / tensor size]: for tests and tiny models only."""
     return _forward(model, pack, None) @ head_weight(model).t()
@@ -67,9 +73,7 @@ def _run(model: Any, gpt: Any, pack: Pack, rows: Tensor | None) -> Tensor:
                 hidden_states, tensor_parallel_output_grad=False, group=parallel_state.get_tensor_model_parallel_group()
             )
         hidden = hidden_states.squeeze(1)
-        divisor = gpt.dpo_config.multipliers.logits
-        hidden = hidden if rows is None else hidden.index_select(0, rows)
-        return hidden if divisor == 1 else hidden / divisor
+        return scaled_for_head(gpt, hidden if rows is None else hidden.index_select(0, rows))
 
     context = PackContext(pack=pack, frequencies=gpt.rope_frequencies, factors=gpt.rope_factors)
     result: Tensor = model(
