@@ -159,6 +159,9 @@ def report(
 def convert(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="The model: a folder or a .nemo file.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="What to write: a folder, or a .nemo file.")],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A LoRA adapter of SOURCE (PEFT), to merge into it.")
+    ] = None,
     to: Annotated[
         ModelFormat | None, typer.Option(help="Format of TARGET. [nemo for *.nemo, else huggingface]")
     ] = None,
@@ -175,7 +178,7 @@ def convert(
     """
     from dpo_cli import convert as command
 
-    options = command.ConvertOptions(source, target, to, dtype, endpoint, region, not no_check)
+    options = command.ConvertOptions(source, target, adapter, to, dtype, endpoint, region, not no_check)
     raise typer.Exit(command.convert(options))
 
 

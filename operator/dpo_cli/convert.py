@@ -14,6 +14,7 @@ class ConvertOptions:
 
     source: str
     target: str
+    adapter: str | None
     to: str | None
     dtype: str | None
     endpoint: str | None
@@ -25,7 +26,7 @@ def convert(options: ConvertOptions) -> int:
     """Convert a model; return the exit code. Raises NotFoundError where no trainer is installed."""
     require_trainer()
     words = [*MODULE, "convert", options.source, options.target]
-    for name in ("to", "dtype", "endpoint", "region"):
+    for name in ("adapter", "to", "dtype", "endpoint", "region"):
         value = getattr(options, name)
         if value is not None:
             words.append(f"--{name}={value}")

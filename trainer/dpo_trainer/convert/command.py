@@ -12,6 +12,7 @@ import torch
 from dpo_api.errors import DPOError, InvalidModelError, NotFoundError, UsageError
 from dpo_api.inputs import Model
 from dpo_api.models import read_config
+from dpo_api.models.adapter import read_adapter
 from dpo_api.models.folder import Files
 from dpo_api.models.megatron.checkpoint import LATEST
 from dpo_api.models.megatron.distributed import TABLE
@@ -25,6 +26,7 @@ from dpo_trainer.convert.forward import TOKENS
 from dpo_trainer.convert.journal import Journal
 from dpo_trainer.convert.progress import Progress
 from dpo_trainer.convert.whole import Whole
+from dpo_trainer.formats.adapter import AdapterMatrices
 from dpo_trainer.formats.export import MAX_SHARD_BYTES, OUTPUT_DTYPES
 
 FORMATS = ("huggingface", "megatron", "nemo")
@@ -36,6 +38,7 @@ def main(words: Sequence[str]) -> int:
         prog="python -m dpo_trainer convert", description="Write a model in another format."
     )
     parser.add_argument("source", help="the model: a folder (Hugging Face, NeMo, Megatron-Core) or a .nemo file")
+    parser.add_argument("--adapter", help="a folder with a LoRA adapter of the model (PEFT): it is merged into it")
     parser.add_argument("target", help="what to write: a folder, or for nemo a file; s3:// too")
     parser.add_argument(
         "--to", choices=FORMATS, help="the target's format (default: nemo for *.nemo, else huggingface)"
@@ -65,15 +68,16 @@ def run(arguments: argparse.Namespace) -> str:
     form = arguments.to or ("nemo" if target.endswith(".nemo") else "huggingface")
     if (form == "nemo") is not target.endswith(".nemo"):
         raise UsageError(f"{target}: a target in the format nemo, and no other, ends with .nemo")
-    source = open_model(store, arguments.source, OUTPUT_DTYPES.get(arguments.dtype or ""))
+    source = open_model(store, arguments.source, OUTPUT_DTYPES.get(arguments.dtype or ""), arguments.adapter)
+    named = source.uri + (f" with {arguments.adapter}" if arguments.adapter else "")
     identity = _identity(store, source, form, arguments)
     with _written(form, source, store, target, arguments.max_shard_bytes, identity):
         if not arguments.no_check:
             compare(source, open_model(store, target), log_probs=True)
     if arguments.no_check:
-        return f"{target}: written, and not compared with {source.uri}"
+        return f"{target}: written, and not compared with {named}"
     equal = f"all {len(source.slots)} parameters and the log-probs of {TOKENS - 1} tokens"
-    return f"{target}: {equal} are equal to those of {source.uri}"
+    return f"{target}: {equal} are equal to those of {named}"
 
 
 def write_as(form: str, source: Whole, store: Store, target: str) -> None:
@@ -111,10 +115,15 @@ def _written(
         journal.close()
 
 
-def open_model(store: Store, uri: str, dtype: torch.dtype | None = None) -> Whole:
-    """Open a model of any format that can be read. Raises NotFoundError or InvalidModelError."""
+def open_model(store: Store, uri: str, dtype: torch.dtype | None = None, adapter: str | None = None) -> Whole:
+    """Open a model of any format that can be read. Raises NotFoundError or InvalidModelError.
+
+    dtype: to write it in; adapter: the folder of one, which is added to its weights.
+    """
     files, folder = start_model(store, model_of(store, uri))
-    return Whole.open(files, folder, read_config(files, folder), dtype)
+    config = read_config(files, folder)
+    matrices = None if adapter is None else AdapterMatrices(store, read_adapter(store, adapter, config))
+    return Whole.open(files, folder, config, dtype, matrices)
 
 
 def model_of(store: Files, uri: str) -> Model:
@@ -138,13 +147,18 @@ def model_of(store: Files, uri: str) -> Model:
 def _identity(store: Store, source: Whole, form: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what must be the same for a stopped conversion to continue."""
     address = arguments.source.rstrip("/")
-    objects = [store.stat(address)] if store.exists(address) else list(store.list(address))
-    files = [[base_name(info.uri), info.size, info.etag] for info in objects]
-    return {
+    found = {
         "source": base_name(address),
         "format": form,
         "dtype": arguments.dtype,
         "shard": arguments.max_shard_bytes,
-        "files": files,
+        "files": _files(store, address),
         "model": source.config.fingerprint,
     }
+    return found | ({"adapter": _files(store, arguments.adapter)} if arguments.adapter else {})
+
+
+def _files(store: Store, address: str) -> list[list[Any]]:
+    """Return the name, the size and the ETag of a file, or of each file of a folder."""
+    objects = [store.stat(address)] if store.exists(address) else list(store.list(address))
+    return [[base_name(info.uri), info.size, info.etag] for info in objects]

@@ -84,7 +84,7 @@ def _log_probs(source: Whole, written: Whole) -> tuple[Tensor, Tensor]:
             del found  # before the next layer is read
     if source.config.tied_embeddings:
         head = source.slots[0]
-        _apply_head((ours, theirs), (source.rows(head, *rows) for rows in _blocks(source, head)))
+        _apply_head((ours, theirs), (source.tensor(head.sources[0], rows) for rows in _blocks(source, head)))
     return ours.log_probs(), theirs.log_probs()
 
 
@@ -119,7 +119,7 @@ def _equal_blocks(source: Whole, written: Whole, here: Slot, there: Slot) -> Ite
 def _equal(source: Whole, written: Whole, here: Slot, there: Slot, rows: tuple[int, int] | None = None) -> Tensor:
     """Return a parameter, or rows of it, which are equal in both. Raises InvalidModelError if they are not."""
     ours, theirs = (
-        model.parameter(slot) if rows is None else model.rows(slot, *rows)
+        model.parameter(slot) if rows is None else model.tensor(slot.sources[0], rows)
         for model, slot in ((source, here), (written, there))
     )
     if not torch.equal(ours, theirs):

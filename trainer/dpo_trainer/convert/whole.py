@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_api.models import ModelConfig
 from dpo_api.models.folder import Files
+from dpo_trainer.formats.adapter import AdapterMatrices, MergedWeights
 from dpo_trainer.formats.huggingface import open_weights
 from dpo_trainer.formats.layout import Slot, assemble, slots
 from dpo_trainer.formats.safetensors_reader import DTYPES
@@ -30,13 +31,27 @@ class Whole:
     weights: Weights
     dtype: torch.dtype | None = None
     """The type to write the weights in; None: each tensor's own."""
+    base: Weights | None = None
+    """The weights without the adapter that they contain; None: they contain none."""
 
     @classmethod
-    def open(cls, files: Files, uri: str, config: ModelConfig, dtype: torch.dtype | None = None) -> "Whole":
-        """Read the headers of the weights. Raises InvalidModelError if they are not those of the configuration."""
+    def open(
+        cls,
+        files: Files,
+        uri: str,
+        config: ModelConfig,
+        dtype: torch.dtype | None = None,
+        adapter: AdapterMatrices | None = None,
+    ) -> "Whole":
+        """Read the headers of the weights. Raises InvalidModelError if they are not those of the configuration.
+
+        adapter: is added to the weights, in fp32, as they are read.
+        """
         weights = open_weights(files, uri)
         weights.check(config)
-        return cls(files, uri, config, weights, dtype)
+        if adapter is None:
+            return cls(files, uri, config, weights, dtype)
+        return cls(files, uri, config, MergedWeights(weights, adapter), dtype, weights)
 
     @property
     def slots(self) -> list[Slot]:
@@ -58,22 +73,16 @@ class Whole:
             yield from zip(slot.sources, slot.shapes, strict=True)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Return the type that a tensor is written in."""
-        return self.dtype or DTYPES[self.weights.info(name).dtype]
+        """Return the type that a tensor is written in: with an adapter, that of the model without it."""
+        return self.dtype or DTYPES[(self.base or self.weights).info(name).dtype]
 
-    def tensor(self, name: str) -> Tensor:
-        """Read a whole tensor in the type that it is written in."""
-        return self.weights.read(name).to(self.dtype_of(name))
+    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Read a tensor, or its rows [rows[0], rows[1]), in the type that it is written in."""
+        return self.weights.read(name, rows).to(self.dtype_of(name))
 
     def parameter(self, slot: Slot) -> Tensor:
         """Read one of Megatron-Core's parameters, in the widest type of the tensors that it is made of."""
-        found = assemble(slot, self.config, self.weights.read, 0, 1)
-        return found if self.dtype is None else found.to(self.dtype)
-
-    def rows(self, slot: Slot, first: int, last: int) -> Tensor:
-        """Read rows [first, last) of a parameter that is one whole tensor of Hugging Face's, such as the embedding."""
-        (name,) = slot.sources
-        return self.weights.read(name, (first, last)).to(self.dtype_of(name))
+        return assemble(slot, self.config, self.tensor, 0, 1)
 
 
 def _layer_of(slot: Slot) -> str | None:

@@ -90,8 +90,12 @@ def with_adapter(model: str, adapter: str) -> str:
 class MergedWeights:
     """A start model's weights with an adapter added, in fp32: W + scale · B A.
 
-    What ``watch`` receives are the bytes of W: those of the sum depend on the machine that adds.
+    On one machine a row has the same bits whatever rows are read with it. What ``watch`` receives are the bytes of W:
+    those of the sum depend on the machine that adds.
     """
+
+    ROWS = 256
+    """Rows of B A that are made at a time, from a multiple of it on: a product's last bits depend on their number."""
 
     def __init__(self, base: weights.Weights, matrices: AdapterMatrices) -> None:
         self._base, self._matrices = base, matrices
@@ -125,5 +129,11 @@ class MergedWeights:
         layer = self._targets.get(name)
         if layer is None:
             return own
-        delta = self._matrices.adapter.scale * (self._matrices.b(layer, rows) @ self._matrices.a(layer))
-        return delta.add_(own.float())
+        first, last = rows or (0, len(own))
+        a, found, outputs = self._matrices.a(layer), own.float(), self.info(name).shape[0]
+        for start in range(first // self.ROWS * self.ROWS, last, self.ROWS):
+            b = self._matrices.b(layer, (start, min(start + self.ROWS, outputs)))
+            low, high = max(first, start), min(last, start + self.ROWS)
+            delta = (b @ a)[low - start : high - start]
+            found[low - first : high - first] += delta.mul_(self._matrices.adapter.scale)
+        return found
