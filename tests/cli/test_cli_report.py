@@ -226,7 +226,7 @@ def run_directory(world: World) -> Path:
         "apiVersion": "dpo-operator.dev/v1alpha1",
         "kind": "DPOJob",
         "metadata": {"name": "tiny"},
-        "spec": world.spec,
+        "spec": {**world.spec, "transformerEngine": {"attention": False}},  # a field that 0.1.0 had
     }
     (folder / "spec.json").write_text(json.dumps(spec))
     return folder

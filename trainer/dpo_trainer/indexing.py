@@ -30,7 +30,7 @@ def index_report(spec_path: Path) -> dict[str, Any]:
 
     Each training source has ``uses`` too: how many of its pairs an epoch uses.
     """
-    spec = load_manifest(spec_path, stored=True).spec
+    spec = load_manifest(spec_path).spec
     store, folder = model_source(spec)
     indexes = build_indexes(
         spec,
