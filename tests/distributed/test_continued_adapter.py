@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from torch.nn.functional import log_softmax, logsigmoid
+from transformers import AutoModelForCausalLM
 
 from dpo_testing.adapters import logits, write_adapter
 from dpo_testing.runs import Finished, merged, run_here, run_processes
@@ -89,6 +92,48 @@ def test_it_leaves_as_an_adapter_of_the_original_model(whole: Finished, sft: Pat
     assert (trained - logits(sft / "merged")).abs().max() > 1e-3
     torch.testing.assert_close(logits(world / "model", folder), trained, rtol=1e-5, atol=1e-5)
     assert "| lora.rank | 4 |" in (folder / "README.md").read_text()
+
+
+def log_prob(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Σ log π of a response, one sequence by itself through transformers; fp64."""
+    ids = torch.tensor([prompt + response])
+    rows = log_softmax(model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double(), -1)
+    return rows.gather(1, ids[0, len(prompt) :, None]).sum()
+
+
+def test_it_ends_where_peft_would(spec: dict[str, Any], sft: Path, world: Path, tmp_path: Path) -> None:
+    """Four steps over all pairs, clipped and with weight decay: PEFT's adapter and torch's AdamW, by DPO's formula."""
+    training = {"globalBatchSize": 13, "maxSteps": 4, "gradientClip": 0.5, "weightDecay": 0.5, "eps": 1e-4}
+    pairs: list[list[list[int]]] = []
+
+    def look(run: Run) -> None:
+        assert run.training is not None
+        index = run.training.inputs.train.index
+        pairs.extend([part.tolist() for part in index.tokens(pair)] for pair in range(index.n))
+
+    found = run_here(merged(spec, {"training": training, "dpo": {"beta": 0.3}}), tmp_path / "run", look)
+    base = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, sft, is_trainable=True).eval()
+    matrices = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    adam = torch.optim.AdamW(matrices.values(), betas=(0.9, 0.98), eps=1e-4, weight_decay=0.5)
+    start: list[torch.Tensor] = []
+    norms = []
+    for step, rate in enumerate(found.series("train/lr")):
+        ratios = torch.stack([log_prob(model, x, good) - log_prob(model, x, bad) for x, good, bad in pairs])
+        start = start or [ratios.detach()]
+        loss = -logsigmoid(0.3 * (ratios - start[0])).mean()
+        assert found.series("train/preference_loss")[step] == pytest.approx(loss.item(), rel=1e-5)
+        adam.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(matrices.values(), 0.5).item())
+        assert found.series("train/grad_norm")[step] == pytest.approx(norms[-1], rel=1e-4)
+        adam.param_groups[0]["lr"] = rate
+        adam.step()
+    assert min(norms) > 0.5, "the clip has done something"
+    ours = load_file(found.folder / "model/adapter/adapter_model.safetensors")
+    assert ours.keys() == matrices.keys()
+    for name, matrix in matrices.items():
+        torch.testing.assert_close(ours[name], matrix.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)

@@ -289,8 +289,13 @@ def adapters(model: Any) -> Iterator[LowRankAdapter]:
 
 
 def exact_values(model: Any, start: AdapterMatrices) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each matrix of the adapters with its value in ``start``, which they continue: fp32, this rank's part."""
+    """Each matrix of the adapters with its value in ``start``, which they continue: fp32, this rank's part.
+
+    Those that are fp32 have it already, and are left out.
+    """
     for adapter in adapters(model):
+        if adapter.linear_in.weight.dtype == torch.float32:
+            continue
         values = joined(start, unwrap(model).dpo_config, adapter.place.layer, adapter.place.module)
         matrices = (adapter.linear_in.weight, adapter.linear_out.weight)
         yield from zip(matrices, adapter.divided(values.a, values.b), strict=True)
