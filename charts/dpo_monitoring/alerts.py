@@ -276,7 +276,8 @@ ALERTS: tuple[Alert, ...] = (
         "0m",
         "Failed",
         "has failed",
-        "It ended without a model. The condition Failed says why, and `status.attempts` how each attempt ended.",
+        "It ended without a model, or could not push it."
+        " The condition Failed says why, and `status.attempts` how each attempt ended.",
     ),
     _ended(
         "DPOJobRejected",

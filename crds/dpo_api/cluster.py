@@ -69,6 +69,18 @@ def check(spec: DPOJobSpec) -> Iterator[Finding]:
     if wandb is not None and wandb.mode == "online" and wandb.api_key_secret_ref is None:
         text = "must be set for mode online on a cluster: the name and key of a Secret with the API key"
         yield Finding("error", "spec.logging.wandb.apiKeySecretRef", text)
+    yield from _hub(spec)
+
+
+def _hub(spec: DPOJobSpec) -> Iterator[Finding]:
+    """Compare the token for the Hugging Face Hub with what the job does there."""
+    field, stated = "spec.storage.hub.tokenSecretRef", spec.storage.hub.token_secret_ref is not None
+    if spec.output.hub is not None:
+        if not stated and not any(variable.name in overlay.HUB_TOKENS for variable in spec.pod_template.env):
+            text = "must be set with output.hub on a cluster: the name and key of a Secret with a token that may write"
+            yield Finding("error", field, text)
+    elif stated and not any(uri.startswith("hf://") for _, uri, _ in uris(spec)):
+        yield Finding("warning", field, "has no effect, because the job neither reads from the hub nor pushes to it")
 
 
 def _required(spec: DPOJobSpec) -> Iterator[Finding]:

@@ -37,6 +37,10 @@ INPUT_PATTERN = (
 )
 """The same, or a repository of the Hugging Face Hub, which can only be read."""
 
+REPOSITORY_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?$"
+"""org/name of a repository on the hub."""
+BRANCH_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
@@ -56,6 +60,8 @@ ENV_NAME_PATTERN = r"^[-._a-zA-Z][-._a-zA-Z0-9]*$"
 PATTERN_HINTS = {
     URI_PATTERN: "write s3://bucket/key, pvc://claim/path or a path",
     INPUT_PATTERN: "write s3://bucket/key, pvc://claim/path, hf://org/name@revision or a path",
+    REPOSITORY_PATTERN: "write org/name, each of up to 96 letters, digits, -, _ and ., not ending with - or .",
+    BRANCH_PATTERN: "write a branch's name, of letters, digits, -, _ and .",
     PERCENT_PATTERN: "write a whole number without quotes, or a percentage from above 0% to 100%",
     QUANTITY_PATTERN: "write a quantity such as 500m, 32 or 256Gi",
     DNS_SUBDOMAIN_PATTERN: "use lower-case letters, digits, - and ., starting and ending with a letter or digit",

@@ -20,6 +20,7 @@ from dpo_api.fields import (
     Int,
     Quantity,
     Rule,
+    SecretKeyRef,
     SecretRef,
     Section,
     Text,
@@ -130,9 +131,20 @@ class StorageCache(Section):
     )
 
 
-class Storage(StorageAccess):
-    """How to reach S3 unless a source or output has its own settings, and the local cache."""
+class HubAccess(Section):
+    """How to reach the Hugging Face Hub: for `hf://` addresses, and for `output.hub`."""
 
+    token_secret_ref: SecretKeyRef | None = Field(
+        default=None,
+        description="Key of a Secret that holds an access token, which pods get as HF_TOKEN. Not set: no token. `dpo"
+        " run` uses $HF_TOKEN or `hf auth login`.",
+    )
+
+
+class Storage(StorageAccess):
+    """How to reach S3 unless a source or output has its own settings, the Hugging Face Hub, and the local cache."""
+
+    hub: HubAccess = Field(default=HubAccess(), description="How to reach the Hugging Face Hub.")
     cache: StorageCache = Field(default=StorageCache(), description="Local copies: each node downloads a file once.")
 
     def access(self, own: StorageAccess | None = None) -> StorageAccess:

@@ -28,6 +28,8 @@ RESERVED_ENV = frozenset(
 )
 RESERVED_ENV_PREFIXES = ("PET_", "DPO_")
 S3_KEYS = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"})
+HUB_TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
+"""From which huggingface_hub takes its token; the second is its older name."""
 VALUE_SOURCES = ("secretKeyRef", "configMapKeyRef", "fieldRef", "resourceFieldRef")
 
 VOLUME_SOURCES = (
@@ -91,8 +93,12 @@ def reserved_keys(
 def _environment(spec: DPOJobSpec) -> Iterator[Finding]:
     seen: set[str] = set()
     wandb, mlflow = spec.logging.wandb, spec.logging.mlflow
-    logged = {"WANDB_API_KEY": "wandb.apiKeySecretRef"} if wandb and wandb.api_key_secret_ref else {}
-    logged |= {"MLFLOW_TRACKING_TOKEN": "mlflow.tokenSecretRef"} if mlflow and mlflow.token_secret_ref else {}
+    given = {"WANDB_API_KEY": "logging.wandb.apiKeySecretRef"} if wandb and wandb.api_key_secret_ref else {}
+    given |= {"MLFLOW_TRACKING_TOKEN": "logging.mlflow.tokenSecretRef"} if mlflow and mlflow.token_secret_ref else {}
+    if spec.storage.hub.token_secret_ref is not None:
+        given |= dict.fromkeys(HUB_TOKENS, "storage.hub.tokenSecretRef")
+    if spec.storage.credentials_secret_ref is not None:
+        given |= dict.fromkeys(S3_KEYS, "storage.credentialsSecretRef")
     for index, variable in enumerate(spec.pod_template.env):
         field, name = f"{FIELD}.env[{index}]", variable.name
         if name in seen:
@@ -100,11 +106,9 @@ def _environment(spec: DPOJobSpec) -> Iterator[Finding]:
         seen.add(name)
         if name in RESERVED_ENV or name.startswith(RESERVED_ENV_PREFIXES):
             yield _error(f"{field}.name", f"{name} is set by the operator; leave it out")
-        elif name in S3_KEYS and spec.storage.credentials_secret_ref is not None:
-            yield _error(f"{field}.name", f"{name} comes from spec.storage.credentialsSecretRef; set one of the two")
-        elif name in logged:
-            yield _error(f"{field}.name", f"{name} comes from spec.logging.{logged[name]}; set one of the two")
-        elif name in S3_KEYS and variable.value is not None:
+        elif name in given:
+            yield _error(f"{field}.name", f"{name} comes from spec.{given[name]}; set one of the two")
+        elif name in S3_KEYS | HUB_TOKENS and variable.value is not None:
             yield _error(
                 f"{field}.value", f"{name} as plain text would be a secret in a spec; use valueFrom.secretKeyRef"
             )

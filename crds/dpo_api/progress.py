@@ -160,6 +160,9 @@ class LastWords(_Message):
     metrics: dict[str, float] = Field(default_factory=dict, description="Last value of each metric.")
     run_dir: str | None = Field(default=None, description="URI of the run directory.")
     model_uri: str | None = Field(default=None, description="URI of the exported model, if there is one.")
+    hub_uri: str | None = Field(
+        default=None, description="Commit that the model was pushed to, if it was: `hf://org/name@<commit>`."
+    )
     attempt: int = Field(default=1, ge=0, description="Number of the attempt, from 1.")
     last_checkpoint_step: int | None = Field(
         default=None, ge=0, description="Step of the newest complete checkpoint, of this attempt or an earlier one."

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
 from dpo_api.fields import (
+    BRANCH_PATTERN,
     HTTP_URL_PATTERN,
+    REPOSITORY_PATTERN,
     SECONDS_MAX,
     Bool,
     DnsName,
@@ -175,6 +178,42 @@ class Checkpoint(Section):
     )
 
 
+class OutputHub(Section):
+    """A repository of the Hugging Face Hub that the exported model is pushed to."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "repository",
+            "repository holds -- or .., or ends with .git, which the hub refuses; choose another name",
+            "!self.repository.contains('--') && !self.repository.contains('..') && !self.repository.endsWith('.git')",
+            lambda s: "--" not in s.repository and ".." not in s.repository and not s.repository.endswith(".git"),
+        ),
+        Rule(
+            "revision",
+            "revision is a commit, and commits do not change; name a branch",
+            "!has(self.revision) || !self.revision.matches('^[0-9a-f]{40}$')",
+            lambda s: re.fullmatch(r"[0-9a-f]{40}", s.revision) is None,
+        ),
+    )
+
+    repository: Annotated[str, StringConstraints(strict=True, pattern=REPOSITORY_PATTERN, max_length=193)] = Field(
+        description="The repository, as org/name. It is created if it does not exist."
+    )
+    revision: Annotated[str, StringConstraints(strict=True, pattern=BRANCH_PATTERN, max_length=128)] = Field(
+        default="main", description="The branch. It is created if it does not exist. Default main."
+    )
+    private: Bool = Field(
+        default=True,
+        description="Whether a repository that the run creates is private; one that exists stays as it is. Default"
+        " true.",
+    )
+
+    @property
+    def uri(self) -> str:
+        """The address of the branch: ``hf://org/name@revision``."""
+        return f"hf://{self.repository}@{self.revision}"
+
+
 class Output(Section):
     """The aligned model."""
 
@@ -220,6 +259,11 @@ class Output(Section):
     )
     dtype: Literal["bf16", "fp16", "fp32"] | None = Field(
         default=None, description="Data type of the weights in the model's files. Not set: that of the source."
+    )
+    hub: OutputHub | None = Field(
+        default=None,
+        description="Push the exported model to the Hugging Face Hub, with `storage.hub`, once it is whole in `uri`:"
+        " the Hugging Face folder with adapter/, or with `merge: false` the adapter alone. Not set: it is not pushed.",
     )
 
     @property

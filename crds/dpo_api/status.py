@@ -53,7 +53,7 @@ class ConditionType(Enum):
     Suspended = "Suspended", "The job holds no nodes, because runPolicy.suspend is true."
     Finished = "Finished", "The job has succeeded, failed or was rejected. Wait for this, then test Succeeded."
     Succeeded = "Succeeded", "The run finished and its model was exported."
-    Failed = "Failed", "The job ended without a model, or was rejected; the message gives the cause."
+    Failed = "Failed", "The job ended without a model or could not push it, or was rejected; the message says why."
     ProgressAvailable = "ProgressAvailable", "The trainer responds to the operator's requests for its progress."
     LayoutVerified = (
         "LayoutVerified",
@@ -97,7 +97,7 @@ STATES: dict[State, str] = {
     "Restarting": "An attempt has ended and the next one will follow.",
     "Suspended": "The job holds no nodes, because runPolicy.suspend is true.",
     "Succeeded": "The model is exported.",
-    "Failed": "The job ended without a model.",
+    "Failed": "The job ended without a model, or could not push it: then `status.modelURI` says where it is.",
 }
 """The values of the column STATE, a summary of the conditions in one word."""
 
@@ -285,6 +285,11 @@ class DPOJobStatus(StatusSection):
     )
     model_uri: Annotated[str, StringConstraints(max_length=1100)] | None = Field(
         default=None, alias="modelURI", description="URI of the exported model."
+    )
+    hub_uri: Annotated[str, StringConstraints(max_length=1100)] | None = Field(
+        default=None,
+        alias="hubURI",
+        description="Commit on the Hugging Face Hub that the model was pushed to: hf://org/name@<commit>.",
     )
     model_step: int | None = Field(default=None, ge=0, description="Step whose weights the exported model has.")
     final_metrics: dict[str, float] = Field(

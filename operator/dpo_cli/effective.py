@@ -168,3 +168,5 @@ def _results(job: DPOJob, spec: DPOJobSpec) -> Iterator[Row]:
     if lora and "formats" not in output.model_fields_set:
         forms.append("peft")
     yield "model to", f"{output.uri or run_dir.rstrip('/') + '/model'} ({', '.join(forms)})"
+    if output.hub is not None:
+        yield "push to", output.hub.uri

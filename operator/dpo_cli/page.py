@@ -77,6 +77,8 @@ def _head(report: Report) -> str:
     facts = [f"model {model}" if model else "", f"data {data}" if data else "", f"run directory {report.run_dir}"]
     if report.ended is not None and report.ended.model_uri:
         facts.append(f"result {report.ended.model_uri}")
+    if report.ended is not None and report.ended.hub_uri:
+        facts.append(f"pushed to {report.ended.hub_uri}")
     lines = "".join(f'<p class="sub">{escape(line)}</p>' for line in facts if line)
     return f"<header><h1>{escape(report.name)}{badge}</h1>{lines}</header>{why}"
 

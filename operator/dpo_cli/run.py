@@ -57,6 +57,7 @@ CLUSTER_ONLY = (
     "resources.scratch",
     "resources.extended",
     "storage.credentialsSecretRef",
+    "storage.hub.tokenSecretRef",
     "storage.cache",
     "storage.caBundle.configMapRef",
     "storage.caBundle.secretRef",
@@ -350,7 +351,8 @@ class _Run:
         if words.known_outcome not in (Outcome.Succeeded, Outcome.Stopped):
             print_error(stderr(), words.known_outcome, words.message)
         if words.known_outcome is Outcome.Succeeded and not self._trained:
-            self._console.print("  note     this run was already finished: there was nothing to do")
+            did = "there was nothing to do" if words.hub_uri is None else "nothing was trained"
+            self._console.print(f"  note     this run was already finished: {did}")
         lines = ending(words, written, self._run_dir, self._checkpoint_step, shlex.join(["dpo", *sys.argv[1:]]))
         for label, text in lines:
             self._console.print(f"{label:<11} {clean(text)}")

@@ -33,9 +33,13 @@ def ending(words: LastWords, written: Written | None, run_dir: str, checkpoint: 
             lines.append(("best", best_of(words.best)))
         of = "" if words.model_step in (None, words.step) else f" (of step {words.model_step:,})"
         lines.append(("model", (words.model_uri or join_uri(run_dir, "model")) + of))
+        if words.hub_uri is not None:
+            lines.append(("hub", words.hub_uri))
     elif outcome is Outcome.Stopped:
         lines.append(("stopped", words.message or _where_stopped(words, run_dir)))
         lines.append(("continue", command))
+    elif words.model_uri is not None:  # only the push to the hub failed
+        lines.append(("model", words.model_uri))
     elif checkpoint:
         lines.append(("kept", f"checkpoint of step {checkpoint:,}; the same command continues from it"))
     if written is not None:

@@ -19,9 +19,10 @@ from dpo_api.models.folder import VOCABULARIES, check_tokenizer
 from dpo_api.models.megatron.outgoing import check_formats
 from dpo_api.models.start import check_tokenizer as check_start_tokenizer
 from dpo_api.models.start import check_weights, start_model, weight_bytes
-from dpo_api.spec import DataSource, DPOJobSpec, Lora, StorageAccess
-from dpo_cli.stores import Stores
+from dpo_api.spec import DataSource, DPOJobSpec, HubAccess, Lora, OutputHub, StorageAccess
+from dpo_cli.stores import PATIENCE, Stores
 from dpo_store import HubMissingError, ObjectInfo, Store, base_name, is_remote
+from dpo_store.push import Branch
 
 SAMPLE_BYTES = 256 * 1024
 """Bytes read from each plain-text object to estimate its number of lines."""
@@ -98,6 +99,8 @@ def survey(spec: DPOJobSpec, *, here: bool) -> Survey:
                 _bound(look.source, f"spec.data.{kind}[{index}].uri", source, source.name or f"{kind}-{index}")
             )
     tasks += [_bound(look.bucket, name, uri, access) for name, uri, access in _written(spec)]
+    if spec.output.hub is not None:
+        tasks.append(_bound(look.hub, spec.output.hub, spec.storage.hub))
     with ThreadPoolExecutor(WORKERS) as pool:
         model, *rest = [future.result() for future in [pool.submit(task) for task in tasks]]
     count = len(spec.data.train)
@@ -246,6 +249,18 @@ class _Look:
             self._stores.reach(access).children(uri)
         except DPOError as error:
             return _Result([self._problem(name, uri, error)])
+        return _Result()
+
+    def hub(self, target: OutputHub, access: HubAccess) -> _Result:
+        """Check that the token of this machine may push to the repository, unless pods use another one."""
+        name, secret = "spec.output.hub", access.token_secret_ref
+        if secret is not None and not self._here:
+            text = f"the token of Secret {secret.name}, which may not be read here, is checked when the job starts"
+            return _Result([Problem(Finding("note", name, text), Outcome.Succeeded)])
+        try:
+            Branch(target.repository, target.revision, policy=PATIENCE).check()
+        except DPOError as error:
+            return _Result([self._problem(name, target.uri, error)])
         return _Result()
 
 

@@ -149,6 +149,7 @@ def _ending(draft: Draft) -> None:
         evidence.record(draft)
         evidence.steps(draft)
         evidence.last_values(draft)
+        evidence.exported(draft)
         _refine(draft)
         words = success(draft.pods)
         if words is not None:  # it finished while it was being ended

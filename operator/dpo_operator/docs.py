@@ -120,6 +120,7 @@ the finished run of the same spec, the first attempt ends within a minute, with 
 | `/mnt/claims/CLAIM`, `DPO_PVC_ROOT` | each claim of a `pvc://` address; read-only where only inputs name it |
 | `DPO_STALL_TIMEOUT_SECONDS` | `runPolicy.stallTimeoutSeconds`, if it is set when the attempt starts |
 | `AWS_ACCESS_KEY_ID` … | the keys of `storage.credentialsSecretRef`, taken from the Secret by the kubelet |
+| `HF_TOKEN` | the key of `storage.hub.tokenSecretRef`, taken from the Secret by the kubelet |
 | `DPO_CREDENTIALS_DIR`/SECRET/KEY | the keys of a source's own `credentialsSecretRef`, as files |
 | `/etc/dpo/metrics`, `DPO_METRICS_CREDENTIALS` | rank 0's certificate and token, with `trainer.metrics.secret` |
 | `DPO_CA_DIR`/`configmap` or `secret`/NAME/KEY | certificates of each `caBundle`; `DPO_CA_BUNDLE` is the common one |

@@ -32,6 +32,7 @@ def succeed(draft: Draft, words: LastWords) -> None:
         progress=final,
         final_metrics=final.metrics,
         model_uri=progress.fitting_uri(words.model_uri),
+        hub_uri=progress.fitting_uri(words.hub_uri),
         model_step=words.model_step,
         run_directory=progress.fitting_uri(words.run_dir) or draft.status.run_directory,
         summary=progress.summarise(final),
@@ -53,7 +54,7 @@ def succeed(draft: Draft, words: LastWords) -> None:
 
 
 def fail(draft: Draft, reason: Reason, message: str) -> None:
-    """End the job without a model."""
+    """End the job without a model, or with one that could not be pushed."""
     former = draft.status.progress
     if former is not None:
         draft.update(final_metrics=dict(former.metrics))

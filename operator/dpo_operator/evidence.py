@@ -19,7 +19,7 @@ from dpo_operator.classification import (
     record_of,
 )
 from dpo_operator.draft import Draft
-from dpo_operator.progress import bounded, summarise
+from dpo_operator.progress import bounded, fitting_uri, summarise
 from dpo_operator.reasons import Reason, named
 from dpo_operator.starting import is_stuck
 from dpo_operator.types import Object
@@ -169,6 +169,13 @@ def last_values(draft: Draft) -> None:
     }
     progress = progress.model_copy(update=changes)
     draft.update(progress=progress, summary=summarise(progress).model_copy(update={"eta": None}))
+
+
+def exported(draft: Draft) -> None:
+    """Take the model of an attempt that failed after its export, when it could not push it, from rank 0's message."""
+    words = next((last_words(pod) for pod in draft.pods if pytorchjob.is_rank_zero(pod)), None)
+    if words is not None and (uri := fitting_uri(words.model_uri)) is not None:
+        draft.update(model_uri=uri, model_step=words.model_step)
 
 
 def broken_nodes(attempts: Sequence[Attempt], last: int = 3) -> list[str]:

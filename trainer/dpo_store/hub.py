@@ -1,4 +1,6 @@
-"""Repositories of the Hugging Face Hub, through huggingface_hub: ``hf://org/name@revision/path``, to read only.
+"""Repositories of the Hugging Face Hub, through huggingface_hub: ``hf://org/name@revision/path``, to read.
+
+``push`` writes to them; as addresses of a store they are for reading only.
 
 A branch or tag is resolved to its commit once for each store, so that all reads see one version. With a cache folder,
 files are downloaded whole into it, as huggingface_hub lays them out, and read there; without one, each read is a
@@ -9,6 +11,7 @@ request for its range, which suits a client that looks at a few headers. The tok
 from __future__ import annotations
 
 import builtins  # `list` is a method here
+import functools
 import os
 import re
 import threading
@@ -31,16 +34,18 @@ class HubMissingError(UsageError):
     """huggingface_hub is not installed here."""
 
 
+SILENCE_SECONDS: Final = 300.0
+"""Longest wait for a connection, or between two bytes. The hub's answer to a large commit takes minutes."""
 _CHUNK: Final = 8 * MIB
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _DATASETS: Final = "datasets/"
 
 _BUSY: Final = Rule(StorageUnavailableError, retry=True, text="the hub is overloaded or failing")
-_LOST: Final = Rule(StorageUnavailableError, retry=True, text="the hub cannot be reached, or broke the connection")
+LOST: Final = Rule(StorageUnavailableError, retry=True, text="the hub cannot be reached, or broke the connection")
 _REFUSED: Final = Rule(AccessDeniedError, retry=False, text="the hub refuses the token; check HF_TOKEN")
 _BY_NAME: Final[dict[str, Rule]] = {
     # In this order: a later one is a base class of an earlier one.
-    "LocalEntryNotFoundError": _LOST,
+    "LocalEntryNotFoundError": LOST,
     "GatedRepoError": Rule(
         AccessDeniedError,
         retry=False,
@@ -54,6 +59,8 @@ _BY_NAME: Final[dict[str, Rule]] = {
     "OfflineModeIsEnabled": Rule(
         StorageUnavailableError, retry=False, text="HF_HUB_OFFLINE is set, and the cache does not hold it"
     ),
+    "JSONDecodeError": _BUSY,
+    "XetAuthenticationError": _REFUSED,
     "HFValidationError": Rule(InvalidSpecError, retry=False, text="write hf://org/name@revision"),
 }
 
@@ -71,8 +78,34 @@ def explain(error: BaseException) -> tuple[Rule, str] | None:
         rule = ERRNOS.get(error.errno)
     # The HTTP client's own errors, and a file whose length is not the announced one.
     if rule is None and (isinstance(error, OSError) or type(error).__module__.partition(".")[0].startswith("http")):
-        rule = _LOST
+        rule = LOST
     return None if rule is None else (rule, rule.text)
+
+
+def api() -> HfApi:
+    """Return huggingface_hub's client. Raises HubMissingError if it is not installed here."""
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError as error:
+        raise HubMissingError("hf:// addresses need huggingface_hub: pip install huggingface_hub") from error
+    disable_progress_bars()
+    _limit_waits()
+    return HfApi(endpoint=_endpoint())
+
+
+@functools.cache
+def _limit_waits() -> None:
+    """Let no request of this process wait for ever, as those of huggingface_hub do."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.timeout = SILENCE_SECONDS
+        return made
+
+    set_client_factory(client)
 
 
 class HubBackend:
@@ -90,15 +123,6 @@ class HubBackend:
     def _run[T](self, subject: str, attempt: Callable[[], T]) -> T:
         return retry.Patience(subject, self._policy, self._timing, explain).run(attempt)
 
-    def _api(self) -> HfApi:
-        try:
-            from huggingface_hub import HfApi
-            from huggingface_hub.utils import disable_progress_bars
-        except ImportError as error:
-            raise HubMissingError("hf:// addresses need huggingface_hub: pip install huggingface_hub") from error
-        disable_progress_bars()
-        return HfApi(endpoint=_endpoint())
-
     def commit(self, location: Location) -> str:
         """Return the commit that the location's revision is; ``main`` if it names none."""
         repository, kind, revision = _parts(location)
@@ -107,9 +131,9 @@ class HubBackend:
         with self._lock:
             found = self._commits.get(location.root)
         if found is None:
-            api = self._api()
+            client = api()
             subject = f"hf://{location.root}"
-            info = self._run(subject, lambda: api.repo_info(repository, repo_type=kind, revision=revision))
+            info = self._run(subject, lambda: client.repo_info(repository, repo_type=kind, revision=revision))
             if info.sha is None:
                 raise StorageUnavailableError(f"{subject}: the hub names no commit")
             found = info.sha
@@ -122,10 +146,10 @@ class HubBackend:
         with self._lock:
             found = self._trees.get(location.root)
         if found is None:
-            commit, api, (repository, kind, _) = self.commit(location), self._api(), _parts(location)
+            commit, client, (repository, kind, _) = self.commit(location), api(), _parts(location)
 
             def attempt() -> list[Any]:
-                return list(api.list_repo_tree(repository, recursive=True, revision=commit, repo_type=kind))
+                return list(client.list_repo_tree(repository, recursive=True, revision=commit, repo_type=kind))
 
             entries = self._run(f"hf://{location.root}", attempt)
             files = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}  # not folders
@@ -158,7 +182,7 @@ class HubBackend:
 
         Raises NoSpaceError before the first byte if the cache's file system is too full.
         """
-        self._api()
+        api()
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         repository, kind, _ = _parts(location)
@@ -190,7 +214,7 @@ class HubBackend:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         repository, kind, _ = _parts(location)
-        self._api()
+        api()
         commit = self.commit(location)
         url = hf_hub_url(repository, location.path, repo_type=kind, revision=commit, endpoint=_endpoint())
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}

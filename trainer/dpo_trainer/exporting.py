@@ -29,7 +29,12 @@ from dpo_trainer.masters import Masters
 from dpo_trainer.model.lora import adapters, merged_value
 from dpo_trainer.sources import store_for
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""Names of the files that hold a whole model's weights, and say which holds what."""
+
+ADAPTER = "adapter"
+"""The adapter's subfolder."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 _CONVERTED = {"megatron": "megatron", "nemo": "model.nemo"}
 """Format → its name in the model's folder."""
@@ -104,7 +109,7 @@ def export_model(
             )
     if adapter and spec.lora is not None and world.data_rank == 0 and world.context_rank == 0:
         export_adapter(
-            result.model, spec.lora, base, join_uri(uri, "adapter"), store=store, trained=result.trained, below=below
+            result.model, spec.lora, base, join_uri(uri, ADAPTER), store=store, trained=result.trained, below=below
         )
     world.barrier()
     if spec.output.converted:
@@ -125,10 +130,10 @@ def _remove_earlier(store: Store, uri: str) -> None:
     or an index.
     """
     for name in store.children(uri + "/"):
-        if _WEIGHTS.fullmatch(name):
+        if WEIGHTS.fullmatch(name):
             store.delete(join_uri(uri, name))
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        store.delete(join_uri(uri, f"adapter/{name}"))
+    for name in ADAPTER_FILES:
+        store.delete(join_uri(uri, ADAPTER, name))
     store.delete(join_uri(uri, _CONVERTED["nemo"]))
     for folder in (_CONVERTED["megatron"], _CONVERTED["nemo"] + PARTS):
         if store.children(join_uri(uri, folder)):
@@ -150,9 +155,9 @@ def is_there(spec: DPOJobSpec, place: Place) -> bool:
     store, uri = place
     whole, adapter = forms_of(spec)
     names = store.children(uri + "/")
-    files = ["adapter/adapter_model.safetensors"] if adapter else []
+    files = [f"{ADAPTER}/{ADAPTER_FILES[-1]}"] if adapter else []
     files += [_MARKS[form] for form in spec.output.converted]
-    return (not whole or any(_WEIGHTS.fullmatch(name) for name in names)) and all(
+    return (not whole or any(WEIGHTS.fullmatch(name) for name in names)) and all(
         store.exists(join_uri(uri, file)) for file in files
     )
 

@@ -31,6 +31,7 @@ class RankResult:
     metrics: dict[str, float] = field(default_factory=dict)
     run_dir: str | None = None
     model_uri: str | None = None
+    hub_uri: str | None = None
     attempt: int = 1
     last_checkpoint_step: int | None = None
     already_complete: bool = False
@@ -101,6 +102,7 @@ def summarise(results: Sequence[RankResult], agent_code: int, *, asked: bool) ->
         metrics=chosen.metrics,
         run_dir=chosen.run_dir,
         model_uri=chosen.model_uri,
+        hub_uri=next((result.hub_uri for result in results if result.hub_uri is not None), None),  # rank 0 alone pushes
         attempt=chosen.attempt,
         # The maximum, since a rank that lost its peers may know an older checkpoint only.
         last_checkpoint_step=max(saved, default=None),

@@ -40,10 +40,11 @@ from dpo_trainer.links import judge, measure
 from dpo_trainer.model.attend import form_of
 from dpo_trainer.model.build import Backend, build_model, refuse_fp8, use_transformer_engine
 from dpo_trainer.model.lora import adapters_disabled, attach_lora, exact_values
+from dpo_trainer.pushing import prepare, push, pushed_before
 from dpo_trainer.reference import Compute, Pairs, ReferenceCache, ReferenceTable, complete, reference_key
 from dpo_trainer.reporting import Reporter
 from dpo_trainer.results import RankResult
-from dpo_trainer.rundir import LAYOUT, Finished, RunDirectory, SavedCheckpoint
+from dpo_trainer.rundir import EXPORT, LAYOUT, Finished, RunDirectory, SavedCheckpoint
 from dpo_trainer.sources import model_source, open_adapter, open_tokenizer, settled, store_for
 from dpo_trainer.stopping import StopRequest
 from dpo_trainer.training import Inputs, Training
@@ -123,6 +124,7 @@ class Run:
         self._settled = False
         self.training: Training | None = None
         self.model_uri: str | None = None
+        self.hub_uri: str | None = None
         self._model_step: int | None = None
         self._finished: Finished | None = None  #: what the directory held already
         self._total = 0
@@ -141,6 +143,7 @@ class Run:
             metrics=self.reporter.finite_latest,
             run_dir=self.directory.uri,
             model_uri=self.model_uri,
+            hub_uri=self.hub_uri,
             attempt=self.directory.attempt,
             last_checkpoint_step=self.reporter.last_checkpoint,
             already_complete=done is not None,
@@ -180,6 +183,7 @@ class Run:
         if self._finished_before():
             return
         self.reporter.phase("starting")
+        self._check_push()
         refuse_fp8(self.spec.transformer_engine.fp8, self._backend)
         self._check_links()
         inputs = self._index()
@@ -208,6 +212,7 @@ class Run:
             self.reporter.note(f"stopping early after step {self.training.step}: {self.training.stopped_early}")
         self._model_step, metrics = self._take_weights(self.training)
         self._export(engine, self.training, Trained.of(inputs, self.training.step, self._model_step, metrics))
+        self._push()
         self.reporter.phase("done", message=f"model: {self.model_uri}")
         self.reporter.close()
 
@@ -222,7 +227,7 @@ class Run:
         """Return whether the directory holds the finished run of the same spec, so that there is nothing to do."""
         found = self._on_main(lambda: _fields(self.directory.finished()))
         done = None if found is None else Finished(**found)
-        if done is None or not self.spec.checkpoint.resume or done.spec != _spec_of(self.job):
+        if done is None or not self.spec.checkpoint.resume or not _is_same_run(done.spec, _spec_of(self.job)):
             return False
         if not self._on_main(lambda: is_there(self.spec, self._output(done.model))):
             self.reporter.note(
@@ -234,6 +239,7 @@ class Run:
         self._model_step = done.step if done.model_step is None else done.model_step
         self.reporter.finished_before(done.step, done.metrics)
         self.reporter.note(f"{self.directory.uri} holds this run and it is complete; nothing to do")
+        self._push()
         self.reporter.phase("done", message=f"already complete; model: {self.model_uri}")
         self.reporter.close()
         return True
@@ -484,12 +490,11 @@ class Run:
         store, uri = self._output((self.spec.output.uri or self.directory.path("model")).rstrip("/"))
         if self.world.is_main:
             self.directory.check_fence()
-            self.directory.store.delete(self.directory.path("export.json"))  # of a shorter run in this directory
+            self.directory.store.delete(self.directory.path(EXPORT))  # of a shorter run in this directory
         lora = self.spec.lora is not None
         engine.settle_parameters()
         result = Result(engine.model, engine.masters, self._start_weights, lora=lora)
         export_model(result, self.spec, self.world, model_source(self.spec), (store, uri), self._adapter)
-        self.model_uri = uri
         if self.world.is_main:
             settled_job = self.job.model_copy(
                 update={"spec": self.job.spec.model_copy(update={"lora": self.spec.lora})}
@@ -508,8 +513,45 @@ class Run:
                 "stopped_early": training.stopped_early,
                 "spec": _spec_of(self.job),
             }
-            self.directory.write_json("export.json", done)
+            self.directory.write_json(EXPORT, done)
+        self.model_uri = uri
         self.world.barrier()
+
+    # -- the push to the hub
+
+    def _check_push(self) -> None:
+        """Find out whether the model can be pushed at the end, if the spec asks for it."""
+        hub = self.spec.output.hub
+        if hub is not None and self.world.is_main:
+            self.reporter.phase("starting", message=f"checking {hub.uri}")
+            prepare(hub, self.reporter.warn)
+
+    def _push(self) -> None:
+        """Push the exported model, if the spec asks for it and it is not done. By rank 0: the others need not wait.
+
+        The export is whole, so a push that fails is repeated by an attempt that only pushes.
+        """
+        hub, uri = self.spec.output.hub, self.model_uri
+        if hub is None or not self.world.is_main:
+            return
+        assert uri is not None  # noqa: S101 - it was exported
+        self.hub_uri = pushed_before(self.directory, hub)
+        if self.hub_uri is not None:
+            self.reporter.note(f"the model is on the hub already: {self.hub_uri}")
+            return
+
+        def progress(path: str) -> None:
+            if self.stop.signalled:  # maxRunSeconds limits the training, which is over
+                raise StoppedError(self.stop.reason())
+            self.reporter.phase("export", message=f"pushing to {hub.uri}: {path}")
+
+        title = f"{self.job.metadata.name}, step {self._model_step}"
+        try:
+            self.hub_uri = push(self.directory, self.spec, self._output(uri), title=title, progress=progress)
+        except DPOError as error:
+            text = f"the model is whole in {uri}, but it was not pushed: {error}; starting the run again only pushes it"
+            raise type(error)(text) from error
+        self.reporter.note(f"pushed to {hub.uri}: {self.hub_uri}")
 
 
 def _fields(value: Finished | SavedCheckpoint | None) -> dict[str, Any] | None:
@@ -519,6 +561,24 @@ def _fields(value: Finished | SavedCheckpoint | None) -> dict[str, Any] | None:
 def _spec_of(job: DPOJob) -> Any:
     """Return the spec as in the manifest, for comparison."""
     return json.loads(job.to_json())["spec"]
+
+
+def _is_same_run(one: Any, other: Any) -> bool:
+    """Return whether two specs give the same model in the same folder: they may push it to other places."""
+    return bool(_without_hub(one) == _without_hub(other))
+
+
+def _without_hub(spec: Any) -> Any:
+    """Return a copy of a manifest's spec without ``output.hub`` and ``storage.hub``."""
+    if not isinstance(spec, dict):
+        return spec
+    kept = dict(spec)
+    for section in ("output", "storage"):
+        if isinstance(kept.get(section), dict):
+            kept[section] = {name: value for name, value in kept[section].items() if name != "hub"}
+            if not kept[section]:
+                del kept[section]
+    return kept
 
 
 def _joined(batches: list[Pairs]) -> Pairs:

@@ -1,6 +1,7 @@
 """The run directory: the same layout in a local folder or under an S3 prefix. The newest attempt owns it.
 
-metrics.jsonl, spec.json, layout.json, revisions.json, attempt, checkpoints/step-000100/, model/, export.json
+metrics.jsonl, spec.json, layout.json, revisions.json, attempt, checkpoints/step-000100/, model/, export.json,
+pushed.json
 """
 
 import json
@@ -15,6 +16,9 @@ from dpo_store import Store, local_path_of
 
 MARKER = "complete.json"
 """Written last into a checkpoint. A checkpoint without it is incomplete and ignored."""
+
+EXPORT = "export.json"
+"""Written last of all, once the model is whole."""
 
 LAYOUT = "layout.json"
 """The layout that was chosen, and what for; see ``layouts``. It is no part of a checkpoint."""
@@ -118,7 +122,7 @@ class RunDirectory:
 
     def finished(self) -> Finished | None:
         """Return the content of export.json, or None if the run is not finished."""
-        found = self.read_json("export.json")
+        found = self.read_json(EXPORT)
         if found is None:
             return None
         try:
@@ -133,7 +137,7 @@ class RunDirectory:
                 stopped_early=str(found.get("stopped_early", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged("export.json", f"a field is missing or has the wrong type ({error})") from None
+            raise self._damaged(EXPORT, f"a field is missing or has the wrong type ({error})") from None
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
         """Return a JSON object of the run directory, or None if it does not exist."""

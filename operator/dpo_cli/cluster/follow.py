@@ -162,7 +162,7 @@ def conclude(console: Console, job: Job, kubectl: Kubectl) -> None:
     status = job.status
     if status.state == "Succeeded":
         model = f"{status.model_uri}{model_step(status)}" if status.model_uri else ""
-        for label, text in (("result", result_of(status)), ("model", model)):
+        for label, text in (("result", result_of(status)), ("model", model), ("hub", status.hub_uri or "")):
             if text:
                 console.print(f"{label:<11} {clean(text)}")
         return

@@ -64,6 +64,8 @@ def rows_of(job: Job) -> Iterator[Row]:
         yield "run", status.run_directory
     if status.model_uri:
         yield "model", status.model_uri + model_step(status)
+    if status.hub_uri:
+        yield "hub", status.hub_uri
 
 
 def _size(job: Job) -> str:

@@ -112,7 +112,9 @@ def accesses(spec: DPOJobSpec) -> list[StorageAccess]:
 
 
 def _credentials(spec: DPOJobSpec, found: Mounts) -> None:
-    """The job's keys become environment variables; those of one source become files in a folder named after the Secret.
+    """The job's keys and its token for the Hugging Face Hub become environment variables.
+
+    Those of one source become files in a folder named after the Secret.
 
     For a ``credentialsSecretRef`` the trainer reads ``$DPO_CREDENTIALS_DIR/<name>/AWS_ACCESS_KEY_ID`` and so on, or
     the environment if there is no such folder.
@@ -121,6 +123,9 @@ def _credentials(spec: DPOJobSpec, found: Mounts) -> None:
     if common is not None:
         for key in S3_KEYS:
             found.from_secret(key, common.name, key, optional=key in OPTIONAL_S3_KEYS)
+    token = spec.storage.hub.token_secret_ref
+    if token is not None:
+        found.from_secret("HF_TOKEN", token.name, token.key)
     own = {access.credentials_secret_ref.name for access in accesses(spec) if access.credentials_secret_ref is not None}
     own -= {common.name} if common is not None else set()
     for index, name in enumerate(sorted(own)):

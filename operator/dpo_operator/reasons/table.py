@@ -372,7 +372,10 @@ class Reason(Row, Enum):
         Outcome.IncompatibleCheckpoint, "Give the job its own run directory (checkpoint.uri)."
     )
     Fenced = cause_of(Outcome.Fenced, "Two jobs share a run directory: give each its own (checkpoint.uri).")
-    AccessDenied = cause_of(Outcome.AccessDenied, "Check storage.credentialsSecretRef or the service account's role.")
+    AccessDenied = cause_of(
+        Outcome.AccessDenied,
+        "Check storage.credentialsSecretRef, storage.hub.tokenSecretRef or the service account's role.",
+    )
     NotFound = cause_of(Outcome.NotFound, "Check the address that the message names.")
     PortInUse = cause_of(Outcome.PortInUse, "Remove the sidecar that uses port 9400 or 23456.")
     WrongLayout = cause_of(
@@ -431,7 +434,7 @@ class Reason(Row, Enum):
         word="Failed",
         topic="end",
         event="Warning",
-        meaning="The job ended without a model; the message says why.",
+        meaning="The job ended without a model, or could not push it (`output.hub`); the message says why.",
         remedy="Follow the reason that the message names.",
     )
     RestartsExhausted = Row(

@@ -476,7 +476,10 @@ def test_secrets_never_appear_in_the_pinned_spec() -> None:
     body = build_config_map(job, IDENTITY, "trainer:1", Settings())
     assert body["immutable"] is True
     assert body["data"]["image"] == "trainer:1"
-    variables = env(child(logging=job.to_dict()["spec"]["logging"]))
+    hub = {"hub": {"tokenSecretRef": {"name": "h", "key": "k"}}}
+    variables = env(child(logging=job.to_dict()["spec"]["logging"], storage=hub))
+    assert variables["HF_TOKEN"] == {"secretKeyRef": {"name": "h", "key": "k"}}
+    assert "HF_TOKEN" not in env(child())
     assert variables["WANDB_API_KEY"] == {"secretKeyRef": {"name": "w", "key": "k"}}
     assert variables["MLFLOW_TRACKING_TOKEN"] == {"secretKeyRef": {"name": "m", "key": "t"}}
 

@@ -191,6 +191,28 @@ def test_a_job_that_succeeded_is_not_retried() -> None:
     assert cluster.created == ["job-1"]
 
 
+def test_a_push_that_failed_for_good_shows_the_model_and_is_retried() -> None:
+    cluster = SimCluster()
+    cluster.run_to("Running")
+    said = "the model is whole in s3://runs/job/model, but it was not pushed: the token may not write"
+    words: dict[str, Any] = {"step": 100, "total": 100, "model_uri": "s3://runs/job/model", "model_step": 100}
+    cluster.end_pod("job-1-worker-0", Outcome.Succeeded, step=100, total=100)
+    cluster.end_pod("job-1-master-0", Outcome.AccessDenied, message=said, **words)
+    cluster.settle()
+    assert cluster.state == "Failed"
+    assert said in cluster.status["message"]
+    assert (cluster.status["modelURI"], cluster.status["modelStep"]) == ("s3://runs/job/model", 100)
+    assert "hubURI" not in cluster.status
+    annotate(cluster, "now")
+    cluster.run_to("Running")
+    assert cluster.created == ["job-1", "job-2"]
+    commit = "hf://org/aligned@" + "0" * 40
+    for role in ("worker", "master"):
+        cluster.end_pod(f"job-2-{role}-0", Outcome.Succeeded, already_complete=True, hub_uri=commit, **words)
+    cluster.settle()
+    assert (cluster.state, cluster.status["hubURI"]) == ("Succeeded", commit)
+
+
 def test_a_rejected_job_is_not_retried() -> None:
     cluster = SimCluster(manifest(checkpoint={"uri": "runs/job"}))
     cluster.settle()

@@ -575,4 +575,20 @@ CASES = [
         "must be set for mode online",
         known=ON_CLUSTER,
     ),
+    Case(
+        "push without a token",
+        {"output.hub": {"repository": "org/name"}},
+        "error",
+        "spec.storage.hub.tokenSecretRef",
+        "must be set with output.hub on a cluster",
+        known=ON_CLUSTER,
+    ),
+    Case(
+        "token without a use",
+        {"storage.hub": {"tokenSecretRef": {"name": "hub", "key": "token"}}},
+        "warning",
+        "spec.storage.hub.tokenSecretRef",
+        "has no effect, because the job neither reads from the hub nor pushes to it",
+        known=ON_CLUSTER,
+    ),
 ]

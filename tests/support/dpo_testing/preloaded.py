@@ -144,7 +144,8 @@ def _server(preload: tuple[str, ...]) -> socket.socket:
     """Start this test process's server with these modules, once; it ends with this process."""
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     packages = os.pathsep.join(str(ROOT / package) for package in ("crds", "operator", "trainer", "tests/support"))
-    environment = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
+    # huggingface_hub reads the last one when it is imported; dpo_testing.hubserver has no Xet.
+    environment = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1"}
     with its:
         command = [sys.executable, "-m", "dpo_testing.preloaded", str(its.fileno()), *preload]
         server = _Popen(command, env=environment, pass_fds=[its.fileno()], start_new_session=True)

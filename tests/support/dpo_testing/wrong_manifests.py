@@ -389,6 +389,13 @@ def _acceptance_cases() -> Iterator[Wrong]:
     key = {"spec.podTemplate.env": [{"name": "WANDB_API_KEY", "value": "hush"}], "spec.logging.wandb": wandb}
     yield Wrong("key of wandb twice", manifest(key), "spec.podTemplate.env[0].name",
                 "comes from spec.logging.wandb.apiKeySecretRef; set one of the two")  # fmt: skip
+    key = {"spec.podTemplate.env": [{"name": "HF_TOKEN", "value": "hush"}]}
+    yield Wrong("token of the hub as plain text", manifest(key), "spec.podTemplate.env[0].value",
+                "HF_TOKEN as plain text would be a secret in a spec")  # fmt: skip
+    key = {"spec.podTemplate.env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}],
+           "spec.storage.hub": {"tokenSecretRef": {"name": "a", "key": "b"}}}  # fmt: skip
+    yield Wrong("token of the hub twice", manifest(key), "spec.podTemplate.env[0].name",
+                "HF_TOKEN comes from spec.storage.hub.tokenSecretRef; set one of the two")  # fmt: skip
     mlflow: Object = {"trackingURI": "https://mlflow", "tokenSecretRef": {"name": "a", "key": "b"}}
     key = {"spec.podTemplate.env": [{"name": "MLFLOW_TRACKING_TOKEN", "value": "x"}], "spec.logging.mlflow": mlflow}
     yield Wrong("token of MLflow twice", manifest(key), "spec.podTemplate.env[0].name",

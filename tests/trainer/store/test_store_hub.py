@@ -11,7 +11,7 @@ import pytest
 from dpo_api.errors import AccessDeniedError, InvalidSpecError, NoSpaceError, NotFoundError, StorageUnavailableError
 from dpo_store import StorageOptions, Store, open_store
 from dpo_testing.faults import Pauses
-from dpo_testing.hubserver import HubServer, hub_server
+from dpo_testing.hubserver import HubServer, hub_server, used_here
 
 DATA = random.Random(3).randbytes(3_000_000)
 FILES = {"config.json": b"{}", "big.bin": DATA, "part/a.jsonl": b"1\n2\n", "part/b.jsonl": b"3\n", "empty": b""}
@@ -19,15 +19,8 @@ FILES = {"config.json": b"{}", "big.bin": DATA, "part/a.jsonl": b"1\n2\n", "part
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    from huggingface_hub import constants
-
     with hub_server() as running:
-        # Read from the environment when huggingface_hub is imported.
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        for name, value in running.environment(tmp_path / "home").items():
-            monkeypatch.setenv(name, value)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
+        used_here(running, tmp_path, monkeypatch)
         running.push("org/model", FILES)
         running.push("datasets/org/pairs", FILES, branch="v1")
         yield running
@@ -85,7 +78,6 @@ def test_a_broken_download_resumes_at_the_byte_it_reached(
 ) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub waits a second before it resumes
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # it keeps whole chunks, of 10 MB
     hub.cuts = [1_000_000, 500_000]
     assert store_at(tmp_path).read("hf://org/model/big.bin") == DATA
