@@ -19,6 +19,9 @@ from dpo_operator.types import (
 )
 from dpo_operator.view import View, is_alive
 
+WRITE_SECONDS = 1.0
+"""Least time between two writes of a job's status, where nothing waits for the second."""
+
 
 def reconcile(observed: Observed, now: float, settings: Settings) -> Decision:
     """Decide what to do about one DPOJob. ``now``: Unix seconds. Pure: equal arguments give equal decisions.
@@ -102,10 +105,31 @@ def _conclude(draft: Draft) -> Decision:
     if patch:
         version = view.metadata.get("resourceVersion")
         written.append(PatchStatus({"metadata": {"resourceVersion": version}, "status": patch}))
+    left = _left(draft) if patch else 0.0
+    if left > 0:
+        wake = min(left, left if draft.wake is None else draft.wake)
+        return Decision(tuple(draft.actions), patches.to_json(view.status), wake, scrape, delayed=True)
     if draft.follows:  # what the next round creates does not wait for the events
         actions = (*draft.actions, *written)
         return Decision(actions, after, draft.wake, scrape, follow=True, later=tuple(emitted))
     return Decision((*draft.actions, *emitted, *written), after, draft.wake, scrape)
+
+
+def _left(draft: Draft) -> float:
+    """Return the seconds for which the status write can wait, so that one write tells what several would.
+
+    A job that starts changes several times within a second, and each write costs the API server milliseconds. A write
+    waits only if the last one was just before, and if no further step needs it. An attempt whose PyTorchJob exists is
+    found again by its name.
+    """
+    written = draft.view.observed.written
+    if written is None or not 0 <= draft.now - written < WRITE_SECONDS:
+        return 0.0
+    former = {attempt.number: attempt.result for attempt in draft.view.status.attempts}
+    ended = any(attempt.result != former.get(attempt.number) for attempt in draft.status.attempts)
+    if ended or draft.follows or draft.wake == 0 or draft.status.completion_time is not None:
+        return 0.0
+    return written + WRITE_SECONDS - draft.now
 
 
 def _is_progress_alone(draft: Draft) -> bool:

@@ -16,12 +16,14 @@ How ``runtime`` runs a pass:
      add its name to ``absent``.
    404 for a delete, and 409 for an event, are successes. 429, 5xx and lost connections: drop the decision, back off.
    ``config_map``, ``network_policy``, ``check``, ``absent`` and ``refusals`` belong to one pass; the next pass starts
-   with them empty.
+   with them empty (but see 6).
 4. ``PatchStatus`` is the last action and carries the resourceVersion; on 409 drop it and reconcile the newer object.
    If it is refused because the object is too large, set ``status_limit`` to ``size.smaller`` of it and go to 1 at once.
 5. With ``Decision.follow``, put the stored DPOJob into the ``Observed`` and go to 1 at once; perform ``Decision.later``
    before that round's actions.
-6. Call again after ``Decision.wake`` seconds, or as soon as anything about the job changes.
+6. Call again after ``Decision.wake`` seconds, or as soon as anything about the job changes. Tell the next pass when the
+   status was last written. With ``Decision.delayed``, it must also see the pods that were deleted since, and a
+   NetworkPolicy that was created: no status names them yet.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class Observed:
     config_map: Object | None = None
     """The job's ConfigMap, of any owner, once a request has found it."""
     network_policy: Object | None = None
-    """Set after CreateNetworkPolicy found one that exists already."""
+    """Set after CreateNetworkPolicy found one that exists already, or created one that no stored status names yet."""
     check: ChildCheck | None = None
     absent: frozenset[str] = frozenset()
     """Names of PyTorchJobs, and of the ConfigMap, that a GET (not a cache) did not find."""
@@ -108,6 +110,8 @@ class Observed:
     scrape: Scrape | None = None
     backend_installed: bool = True
     """Whether the cluster serves PyTorchJob."""
+    written: float | None = None
+    """Time of this operator's last write of the job's status, Unix seconds; None if it has made none."""
 
 
 @dataclass(frozen=True)
@@ -215,3 +219,5 @@ class Decision:
     """Whether the next step only waits for the status to be stored: another round may run at once."""
     later: tuple[EmitEvent, ...] = ()
     """With ``follow``: events of the stored status, for the start of that round, whose objects do not wait for them."""
+    delayed: bool = False
+    """Whether the status is to be written by a later pass, which must see again all that this one saw."""

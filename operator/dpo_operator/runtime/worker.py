@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dpo_operator.config import Settings
 from dpo_operator.labels import ATTEMPT, JOB, JOB_UID
@@ -19,7 +19,17 @@ from dpo_operator.runtime.queue import WorkQueue
 from dpo_operator.runtime.resources import CHILDREN, JOBS, PODS, Resource
 from dpo_operator.runtime.scraper import Scraper
 from dpo_operator.runtime.words import Words
-from dpo_operator.types import CreateChild, Decision, DeleteChild, DeleteJob, EmitEvent, Object, Observed
+from dpo_operator.types import (
+    CreateChild,
+    CreateNetworkPolicy,
+    Decision,
+    DeleteChild,
+    DeleteJob,
+    EmitEvent,
+    Object,
+    Observed,
+    PatchStatus,
+)
 
 _ROUNDS = 8
 """Most rounds of one pass; more mean that the job changes as fast as it is read."""
@@ -27,6 +37,16 @@ _ROUNDS = 8
 _FOREVER = float("inf")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Recent:
+    """What this process did for a job just before."""
+
+    written: float | None = None
+    """When it last wrote the job's status, Unix seconds."""
+    network_policy: Object | None = None
+    """The one that it has created since then."""
 
 
 class Unsettled(Exception):  # noqa: N818 - not an error: the pass is repeated
@@ -62,6 +82,8 @@ class Worker:
         self._clock = clock
         self._performer = Performer(client, cache)
         self._words = Words(client)
+        self._recent: dict[Key, _Recent] = {}
+        """By job that is not over."""
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -115,6 +137,7 @@ class Worker:
         if job is None:
             self._scraper.aim(key, None)
             self._words.forget(key)
+            self._recent.pop(key, None)
             self._cache.processed(key, self._cache.departed(key))
             return None
         observed = await self._observe(key, job)
@@ -128,11 +151,14 @@ class Worker:
                 continue
             news = await self._performer.perform(key, observed, (*later, *decision.actions))
             later = decision.later
+            if news is None:
+                self._note(key, decision)
             if news is None and decision.follow and (stored := self._cache.job(key)) is not None:
-                news = replace(observed, job=stored, check=None)
+                news = replace(observed, job=stored, check=None, written=self._recent.get(key, _Recent()).written)
             if news is None:
                 self._settle(key, job, decision)
-                self._cache.processed(key, observed.pods)
+                if not decision.delayed:
+                    self._cache.processed(key, observed.pods)
                 return self._next(key, observed, decision)
             observed = news
         raise Unsettled
@@ -150,6 +176,7 @@ class Worker:
             expires = None if decision.wake is None else self._clock() + decision.wake
             if self._cache.settle(key, observed.job, observed.children, expires):
                 self._words.forget(key)
+                self._recent.pop(key, None)
                 return decision.wake
         wake = self._resync if decision.wake is None else decision.wake
         children, pods = self._cache.of_job(CHILDREN, key), self._cache.of_job(PODS, key)
@@ -168,18 +195,29 @@ class Worker:
         self._cache.complete(key)
         return trimmed(JOBS, job)
 
+    def _note(self, key: Key, decision: Decision) -> None:
+        """Remember what the next pass needs to know of a decision that was performed."""
+        for action in decision.actions:
+            if isinstance(action, PatchStatus):
+                self._recent[key] = _Recent(self._clock())
+            elif decision.delayed and isinstance(action, CreateNetworkPolicy):
+                self._recent[key] = replace(self._recent[key], network_policy=action.body)
+
     def _settle(self, key: Key, job: Object, decision: Decision) -> None:
         known = any(attempt.get("lastStep") for attempt in decision.status.get("attempts", [])[-1:])
         self._scraper.aim(key, decision.scrape, known=known)
         self._metrics.transition(job.get("status") or {}, decision.status)
 
     async def _observe(self, key: Key, job: Object) -> Observed:
+        recent = self._recent.get(key, _Recent())
         observed = Observed(
             job=job,
             children=tuple(self._cache.of_job(CHILDREN, key)),
             pods=self._pods(key, job),
             scrape=self._scraper.newest(key),
             backend_installed=self._backend_installed(),
+            written=recent.written,
+            network_policy=recent.network_policy,
         )
         return replace(observed, events=await self._words.about(key, observed))
 

@@ -28,6 +28,7 @@ class Life(RuleBasedStateMachine):
         super().__init__()
         policy = {"maxRestarts": 3, "startTimeoutSeconds": 600, "activeDeadlineSeconds": 50_000}
         self.cluster = SimCluster(manifest(runPolicy=policy))
+        self.cluster.delays = True
         self.doomed: str | None = None
         """The child in which a permanent error happened before anything else ended its attempt."""
         self.retries = 0

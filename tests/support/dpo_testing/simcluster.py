@@ -113,6 +113,11 @@ class SimCluster:
         self.calls: list[str] = []
         """Kinds of all mutating calls."""
         self.decision = Decision()
+        self.delays = False
+        """Whether the operator remembers its last status write, so that it may delay the next one."""
+        self._written: float | None = None
+        self._policy: Object | None = None
+        """What the operator's process remembers; see ``Observed.written`` and ``Observed.network_policy``."""
         self._uids = 0
         self._version = 1
 
@@ -128,6 +133,8 @@ class SimCluster:
             events=_copied(self.cluster_events),
             scrape=self.scrape,
             backend_installed=self.backend_installed,
+            written=self._written if self.delays else None,
+            network_policy=self._policy,
         )
 
     def reconcile(self, *, budget: int | None = None, blind: Iterable[str] = ()) -> Decision:
@@ -147,6 +154,7 @@ class SimCluster:
                 mutating = not isinstance(action, CheckChild | LookUpChild | LookUpConfigMap)
                 if mutating and budget is not None:
                     if budget == 0:
+                        self._written = self._policy = None
                         raise Crash
                     budget -= 1
                 news = self._perform(action, observed)
@@ -154,9 +162,17 @@ class SimCluster:
                     break
             if news is observed:
                 self.decision = decision
+                self._remember(decision)
                 return decision
             observed = news
         raise AssertionError(f"no end after {ROUNDS} rounds")
+
+    def _remember(self, decision: Decision) -> None:
+        for action in decision.actions:
+            if isinstance(action, PatchStatus):
+                self._written, self._policy = self.now, None
+            elif decision.delayed and isinstance(action, CreateNetworkPolicy):
+                self._policy = _copied(action.body)
 
     def _check_order(self, decision: Decision) -> None:
         kinds = [type(action).__name__ for action in decision.actions]
@@ -414,10 +430,10 @@ class SimCluster:
 
     def say(self, **progress: Any) -> None:
         """Let rank 0 answer GET /status."""
-        attempt = self.status["attempts"][-1]
-        fence = names.fence(int(START), attempt["number"])
+        child = self.created[-1]
+        fence = names.fence(int(START), int(child.rpartition("-")[2]))
         said = Progress(**{"phase": "train", "total": 100, "attempt": fence, **progress})
-        self.scrape = Scrape(at=self.now, child=attempt["child"], progress=said)
+        self.scrape = Scrape(at=self.now, child=child, progress=said)
 
     # -- the user
 
