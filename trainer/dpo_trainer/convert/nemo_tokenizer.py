@@ -4,8 +4,6 @@ import hashlib
 import json
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from dpo_api.errors import InvalidModelError, NotFoundError
 from dpo_api.models.folder import OWN_TOKENIZER
 from dpo_api.models.megatron import gpt2
@@ -47,6 +45,8 @@ def _is_gpt2(source: Whole, vocabulary: bytes, merges: bytes) -> bool:
 
 def _computed(data: bytes) -> dict[str, Any]:
     """Return what of a tokenizer.json decides about tokens."""
+    from tokenizers import Tokenizer  # every worker imports this module, and few of them need it
+
     found = json.loads(Tokenizer.from_buffer(data).to_str())
     words, model = found["pre_tokenizer"] or {}, found["model"]
     return {
