@@ -20,5 +20,8 @@ def test_a_folder_to_a_checkpoint_and_a_mistake(tmp_path: Path) -> None:
     assert again.code == 64
     assert again.err.startswith("error: out is not empty (it holds")
     assert dpo("convert", "source", "other", "--to", "gguf").code == 64
+    wrong = dpo("convert", "source", "--adapter", "nothing", "other")
+    assert (wrong.code, wrong.err.count("\n")) == (11, 1)
+    assert wrong.err.startswith("error: nothing/adapter_config.json")
     unread = dpo("convert", "source", "unread", "--no-check")
     assert (unread.code, unread.out) == (0, "unread: written, and not compared with source\n")

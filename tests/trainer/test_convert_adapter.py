@@ -52,6 +52,9 @@ def test_each_format_holds_the_model_that_peft_merges(
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
     assert same(found[0], found[1])
     assert same(found[0], found[2])
+    convert(base, tmp_path / "base.nemo")
+    convert(tmp_path / "base.nemo", "--adapter", adapter, tmp_path / "back")
+    assert same(found[0], tensors(tmp_path / "back"))
     moved = {name for name, tensor in tensors(base).items() if not torch.equal(tensor, found[0][name])}
     assert {name.split(".", 3)[-1] for name in moved} == {
         "self_attn.q_proj.weight", "self_attn.v_proj.weight", "mlp.down_proj.weight"
