@@ -136,7 +136,7 @@ def test_it_ends_where_peft_would(spec: dict[str, Any], sft: Path, world: Path, 
         torch.testing.assert_close(ours[name], matrix.detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
 def test_one_trajectory_in_every_layout(
     sizes: dict[str, Any], spec: dict[str, Any], whole: Finished, tmp_path: Path
 ) -> None:

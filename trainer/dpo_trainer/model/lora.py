@@ -134,7 +134,7 @@ class LowRankAdapter(torch.nn.Module):
                 else copy_to_tensor_model_parallel_region(x)
             )
             inner = gather_from_tensor_model_parallel_region(self.linear_in(x))
-            out = F.linear(copy_to_tensor_model_parallel_region(inner), self._wide(self.linear_out.weight))
+            out = self.linear_out(copy_to_tensor_model_parallel_region(inner), self.owners)
         if self.dropout_position == "post":
             out = self._drop(out)
         return out if self.scale == 1 else out * self.scale
@@ -149,13 +149,6 @@ class LowRankAdapter(torch.nn.Module):
             size, rank = _tensor_parallel()
             tokens = tokens.chunk(size)[rank]
         return dropout(x, tokens, self.channels, self.dropout)
-
-    def _wide(self, b: Tensor) -> Tensor:
-        """B [rows, rank] as the factor of A x: with an A of each projection, [rows, projections · rank], else B itself.
-
-        Each row has its values in its own projection's columns, and zeros that are no parameters in the others.
-        """
-        return b if self.owners is None else (b.unsqueeze(1) * self.owners.unsqueeze(2)).flatten(1)
 
     def divided(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's parts of whole matrices."""
@@ -181,7 +174,7 @@ class LowRankAdapter(torch.nn.Module):
             b = _whole(b, 0)
         else:
             a = _whole(a, 0)
-        return self.scale * (self._wide(b.float()) @ a.float())
+        return self.scale * (_wide(b.float(), self.owners) @ a.float())
 
     def _parts(self, trained: "Trained | None") -> tuple[Tensor, Tensor]:
         """This rank's parts of A and B: the parameters, or what ``trained`` returns for them."""
@@ -229,8 +222,12 @@ class _Matrix(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=axis, stride=1)
         self.weight.allreduce = True  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, owners: Tensor | None = None) -> Tensor:
+        """Multiply with the weight, or with ``_wide`` of it.
+
+        Whoever used the weight beside this call would not wait for the ranks that send it after an update.
+        """
+        return F.linear(x, _wide(self.weight, owners))
 
 
 def attach_lora(
@@ -357,6 +354,14 @@ def _chosen_layers(gpt: Any, lora: Lora) -> list[int]:
                 "leave such layers out"
             )
     return sorted(set(lora.layers))
+
+
+def _wide(b: Tensor, owners: Tensor | None) -> Tensor:
+    """B [rows, rank] as the factor of A x: with an A of each projection, [rows, projections · rank], else B itself.
+
+    Each row has its values in its own projection's columns, and zeros that are no parameters in the others.
+    """
+    return b if owners is None else (b.unsqueeze(1) * owners.unsqueeze(2)).flatten(1)
 
 
 def _with_adapter(
