@@ -29,7 +29,7 @@ from dpo_testing.models import (
     single_process,
     token_stream,
 )
-from dpo_testing.nemo_archives import GPT_2B, content, logits, state, write
+from dpo_testing.nemo_archives import GPT_2B, LLAMA, Tiny, content, logits, replace, state, write
 from dpo_trainer.convert import command
 from dpo_trainer.convert.journal import NAME, Journal
 from dpo_trainer.convert.whole import Whole
@@ -80,6 +80,21 @@ def test_gpt_2b_becomes_a_model_that_transformers_loads(tmp_path: Path) -> None:
     expected = logits(GPT_2B, weights, tokens)
     assert expected.std() >= 1
     assert (model(tokens[None]).logits[0] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("tiny", "says"),
+    [(GPT_2B, None), (replace(LLAMA, qkv_bias=True), "transformers reads every tokenizer of the family qwen2 as the")],
+    ids=["stablelm", "qwen2"],
+)
+def test_a_bare_sentencepiece_model(
+    tiny: Tiny, says: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert(write(tmp_path / "gpt.nemo", content(tiny, state(tiny))), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists() is (says is None)
+    assert (says or "") in caplog.text
+    assert bool(caplog.text) is (says is not None)
 
 
 def loaded_by_megatron(folder: Path, checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:

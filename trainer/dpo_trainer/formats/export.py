@@ -1,6 +1,7 @@
 """Writing a Hugging Face model folder that transformers loads."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from dpo_api.errors import DPOError, InternalError, NotFoundError
 from dpo_api.models import ModelConfig
-from dpo_api.models.folder import INDEX, SINGLE, read_json
+from dpo_api.models.folder import INDEX, OWN_TOKENIZER, SINGLE, read_json
 from dpo_store import Store, join_uri, open_store
 from dpo_trainer import bridge, messages
 from dpo_trainer.formats.huggingface import open_weights, slots_by_stage, stage_slots
 from dpo_trainer.formats.layout import Slot, Value, dissolve, target, whole
 from dpo_trainer.formats.safetensors_reader import DTYPES, NAMES, RangeStore, bytes_of, header_of
 from dpo_trainer.model.forward import unwrap
+
+log = logging.getLogger(__name__)
 
 # Copied byte for byte: a newer transformers would rewrite them into forms that older ones cannot read.
 TOKENIZER_FILES = (
@@ -352,13 +355,27 @@ def copy_companions(store: RangeStore, source: str, target_store: Store, out: st
             if name == "tokenizer.model":
                 bare = data
     if bare is not None and not {"tokenizer.json", "tokenizer_config.json"}.intersection(copied):
-        from dpo_trainer.formats.sentencepiece_json import tokenizer_files  # imports tokenizers
-
-        for name, data in tokenizer_files(bare).items():
+        family = str(read_json(store, join_uri(source, "config.json")).get("model_type"))
+        for name, data in _as_json(bare, family).items():
             if name not in copied:
                 target_store.write(join_uri(out, name), data)
                 copied.append(name)
     return copied
+
+
+def _as_json(model: bytes, family: str) -> dict[str, bytes]:
+    """Return the files with which transformers reads the tokens of a tokenizer.model; {} if nothing makes it."""
+    from dpo_trainer.formats.sentencepiece_json import tokenizer_files  # imports tokenizers
+    from dpo_trainer.formats.sentencepiece_normal import InexactError
+
+    why: object = f"transformers reads every tokenizer of the family {family} as the family's own"
+    if family not in OWN_TOKENIZER:
+        try:
+            return tokenizer_files(model)
+        except InexactError as error:
+            why = error
+    log.warning("no tokenizer.json is written, and only SentencePiece itself reads tokenizer.model: %s", why)
+    return {}
 
 
 def write_config(
