@@ -4,31 +4,25 @@ import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatr
 
 # isort: split
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from dpo_api.learning import Lora
 from dpo_api.models import FAMILIES, read_config
 from dpo_api.sizing import parameters
-from dpo_testing.models import (
-    VARIANTS,
-    load_model,
-    local_store,
-    plain_pack,
-    reference_model,
-    save_folder,
-    single_process,
-    token_stream,
+from dpo_testing.families import (
+    HOLDS,
+    LABELS,
+    LOGITS,
+    LOGITS_WITH_LORA,
+    PAGE,
+    adapter_differences,
+    assert_like_the_page,
+    rows_of,
+    with_rows,
 )
-from dpo_trainer.formats.export import export
-from dpo_trainer.formats.peft import export_adapter
-from dpo_trainer.model.forward import logits
-from dpo_trainer.model.lora import adapters, attach_lora, merged_value
-
-PACK = plain_pack([token_stream(30, seed=3)])
+from dpo_testing.models import VARIANTS, local_store, reference_model, save_folder, single_process
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,31 +39,34 @@ def test_every_family_is_checked() -> None:
     assert checked == FAMILIES.keys()
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_peft_and_merged_folders_answer_as_we_do(variant: str, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    found = adapter_differences(variant, tmp_path)
+    assert list(found) == ["PEFT", "transformers, merged", "the trainer, merged"]
+    for reader, difference in found.items():
+        assert difference <= LOGITS_WITH_LORA, reader
+    assert_like_the_page(variant, "lora", max(found.values()))
 
-    def distance(theirs: Any) -> float:
-        return float((theirs.eval()(PACK.tokens[None]).logits[0] - ours).abs().max())
 
-    folder = save_folder(reference_model(variant), tmp_path / "start")
-    lora = Lora(rank=4, alpha=6.0, target_modules=("all",), column_init="kaiming")
-    model = load_model(folder).eval()
-    start = logits(model, PACK)
-    attach_lora(model, lora, seed=1)
-    generator = torch.Generator().manual_seed(5)
-    for adapter in adapters(model):
-        adapter.linear_out.weight.normal_(std=0.1, generator=generator)
-    ours = logits(model, PACK)
-    assert (ours - start).abs().max() > 0.1
-    export_adapter(model, lora, str(folder), tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    assert distance(PeftModel.from_pretrained(base, tmp_path / "adapter")) <= 2e-5
-    export(model, local_store(), str(folder), tmp_path / "merged", value_of=merged_value(model))
-    assert distance(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")) <= 2e-5
-    assert (logits(load_model(tmp_path / "merged"), PACK) - ours).abs().max() <= 2e-5
+def test_the_page_has_a_row_of_figures_for_each_variant() -> None:
+    """docs/models.md: figures within their bounds, and nothing that fails. `hack/families.py --write` measures them."""
+    rows = rows_of(PAGE.read_text(encoding="utf-8"))
+    assert set(LABELS) == set(VARIANTS)
+    assert [row.label for row in rows] == list(LABELS.values())
+    for row in rows:
+        assert 0 < float(row.logits) <= LOGITS, row
+        assert 0 < float(row.lora) <= LOGITS_WITH_LORA, row
+        assert row.there_and_back == row.run == row.run_with_lora == HOLDS, row
+
+
+def test_rows_are_written_where_they_were() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    rows = rows_of(page)
+    assert with_rows(page, rows) == page
+    other = replace(rows[3], logits="9.9e-6")
+    written = with_rows(page, [other])
+    assert rows_of(written) == [*rows[:3], other, *rows[4:]]
+    assert written.replace(str(other), str(rows[3])) == page
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dpo_api.errors import DPOError, InvalidModelError, NoSpaceError, NotFoundError
 from dpo_api.models import ModelConfig, read_config
 from dpo_store import ObjectInfo
+from dpo_testing.families import there_and_back, unlike_weights
 from dpo_testing.models import (
     VARIANTS,
     VOCABULARY,
@@ -41,27 +42,14 @@ def _world() -> Iterator[None]:
         yield
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
-
-
 def assert_same_weights(left: Path, right: Path) -> None:
-    first, second = weights(left), weights(right)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert tensor.dtype == second[name].dtype, name
-        assert torch.equal(tensor.view(torch.uint8), second[name].view(torch.uint8)), name
+    assert unlike_weights(left, right) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_round_trip_is_bit_exact(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    source = save_folder(reference_model(variant, dtype=dtype), tmp_path / "in")
-    model = load_model(source, precision="fp32" if dtype == torch.float32 else "bf16")
-    names = export(model, local_store(), str(source), tmp_path / "out")
+    source, names = there_and_back(variant, dtype, tmp_path)
     assert_same_weights(source, tmp_path / "out")
     assert {"config.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(names)
     for name in names:

@@ -11,6 +11,14 @@ import torch
 from torch import Tensor
 
 from dpo_api.models import ModelConfig, Multipliers, RopeScaling, YarnScaling
+from dpo_testing.families import LOGITS as TOLERANCE
+from dpo_testing.families import (
+    PAIRS,
+    assert_like_the_page,
+    logit_differences,
+    response_logits,
+    theirs,
+)
 from dpo_testing.models import (
     VARIANTS,
     load_model,
@@ -26,8 +34,6 @@ from dpo_trainer.formats.huggingface import load_weights
 from dpo_trainer.model.build import build_model
 from dpo_trainer.model.forward import head_weight, hidden_rows, logits
 from dpo_trainer.model.pack import Pack
-
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,41 +62,12 @@ def ours(folder: Path) -> Any:
     return load_model(folder).eval()
 
 
-@torch.no_grad()
-def theirs(reference: Any, tokens: Tensor) -> Tensor:
-    out: Tensor = reference(tokens[None]).logits[0]
-    return out
-
-
-SEQUENCES = [token_stream(n, seed=n) for n in (23, 9, 40)]
-PAIRS = [
-    (token_stream(11, seed=1), token_stream(9, seed=2), token_stream(14, seed=3)),
-    (token_stream(3, seed=4), token_stream(17, seed=5), token_stream(1, seed=6)),
-]
-
-
-@torch.no_grad()
-def test_unpacked_logits(reference: Any, ours: Any) -> None:
-    for tokens in SEQUENCES:
-        expected = theirs(reference, tokens)
-        assert expected.std() >= 1
-        assert (logits(ours, plain_pack([tokens])) - expected).abs().max() <= TOLERANCE
-
-
-@torch.no_grad()
-def test_packed_logits(reference: Any, ours: Any) -> None:
-    expected = torch.cat([theirs(reference, tokens) for tokens in SEQUENCES])
-    got = logits(ours, plain_pack(SEQUENCES, padding=5))
-    assert (got[: len(expected)] - expected).abs().max() <= TOLERANCE
-
-
-@torch.no_grad()
-def test_shared_prompt_logits(reference: Any, ours: Any) -> None:
-    pack = shared_pack(PAIRS, padding=3)
-    pack.validate()
-    got = logits(ours, pack)[pack.rows]
-    expected = _response_logits(reference)
-    assert (got - expected).abs().max() <= TOLERANCE
+def test_logits_alone_packed_and_with_shared_prompts(variant: str, reference: Any, ours: Any) -> None:
+    found = logit_differences(reference, ours)
+    assert list(found) == ["alone", "packed", "shared prompts"]
+    for form, difference in found.items():
+        assert difference <= TOLERANCE, form
+    assert_like_the_page(variant, "logits", max(found.values()))
 
 
 @torch.no_grad()
@@ -107,7 +84,7 @@ def test_a_leak_from_chosen_to_rejected_would_be_seen(reference: Any, ours: Any)
     good = shared_pack(PAIRS)
     prompt, chosen, rejected, *rest = good.segments
     leaky = replace(good, segments=(replace(prompt, end=chosen.end), replace(rejected, parent=0), *_shift(rest)))
-    expected = _response_logits(reference)
+    expected = response_logits(reference)
     assert (logits(ours, good)[good.rows] - expected).abs().max() <= TOLERANCE
     assert (logits(ours, leaky)[good.rows] - expected).abs().max() > 1e-2
 
@@ -115,15 +92,6 @@ def test_a_leak_from_chosen_to_rejected_would_be_seen(reference: Any, ours: Any)
 def _shift(segments: list[Any]) -> list[Any]:
     """The segments of the second pair after one segment before them has gone."""
     return [replace(s, parent=None if s.parent is None else s.parent - 1) for s in segments]
-
-
-def _response_logits(reference: Any) -> Tensor:
-    rows: list[Tensor] = []
-    for prompt, *responses in PAIRS:
-        for response in responses:
-            whole = theirs(reference, torch.cat([prompt, response]))
-            rows.append(whole[len(prompt) - 1 : -1])
-    return torch.cat(rows)
 
 
 @torch.no_grad()
