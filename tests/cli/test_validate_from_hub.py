@@ -8,17 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from dpo_api.errors import Outcome
 from dpo_testing.cli import Dpo, World, good_adapter
-from dpo_testing.hubserver import HubServer, hub_server
+from dpo_testing.hubserver import HubServer, hub_server, used_here
 
 
 @pytest.fixture
 def hub(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A hub that holds the world's model and data, named by the world's spec."""
     with hub_server() as running:
-        for name, value in running.environment(world.folder / "home").items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        used_here(running, world.folder, monkeypatch)
         running.push("org/tiny", world.folder / "model")
         running.push("datasets/org/pairs", world.folder / "data", branch="v1")
         world.spec["model"]["huggingFace"]["uri"] = "hf://org/tiny"
@@ -60,11 +59,25 @@ def test_what_is_missing_is_named(hub: HubServer, world: World, dpo: Dpo) -> Non
     assert "did you mean hf://datasets/org/pairs@v1/heldout.jsonl?" in said.all
 
 
+def test_a_push_by_a_secret_of_the_cluster_is_not_checked_here(hub: HubServer, world: World, dpo: Dpo) -> None:
+    world.spec["output"] = {"hub": {"repository": "org/aligned"}}
+    world.spec["storage"] = {"hub": {"tokenSecretRef": {"name": "team-hub", "key": "token"}}}
+    said = dpo("validate", world.write())
+    assert said.code == 0, said.all
+    assert "spec.output.hub: the token of Secret team-hub, which may not be read here, is checked when" in said.all
+    world.spec["storage"] = {}
+    said = dpo("validate", world.write())
+    assert said.code == Outcome.AccessDenied.exit_code
+    assert "spec.output.hub: hf://org/aligned@main: a push needs an access token, and there is none" in said.all
+
+
 def test_a_client_without_huggingface_hub_accepts_the_job(
     hub: HubServer, world: World, dpo: Dpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails, as where it is not installed
+    world.spec["output"] = {"hub": {"repository": "org/aligned"}}
     said = dpo("validate", world.write())
     assert said.code == 0, said.all
+    assert "hf://org/aligned@main is not checked here: huggingface_hub is not installed" in said.all
     assert "hf://org/tiny is not checked here: huggingface_hub is not installed" in said.all
     assert hub.seen == []
