@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dpo_api.errors import AccessDeniedError, StoppedError
+from dpo_api.errors import AccessDeniedError, FencedError, StoppedError
+from dpo_api.manifest import DPOJob
 from dpo_api.spec import OutputHub
 from dpo_store import join_uri, open_store
 from dpo_testing.faults import Pauses
@@ -124,36 +125,50 @@ def test_a_hub_that_is_away_at_the_start_is_a_warning(hub: HubServer, monkeypatc
         prepare(target(SPEC), pytest.fail)
 
 
-@pytest.mark.slow
-def test_a_run_that_is_asked_to_stop_while_it_pushes(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DPOJob:
+    """One step, and a push."""
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     spec = make(tmp_path, pairs=4, validation=1)
-    job = job_of(merged(spec, {"training": {"maxSteps": 1}, "checkpoint": None, "output": SPEC["output"]}))
+    return job_of(merged(spec, {"training": {"maxSteps": 1}, "checkpoint": None, "output": SPEC["output"]}))
 
-    def execute(stop: StopRequest) -> Run:
-        world = World.join(seed=1)
-        try:
-            run = Run(job, world, stop, RunOptions(run_dir=str(tmp_path / "out")))
-            run.execute()
-            return run
-        finally:
-            world.leave()
 
-    stop = StopRequest()
+def execute(job: DPOJob, folder: Path, stop: StopRequest) -> Run:
+    world = World.join(seed=1)
+    try:
+        run = Run(job, world, stop, RunOptions(run_dir=str(folder)))
+        run.execute()
+        return run
+    finally:
+        world.leave()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_stop_while_it_pushes(hub: HubServer, job: DPOJob, tmp_path: Path) -> None:
+    stop, out = StopRequest(), tmp_path / "out"
 
     def heard(request: str) -> None:
         stop.signalled |= request.startswith("PUT /lfs/")
 
     hub.heard = heard
     with pytest.raises(StoppedError, match=r"the model is whole in .*out/model, but it was not pushed: asked to stop"):
-        execute(stop)
+        execute(job, out, stop)
     assert hub.titles == []
-    metrics = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    metrics = (out / "metrics.jsonl").read_bytes()
     hub.heard = lambda _: None
-    hub.seen.clear()
-    run = execute(StopRequest(limit_seconds=0))  # which is for the training
+    run = execute(job, out, StopRequest(limit_seconds=0))  # which is for the training
     assert run.hub_uri == f"hf://org/aligned@{hub.branches['org/aligned', 'main']}"
     assert hub.titles == ["test, step 1"]
-    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == metrics, "nothing is trained again"
+    assert (out / "metrics.jsonl").read_bytes() == metrics, "nothing is trained again"
+
+
+@pytest.mark.slow
+def test_a_run_that_another_attempt_has_replaced_pushes_nothing(hub: HubServer, job: DPOJob, tmp_path: Path) -> None:
+    def heard(request: str) -> None:
+        if request.startswith("PUT /lfs/"):
+            (tmp_path / "out" / "attempt").write_text('{"attempt": 99, "owner": "another"}')
+
+    hub.heard = heard
+    with pytest.raises(FencedError, match=r"it was not pushed: attempt 99 owns the run directory"):
+        execute(job, tmp_path / "out", StopRequest())
+    assert hub.titles == []

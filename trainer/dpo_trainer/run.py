@@ -543,6 +543,7 @@ class Run:
         def progress(path: str) -> None:
             if self.stop.signalled:  # maxRunSeconds limits the training, which is over
                 raise StoppedError(self.stop.reason())
+            self.directory.check_fence()
             self.reporter.phase("export", message=f"pushing to {hub.uri}: {path}")
 
         title = f"{self.job.metadata.name}, step {self._model_step}"
