@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Thread
 
-from dpo_api.errors import DPOError, InvalidModelError, InvalidSpecError, Outcome
+from dpo_api.errors import DPOError, InvalidModelError, InvalidSpecError, Outcome, StorageUnavailableError
 from dpo_api.findings import Finding
 from dpo_api.inputs import DataFormat, data_format
 from dpo_api.models import ModelConfig, ModelFacts, read_config
@@ -259,6 +259,8 @@ class _Look:
             return _Result([Problem(Finding("note", name, text), Outcome.Succeeded)])
         try:
             Branch(target.repository, target.revision, policy=PATIENCE).check()
+        except StorageUnavailableError as error:  # it may be back when there is a model to push
+            return _Result([Problem(Finding("warning", name, str(error)), Outcome.Succeeded)])
         except DPOError as error:
             return _Result([self._problem(name, target.uri, error)])
         return _Result()

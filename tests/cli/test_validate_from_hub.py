@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from dpo_api.errors import Outcome
+from dpo_store import RetryPolicy
 from dpo_testing.cli import Dpo, World, good_adapter
-from dpo_testing.hubserver import HubServer, hub_server, used_here
+from dpo_testing.hubserver import Failure, HubServer, hub_server, used_here
 
 
 @pytest.fixture
@@ -69,6 +70,18 @@ def test_a_push_by_a_secret_of_the_cluster_is_not_checked_here(hub: HubServer, w
     said = dpo("validate", world.write())
     assert said.code == Outcome.AccessDenied.exit_code
     assert "spec.output.hub: hf://org/aligned@main: a push needs an access token, and there is none" in said.all
+
+
+def test_a_hub_that_is_away_when_the_push_is_checked_is_a_warning(
+    hub: HubServer, world: World, dpo: Dpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    monkeypatch.setattr("dpo_cli.survey.PATIENCE", RetryPolicy(attempts=1))
+    hub.failures = [Failure("/auth-check/", 503, times=100)]
+    world.spec["output"] = {"hub": {"repository": "org/aligned"}}
+    said = dpo("validate", world.write())
+    assert said.code == 0, said.all
+    assert "warning  spec.output.hub: hf://org/aligned@main: the hub is overloaded or failing (HTTP 503)" in said.all
 
 
 def test_a_client_without_huggingface_hub_accepts_the_job(

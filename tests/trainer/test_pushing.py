@@ -100,7 +100,9 @@ def test_an_adapter_leaves_the_model_that_lies_beside_it(hub: HubServer, run: Ru
     assert set(hub.files("org/aligned")) == ADAPTER | {"model.safetensors"}
 
 
-def test_a_push_is_noted_until_there_is_another_export_or_place(hub: HubServer, run: RunDirectory) -> None:
+def test_a_push_is_noted_until_there_is_another_export_or_place(
+    hub: HubServer, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, other = target(SPEC), target({**SPEC, "output": {"hub": {"repository": "org/b"}}})
     prepare(here, pytest.fail)
     assert pushed_before(run, here) is None
@@ -111,6 +113,8 @@ def test_a_push_is_noted_until_there_is_another_export_or_place(hub: HubServer, 
     assert pushed_before(run, here) is None
     assert pushed(run, SPEC) == address, "the branch holds the same"
     assert hub.titles == ["step 4"]
+    monkeypatch.setenv("HF_ENDPOINT", "https://another.example")
+    assert pushed_before(run, here) is None
 
 
 def test_a_hub_that_is_away_at_the_start_is_a_warning(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,11 @@ class Branch:
         self._policy = policy or RetryPolicy()
         self._timing = timing or Timing()
 
+    @property
+    def server(self) -> str:
+        """The address of the hub: the public one, or what HF_ENDPOINT names."""
+        return str(hub.api().endpoint)
+
     def _run[T](self, attempt: Callable[[], T], subject: str = "") -> T:
         return Patience(subject or self.uri, self._policy, self._timing, explain).run(attempt)
 

@@ -19,7 +19,8 @@ from dpo_trainer.formats.export import OTHER_FILES, TOKENIZER_FILES
 from dpo_trainer.rundir import EXPORT, RunDirectory
 
 PUSHED: Final = "pushed.json"
-"""The push that is done: {"uri": "hf://org/name@branch", "commit": …, "export": the SHA-256 of export.json}."""
+"""The push that is done: its ``server``, ``uri`` (the branch's address) and ``commit``, and the SHA-256 of export.json
+as ``export``."""
 
 _WHOLE: Final = frozenset({"config.json", CARD, *TOKENIZER_FILES, *OTHER_FILES})
 _ALONE: Final = frozenset({CARD, *ADAPTER_FILES})
@@ -34,7 +35,7 @@ def prepare(hub: OutputHub, warn: Callable[[str], None], timing: Timing | None =
     that is missing, wrong, or may not write to the repository.
     """
     try:
-        Branch(hub.repository, hub.revision, timing=timing).create(private=hub.private)
+        _branch(hub, timing).create(private=hub.private)
     except StorageUnavailableError as error:
         warn(f"the push at the end could not be checked: {error}")
 
@@ -42,8 +43,8 @@ def prepare(hub: OutputHub, warn: Callable[[str], None], timing: Timing | None =
 def pushed_before(directory: RunDirectory, hub: OutputHub) -> str | None:
     """Return the address of the commit that holds the run's present export, if it was pushed to this branch."""
     found = directory.read_json(PUSHED) or {}
-    done = found.get("uri"), found.get("export")
-    return _address(hub, str(found["commit"])) if done == (hub.uri, _digest(directory)) else None
+    wanted = {"server": _branch(hub).server, "uri": hub.uri, "export": _digest(directory)}
+    return _address(hub, str(found["commit"])) if found == {**wanted, "commit": found.get("commit")} else None
 
 
 def push(
@@ -63,12 +64,12 @@ def push(
         progress(f"{path}, {number} of {len(files)}")
 
     whole, _ = forms_of(spec)
-    branch = Branch(hub.repository, hub.revision)
+    branch = _branch(hub)
     branch.create(private=hub.private)  # it may be gone since the start, or the hub was away then
     commit = branch.push(
         files, place[0], title=title, is_stale=_misleads if whole else lambda _: False, progress=sending
     )
-    directory.write_json(PUSHED, {"uri": hub.uri, "commit": commit, "export": export})
+    directory.write_json(PUSHED, {"server": branch.server, "uri": hub.uri, "commit": commit, "export": export})
     return _address(hub, commit)
 
 
@@ -91,6 +92,10 @@ def files_of(spec: DPOJobSpec, place: Place) -> dict[str, ObjectInfo]:
 def _misleads(path: str) -> bool:
     """Return whether a file that an earlier push left would make readers take something else for the model."""
     return _WRONG_AT_TOP.fullmatch(path.removeprefix(f"{ADAPTER}/")) is not None
+
+
+def _branch(hub: OutputHub, timing: Timing | None = None) -> Branch:
+    return Branch(hub.repository, hub.revision, timing=timing)
 
 
 def _address(hub: OutputHub, commit: str) -> str:
