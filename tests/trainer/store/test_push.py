@@ -132,14 +132,14 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: HubServer, folder
     assert hub.titles == ["step 3"]
 
 
-def test_a_commit_of_somebody_else_in_between_is_kept(hub: HubServer, folder: Path) -> None:
+def test_a_commit_of_somebody_else_in_between_is_looked_at(hub: HubServer, folder: Path) -> None:
     branch().create(private=True)
     other = hub.push
 
     def between(path: str) -> bool:  # asked before the commit, with the branch's files
         if path == ".gitattributes" and "other" not in hub.files("org/model"):
-            other("org/model", {**hub.files("org/model"), "other": b"1"})
-        return False
+            other("org/model", {**hub.files("org/model"), "other": b"1", "model.safetensors": b"stale"})
+        return path == "model.safetensors"
 
     push(folder, is_stale=between)
     assert stored(hub) == {**FILES, "other": b"1"}
