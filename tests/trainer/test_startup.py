@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 SINKS = {"wandb", "tensorboard", "torch.utils.tensorboard", "mlflow"}
 STORAGE = {"boto3", "botocore"}
 COMPILER = {"torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd"}
+FOR_GPUS = {"triton", "sympy", "torch.fx.experimental.symbolic_shapes"}
 TOKENIZERS = {"transformers", "tokenizers"}
 ARITHMETIC = {"torch", "megatron", "numpy", "triton"}
 
@@ -39,7 +40,7 @@ def imported(code: str) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "used", "unused"),
     [
-        ("dpo_trainer.worker", {"torch", "megatron.core"}, SINKS | STORAGE | COMPILER | TOKENIZERS),
+        ("dpo_trainer.worker", {"torch", "megatron.core"}, SINKS | STORAGE | COMPILER | TOKENIZERS | FOR_GPUS),
         ("dpo_trainer.launch", {"dpo_api.validation"}, SINKS | STORAGE | COMPILER | TOKENIZERS | ARITHMETIC),
         ("dpo_trainer.agent", {"dpo_trainer.results"}, SINKS | STORAGE | COMPILER | TOKENIZERS | ARITHMETIC),
         ("dpo_trainer.entry", set(), SINKS | STORAGE | COMPILER | TOKENIZERS | ARITHMETIC | {"pydantic"}),
@@ -69,9 +70,13 @@ def test_what_was_hidden_can_be_imported_afterwards() -> None:
         "import torch; compile_ = torch.compile\n"
         "import dpo_trainer.worker\n"
         "assert torch.compile is compile_\n"
-        "import torch.utils.tensorboard, wandb"
+        "import torch.utils.tensorboard, triton, wandb\n"
+        "from megatron.core.transformer.moe.ops.paged_stash import paged_stash_copy_kernel\n"
+        "assert isinstance(paged_stash_copy_kernel, triton.JITFunction)\n"
+        "from torch.distributed.tensor._collective_utils import guard_or_false\n"
+        "assert guard_or_false(True) and not guard_or_false(a=False)"
     )
-    assert {"wandb", "torch.utils.tensorboard"} <= found
+    assert {"wandb", "torch.utils.tensorboard", "triton"} <= found
 
 
 def test_what_is_loaded_already_is_left_alone() -> None:
