@@ -100,9 +100,11 @@ def test_a_fresh_adapter_changes_nothing_and_off_is_the_start_model(folder: Path
     assert (logits(model, PACK) - start).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("modules", [ALL.target_modules, ("mlp_fc1",)], ids=["all", "the MLP's first layer"])
 @pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
-def test_only_adapters_get_gradients(recomputation: Any, folder: Path) -> None:
-    model = adapted(folder, ALL, recomputation=recomputation).train()
+def test_only_adapters_get_gradients(recomputation: Any, modules: tuple[str, ...], folder: Path) -> None:
+    lora = ALL.model_copy(update={"target_modules": modules})
+    model = adapted(folder, lora, recomputation=recomputation).train()
     hidden_rows(
         model, shared_pack([(token_stream(5), token_stream(6, seed=1), token_stream(7, seed=2))])
     ).sum().backward()

@@ -275,8 +275,8 @@ def attach_lora(
                 outputs *= size
             values = None if start is None else joined(start, gpt.dpo_config, numbers[index], module)
             linear.adapter = LowRankAdapter(gpt.config, lora, place, inputs, outputs, seed, tokens, values)
-    if gpt.pre_process and gpt.config.recompute_granularity == "full":
-        # Recomputation of a layer gives gradients only if its input asks for one, and a frozen embedding does not.
+    if gpt.pre_process and gpt.config.recompute_granularity is not None:
+        # What is recomputed gives gradients only if its input asks for one, and a frozen embedding does not.
         gpt.embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(torch.is_grad_enabled()))
 
 
