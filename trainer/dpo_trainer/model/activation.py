@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_trainer.kernels.usable import computes
+from dpo_trainer.model.again import repeatable
 
 
 class SwiGLU(torch.nn.Module):
@@ -23,8 +24,7 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, x: Tensor, /) -> Tensor:
         """x: [..., 2F], gate and up side by side. Returns [..., F]."""
-        out: Tensor = _SwiGLU.apply(x)
-        return out
+        return repeatable(_SwiGLU.apply, x)
 
 
 class GeGLU(torch.nn.Module):
@@ -35,8 +35,7 @@ class GeGLU(torch.nn.Module):
 
     def forward(self, x: Tensor, /) -> Tensor:
         """x: [..., 2F], gate and up side by side. Returns [..., F]."""
-        out: Tensor = _GeGLU.apply(x)
-        return out
+        return repeatable(_GeGLU.apply, x)
 
 
 class SquaredReLU(torch.nn.Module):
@@ -47,7 +46,7 @@ class SquaredReLU(torch.nn.Module):
 
     def forward(self, x: Tensor, /) -> Tensor:
         """x: [..., F]. Returns [..., F]."""
-        return F.relu(x).square()
+        return repeatable(torch.square, F.relu(x))
 
 
 class _Gated(torch.autograd.Function):

@@ -6,6 +6,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from dpo_trainer.model.again import give_back
 from dpo_trainer.products import add_product
 
 
@@ -27,8 +28,11 @@ class _Adaptable:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return (output, bias) as Megatron-Core's linear layers do."""
         output, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if self.adapter is not None and self.adapter.enabled:
+        adapted = self.adapter is not None and self.adapter.enabled
+        if adapted:
             output = output + self.adapter(x)
+        if adapted or self.weight.requires_grad:  # otherwise nothing keeps x
+            give_back(x, output)
         return output, bias
 
     def sharded_state_dict(

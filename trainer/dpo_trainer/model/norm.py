@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_trainer import bridge
+from dpo_trainer.model.again import repeatable
 
 
 class RMSNorm(torch.nn.Module):
@@ -27,7 +28,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]; computed in fp32 inside the kernel, returned in x's dtype."""
-        return _rms_norm(x, self.weight, self.eps)
+        return repeatable(lambda rows: _rms_norm(rows, self.weight, self.eps), x)
 
 
 class RMSNorm1P(torch.nn.Module):
@@ -40,6 +41,9 @@ class RMSNorm1P(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]; computed in fp32, returned in x's dtype."""
+        return repeatable(self._normed, x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         # torch's kernel would take the factor in x's dtype, in which 1 + weight loses most of the weight.
         out: Tensor = _RMSNorm.apply(x, self.weight.float() + 1, self.eps, None)
         return out
@@ -81,14 +85,16 @@ class LayerNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]; computed in fp32 inside the kernel, returned in x's dtype."""
+        return repeatable(self._normed, x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class LayerNorm1P(LayerNorm):
     """LayerNorm whose weight is stored as the difference from 1: NeMo's layernorm1p."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden_size]; computed in fp32 inside the kernel, returned in x's dtype."""
+    def _normed(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight + 1, self.bias, self.eps)
 
 
