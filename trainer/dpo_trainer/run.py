@@ -34,6 +34,7 @@ from dpo_trainer.exporting import Result, export_model, is_there
 from dpo_trainer.formats.adapter import AdapterMatrices, MergedWeights, with_adapter
 from dpo_trainer.formats.huggingface import load_weights, open_checkpoint
 from dpo_trainer.formats.start import StartWeights
+from dpo_trainer.heap import trim
 from dpo_trainer.layout_check import compare, too_large
 from dpo_trainer.layouts import Decision
 from dpo_trainer.links import judge, measure
@@ -188,6 +189,7 @@ class Run:
         self._check_links()
         inputs = self._index()
         model, fingerprint, form = self._load()
+        trim()
         index = inputs.train.index
         data = f"{index.fingerprint}:{index.rewards_fingerprint}"
         if not inputs.blend.is_even:
@@ -199,6 +201,7 @@ class Run:
         if inputs.plan.needs_reference:
             self._reference(engine, inputs, fingerprint, form)
             self.stop.leave_before_training(self.world, "the reference pass")
+            trim()
         newest = self._newest_checkpoint()
         engine.prepare_training()
         if newest is None:
