@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dpo_testing.corpora import llama_tokenizer
-from dpo_testing.runs import PACKAGES
+from dpo_testing.runs import PACKAGES, finish, merged, start
+from dpo_testing.training_world import make
 from dpo_trainer.startup import lazily_compiled
 
 pytestmark = pytest.mark.slow
@@ -51,6 +52,18 @@ def test_a_process_imports_only_what_it_uses(module: str, used: set[str], unused
     found = imported(f"import {module}")
     assert used <= found
     assert not found & unused
+
+
+def test_a_whole_run_needs_no_more(tmp_path: Path) -> None:
+    spec = merged(make(tmp_path / "world", pairs=4), {"training": {"maxSteps": 1}})
+    variables = {"PYTHONPROFILEIMPORTTIME": "1", "CUDA_VISIBLE_DEVICES": ""}
+    scratch = tmp_path / "scratch"
+    finish(start(spec, tmp_path / "run", processes=1, scratch=scratch, environment=variables, preloaded=False), scratch)
+    lines = (scratch / "log").read_text().splitlines()
+    found = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert {"megatron.core.tensor_parallel", "dpo_trainer.worker"} <= found
+    # Of what is hidden, the attempts to import it are listed, too, but nothing that is in it.
+    assert not found & (STORAGE | COMPILER | {"sympy", "torch.fx.experimental.symbolic_shapes", "triton.runtime"})
 
 
 def test_a_tokenizer_is_loaded_without_what_models_of_transformers_need(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ Importing Megatron-Core pulls in what costs a process seconds of CPU time, or me
   it works without them. The trainer's own writers import them later if the spec asks for them.
 - torch's compiler (dynamo and inductor), because fused functions are decorated with ``torch.compile``. Without a GPU
   the decorator is lazy: it calls ``torch.compile`` at the first call of the function, which is when ``torch.compile``
-  itself compiles. The same code runs and gives the same numbers. With a GPU ``torch.compile`` is left alone.
+  itself compiles. The same code runs and gives the same numbers. With a GPU ``torch.compile`` is left alone. torch's
+  optimizers import the compiler at their first call, in order to exclude some of their functions from it
+  (``torch._disable_dynamo``). Without a GPU nothing is compiled, so they get to know themselves as excluded.
 - Triton, whose library takes 70 MiB, and SymPy with torch's symbolic shapes, which take 30 MiB. Without a GPU Triton is
   hidden, too, and two modules are replaced by ``_Later``: one of Megatron-Core's kernels for mixtures of experts, which
   cannot do without Triton, and that of the symbolic shapes, which DTensor and the compiler use.
@@ -92,6 +94,16 @@ def _unused_modules_hidden() -> Iterator[None]:
             del sys.modules[name]
 
 
+def _exclude_optimizers() -> None:
+    """Do what ``torch._disable_dynamo`` does at the first call of a function, without its import: 130 MiB, 2 s."""
+    for function in vars(torch.optim.Optimizer).values():
+        plain = getattr(function, "__wrapped__", None)
+        if plain is not None:
+            plain.__dynamo_disable = plain
+
+
+if bridge.needed():
+    _exclude_optimizers()
 with _unused_modules_hidden():
     for _module in _MODULES:
         importlib.import_module(_module)

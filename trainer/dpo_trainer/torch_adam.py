@@ -4,10 +4,14 @@ Adam allocates its moments in its first update. torch's Adam counts the updates 
 Transformer Engine and Apex count them in the parameter group.
 """
 
+import inspect
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
+
+from dpo_trainer import bridge
 
 
 def allocate(optimizer: Any, step: int) -> None:
@@ -30,11 +34,16 @@ def fuse(optimizer: Any) -> None:
 
     Megatron-Core builds it without that choice. torch's own default for GPUs holds 4 bytes more per parameter, and that
     for CPUs takes four times as long. Other implementations are fused already.
+
+    torch wraps ``step`` in a function that imports its compiler, to break a graph that it may be compiling. Without a
+    GPU nothing is compiled, and the step is called directly.
     """
     for inner in _inner(optimizer):
         if _is_torchs(inner):
             for group in inner.param_groups:
                 group["fused"], group["foreach"] = True, False
+            if bridge.needed():
+                inner.step = MethodType(torch.no_grad()(inspect.unwrap(type(inner).step)), inner)
 
 
 def _inner(optimizer: Any) -> Iterator[Any]:
