@@ -225,7 +225,7 @@ class _Matrix(torch.nn.Module):
     def forward(self, x: Tensor, owners: Tensor | None = None) -> Tensor:
         """Multiply with the weight, or with ``_wide`` of it.
 
-        Whoever used the weight beside this call would not wait for the ranks that send it after an update.
+        Code that used the weight beside this call would not wait for the ranks that send it after an update.
         """
         return F.linear(x, _wide(self.weight, owners))
 
