@@ -23,6 +23,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lines": {"normalization_rule_name": "identity"},
     "symbols of the user": {"user_defined_symbols": SYMBOLS, "pad_id": 3},
     "a line end of the user": {"user_defined_symbols": ["\n"], "remove_extra_whitespaces": False},
+    "words of the user": {"user_defined_symbols": ["swer", "hen"]},
+    "known characters": {"required_chars": "</>_sunkx0123456789ABCDEF"},
     "no first space": {"add_dummy_prefix": False},
     "no bytes": {"byte_fallback": False, "vocab_size": 300},
 }
@@ -103,7 +105,7 @@ def test_the_same_tokens_from_all_readers(kind: str, model_type: str, tmp_path: 
     assert list(files) == ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
     for name, data in {**files, "config.json": b'{"model_type": "stablelm"}'}.items():
         (tmp_path / name).write_bytes(data)
-    texts = [*PROBES, *sentences(100, seed=1), "<extra_id_1>a <extra_id_0>", "</s>\n<s>", *nasty(400)]
+    texts = [*PROBES, *sentences(100, seed=1), "<extra_id_1>a <extra_id_0>", "</s>\n<s>", "\x01", *nasty(400)]
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     for text, found in zip(texts, ours.encode(texts), strict=True):
         ids = processor.EncodeAsIds(text)
