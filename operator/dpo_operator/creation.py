@@ -47,6 +47,8 @@ def adopt(draft: Draft) -> None:
                     end_time=clock.to_text(created),
                 )
             _begin(draft, number, str(child["metadata"]["name"]), created)
+            if not pytorchjob.is_held(child) and draft.status.admitted_since is None:
+                draft.update(admitted_since=clock.to_text(created))
             known = number
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from dpo_api.manifest import API_VERSION, KIND
-from dpo_api.status import Condition, ConditionType, DPOJobStatus
+from dpo_api.status import Attempt, Condition, ConditionType, DPOJobStatus
 from dpo_operator import clock, imageids, names
 from dpo_operator.conditions import find, holds
 from dpo_operator.draft import Draft
@@ -72,17 +72,26 @@ def _attempts(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
             yield Transition(Reason.PyTorchJobCreated, f"Created PyTorchJob {attempt.child}.", f"{attempt.number}")
         if attempt.running_time is not None and (before is None or before.running_time is None):
             text = f"All pods of attempt {attempt.number} are running."
-            # An event's name may depend only on the stored status: after a lost write the pass runs again later.
-            yield Transition(Reason.TrainingStarted, text, f"{attempt.number}/{old.admitted_since}")
+            yield Transition(Reason.TrainingStarted, text, f"{attempt.number}/{_admission(old, attempt)}")
         if attempt.image_ids and (before is None or before.image_ids != attempt.image_ids):
             odd = imageids.difference(attempt, new.attempts[:index])
             if odd is not None:
-                yield Transition(Reason.ImagesDiffer, odd, f"{attempt.number}/{old.admitted_since}")
+                yield Transition(Reason.ImagesDiffer, odd, f"{attempt.number}/{_admission(old, attempt)}")
         news = before is None or (before.result, before.reason) != (attempt.result, attempt.reason)
         if attempt.result == "Failed" and news:
             reason = named(attempt.reason)
             text = attempt.message or reason.meaning
             yield Transition(reason, f"Attempt {attempt.number}: {text}", f"{attempt.number}")
+
+
+def _admission(old: DPOJobStatus, attempt: Attempt) -> str:
+    """Return what distinguishes an admission of an attempt from others of it.
+
+    An event's name may depend only on what is stored: after a lost write the pass runs again later. The first admission
+    has no time in it, because the attempt itself may not be stored yet, and another operator may have stored it since.
+    """
+    known = any(stored.number == attempt.number for stored in old.attempts)
+    return f"{old.admitted_since}" if known and old.admitted_since != attempt.start_time else ""
 
 
 def _progressing(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
@@ -94,7 +103,8 @@ def _progressing(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:
     own = (Reason.Suspended, Reason.Retried)
     if reason.topic == "progress" and reason.event is not None and reason not in own:
         # A preempted attempt may reach the same reason again, after another admission.
-        yield Transition(reason, after.message, f"{new.attempt or 0}/{old.admitted_since}")
+        admission = _admission(old, new.attempts[-1]) if new.attempts else ""
+        yield Transition(reason, after.message, f"{new.attempt or 0}/{admission}")
 
 
 def _run(old: DPOJobStatus, new: DPOJobStatus) -> Iterator[Transition]:

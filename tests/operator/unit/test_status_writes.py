@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from dpo_api.errors import Outcome
-from dpo_operator.reconcile import WRITE_SECONDS
+from dpo_operator.reconcile import WRITE_SECONDS, reconcile
+from dpo_operator.types import EmitEvent
 from dpo_testing.simcluster import Crash, SimCluster, manifest
 
 
@@ -104,6 +107,34 @@ def test_an_operator_that_is_killed_within_the_second_finds_what_it_created() ->
         cluster.settle()
         assert cluster.created == ["job-1"]
         assert [attempt["number"] for attempt in cluster.attempts] == [1]
+
+
+@pytest.mark.parametrize("delays", [False, True])
+def test_an_operator_that_has_not_seen_the_last_write_names_the_event_alike(delays: bool) -> None:
+    """Else two operators would report twice that an attempt started."""
+    cluster = SimCluster()
+    cluster.delays = delays
+    cluster.reconcile()
+    earlier = copy.deepcopy(cluster.job)
+    cluster.settle()
+    cluster.advance(WRITE_SECONDS)
+    cluster.settle()
+    assert cluster.state == "Starting"
+    cluster.advance(WRITE_SECONDS)
+    cluster.run_pods()
+    observed = cluster.observed()
+
+    def event(job: object) -> str:
+        seen = replace(observed, job=job, written=None)  # type: ignore[arg-type]
+        actions = reconcile(seen, cluster.now, cluster.settings).actions
+        (name,) = (
+            action.body["metadata"]["name"]
+            for action in actions
+            if isinstance(action, EmitEvent) and action.body["reason"] == "TrainingStarted"
+        )
+        return str(name)
+
+    assert event(earlier) == event(cluster.job)
 
 
 def test_a_clock_that_was_set_back_delays_nothing() -> None:

@@ -62,10 +62,11 @@ def main() -> None:
     import dpo_trainer.startup  # noqa: F401 - the first of them
 
     # isort: split
-    from dpo_trainer.model import build
+    from dpo_trainer.model import again, build
 
     # Where Transformer Engine is used at all: there is no GPU here.
     build.use_transformer_engine = lambda backend: backend != "local"
+    again.DEVICES = frozenset()  # nor is there anywhere what CPUs alone do
     results = {name: run(**choices) for name, choices in CASES.items()}
     json.dump({"cases": results, "calls": sorted(transformer_engine.calls)}, sys.stdout)
 
