@@ -13,6 +13,7 @@ from dpo_operator.types import (
     DeleteJob,
     LookUpChild,
     LookUpConfigMap,
+    Object,
     Observed,
     PatchStatus,
     ScrapeTarget,
@@ -119,17 +120,24 @@ def _left(draft: Draft) -> float:
     """Return the seconds for which the status write can wait, so that one write tells what several would.
 
     A job that starts changes several times within a second, and each write costs the API server milliseconds. A write
-    waits only if the last one was just before, and if no further step needs it. An attempt whose PyTorchJob exists is
-    found again by its name.
+    waits only if the last one was just before, if no further step needs it, and if all pods are well: what shows why an
+    attempt ends may be gone a moment later. An attempt whose PyTorchJob exists is found again by its name.
     """
     written = draft.view.observed.written
     if written is None or not 0 <= draft.now - written < WRITE_SECONDS:
         return 0.0
     former = {attempt.number: attempt.result for attempt in draft.view.status.attempts}
     ended = any(attempt.result != former.get(attempt.number) for attempt in draft.status.attempts)
-    if ended or draft.follows or draft.wake == 0 or draft.status.completion_time is not None:
+    ending = draft.attempt is not None and draft.attempt.result is not None
+    well = all(_is_well(pod) for pod in draft.view.observed.pods)
+    if ended or ending or not well or draft.follows or draft.wake == 0 or draft.status.completion_time is not None:
         return 0.0
     return written + WRITE_SECONDS - draft.now
+
+
+def _is_well(pod: Object) -> bool:
+    phase = (pod.get("status") or {}).get("phase")
+    return phase not in ("Failed", "Succeeded") and not pod["metadata"].get("deletionTimestamp")
 
 
 def _is_progress_alone(draft: Draft) -> bool:

@@ -86,6 +86,17 @@ def test_the_end_of_an_attempt_is_written_at_once(change: Callable[[SimCluster],
     assert "PatchStatus" in cluster.calls[before:]
 
 
+def test_what_ails_a_pod_is_written_at_once() -> None:
+    """A pod that is being deleted may be gone a moment later, and with it what shows why the attempt ended."""
+    cluster = started()
+    cluster.run_pods()
+    cluster.settle()
+    assert cluster.attempts == []
+    cluster.delete_pod("job-1-master-0")
+    cluster.reconcile()
+    assert [attempt["number"] for attempt in cluster.attempts] == [1]
+
+
 def test_the_next_attempt_does_not_wait() -> None:
     cluster = started()
     cluster.run_pods()
