@@ -129,8 +129,9 @@ def _left(draft: Draft) -> float:
     former = {attempt.number: attempt.result for attempt in draft.view.status.attempts}
     ended = any(attempt.result != former.get(attempt.number) for attempt in draft.status.attempts)
     ending = draft.attempt is not None and draft.attempt.result is not None
+    over = draft.view.status.completion_time is not None or draft.status.completion_time is not None
     well = all(_is_well(pod) for pod in draft.view.observed.pods)
-    if ended or ending or not well or draft.follows or draft.wake == 0 or draft.status.completion_time is not None:
+    if ended or ending or over or not well or draft.follows or draft.wake == 0:
         return 0.0
     return written + WRITE_SECONDS - draft.now
 

@@ -160,6 +160,8 @@ class Worker:
                 if not decision.delayed:
                     self._cache.processed(key, observed.pods)
                 return self._next(key, observed, decision)
+            # A PyTorchJob that was found may have ended since its pods were read.
+            certain = certain and news.children == observed.children
             observed = news
         raise Unsettled
 

@@ -18,7 +18,7 @@ from dpo_testing.chaosproxy import Call, ChaosProxy, Fault, nth, once
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
 from dpo_testing.jobs import Jobs, manifest
-from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, ApiError, eventually
+from dpo_testing.kubeapi import CONFIGMAPS, DPOJOBS, PYTORCHJOBS, ApiError, eventually
 from dpo_testing.operatorprocess import OperatorProcess
 
 DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
@@ -374,6 +374,31 @@ def test_two_operators_do_no_harm(
         )
         check(jobs, proxy, "twice")
         bounded(proxy, 90)
+
+
+def test_a_pytorchjob_that_another_operator_created_may_have_ended(
+    cluster: ControlPlane, kubelet: FakeKubelet, proxy: ChaosProxy, namespace: str
+) -> None:
+    """The pods that the pass has read are older than the PyTorchJob that it finds."""
+    jobs = Jobs(cluster.admin, namespace)
+
+    def succeeded() -> bool:
+        conditions = jobs.children()["found-2"].get("status", {}).get("conditions", ())
+        return any(c["type"] == "Succeeded" and c["status"] == "True" for c in conditions)
+
+    def rule(call: Call) -> None:
+        body = json.loads(call.body) if call.kind == "POST pytorchjobs" and call.mutating else {"metadata": {}}
+        if body["metadata"].get("name") == "found-2" and "found-2" not in jobs.children():
+            cluster.admin.create(PYTORCHJOBS, namespace, body)
+            kubelet.finish(namespace, "found-2-master-0", DONE)
+            eventually(succeeded, what="the PyTorchJob has succeeded")
+
+    proxy.rules.append(rule)
+    with serving(cluster, proxy, namespace):
+        jobs.create(manifest("found", run_policy={"maxRestarts": 1}))
+        kubelet.finish(namespace, "found-1-master-0", last_words("Communication", message="lost a peer"), 75)
+        eventually(lambda: "completionTime" in jobs.status("found"), seconds=60, what="the job is over")
+        assert jobs.status("found")["state"] == "Succeeded"
 
 
 def test_an_api_server_that_restarts_is_waited_for(
