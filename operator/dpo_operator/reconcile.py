@@ -13,7 +13,6 @@ from dpo_operator.types import (
     DeleteJob,
     LookUpChild,
     LookUpConfigMap,
-    Object,
     Observed,
     PatchStatus,
     ScrapeTarget,
@@ -108,7 +107,7 @@ def _conclude(draft: Draft) -> Decision:
         written.append(PatchStatus({"metadata": {"resourceVersion": version}, "status": patch}))
     left = _left(draft) if patch else 0.0
     if left > 0:
-        wake = min(left, left if draft.wake is None else draft.wake)
+        wake = left if draft.wake is None else min(left, draft.wake)
         return Decision(tuple(draft.actions), patches.to_json(view.status), wake, scrape, delayed=True)
     if draft.follows:  # what the next round creates does not wait for the events
         actions = (*draft.actions, *written)
@@ -130,15 +129,10 @@ def _left(draft: Draft) -> float:
     ended = any(attempt.result != former.get(attempt.number) for attempt in draft.status.attempts)
     ending = draft.attempt is not None and draft.attempt.result is not None
     over = draft.view.status.completion_time is not None or draft.status.completion_time is not None
-    well = all(_is_well(pod) for pod in draft.view.observed.pods)
+    well = all(is_alive(pod) and not pod["metadata"].get("deletionTimestamp") for pod in draft.view.observed.pods)
     if ended or ending or over or not well or draft.follows or draft.wake == 0:
         return 0.0
     return written + WRITE_SECONDS - draft.now
-
-
-def _is_well(pod: Object) -> bool:
-    phase = (pod.get("status") or {}).get("phase")
-    return phase not in ("Failed", "Succeeded") and not pod["metadata"].get("deletionTimestamp")
 
 
 def _is_progress_alone(draft: Draft) -> bool:

@@ -43,7 +43,7 @@ def test_an_adapter_of_another_model_of_the_hub(hub: HubServer, world: World, dp
     assert said.code == 0, said.all
     assert "warning  spec.model.adapter.uri: the adapter was made for org/other, not for hf://org/tiny;" in said.out
     assert "hf://org/tiny (1000 B of weights)" in said.out
-    for base in ("org/tiny", "/work/models/llama"):
+    for base in ("org/tiny", "/models/llama"):
         config = world.folder / "sft" / "adapter_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
         assert "was made for" not in dpo("validate", world.write()).out
