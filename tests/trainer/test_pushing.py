@@ -13,7 +13,7 @@ from dpo_api.manifest import DPOJob
 from dpo_api.spec import OutputHub
 from dpo_store import join_uri, open_store
 from dpo_testing.faults import Pauses
-from dpo_testing.hubserver import Failure, HubServer, hub_server, used_here
+from dpo_testing.hubserver import Failure, HubServer, signed_in
 from dpo_testing.runs import job_of
 from dpo_testing.training_world import make, merged
 from dpo_trainer.distributed import World
@@ -35,9 +35,7 @@ OTHERS = {"notes.txt", "model.nemo", "secrets.json", "megatron/latest.txt", "ada
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with hub_server(token="hf_right") as running:
-        used_here(running, tmp_path, monkeypatch)
-        monkeypatch.setenv("HF_TOKEN", "hf_right")
+    with signed_in(tmp_path, monkeypatch) as running:
         yield running
 
 

@@ -152,6 +152,15 @@ def used_here(hub: HubServer, folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
 
 
+@contextlib.contextmanager
+def signed_in(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Run a server with a token, which huggingface_hub of this process has. folder: see ``used_here``."""
+    with hub_server(token="hf_right") as running:
+        used_here(running, folder, patch)
+        patch.setenv("HF_TOKEN", "hf_right")
+        yield running
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # otherwise each answer's body waits 40 ms for its head

@@ -13,7 +13,7 @@ from dpo_api.errors import AccessDeniedError, InvalidModelError, StorageUnavaila
 from dpo_store import Store, open_store
 from dpo_store.push import Branch
 from dpo_testing.faults import Pauses
-from dpo_testing.hubserver import Failure, HubServer, hub_server, used_here
+from dpo_testing.hubserver import Failure, HubServer, signed_in
 
 DRAW = random.Random(5)
 SHARDS = {f"model-0000{n}-of-00002.safetensors": DRAW.randbytes(30_000) for n in (1, 2)}
@@ -22,9 +22,7 @@ FILES = {**SHARDS, "README.md": b"---\ntags: [x]\n---\n", "config.json": b"{}", 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with hub_server(token="hf_right") as running:
-        used_here(running, tmp_path, monkeypatch)
-        monkeypatch.setenv("HF_TOKEN", "hf_right")
+    with signed_in(tmp_path, monkeypatch) as running:
         yield running
 
 
