@@ -1,11 +1,14 @@
 """Speed, memory and losses against TRL: the same model, pairs, order and settings, in fp32 on the CPU.
 
-    python benchmarks/against_trl.py [--workloads dialogue long short] [--forms full lora] [--repeats 1]
+    python benchmarks/against_trl.py [--workloads dialogue varied long short] [--forms full lora] [--repeats 1]
 
 A random Llama (8 layers × 512, vocabulary 8,192; 32 million parameters) learns from pairs of made-up words. Each run is
 a process of its own and uses all cores. TRL is installed into an environment of its own in the cache directory
-(benchmarks/peers/trl.txt). It runs with the fastest of two micro-batches and without gradient
-checkpointing, which would make it slower. The pairs are in our order of the first epoch, so both see the same batches.
+(benchmarks/peers/trl.txt). It runs with the fastest of some micro-batches and without gradient checkpointing, which
+would make it slower. The pairs are in our order of the first epoch, so both see the same batches.
+
+Lengths vary by up to a third; those of the workload "varied" are log-normal with a standard deviation of 0.8 of their
+mean. TRL pads a micro-batch to its longest text, so it gains from lengths that are alike, and ours does not.
 
 "counted": the cost of the reference's log-probs is in the time. TRL computes them in each step; ours are computed once,
 before the first step. "precomputed": neither has it. The bound is the number of useful FLOPs, each counted once, over
@@ -17,6 +20,7 @@ It ends with 1 if losses differ by more than 1e-4. The last line is JSON.
 # ruff: noqa: E402 - the test support lies where only pytest finds it by itself
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -56,7 +60,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Workload:
-    """Pairs of these mean lengths, in tokens; single lengths vary by up to a third."""
+    """Pairs of these mean lengths, in tokens."""
 
     prompt: int
     response: int
@@ -64,10 +68,20 @@ class Workload:
     steps: int
     micro_batches: tuple[int, ...]
     """Those that TRL is tried with."""
+    sigma: float = 0.0
+    """Of the logarithm of a length, log-normal and at most eight times the mean. 0: within a third of the mean."""
+
+    def length(self, mean: int, draw: random.Random) -> int:
+        """Draw the length of one text, in tokens."""
+        if not self.sigma:
+            return draw.randint(mean - mean // 3, mean + mean // 3)
+        drawn = draw.lognormvariate(math.log(mean) - self.sigma**2 / 2, self.sigma)
+        return min(max(2, round(drawn)), 8 * mean)
 
 
 WORKLOADS = {
     "dialogue": Workload(110, 45, 16, 4, (2, 4)),
+    "varied": Workload(110, 45, 16, 4, (1, 2, 4), sigma=0.7),
     "long": Workload(768, 96, 8, 3, (1, 2)),
     "short": Workload(24, 12, 32, 4, (4, 8)),
 }
@@ -96,8 +110,7 @@ def pairs_of(workload: Workload) -> list[dict[str, str]]:
     draw = random.Random(1)
 
     def words(mean: int) -> str:
-        count = draw.randint(mean - mean // 3, mean + mean // 3)
-        return " ".join(f"w{draw.randrange(VOCABULARY - 2)}" for _ in range(count))
+        return " ".join(f"w{draw.randrange(VOCABULARY - 2)}" for _ in range(workload.length(mean, draw)))
 
     count = workload.batch * workload.steps
     return [
