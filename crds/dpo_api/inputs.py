@@ -84,8 +84,8 @@ class StorageAccess(Section):
         default=None,
         pattern=ENDPOINT_PATTERN,
         max_length=512,
-        description="Base URL of the S3 service, such as https://s3.example.com. Not set: the AWS endpoint of the"
-        " region.",
+        description="Base URL of the S3 service, such as https://s3.example.com. Not set: the default"
+        " of the installation, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or else Amazon's.",
     )
     region: Text | None = Field(
         default=None,
@@ -267,7 +267,8 @@ class DataSource(Section):
     )
     name: SourceName | None = Field(
         default=None,
-        description="Name of the source in metrics and messages. Not set: its position, such as `train-0`.",
+        description="Name of the source in metrics and messages. Not set: its position, such as `train-0` or"
+        " `validation-0`.",
     )
     weight: Float = Field(
         default=1.0,

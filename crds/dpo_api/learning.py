@@ -151,7 +151,8 @@ class Dpo(Section):
         default=0.0,
         ge=0,
         le=1000,
-        description="Weight of the mean negative log-prob of the chosen response. Default 0: not used.",
+        description="Weight of the chosen response's negative log-prob, summed over its tokens or averaged"
+        " (`sftAverageLogProbs`). Default 0: not used.",
     )
     average_log_probs: Bool = Field(
         default=False,

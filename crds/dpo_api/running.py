@@ -403,7 +403,7 @@ class TransformerEngine(Section):
 
     enabled: Bool | None = Field(
         default=None,
-        description="Use its linear layers. Not set: use them if it is installed and there is a GPU.",
+        description="Use its linear layers. Not set: use them with bf16 if it is installed and there is a GPU.",
     )
     fp8: Literal["e4m3", "hybrid"] | None = Field(
         default=None,
@@ -412,11 +412,11 @@ class TransformerEngine(Section):
     )
     masked_softmax_fusion: Bool | None = Field(
         default=None,
-        description="NVTE_MASKED_SOFTMAX_FUSION. No effect: attention is the trainer's own. Not set: not set.",
+        description="NVTE_MASKED_SOFTMAX_FUSION. No effect: attention is the trainer's own. Not set: not exported.",
     )
     flash_attention: Bool | None = Field(
-        default=None, description="NVTE_FLASH_ATTN. No effect: attention is the trainer's own. Not set: not set."
+        default=None, description="NVTE_FLASH_ATTN. No effect: attention is the trainer's own. Not set: not exported."
     )
     fused_attention: Bool | None = Field(
-        default=None, description="NVTE_FUSED_ATTN. No effect: attention is the trainer's own. Not set: not set."
+        default=None, description="NVTE_FUSED_ATTN. No effect: attention is the trainer's own. Not set: not exported."
     )

@@ -310,6 +310,10 @@ def _transformer_engine(spec: DPOJobSpec) -> Iterator[Finding]:
         yield _error(
             "transformerEngine.enabled", "true needs GPUs, but resources.gpusPerNode is 0; leave one of them out"
         )
+    if engine.enabled and spec.training.precision == "fp32":
+        yield _warning(
+            "transformerEngine.enabled", "fp32 products are rounded to TF32 there; leave it out to avoid that"
+        )
     if engine.fp8 is not None:
         yield from _fp8(spec)
     for name in sorted(engine.model_fields_set - {"enabled", "fp8"}):

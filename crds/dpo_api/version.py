@@ -1,3 +1,3 @@
 """The version of this software. A trainer reads every spec of the same or an earlier version."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

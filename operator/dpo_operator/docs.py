@@ -87,7 +87,8 @@ Each value works once (`status.retried`). A value that was there before the job 
 keep it. A job that succeeded or was rejected is not retried.
 
 A recreated DPOJob with the same run directory continues the earlier run. With other data or another loss, batch size
-or learning rate it is a different run: it is rejected (`IncompatibleCheckpoint`) and needs its own `checkpoint.uri`.
+or learning rate it is a different run: its first attempt fails (`IncompatibleCheckpoint`), and it needs its own
+`checkpoint.uri`.
 Runs are fenced: each attempt has a number that grows with the DPOJob's creation time and the attempt, and an attempt
 with a lower number never completes a checkpoint in the directory of a higher one. If the run directory already holds
 the finished run of the same spec, the first attempt ends within a minute, with the existing model.
@@ -97,7 +98,8 @@ the finished run of the same spec, the first attempt ends within a minute, with 
 - training-operator v1 (v1.9.4) with its PyTorchJob. It adds the init container `init-pytorch` to every worker. Its
   default (an old Alpine image, no security context) is refused by restricted Pod Security and cannot be pulled
   without the public registry. Set `--pytorch-init-container-image`, and mount a template as
-  `/etc/config/initContainer.yaml`. It also waits for the master without limit, until `runPolicy.startTimeoutSeconds`:
+  `/etc/config/initContainer.yaml`. This template also waits for the master until `runPolicy.startTimeoutSeconds`
+  ends the attempt:
   ```yaml
 @INIT_CONTAINER@  ```
   training-operator's own template gives up after `--pytorch-init-container-max-tries` tries (100, two seconds apart),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from dpo_api.version import VERSION
 from dpo_store import open_store
 from dpo_testing.runs import job_of, run_here
 from dpo_testing.training_world import LORA, make, merged
@@ -66,7 +67,7 @@ def test_what_the_card_says() -> None:
         "| training.learningRate | 9e-6 |",
         "| val/acc | 0.75 |",
         "| val/loss | 0.123457 |",
-        "| dpo-operator | 0.1.0 |",
+        f"| dpo-operator | {VERSION} |",
         "That of the start model: [acme](https://acme.example/l).",
     ):
         assert line in text

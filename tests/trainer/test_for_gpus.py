@@ -5,6 +5,7 @@ import dpo_trainer.startup  # noqa: F401 - before any module that imports Megatr
 # isort: split
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,23 +19,28 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from dpo_testing.engines import tiny_engine
 from dpo_testing.pairs import pack_of
 from dpo_trainer import distributed
+from dpo_trainer.checkpoint import files
+from dpo_trainer.checkpoint.boxes import Box
 from dpo_trainer.distributed import World
+from dpo_trainer.model import build
 from dpo_trainer.model.attend import attend_by_piece
 from dpo_trainer.model.varlen import pieces_of, plan_of
 from dpo_trainer.waiting import LONGEST_WAIT_SECONDS
 
 
 @pytest.fixture
-def _cudnn() -> Iterator[None]:
-    """torch's own choice of attention, before and afterwards."""
+def _as_in_images() -> Iterator[None]:
+    """torch's own choice of attention, and the fp32 products that NVIDIA's images choose."""
     torch.backends.cuda.enable_cudnn_sdp(enabled=True)
+    torch.set_float32_matmul_precision("high")
     yield
     torch.backends.cuda.enable_cudnn_sdp(enabled=True)
+    torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.usefixtures("_cudnn")
-def test_cudnns_attention_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It makes a plan for each new length, and a pack has new ones."""
+@pytest.mark.usefixtures("_as_in_images")
+def test_cudnns_attention_and_tf32_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN makes a plan for each new length, and a pack has new ones. TF32 has errors of 1e-3."""
     groups: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -43,6 +49,53 @@ def test_cudnns_attention_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert World.connect().device == torch.device("cuda", 0)
     assert groups == ["nccl"]
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_no_groups_are_made_that_only_checkpoints_of_megatron_core_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo's connections need another network than NCCL's, which a node may not have."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: False)
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **named: asked.update(named))
+    monkeypatch.setattr(distributed, "model_parallel_cuda_manual_seed", lambda _seed: None)
+    World(rank=0, size=1, local_rank=0, device=torch.device("cuda", 0)).divide()
+    assert asked["create_gloo_process_groups"] is False
+
+
+def test_one_process_asks_no_gpu_whether_to_stop() -> None:
+    """Its tensor would be read when the GPU has done all that came before."""
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cuda", 0))
+    assert world.any_of(True, False) == [True, False]
+
+
+@pytest.mark.parametrize(("precision", "engine"), [("bf16", True), ("fp32", False)])
+def test_transformer_engine_is_not_chosen_for_fp32(
+    precision: Any, engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.extensions import transformer_engine
+
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
+    monkeypatch.setattr(build.bridge, "needed", lambda: False)
+    assert build.use_transformer_engine("auto", precision) is engine
+    assert build.use_transformer_engine("transformer_engine", precision)
+
+
+def test_a_checkpoint_holds_no_copies_of_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would take another loader where there are GPUs. Each value is asked for when the last one is written."""
+    asked: list[int] = []
+
+    def values_of(place: int) -> Tensor:
+        asked.append(place)
+        return torch.full((3,), float(place))
+
+    def pinned(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed.checkpoint.filesystem, "_OverlappingCpuLoader", pinned)
+    boxes = [Box(f"box{n}", (0,), (3,), torch.empty(3)) for n in range(3)]
+    assert len(files.write(tmp_path, 0, boxes, values_of)) == 3
+    assert asked == [0, 1, 2]
 
 
 @pytest.mark.parametrize("window", [None, 5, 1000])

@@ -30,7 +30,7 @@ def imported(code: str) -> set[str]:
     """Return the names of all modules that are loaded after this code has run in a new interpreter."""
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"{code}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"],
-        env={**os.environ, "PYTHONPATH": PACKAGES, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": PACKAGES, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
         capture_output=True,
         check=True,
         text=True,

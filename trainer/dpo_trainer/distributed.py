@@ -77,6 +77,8 @@ class World:
         if gpu:
             check_device(local_rank, torch.cuda.device_count())
             torch.cuda.set_device(local_rank)
+            # NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, with which fp32 products are rounded to 11 bits.
+            torch.set_float32_matmul_precision("highest")
             # cuDNN's attention makes a plan for each new length, which takes longer than the attention of a pair.
             torch.backends.cuda.enable_cudnn_sdp(enabled=False)
         else:
@@ -121,7 +123,7 @@ class World:
                 tensor_model_parallel_size=tensor,
                 pipeline_model_parallel_size=pipeline,
                 context_parallel_size=context,
-                create_gloo_process_groups=gpu,
+                create_gloo_process_groups=False,  # Megatron-Core's own checkpoints need them, ours do not
                 distributed_timeout_minutes=max(1, timeout_seconds // 60),  # its default is 30
             )
         if gpu:
@@ -193,6 +195,8 @@ class World:
 
     def any_of(self, *flags: bool) -> list[bool]:
         """Return for each flag whether it is set on any rank, in one collective."""
+        if self.size == 1:  # a GPU would have to finish its work first
+            return list(flags)
         values = torch.tensor([float(flag) for flag in flags], device=self.device)
         self.place.part("agreement on a request to stop")
         dist.all_reduce(values, op=dist.ReduceOp.MAX)

@@ -22,7 +22,7 @@ from torch import Tensor
 from dpo_api.errors import NonFiniteError
 from dpo_api.sizing import step_flops
 from dpo_api.spec import DPOJobSpec
-from dpo_trainer import bridge, torch_adam
+from dpo_trainer import bridge, clipping, torch_adam
 from dpo_trainer.distributed import World
 from dpo_trainer.logprobs import response_log_probs, sums_by_owner
 from dpo_trainer.losses import desensitized, pair_losses
@@ -100,10 +100,11 @@ class Engine:
                     overlap_param_gather=overlap and distributed,
                 ),
                 [self._wrapped],
-                use_gloo_process_groups=self.world.device.type == "cuda",
+                use_gloo_process_groups=False,
             )
         add_weight_gradients_in_place(self.model)
         torch_adam.fuse(self.optimizer)
+        clipping.use()
         config.finalize_model_grads_func = partial(_reduce, self.world.place)
         if overlap:
             config.no_sync_func = self._wrapped.no_sync  # only the last pack's backward pass starts the reduction

@@ -340,7 +340,7 @@ class Run:
         if self.spec.lora is not None:
             attach_lora(model, self.spec.lora, seed=training.seed, start=self._continued)
         self.stop.leave_before_training(self.world, "loading")
-        linears = "transformer-engine" if use_transformer_engine(backend) else "local"
+        linears = "transformer-engine" if use_transformer_engine(backend, training.precision) else "local"
         linears += f" {fp8}" if fp8 else ""
         attention = form_of(self.world.device, model.config.params_dtype, self.config.head_dim)
         return model, with_adapter(loaded.fingerprint, digest), f"{linears} linears, {attention} attention"

@@ -23,7 +23,9 @@ from dpo_testing.operatorprocess import OperatorProcess
 
 DONE = last_words("Succeeded", step=4, total=4, runDir="s3://runs/job/", modelUri="s3://runs/job/model/")
 
-_MOMENTS = re.compile(r'"[0-9]{4}-[0-9-]+T[0-9:.]+Z"|"resourceVersion": "[0-9]+"|"admittedSeconds": [0-9]+')
+_MOMENTS = re.compile(
+    r'"[0-9]{4}-[0-9-]+T[0-9:.]+Z"|"resourceVersion": "[0-9]+"|"(?:admitted|starting)Seconds": [0-9]+'
+)
 
 
 @pytest.fixture

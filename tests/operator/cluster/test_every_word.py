@@ -456,6 +456,13 @@ def test_what_trainers_say(stage: Stage) -> None:
 
 
 @sees("state Queued", "Progressing Queued", "event Queued")
+def test_a_job_that_its_queue_holds(stage: Stage) -> None:
+    stage.held.create(manifest("waits", run_policy={"queueName": "team-a"}))
+    child = eventually(lambda: "waits-1" in stage.held.children() and "waits-1", what="its PyTorchJob")
+    suspended = {"spec": {"runPolicy": {"suspend": True}}}  # as Kueue does
+    stage.cluster.admin.patch(PYTORCHJOBS, stage.held.namespace, child, suspended)
+
+
 def test_every_column_is_printed(stage: Stage) -> None:
     policy = {"queueName": "team-a"}
     stage.jobs.create(manifest("shown", run_policy=policy, resources={"nodes": 2, "gpusPerNode": 8}))

@@ -407,6 +407,13 @@ CASES = [
         "resources.gpusPerNode is 0",
     ),
     Case(
+        "Transformer Engine with fp32",
+        {"transformerEngine.enabled": True, "training.precision": "fp32"},
+        "warning",
+        "spec.transformerEngine.enabled",
+        "fp32 products are rounded to TF32 there",
+    ),
+    Case(
         "a switch of attention that is not used",
         {"transformerEngine.flashAttention": False},
         "note",

@@ -65,7 +65,7 @@ def main() -> None:
     from dpo_trainer.model import again, build
 
     # Where Transformer Engine is used at all: there is no GPU here.
-    build.use_transformer_engine = lambda backend: backend != "local"
+    build.use_transformer_engine = lambda backend, precision: backend != "local"  # noqa: ARG005 - the real one's names
     again.DEVICES = frozenset()  # nor is there anywhere what CPUs alone do
     results = {name: run(**choices) for name, choices in CASES.items()}
     json.dump({"cases": results, "calls": sorted(transformer_engine.calls)}, sys.stdout)

@@ -142,6 +142,8 @@ NEVER_ALONE = {
     SchemaRule(("spec", "training", "schedule", "minLearningRate"), "maximum"),
     # Four of three formats: one appears twice.
     SchemaRule(("spec", "output", "formats"), "maxItems"),
+    # The pattern limits each of the two parts, and so their sum.
+    SchemaRule(("spec", "output", "hub", "repository"), "maxLength"),
 }
 """Rules that never refuse anything that no other rule does."""
 

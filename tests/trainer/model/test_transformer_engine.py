@@ -119,7 +119,7 @@ def test_fp8_is_refused_where_it_cannot_be_computed(
     monkeypatch.setattr(bridge, "needed", lambda: capability is None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
-    monkeypatch.setattr(build, "use_transformer_engine", lambda asked: engine and asked != "local")
+    monkeypatch.setattr(build, "use_transformer_engine", lambda asked, _precision: engine and asked != "local")
     refuse_fp8(None, backend)
     if says is None:
         refuse_fp8("hybrid", backend)

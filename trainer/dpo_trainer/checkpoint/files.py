@@ -111,7 +111,9 @@ def write(folder: Path, rank: int, boxes: Sequence[Box], values_of: ValuesOf | N
     ]
     plan = SavePlan(items, storage_data=_StoragePrefix(f"__{rank}_"))
     source = _Source(boxes, values_of or (lambda place: boxes[place].values))
-    results = FileSystemWriter(folder).write_data(plan, source).value()
+    # 0: one box at a time. torch's other loader, for GPUs, holds a pinned copy of each until the end, and asks for
+    # values ahead.
+    results = FileSystemWriter(folder, per_thread_copy_ahead=0).write_data(plan, source).value()
     places = {result.index: result.storage_data for result in results}
     written: list[Written] = []
     for box in boxes:

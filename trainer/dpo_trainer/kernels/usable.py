@@ -7,6 +7,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
+WRONG_SUM = "a sum that they compute is wrong"
+
 
 @cache
 def why_not(device: torch.device) -> str | None:
@@ -21,7 +23,7 @@ def why_not(device: torch.device) -> str | None:
         right = bool((mass == head.BLOCK + 1).all())
     except Exception as error:  # noqa: BLE001 - compilers and drivers fail in ways of their own
         return " ".join(str(error).split())[:300] or type(error).__name__
-    return None if right else "a sum that they compute is wrong"
+    return None if right else WRONG_SUM
 
 
 @cache

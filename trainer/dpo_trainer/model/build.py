@@ -96,7 +96,7 @@ def build_model(
         )
         model = GPTModel(
             config=transformer,
-            transformer_layer_spec=block_spec(config, transformer, use_transformer_engine(backend)),
+            transformer_layer_spec=block_spec(config, transformer, use_transformer_engine(backend, precision)),
             vocab_size=padded_vocabulary(config.vocab_size, tensor),
             max_sequence_length=config.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -179,6 +179,7 @@ def transformer_config(
         pipeline_model_parallel_layout=_stages(config.num_layers, stages) if stages > 1 else None,
         sequence_parallel=sequence_parallel,
         variable_seq_lengths=True,  # packs differ in length
+        batch_p2p_sync=False,  # the host need not wait for what a stage sends: that was for old versions of torch
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - not a password; variable_seq_lengths wants it, experts or not
         calculate_per_token_loss=True,  # our loss function returns (sum, number of pairs): divided once, globally
         deterministic_mode=deterministic,
@@ -196,9 +197,12 @@ def _stages(layers: int, stages: int) -> list[list[str]]:
     return [["embedding", *held[0]], *held[1:-1], [*held[-1], "loss"]]
 
 
-def use_transformer_engine(backend: Backend) -> bool:
-    """Whether ``backend`` means Transformer Engine here; InvalidSpecError when it is asked for and absent."""
-    if backend == "local":
+def use_transformer_engine(backend: Backend, precision: Precision) -> bool:
+    """Whether ``backend`` means Transformer Engine here; InvalidSpecError when it is asked for and absent.
+
+    "auto" does not choose it for fp32, whose products it rounds to TF32 whatever torch is set to.
+    """
+    if backend == "local" or (backend == "auto" and precision == "fp32"):
         return False
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -225,7 +229,7 @@ def refuse_fp8(fp8: Fp8 | None, backend: Backend) -> None:
     elif torch.cuda.get_device_capability() < FP8_CAPABILITY:
         major, minor = torch.cuda.get_device_capability()
         reason = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and FP8 needs 8.9 or later"
-    elif not use_transformer_engine(backend):
+    elif not use_transformer_engine(backend, "bf16"):
         reason = "Transformer Engine is not used" if backend == "local" else "Transformer Engine is not installed"
     if reason is not None:
         raise InvalidSpecError(f"spec.transformerEngine.fp8 is {fp8}, but {reason}; leave it out")

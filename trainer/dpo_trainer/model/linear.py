@@ -11,7 +11,7 @@ from dpo_trainer.products import add_product
 
 
 class _Adaptable:
-    """Mixed into a parallel linear layer: y = Wx, plus the adapter's output when one is attached and enabled.
+    """Mixed into a parallel linear layer: y = Wx, to which an adapter adds its output if it is attached and enabled.
 
     The adapter is the submodule ``adapter``: the base weight keeps its name in every state dict, and the checkpoint
     of a model without adapters is the same as that of plain Megatron-Core layers.
@@ -30,7 +30,7 @@ class _Adaptable:
         output, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         adapted = self.adapter is not None and self.adapter.enabled
         if adapted:
-            output = output + self.adapter(x)
+            output = self.adapter(x, output)
         if adapted or self.weight.requires_grad:  # otherwise nothing keeps x
             give_back(x, output)
         return output, bias

@@ -116,17 +116,16 @@ class LowRankAdapter(torch.nn.Module):
             keys = channel_keys(channels, key_of("adapter", place.layer, place.module))
             self.register_buffer("channels", keys, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: the base's input, [S, 1, in] (a part of it where the base's is); returns the base's output shape."""
+    def forward(self, x: Tensor, base: Tensor) -> Tensor:
+        """Return ``base`` plus the adapter's output.
+
+        x: the base's input, [S, 1, in] (a part of it where the base's is); base: what the base returned for it.
+        """
         sequence_parallel = self.config.sequence_parallel
-        out: Tensor
         if self.dropout_position == "pre":
             x = self._drop(x)
         if self.place.row_parallel:
             inner = reduce_from_tensor_model_parallel_region(self.linear_in(x))
-            out = gather_from_tensor_model_parallel_region(self.linear_out(copy_to_tensor_model_parallel_region(inner)))
-            if sequence_parallel:
-                out = scatter_to_sequence_parallel_region(out)
         else:
             x = (
                 gather_from_sequence_parallel_region(x)
@@ -134,14 +133,26 @@ class LowRankAdapter(torch.nn.Module):
                 else copy_to_tensor_model_parallel_region(x)
             )
             inner = gather_from_tensor_model_parallel_region(self.linear_in(x))
-            out = self.linear_out(copy_to_tensor_model_parallel_region(inner), self.owners)
-        if self.dropout_position == "post":
-            out = self._drop(out)
-        return out if self.scale == 1 else out * self.scale
+        inner = copy_to_tensor_model_parallel_region(inner)
+        gathers = self.place.row_parallel and _tensor_parallel()[0] > 1
+        drops = self.dropout_position == "post" and self._drops
+        if not gathers and not drops:
+            added: Tensor = self.linear_out(inner, self.owners, base=base, scale=self.scale)
+            return added
+        out: Tensor = self.linear_out(inner if self.scale == 1 else inner * self.scale, self.owners)
+        if gathers:
+            out = gather_from_tensor_model_parallel_region(out)
+            if sequence_parallel:
+                out = scatter_to_sequence_parallel_region(out)
+        return base + (self._drop(out) if drops else out)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
 
     def _drop(self, x: Tensor) -> Tensor:
         """x: [S, 1, C], or this rank's part of the tokens or the channels."""
-        if not (self.training and self.dropout):
+        if not self._drops:
             return x
         tokens = self.tokens.now()
         if self.config.sequence_parallel and (self.dropout_position == "pre") != self.place.row_parallel:
@@ -222,12 +233,19 @@ class _Matrix(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=axis, stride=1)
         self.weight.allreduce = True  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor, owners: Tensor | None = None) -> Tensor:
-        """Multiply with the weight, or with ``_wide`` of it.
+    def forward(
+        self, x: Tensor, owners: Tensor | None = None, *, base: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """Multiply with the weight, or with ``_wide`` of it; with ``base``, return base + scale · the product.
 
-        Code that used the weight beside this call would not wait for the ranks that send it after an update.
+        That sum is made by the matrix product, which needs no pass over the output of its own. Code that used the
+        weight beside this call would not wait for the ranks that send it after an update.
         """
-        return F.linear(x, _wide(self.weight, owners))
+        weight = _wide(self.weight, owners)
+        if base is None:
+            return F.linear(x, weight)
+        rows = base.reshape(-1, base.shape[-1])
+        return torch.addmm(rows, x.reshape(-1, x.shape[-1]), weight.t(), alpha=scale).view(base.shape)
 
 
 def attach_lora(
