@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dpo_api.progress import Progress
+from dpo_api.status import StatusProgress
+from dpo_cli.cluster import follow
 from dpo_testing.cli import PACKAGES, Dpo, in_this_process
 from dpo_testing.controlplane import ControlPlane
 from dpo_testing.fakekubelet import FakeKubelet, last_words
@@ -161,14 +164,24 @@ def test_a_jobs_life_from_submit_to_delete(
 
 
 def test_submit_follows_a_job_through_a_restart_to_its_model(
-    dpo: Dpo, jobs: Jobs, kubelet: FakeKubelet, space: str
+    dpo: Dpo, jobs: Jobs, kubelet: FakeKubelet, space: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen = threading.Event()
+    real = follow.progress_of
+
+    def progress_of(said: StatusProgress, attempt: int) -> Progress:
+        seen.set()
+        return real(said, attempt)
+
+    monkeypatch.setattr(follow, "progress_of", progress_of)
+
     def world() -> None:
         kubelet.finish(space, "followed-1-master-0", last_words("StorageUnavailable", message="S3 is away"), 74)
         rank0 = kubelet.pod(space, "followed-2-master-0")
         with FakeTrainer.of(rank0) as trainer:
             trainer.say(step=32, total=64, metrics={"train/loss": 0.5, "train/acc": 0.75})
             eventually(lambda: (jobs.status("followed").get("progress") or {}).get("step") == 32, what="step 32")
+            seen.wait(120)  # it looks every two seconds
         kubelet.finish(space, "followed-2-master-0", DONE)
 
     thread = threading.Thread(target=world)
