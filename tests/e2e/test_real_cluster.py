@@ -321,7 +321,7 @@ def test_two_alerts_fire_for_their_causes(
 @pytest.fixture(scope="module")
 def later(cluster: Cluster, steps: Steps) -> Path:
     """The next version of this tree; its images too, where the node is this machine."""
-    with steps.step("a second build of the tree, version 0.2.0"):
+    with steps.step(f"a second build of the tree, version {nextversion.VERSION}"):
         tree = nextversion.tree(cluster.layout)
         if cluster.given is None:
             nextversion.build(cluster.layout, tree)

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dpo_api.version import VERSION as OWN
 from dpo_testing.realcluster import daemons, images
 from dpo_testing.realcluster.layout import REPOSITORY, Layout
 
-VERSION = "0.2.0"
+_MAJOR, _MINOR, _ = OWN.split(".")
+VERSION = f"{_MAJOR}.{int(_MINOR) + 1}.0"
 FIELD = "note"
 OPERATOR_IMAGE = f"localhost/dpo-operator:{VERSION}"
 TRAINER_IMAGE = f"localhost/dpo-trainer:{VERSION}-cpu"
