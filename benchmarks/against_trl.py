@@ -8,7 +8,7 @@ a process of its own and uses all cores. TRL is installed into an environment of
 would make it slower. The pairs are in our order of the first epoch, so both see the same batches.
 
 Lengths vary by up to a third; those of the workload "varied" are log-normal with a standard deviation of 0.8 of their
-mean. TRL pads a micro-batch to its longest text, so it gains from lengths that are alike, and ours does not.
+mean. TRL pads a micro-batch to its longest text.
 
 "counted": the cost of the reference's log-probs is in the time. TRL computes them in each step; ours are computed once,
 before the first step. "precomputed": neither has it. The bound is the number of useful FLOPs, each counted once, over
