@@ -52,7 +52,7 @@ class Phase:
 
 PHASES = (
     Phase("setup", 50, ("gpu", "torch", "gemm_bf16_tflops", "copy_gb_per_s", "milliseconds_per_new_length")),
-    Phase("kernels", 80, ("attention_errors", "head_errors")),
+    Phase("kernels", 80, ("kernels", "attention_errors", "head_errors")),
     Phase("parity", 80, ("worst", "fp8")),
     Phase("life", 70, ("steps_repeated", "gpu_peak_gib", "host_peak_gib")),
     Phase("quickstart", 70, ("held_out_accuracy",)),
